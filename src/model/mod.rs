@@ -1,0 +1,3 @@
+//! The LLaMA: its parameter table, and its forward pass recorded on the tape.
+
+pub mod parameters;
