@@ -3,6 +3,7 @@
 pub mod config;
 pub mod error;
 pub mod model;
+pub mod plan;
 pub mod tensor;
 
 pub use error::{Error, Result};
