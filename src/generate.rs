@@ -1,0 +1,144 @@
+//! Text from a model: a key-value cache, and temperature, top-k and top-p sampling.
+//!
+//! The prompt runs through in chunks of 64 tokens, everything after it token by token. Nothing is
+//! allocated once a [`Decoder`] exists.
+
+use crate::backend::Backend;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::model::parameters::ParameterTable;
+use crate::model::{DecodeTape, RotaryInputs, record_decode, rotary_table};
+use crate::tape::{BoundProgram, External, Program, Purpose, ValueId};
+use crate::tensor::{BufferId, Kind, Shape, View};
+
+/// Tokens of a prompt that run through the model at once.
+const CHUNK: usize = 64;
+
+/// A model's next-token logits over one growing sequence.
+pub struct Decoder {
+    chunk: Forward,
+    single: Forward,
+    vocab: usize,
+    context: usize,
+    /// Tokens in the cache.
+    length: usize,
+    logits: Vec<f32>,
+}
+
+/// A forward pass over a fixed number of tokens.
+struct Forward {
+    program: BoundProgram,
+    tokens: ValueId,
+    rotary: RotaryInputs,
+    logits: ValueId,
+    count: usize,
+}
+
+impl Decoder {
+    /// Allocates a cache for `context` tokens; `parameters` is the flat buffer on `backend`.
+    pub fn new(
+        config: &ModelConfig,
+        table: &ParameterTable,
+        parameters: View,
+        context: usize,
+        backend: &mut impl Backend,
+    ) -> Result<Self> {
+        let statistic = backend.element_bytes(Kind::Statistic);
+        let activation = backend.element_bytes(Kind::Activation);
+        let columns = config.kv_heads * config.head_dim();
+        let cache_bytes = context * columns * activation;
+        let caches: Vec<BufferId> = (0..2 * config.layers)
+            .map(|_| backend.allocate("key-value cache", cache_bytes))
+            .collect::<Result<_>>()?;
+        let external = |external| match external {
+            External::Parameter(i) => {
+                let parameter = &table.entries()[i];
+                View {
+                    offset: parameter.offset * statistic,
+                    shape: parameter.stored,
+                    ..parameters
+                }
+            }
+            External::Cache(i) => View {
+                buffer: caches[i],
+                offset: 0,
+                kind: Kind::Activation,
+                shape: Shape::new(&[context, columns]),
+            },
+            External::ParameterGradient(_) => unreachable!("decoding has no gradients"),
+        };
+        let mut forward = |count: usize| -> Result<Forward> {
+            let DecodeTape { tape, tokens, rotary, logits } =
+                record_decode(config, table, count, context)?;
+            let program = Program::new(tape, Purpose::Inference, &[logits], |kind| {
+                backend.element_bytes(kind)
+            })?;
+            let arena = backend.allocate("activations", program.arena_bytes())?;
+            let program = program.bind(arena, external);
+            Ok(Forward { program, tokens, rotary, logits, count })
+        };
+        let (chunk, single) = (forward(CHUNK.min(context))?, forward(1)?);
+        let rotary = rotary_table(config, context);
+        let vocab = config.vocab;
+        for forward in [&chunk, &single] {
+            backend.write(forward.program.view(forward.rotary.table), &rotary)?;
+        }
+        let logits = vec![0.0; vocab];
+        Ok(Decoder { chunk, single, vocab, context, length: 0, logits })
+    }
+
+    /// Forgets the sequence.
+    pub fn clear(&mut self) {
+        self.length = 0;
+    }
+
+    /// Tokens that still fit.
+    pub fn room(&self) -> usize {
+        self.context - self.length
+    }
+
+    /// Appends `tokens` (at least one) and returns the logits [V] behind the last of them.
+    pub fn push(&mut self, tokens: &[u32], backend: &mut impl Backend) -> Result<&[f32]> {
+        if tokens.is_empty() || tokens.len() > self.room() {
+            return Err(Error::Usage {
+                what: format!(
+                    "{} tokens are to follow {} in a context of {}",
+                    tokens.len(),
+                    self.length,
+                    self.context
+                ),
+                remedy: "use a shorter, non-empty prompt or ask for fewer tokens".to_string(),
+            });
+        }
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
+            return Err(Error::Usage {
+                what: format!("token {token} in a vocabulary of {}", self.vocab),
+                remedy: "use the tokenizer that the model was trained with".to_string(),
+            });
+        }
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let forward = if rest.len() >= self.chunk.count { &self.chunk } else { &self.single };
+            let (now, later) = rest.split_at(forward.count);
+            let ids: Vec<i32> = now.iter().map(|&token| token as i32).collect();
+            let start = self.length as i32;
+            let positions: Vec<i32> = (start..start + forward.count as i32).collect();
+            backend.write_index(forward.program.view(forward.tokens), &ids)?;
+            backend.write_index(forward.program.view(forward.rotary.positions), &positions)?;
+            forward.program.run(backend)?;
+            if later.is_empty() {
+                let all = forward.program.view(forward.logits);
+                let row = self.vocab * backend.element_bytes(all.kind);
+                let last = View {
+                    offset: all.offset + (forward.count - 1) * row,
+                    shape: Shape::new(&[self.vocab]),
+                    ..all
+                };
+                backend.read(last, &mut self.logits)?;
+            }
+            self.length += forward.count;
+            rest = later;
+        }
+        Ok(&self.logits)
+    }
+}
