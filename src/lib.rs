@@ -8,6 +8,7 @@ pub mod error;
 pub mod generate;
 pub mod model;
 pub mod optim;
+pub mod random;
 pub mod tape;
 pub mod tensor;
 

@@ -8,8 +8,8 @@
 use rayon::prelude::*;
 
 use super::float::Float;
-use super::matmul::TileProduct;
 use super::memory::Columns;
+use super::tile::TileProduct;
 use super::vectorise::vectorised;
 use crate::backend::{AttentionSpec, HeadSpec};
 

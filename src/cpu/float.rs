@@ -7,6 +7,8 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 use bytemuck::Pod;
 
+use super::tile::{TileProduct, tile_product_f32, tile_product_f64};
+
 pub trait Float:
     Pod
     + Send
@@ -32,6 +34,8 @@ pub trait Float:
     /// e^self; 0 below the smallest normal result.
     fn exp(self) -> Self;
 
+    fn tile_product(tile: TileProduct, a: &[Self], b: &[Self], c: &mut [Self]);
+
     #[inline(always)]
     fn maximum(self, other: Self) -> Self {
         if self > other { self } else { other }
@@ -45,6 +49,10 @@ pub trait Float:
 }
 
 impl Float for f32 {
+    fn tile_product(tile: TileProduct, a: &[f32], b: &[f32], c: &mut [f32]) {
+        tile_product_f32(tile, a, b, c);
+    }
+
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
     const NEG_INFINITY: f32 = f32::NEG_INFINITY;
@@ -106,6 +114,10 @@ impl Float for f32 {
 }
 
 impl Float for f64 {
+    fn tile_product(tile: TileProduct, a: &[f64], b: &[f64], c: &mut [f64]) {
+        tile_product_f64(tile, a, b, c);
+    }
+
     const ZERO: f64 = 0.0;
     const ONE: f64 = 1.0;
     const NEG_INFINITY: f64 = f64::NEG_INFINITY;

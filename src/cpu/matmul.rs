@@ -1,4 +1,4 @@
-//! Matrix products: large ones through the `gemm` crate, small tiles (attention) here.
+//! Large matrix products, through the `gemm` crate.
 //!
 //! `gemm` splits its work over rows and columns only, never over the summed dimension, so the
 //! number of threads does not change a bit of the result; tests/cpu.rs holds it to that.
@@ -120,80 +120,4 @@ pub(super) fn parallel_add<T: Float>(from: &[T], to: &mut [T]) {
     to.par_chunks_mut(SPAN).zip(from.par_chunks(SPAN)).for_each(|(to, from)| {
         to.iter_mut().zip(from).for_each(|(to, &from)| *to += from);
     });
-}
-
-/// c [m,n] = a [m,k] b [k,n], or += with `accumulate`, on one thread and inlined into a
-/// vectorised caller. a's element (r, p) is `a[r * a_row + p * a_column]`; rows of b and c are
-/// `b_row` and `c_row` apart.
-#[derive(Clone, Copy)]
-pub(super) struct TileProduct {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-    pub a_row: usize,
-    pub a_column: usize,
-    pub b_row: usize,
-    pub c_row: usize,
-    pub accumulate: bool,
-}
-
-impl TileProduct {
-    #[inline(always)]
-    pub fn run<T: Float>(self, a: &[T], b: &[T], c: &mut [T]) {
-        let mut column = 0;
-        while self.n - column >= 32 {
-            self.columns::<T, 32>(column, a, b, c);
-            column += 32;
-        }
-        while self.n - column >= 16 {
-            self.columns::<T, 16>(column, a, b, c);
-            column += 16;
-        }
-        while column < self.n {
-            self.columns::<T, 1>(column, a, b, c);
-            column += 1;
-        }
-    }
-
-    /// Columns `column..column + N`, four rows at a time: four rows of 32 f32 are eight
-    /// accumulators of 512 bits, enough to hide the latency of a fused multiply-add.
-    #[inline(always)]
-    fn columns<T: Float, const N: usize>(self, column: usize, a: &[T], b: &[T], c: &mut [T]) {
-        let mut row = 0;
-        while self.m - row >= 4 {
-            self.block::<T, 4, N>(row, column, a, b, c);
-            row += 4;
-        }
-        while row < self.m {
-            self.block::<T, 1, N>(row, column, a, b, c);
-            row += 1;
-        }
-    }
-
-    #[inline(always)]
-    fn block<T: Float, const M: usize, const N: usize>(
-        self,
-        row: usize,
-        column: usize,
-        a: &[T],
-        b: &[T],
-        c: &mut [T],
-    ) {
-        let mut sums = [[T::ZERO; N]; M];
-        for p in 0..self.k {
-            let b: &[T; N] = b[p * self.b_row + column..][..N].try_into().expect("N elements");
-            for r in 0..M {
-                let a = a[(row + r) * self.a_row + p * self.a_column];
-                for j in 0..N {
-                    sums[r][j] = a.mul_add(b[j], sums[r][j]);
-                }
-            }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            let c = &mut c[(row + r) * self.c_row + column..][..N];
-            for j in 0..N {
-                c[j] = if self.accumulate { c[j] + sums[j] } else { sums[j] };
-            }
-        }
-    }
 }

@@ -58,12 +58,7 @@ impl Program {
         &self.steps
     }
 
-    fn view(
-        &self,
-        id: ValueId,
-        arena: BufferId,
-        external: &impl Fn(External) -> View,
-    ) -> View {
+    fn view(&self, id: ValueId, arena: BufferId, external: &impl Fn(External) -> View) -> View {
         let value = &self.tape.values[id.0];
         match (value.role, self.memory.offset(id)) {
             (Role::External(which), _) => View { shape: value.shape, ..external(which) },
@@ -89,6 +84,11 @@ impl BoundProgram {
     /// Where an input is to be written, or a kept value to be read.
     pub fn view(&self, id: ValueId) -> View {
         self.program.view(id, self.arena, &|_| unreachable!("externals are the caller's"))
+    }
+
+    /// What will run, in order.
+    pub fn steps(&self) -> &[Step<View>] {
+        &self.steps
     }
 
     /// Runs every step, in order.
