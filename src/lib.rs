@@ -1,14 +1,19 @@
 //! isobath pretrains LLaMA-architecture models with hand-written kernels.
 
 pub mod backend;
+pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod hf;
 pub mod model;
 pub mod optim;
+pub mod rundir;
 pub mod tape;
 pub mod tensor;
+pub mod tensor_file;
 
 pub use error::{Error, Result};

@@ -1,1 +1,4 @@
 //! The one integration test binary; its modules mirror src/.
+
+mod checkpoint;
+mod hf;

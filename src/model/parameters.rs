@@ -20,7 +20,9 @@ pub const FFN_MULTIPLE: usize = 8;
 pub enum Init {
     Ones,
     /// N(0, std^2)
-    Normal { std: f64 },
+    Normal {
+        std: f64,
+    },
 }
 
 /// One Hugging Face tensor inside a stored parameter: rows `first_row..` and the first columns.
