@@ -38,8 +38,16 @@ const REPLACED: &str = ".replaced-";
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    /// Locked; unlocked by the operating system when it is closed.
-    _lock: File,
+    /// Locked; the operating system unlocks it if the process dies.
+    lock: File,
+}
+
+impl Drop for RunDir {
+    /// Closing would do, were it not for processes that are just being started from another
+    /// thread and still share the open file.
+    fn drop(&mut self) {
+        let _ = self.lock.unlock();
+    }
 }
 
 impl AsRef<Path> for RunDir {
@@ -104,7 +112,7 @@ impl RunDir {
         lock.set_len(0)
             .and_then(|()| writeln!(lock, "{}", std::process::id()))
             .map_err(Error::io("lock", &lock_path))?;
-        Ok(RunDir { path: path.to_path_buf(), _lock: lock })
+        Ok(RunDir { path: path.to_path_buf(), lock })
     }
 
     /// Nobody else writes here, so whatever is temporary was left by a process that died.

@@ -632,7 +632,9 @@ fn a_read_only_run_folder_loses_nothing() {
     let (_folder, run) = run_with(&[1]);
     let path = run.path().to_path_buf();
     drop(run);
-    let mount = format!("mount --bind {0} {0}", path.display());
+    let outer = path.display();
+    let inner = format!("{outer}/checkpoints");
+    let mount = format!("mount --bind {outer} {outer} && mount --bind {inner} {inner}");
     run_in_namespace(&mount, "child_has_a_read_only_run", &path);
     assert_latest(&path, 1);
 }
@@ -642,9 +644,12 @@ fn a_read_only_run_folder_loses_nothing() {
 #[ignore = "child process of other tests"]
 fn child_has_a_read_only_run() {
     let Some(path) = child_run() else { return };
+    let make_read_only = |folder: &Path| {
+        let mut mount = Command::new("mount");
+        assert!(mount.args(["-o", "remount,ro,bind"]).arg(folder).status().unwrap().success());
+    };
     let run = RunDir::resume(&path).unwrap();
-    let options = ["-o", "remount,ro,bind"];
-    assert!(Command::new("mount").args(options).arg(&path).status().unwrap().success());
+    make_read_only(&run.checkpoints()); // as when a disk is remounted after an error
 
     let error = Training::at(2).save(&run).unwrap_err();
     let message = error.to_string();
@@ -654,9 +659,51 @@ fn child_has_a_read_only_run() {
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0 };
     assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0]);
     drop(run);
+    make_read_only(&path);
     let message = RunDir::resume(&path).unwrap_err().to_string();
     assert_contains(&message, &["lock ", "/.lock: Read-only file system", "remedy: choose"]);
     assert_latest(&path, 1);
+}
+
+/// Kills a save, or lets the system refuse, at its first, second, third ... system call of a kind.
+/// The step is saved a second time, so there is something to lose at every one of them.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_save_may_die_or_fail_at_any_system_call() {
+    let (_folder, run) = run_with(&[2]);
+    let path = run.path().to_path_buf();
+    drop(run);
+    let traced = |expression: &str, trace: &Path| {
+        let saver = child("child_saves_step_2", &path);
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-e", expression, "-o"]).arg(trace).arg(saver.get_program());
+        strace.args(saver.get_args()).env(FOLDER, &path).output()
+    };
+    let trace = path.join("trace");
+    if !traced("trace=rename", &trace).is_ok_and(|output| output.status.success()) {
+        println!("skipped: strace is not here, or tracing is not allowed");
+        return;
+    }
+    for (call, at_least) in
+        [("write", 10), ("fsync", 10), ("openat", 12), ("mkdir", 1), ("rename", 2), ("unlinkat", 8)]
+    {
+        for fault in ["signal=SIGKILL", "error=ENOSPC"] {
+            let mut injected = 0;
+            loop {
+                let when = injected + 1;
+                traced(&format!("inject={call}:{fault}:when={when}"), &trace).unwrap();
+                let trace = String::from_utf8_lossy(&fs::read(&trace).unwrap()).into_owned();
+                if !trace.contains("(INJECTED)") && !trace.contains("killed by SIGKILL") {
+                    break;
+                }
+                injected = when;
+                let run = RunDir::resume(&path).unwrap();
+                assert_latest(&path, 2);
+                assert_eq!(names(&run.checkpoints()), ["step-00000002"], "{call} {when}: {fault}");
+            }
+            assert!(injected >= at_least, "only {injected} of {call}: {fault}");
+        }
+    }
 }
 
 /// Kills a process that saves and deletes without pause, at 40 different moments.

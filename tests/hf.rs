@@ -415,6 +415,8 @@ fn a_layernorm_network_does_not_pass_for_a_llama() {
     assert_eq!(json["model_type"], "isobath");
     assert_eq!(json["architectures"], json!(["IsobathForCausalLM"]));
     assert_eq!(hf::load_for_inference(folder.path()).unwrap().0.norm, NormKind::Layer);
+    edit_config(folder.path(), |c| c["isobath"] = Value::Null);
+    assert_contains(&refusal(hf::load(folder.path())), &["the key isobath is missing"]);
 }
 
 #[test]

@@ -121,9 +121,13 @@ pub fn save(run: &RunDir, snapshot: &Snapshot) -> Result<PathBuf> {
 }
 
 fn write_files(folder: &Path, snapshot: &Snapshot, trainer: &[u8]) -> Result<()> {
-    let mut files = snapshot.export().write(folder)?;
-    let tensors = write_flat(&folder.join(TRAINER_TENSORS), snapshot)?;
-    files.push((TRAINER_TENSORS.to_string(), tensors));
+    // hashing one file while the other is synced hides most of it
+    let (files, tensors) = rayon::join(
+        || snapshot.export().write(folder),
+        || write_flat(&folder.join(TRAINER_TENSORS), snapshot),
+    );
+    let mut files = files?;
+    files.push((TRAINER_TENSORS.to_string(), tensors?));
     files.push((TRAINER.to_string(), write_new(&folder.join(TRAINER), trainer)?));
     let manifest = Manifest::new(snapshot.state.step, files);
     write_new(&folder.join(MANIFEST), &manifest.bytes()).map(|_| ())

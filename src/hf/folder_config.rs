@@ -143,6 +143,10 @@ fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
         let what = format!("model_type is \"{family}\"");
         return Err(refused(path, what, "use a folder with model_type \"llama\""));
     }
+    if family == "isobath" && raw.isobath.is_none() {
+        let what = "model_type is \"isobath\", but the key isobath is missing".to_string();
+        return Err(refused(path, what, "use the config.json that isobath wrote"));
+    }
     if let Some(version) = raw.isobath.as_ref().map(|o| o.version).filter(|v| *v > OUR_VERSION) {
         let what = format!("isobath.version is {version}, this build knows up to {OUR_VERSION}");
         return Err(refused(path, what, "use the isobath that wrote it, or a newer one"));
