@@ -1,15 +1,23 @@
 //! isobath pretrains LLaMA-architecture models with hand-written kernels.
 
 pub mod backend;
+pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod hf;
 pub mod model;
 pub mod optim;
+<<<<<<< HEAD
 pub mod random;
+=======
+pub mod rundir;
+>>>>>>> ckpt
 pub mod tape;
 pub mod tensor;
+pub mod tensor_file;
 
 pub use error::{Error, Result};

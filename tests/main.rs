@@ -1,5 +1,7 @@
 //! The one integration test binary; its modules mirror src/.
 
+mod checkpoint;
 mod cpu;
+mod hf;
 mod support;
 mod tape;
