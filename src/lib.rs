@@ -11,11 +11,8 @@ pub mod generate;
 pub mod hf;
 pub mod model;
 pub mod optim;
-<<<<<<< HEAD
 pub mod random;
-=======
 pub mod rundir;
->>>>>>> ckpt
 pub mod tape;
 pub mod tensor;
 pub mod tensor_file;
