@@ -110,6 +110,8 @@ pub trait Backend {
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
+    /// The views themselves, if they are f32 in host memory.
+    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]>;
     fn zero(&mut self, view: View) -> Result<()>;
     /// to = from
     fn copy(&mut self, from: View, to: View) -> Result<()>;

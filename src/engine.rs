@@ -3,11 +3,13 @@
 //! [`Plan`] says what will be needed, [`Trainer`] and [`Evaluator`] allocate exactly that, once,
 //! and then only run. Neither knows where batches come from or where checkpoints go.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::backend::{Backend, FlatBuffers};
 use crate::config::{Config, ModelConfig, OptimizerConfig};
 use crate::error::{Error, Result};
+use crate::generate::{Decoder, DecoderPlan, Sampling, generate};
 use crate::model::parameters::ParameterTable;
 use crate::model::{LossTape, RotaryInputs, record_loss, rotary_table};
 use crate::optim;
@@ -37,8 +39,12 @@ pub struct Plan {
     pub table: ParameterTable,
     training: LossProgram,
     evaluation: LossProgram,
+    sampling: DecoderPlan,
     flat_bytes: usize,
 }
+
+/// Longest sample, prompt included, that training prints.
+const SAMPLE_CONTEXT: usize = 256;
 
 impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
@@ -51,8 +57,10 @@ impl Plan {
             program(Purpose::Training { recompute: config.train.recompute }, config.train.z_loss)?;
         // Held-out loss is plain cross-entropy.
         let evaluation = program(Purpose::Inference, 0.0)?;
+        let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
+        let sampling = DecoderPlan::new(&config.model, &table, context, backend)?;
         let flat_bytes = table.stored_elements() * backend.element_bytes(Kind::Statistic);
-        Ok(Plan { table, training, evaluation, flat_bytes })
+        Ok(Plan { table, training, evaluation, sampling, flat_bytes })
     }
 
     /// Bytes of the one arena that training and evaluation share.
@@ -65,8 +73,13 @@ impl Plan {
         self.flat_bytes
     }
 
+    /// Bytes for the samples that training prints.
+    pub fn sampling_bytes(&self) -> usize {
+        self.sampling.bytes()
+    }
+
     pub fn total_bytes(&self) -> usize {
-        4 * self.flat_bytes + self.arena_bytes()
+        4 * self.flat_bytes + self.arena_bytes() + self.sampling_bytes()
     }
 
     /// What lies in the arena, the largest at the fullest step first.
@@ -91,6 +104,7 @@ impl Plan {
             let (name, live) = (&line.name, mib(line.live_bytes));
             table += &format!("    {name:<20} {live:>10.1} {:>9}\n", line.live);
         }
+        table += &format!("  {:<22} {:>10.1}\n", "sampling", mib(self.sampling_bytes()));
         table + &format!("  {:<22} {:>10.1}", "total", mib(self.total_bytes()))
     }
 
@@ -192,17 +206,6 @@ fn flat_view(buffer: BufferId, elements: usize) -> View {
     View { buffer, offset: 0, kind: Kind::Statistic, shape: Shape::new(&[elements]) }
 }
 
-/// A parameter inside a flat buffer.
-fn parameter_view(table: &ParameterTable, buffer: BufferId, index: usize, bytes: usize) -> View {
-    let parameter = &table.entries()[index];
-    View {
-        buffer,
-        offset: parameter.offset * bytes,
-        kind: Kind::Statistic,
-        shape: parameter.stored,
-    }
-}
-
 /// What one optimizer step saw.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
@@ -223,6 +226,7 @@ pub struct Trainer<B> {
     training: BoundLoss,
     evaluation: BoundLoss,
     arena_holds: Use,
+    decoder: Decoder,
     losses: Vec<f32>,
 }
 
@@ -238,7 +242,7 @@ impl<B: Backend> Trainer<B> {
     pub fn new(plan: Plan, config: &Config, mut backend: B) -> Result<Self> {
         plan.check_fits(&backend)?;
         let arena = backend.allocate("activations", plan.arena_bytes())?;
-        let Plan { table, training, evaluation, flat_bytes } = plan;
+        let Plan { table, training, evaluation, sampling, flat_bytes } = plan;
         let mut flat = |label| -> Result<View> {
             Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
         };
@@ -250,10 +254,8 @@ impl<B: Backend> Trainer<B> {
         };
         let bytes = backend.element_bytes(Kind::Statistic);
         let external = |external| match external {
-            External::Parameter(i) => parameter_view(&table, flat.parameters.buffer, i, bytes),
-            External::ParameterGradient(i) => {
-                parameter_view(&table, flat.gradients.buffer, i, bytes)
-            }
+            External::Parameter(i) => table.entries()[i].view(flat.parameters, bytes),
+            External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
             External::Cache(_) => unreachable!("a loss has no cache"),
         };
         let training = training.bind(arena, external);
@@ -262,6 +264,7 @@ impl<B: Backend> Trainer<B> {
         let decay = optim::decay_ranges(&table);
         let config = config.model.clone();
         training.write_constants(&config, &mut backend)?;
+        let decoder = sampling.allocate(flat.parameters, &mut backend)?;
         let arena_holds = Use::Training;
         Ok(Trainer {
             backend,
@@ -272,6 +275,7 @@ impl<B: Backend> Trainer<B> {
             training,
             evaluation,
             arena_holds,
+            decoder,
             losses,
         })
     }
@@ -291,14 +295,19 @@ impl<B: Backend> Trainer<B> {
         self.backend.write(self.flat.parameters, parameters)
     }
 
-    /// Parameters and the two moments, copied out.
-    pub fn state(&mut self) -> Result<[Vec<f32>; 3]> {
-        let mut read = |view: View| -> Result<Vec<f32>> {
-            let mut values = vec![0.0; view.shape.elements()];
-            self.backend.read(view, &mut values)?;
-            Ok(values)
-        };
-        Ok([read(self.flat.parameters)?, read(self.flat.moment1)?, read(self.flat.moment2)?])
+    /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
+    pub fn state(&mut self) -> Result<[Cow<'_, [f32]>; 3]> {
+        let views = [self.flat.parameters, self.flat.moment1, self.flat.moment2];
+        if self.backend.host_values(views).is_none() {
+            let mut read = |view: View| -> Result<Cow<'_, [f32]>> {
+                let mut values = vec![0.0; view.shape.elements()];
+                self.backend.read(view, &mut values)?;
+                Ok(Cow::Owned(values))
+            };
+            return Ok([read(views[0])?, read(views[1])?, read(views[2])?]);
+        }
+        let values = self.backend.host_values(views).expect("it was there just now");
+        Ok(values.map(Cow::Borrowed))
     }
 
     /// The losses [T] of the last micro-batch, on the device.
@@ -365,7 +374,19 @@ impl<B: Backend> Trainer<B> {
         Ok(())
     }
 
-    /// The parts that generation needs.
+    /// Continues a prompt; see [`generate`].
+    pub fn sample(
+        &mut self,
+        prompt: &[u32],
+        count: usize,
+        sampling: &Sampling,
+        end: Option<u32>,
+        show: impl FnMut(u32) -> Result<bool>,
+    ) -> Result<Vec<u32>> {
+        generate(&mut self.decoder, prompt, count, sampling, end, &mut self.backend, show)
+    }
+
+    /// The device and the flat parameter buffer on it.
     pub fn device(&mut self) -> (&mut B, View) {
         (&mut self.backend, self.flat.parameters)
     }
@@ -394,7 +415,7 @@ impl<B: Backend> Evaluator<B> {
         let parameters = allocate_parameters(table, parameters, &mut backend)?;
         let bytes = backend.element_bytes(Kind::Statistic);
         let program = program.bind(arena, |external| match external {
-            External::Parameter(i) => parameter_view(table, parameters.buffer, i, bytes),
+            External::Parameter(i) => table.entries()[i].view(parameters, bytes),
             other => unreachable!("an inference program asks for {other:?}"),
         });
         program.write_constants(config, &mut backend)?;

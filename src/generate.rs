@@ -7,9 +7,13 @@ use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
+use crate::random::Philox;
 use crate::model::{DecodeTape, RotaryInputs, record_decode, rotary_table};
 use crate::tape::{BoundProgram, External, Program, Purpose, ValueId};
 use crate::tensor::{BufferId, Kind, Shape, View};
+
+/// The random stream of sampling, apart from those of the parameters.
+const SAMPLING_STREAM: u64 = 1 << 40;
 
 /// Tokens of a prompt that run through the model at once.
 const CHUNK: usize = 64;
@@ -34,55 +38,99 @@ struct Forward {
     count: usize,
 }
 
-impl Decoder {
-    /// Allocates a cache for `context` tokens; `parameters` is the flat buffer on `backend`.
+/// What a [`Decoder`] will allocate, known before anything is.
+pub struct DecoderPlan {
+    table: ParameterTable,
+    chunk: Recorded,
+    single: Recorded,
+    rotary: Vec<f32>,
+    vocab: usize,
+    context: usize,
+    /// [context, K D], two a layer
+    cache: Shape,
+    caches: usize,
+    cache_bytes: usize,
+}
+
+/// A forward pass that is not bound to memory yet.
+struct Recorded {
+    program: Program,
+    tokens: ValueId,
+    rotary: RotaryInputs,
+    logits: ValueId,
+    count: usize,
+}
+
+impl DecoderPlan {
+    /// For sequences of at most `context` tokens, prompt included.
     pub fn new(
         config: &ModelConfig,
         table: &ParameterTable,
-        parameters: View,
         context: usize,
-        backend: &mut impl Backend,
+        backend: &impl Backend,
     ) -> Result<Self> {
-        let statistic = backend.element_bytes(Kind::Statistic);
-        let activation = backend.element_bytes(Kind::Activation);
-        let columns = config.kv_heads * config.head_dim();
-        let cache_bytes = context * columns * activation;
-        let caches: Vec<BufferId> = (0..2 * config.layers)
-            .map(|_| backend.allocate("key-value cache", cache_bytes))
-            .collect::<Result<_>>()?;
-        let external = |external| match external {
-            External::Parameter(i) => {
-                let parameter = &table.entries()[i];
-                View { offset: parameter.offset * statistic, shape: parameter.stored, ..parameters }
-            }
-            External::Cache(i) => View {
-                buffer: caches[i],
-                offset: 0,
-                kind: Kind::Activation,
-                shape: Shape::new(&[context, columns]),
-            },
-            External::ParameterGradient(_) => unreachable!("decoding has no gradients"),
-        };
-        let mut forward = |count: usize| -> Result<Forward> {
+        let record = |count: usize| -> Result<Recorded> {
             let DecodeTape { tape, tokens, rotary, logits } =
                 record_decode(config, table, count, context)?;
             let program = Program::new(tape, Purpose::Inference, &[logits], |kind| {
                 backend.element_bytes(kind)
             })?;
-            let arena = backend.allocate("activations", program.arena_bytes())?;
-            let program = program.bind(arena, external);
-            Ok(Forward { program, tokens, rotary, logits, count })
+            Ok(Recorded { program, tokens, rotary, logits, count })
         };
-        let (chunk, single) = (forward(CHUNK.min(context))?, forward(1)?);
-        let rotary = rotary_table(config, context);
-        let vocab = config.vocab;
-        for forward in [&chunk, &single] {
-            backend.write(forward.program.view(forward.rotary.table), &rotary)?;
-        }
-        let logits = vec![0.0; vocab];
-        Ok(Decoder { chunk, single, vocab, context, length: 0, logits })
+        let cache = Shape::new(&[context, config.kv_heads * config.head_dim()]);
+        Ok(DecoderPlan {
+            table: table.clone(),
+            chunk: record(CHUNK.min(context))?,
+            single: record(1)?,
+            rotary: rotary_table(config, context),
+            vocab: config.vocab,
+            context,
+            cache,
+            caches: 2 * config.layers,
+            cache_bytes: cache.elements() * backend.element_bytes(Kind::Activation),
+        })
     }
 
+    pub fn bytes(&self) -> usize {
+        let arenas = self.chunk.program.arena_bytes() + self.single.program.arena_bytes();
+        self.caches * self.cache_bytes + arenas
+    }
+
+    /// `parameters` is the flat buffer on `backend`.
+    pub fn allocate(self, parameters: View, backend: &mut impl Backend) -> Result<Decoder> {
+        let caches: Vec<BufferId> = (0..self.caches)
+            .map(|_| backend.allocate("key-value cache", self.cache_bytes))
+            .collect::<Result<_>>()?;
+        let statistic = backend.element_bytes(Kind::Statistic);
+        let external = |external| match external {
+            External::Parameter(i) => self.table.entries()[i].view(parameters, statistic),
+            External::Cache(i) => View {
+                buffer: caches[i],
+                offset: 0,
+                kind: Kind::Activation,
+                shape: self.cache,
+            },
+            External::ParameterGradient(_) => unreachable!("decoding has no gradients"),
+        };
+        let mut bind = |recorded: Recorded| -> Result<Forward> {
+            let Recorded { program, tokens, rotary, logits, count } = recorded;
+            let arena = backend.allocate("activations", program.arena_bytes())?;
+            let program = program.bind(arena, external);
+            backend.write(program.view(rotary.table), &self.rotary)?;
+            Ok(Forward { program, tokens, rotary, logits, count })
+        };
+        Ok(Decoder {
+            chunk: bind(self.chunk)?,
+            single: bind(self.single)?,
+            vocab: self.vocab,
+            context: self.context,
+            length: 0,
+            logits: vec![0.0; self.vocab],
+        })
+    }
+}
+
+impl Decoder {
     /// Forgets the sequence.
     pub fn clear(&mut self) {
         self.length = 0;
@@ -137,4 +185,99 @@ impl Decoder {
         }
         Ok(&self.logits)
     }
+}
+
+/// How the next token is chosen from the logits.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Sampling {
+    /// 0: always the likeliest token.
+    pub temperature: f64,
+    /// Only the k likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability; 1: all. Holtzman et al.
+    /// 2020, section 3.1.
+    pub top_p: f64,
+    pub seed: u64,
+}
+
+impl Sampling {
+    pub fn validate(&self) -> Result<()> {
+        let error = |what: String, remedy: &str| {
+            Err(Error::Usage { what, remedy: remedy.to_string() })
+        };
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return error(
+                format!("--temperature is {}", self.temperature),
+                "give 0 (greedy) or a positive number such as 0.8",
+            );
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return error(format!("--top-p is {}", self.top_p), "give a number in (0, 1]");
+        }
+        Ok(())
+    }
+
+    /// The token at `index` of its sequence; ties go to the lower id. Each index has a random
+    /// number of its own.
+    pub fn choose(&self, logits: &[f32], index: u64) -> u32 {
+        let by_logit = |&a: &u32, &b: &u32| {
+            logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+        };
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        if self.temperature == 0.0 {
+            return ids.into_iter().min_by(by_logit).unwrap_or(0);
+        }
+        ids.sort_unstable_by(by_logit);
+        if self.top_k > 0 {
+            ids.truncate(self.top_k);
+        }
+        let highest = logits[ids[0] as usize] as f64;
+        let weight = |id: u32| ((logits[id as usize] as f64 - highest) / self.temperature).exp();
+        let mut weights: Vec<f64> = ids.iter().map(|&id| weight(id)).collect();
+        let total: f64 = weights.iter().sum();
+        let mut sum = 0.0;
+        let kept = weights.iter().position(|weight| {
+            sum += weight;
+            sum >= self.top_p * total
+        });
+        weights.truncate(kept.map_or(weights.len(), |last| last + 1));
+        let total: f64 = weights.iter().sum();
+        let mut left = Philox::new(self.seed, SAMPLING_STREAM).uniform_f64(index) * total;
+        for (&id, &weight) in ids.iter().zip(&weights) {
+            left -= weight;
+            if left < 0.0 {
+                return id;
+            }
+        }
+        ids[weights.len() - 1]
+    }
+}
+
+/// Continues `prompt` by at most `count` tokens and gives each to `show` as it comes; stops behind
+/// `end`, at the end of the context, or when `show` returns false. Returns the new tokens.
+pub fn generate(
+    decoder: &mut Decoder,
+    prompt: &[u32],
+    count: usize,
+    sampling: &Sampling,
+    end: Option<u32>,
+    backend: &mut impl Backend,
+    mut show: impl FnMut(u32) -> Result<bool>,
+) -> Result<Vec<u32>> {
+    decoder.clear();
+    let mut tokens = Vec::with_capacity(count);
+    let mut next = prompt.to_vec();
+    while tokens.len() < count && decoder.room() >= next.len() {
+        let logits = decoder.push(&next, backend)?;
+        let token = sampling.choose(logits, tokens.len() as u64);
+        if Some(token) == end {
+            break;
+        }
+        tokens.push(token);
+        if !show(token)? {
+            break;
+        }
+        next = vec![token];
+    }
+    Ok(tokens)
 }

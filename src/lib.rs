@@ -9,6 +9,7 @@ pub mod engine;
 pub mod error;
 pub mod generate;
 pub mod hf;
+pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod random;

@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 
 pub const CONFIG: &str = "run.toml";
 pub const METRICS: &str = "metrics.jsonl";
+pub const SAMPLES: &str = "samples.jsonl";
 pub const CUT_METRICS: &str = "metrics.jsonl.old";
 pub const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
@@ -201,7 +202,16 @@ impl RunDir {
 
     /// Opens metrics.jsonl for new lines.
     pub fn metrics(&self) -> Result<MetricsLog> {
-        let path = self.path.join(METRICS);
+        self.log(METRICS)
+    }
+
+    /// Opens samples.jsonl for new lines.
+    pub fn samples(&self) -> Result<MetricsLog> {
+        self.log(SAMPLES)
+    }
+
+    fn log(&self, name: &str) -> Result<MetricsLog> {
+        let path = self.path.join(name);
         let file = OpenOptions::new().create(true).append(true).open(&path);
         Ok(MetricsLog { file: file.map_err(Error::io("open", &path))?, path })
     }

@@ -4,6 +4,7 @@
 //! Where norms stand and what scales them is decided in [`block`] alone.
 
 pub mod block;
+pub mod init;
 pub mod parameters;
 
 use crate::backend::{HeadSpec, NormSpec};
