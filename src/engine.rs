@@ -82,7 +82,11 @@ impl Plan {
             table += &format!("  {name:<22} {:>10.1}\n", mib(self.flat_bytes));
         }
         let arena = self.arena_bytes();
-        table += &format!("  {:<22} {:>10.1}   of which, at the fullest step:\n", "activations", mib(arena));
+        table += &format!(
+            "  {:<22} {:>10.1}   of which, at the fullest step:\n",
+            "activations",
+            mib(arena)
+        );
         for line in self.activations().iter().filter(|line| line.live > 0) {
             let (name, live) = (&line.name, mib(line.live_bytes));
             table += &format!("    {name:<20} {live:>10.1} {:>9}\n", line.live);
@@ -137,8 +141,7 @@ impl LossProgram {
         let LossTape { tape, tokens, targets, scale, rotary, losses } =
             record_loss(config, table, batch, sequence, z_loss)?;
         let inputs = LossInputs { tokens, targets, scale, rotary, losses, batch, sequence };
-        let program =
-            Program::new(tape, purpose, &[losses], |kind| backend.element_bytes(kind))?;
+        let program = Program::new(tape, purpose, &[losses], |kind| backend.element_bytes(kind))?;
         Ok(LossProgram { program, inputs })
     }
 

@@ -53,11 +53,7 @@ impl Decoder {
         let external = |external| match external {
             External::Parameter(i) => {
                 let parameter = &table.entries()[i];
-                View {
-                    offset: parameter.offset * statistic,
-                    shape: parameter.stored,
-                    ..parameters
-                }
+                View { offset: parameter.offset * statistic, shape: parameter.stored, ..parameters }
             }
             External::Cache(i) => View {
                 buffer: caches[i],

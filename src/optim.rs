@@ -27,11 +27,7 @@ pub fn learning_rate(config: &OptimizerConfig, step: u64, steps: u64) -> f64 {
         ScheduleKind::Wsd => {
             let decay = (steps as f64 * config.decay_share).round() as u64;
             let start = (steps - decay.min(steps)).max(config.warmup);
-            if step <= start {
-                config.lr
-            } else {
-                config.lr + (floor - config.lr) * falling(start)
-            }
+            if step <= start { config.lr } else { config.lr + (floor - config.lr) * falling(start) }
         }
     }
 }

@@ -115,12 +115,7 @@ unsafe impl<T: Send> Sync for Columns<'_, T> {}
 impl<'a, T> Columns<'a, T> {
     /// `stride`: elements from one row to the next.
     pub fn new(matrix: &'a mut [T], stride: usize) -> Self {
-        Columns {
-            start: matrix.as_mut_ptr(),
-            elements: matrix.len(),
-            stride,
-            owner: PhantomData,
-        }
+        Columns { start: matrix.as_mut_ptr(), elements: matrix.len(), stride, owner: PhantomData }
     }
 
     /// Elements `column..column + width` of `row`.

@@ -244,8 +244,7 @@ impl<T: Float> Backend for Cpu<T> {
         out: View,
         log_sum_exp: View,
     ) -> Result<()> {
-        let ([out, log_sum_exp], [qkv]) =
-            self.memory.borrow::<T, 2, 1>([out, log_sum_exp], [qkv]);
+        let ([out, log_sum_exp], [qkv]) = self.memory.borrow::<T, 2, 1>([out, log_sum_exp], [qkv]);
         attention::forward(spec, qkv, out, log_sum_exp);
         Ok(())
     }
@@ -278,9 +277,8 @@ impl<T: Float> Backend for Cpu<T> {
         positions: View,
         out: View,
     ) -> Result<()> {
-        let ([keys, values, out], [qkv], [positions]) = self
-            .memory
-            .borrow_with_index::<T, 3, 1, 1>([keys, values, out], [qkv], [positions]);
+        let ([keys, values, out], [qkv], [positions]) =
+            self.memory.borrow_with_index::<T, 3, 1, 1>([keys, values, out], [qkv], [positions]);
         attention::cached(heads, qkv, keys, values, positions, out);
         Ok(())
     }
@@ -309,9 +307,8 @@ impl<T: Float> Backend for Cpu<T> {
         losses: View,
     ) -> Result<()> {
         let [v, c] = [weight.shape.rows(), weight.shape.columns()];
-        let ([logits, losses], [inp, weight], [targets]) = self
-            .memory
-            .borrow_with_index::<T, 2, 2, 1>([logits, losses], [inp, weight], [targets]);
+        let ([logits, losses], [inp, weight], [targets]) =
+            self.memory.borrow_with_index::<T, 2, 2, 1>([logits, losses], [inp, weight], [targets]);
         let inputs = loss::Inputs { inp, weight, targets, logits, losses, c, v };
         loss::cross_entropy(spec, inputs, None);
         Ok(())

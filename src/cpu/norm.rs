@@ -54,12 +54,12 @@ pub(super) fn maximum<T: Float>(values: &[T]) -> T {
 }
 
 pub(super) struct Forward<'a, T> {
-    pub inp: &'a [T],                           // [T,C]
+    pub inp: &'a [T],                             // [T,C]
     pub residual: Option<(&'a [T], &'a mut [T])>, // residual, sum [T,C]
-    pub gain: &'a [T],                          // [C]
-    pub out: &'a mut [T],                       // [T,C]
-    pub mean: Option<&'a mut [T]>,              // [T]
-    pub rstd: &'a mut [T],                      // [T]
+    pub gain: &'a [T],                            // [C]
+    pub out: &'a mut [T],                         // [T,C]
+    pub mean: Option<&'a mut [T]>,                // [T]
+    pub rstd: &'a mut [T],                        // [T]
 }
 
 pub(super) fn forward<T: Float>(spec: NormSpec, args: Forward<T>) {
@@ -136,15 +136,15 @@ vectorised! {
 }
 
 pub(super) struct Backward<'a, T> {
-    pub inp: &'a [T],           // [T,C], what was normalised
-    pub gain: &'a [T],          // [C]
-    pub mean: Option<&'a [T]>,  // [T]
-    pub rstd: &'a [T],          // [T]
-    pub d_out: &'a [T],         // [T,C]
-    pub partial: &'a mut [T],   // [ceil(T/NORM_PARTIAL_ROWS),C]
-    pub d_inp: &'a mut [T],     // [T,C]
-    pub accumulate: bool,       // d_inp += instead of =
-    pub d_gain: &'a mut [T],    // [C], +=
+    pub inp: &'a [T],          // [T,C], what was normalised
+    pub gain: &'a [T],         // [C]
+    pub mean: Option<&'a [T]>, // [T]
+    pub rstd: &'a [T],         // [T]
+    pub d_out: &'a [T],        // [T,C]
+    pub partial: &'a mut [T],  // [ceil(T/NORM_PARTIAL_ROWS),C]
+    pub d_inp: &'a mut [T],    // [T,C]
+    pub accumulate: bool,      // d_inp += instead of =
+    pub d_gain: &'a mut [T],   // [C], +=
 }
 
 /// With x = (inp - mean) rstd and g = d_out gain:

@@ -61,8 +61,7 @@ fn attend(
             let sizes = [context, heads.kv_heads * heads.head_dim];
             let (keys, values) = cache_index(layer);
             let keys = tape.external("keys", &sizes, Kind::Activation, External::Cache(keys));
-            let values =
-                tape.external("values", &sizes, Kind::Activation, External::Cache(values));
+            let values = tape.external("values", &sizes, Kind::Activation, External::Cache(values));
             tape.cached_attention(heads, qkv, keys, values, rotary.positions)
         }
     }

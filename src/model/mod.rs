@@ -139,8 +139,7 @@ pub fn record_loss(
     let attention = block::Attention::Whole { rotary, batch, sequence };
     let out = recorder.body(tokens, &attention)?;
     let head = recorder.parameter(table.head());
-    let losses =
-        recorder.tape.cross_entropy(out, head, targets, scale, config.vocab, z_loss)?;
+    let losses = recorder.tape.cross_entropy(out, head, targets, scale, config.vocab, z_loss)?;
     Ok(LossTape { tape: recorder.tape, tokens, targets, scale, rotary, losses })
 }
 

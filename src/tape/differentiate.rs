@@ -177,11 +177,7 @@ impl Pass<'_> {
 
     /// The backward rules, one arm an op. `renamed` leads to recomputed activations; gradients
     /// are known by the names of the forward pass.
-    fn backward(
-        &mut self,
-        op: Op<ValueId>,
-        renamed: &HashMap<ValueId, ValueId>,
-    ) -> Result<()> {
+    fn backward(&mut self, op: Op<ValueId>, renamed: &HashMap<ValueId, ValueId>) -> Result<()> {
         let kept = |id: ValueId| renamed.get(&id).copied().unwrap_or(id);
         match op {
             Op::Embedding { tokens, table, out } => {

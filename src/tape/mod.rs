@@ -102,11 +102,7 @@ impl Tape {
         expected: &[usize],
     ) -> Result<()> {
         let (found, expected) = (self.values[id.0].shape, Shape::new(expected));
-        if found == expected {
-            Ok(())
-        } else {
-            Err(Error::Shape { op, what, found, expected })
-        }
+        if found == expected { Ok(()) } else { Err(Error::Shape { op, what, found, expected }) }
     }
 
     fn sizes<const N: usize>(&self, op: &'static str, id: ValueId) -> Result<[usize; N]> {

@@ -186,18 +186,14 @@ impl<H: Copy> Op<H> {
     /// The same op over other handles; `f` sees each operand once, with its access.
     pub fn map<K>(self, f: &mut impl FnMut(H, Access) -> K) -> Op<K> {
         match self {
-            Op::Embedding { tokens, table, out } => Op::Embedding {
-                tokens: f(tokens, Read),
-                table: f(table, Read),
-                out: f(out, Write),
-            },
+            Op::Embedding { tokens, table, out } => {
+                Op::Embedding { tokens: f(tokens, Read), table: f(table, Read), out: f(out, Write) }
+            }
             Op::Norm { spec, inp, residual, gain, out, mean, rstd } => Op::Norm {
                 spec,
                 inp: f(inp, Read),
-                residual: residual.map(|r| Residual {
-                    residual: f(r.residual, Read),
-                    sum: f(r.sum, Write),
-                }),
+                residual: residual
+                    .map(|r| Residual { residual: f(r.residual, Read), sum: f(r.sum, Write) }),
                 gain: f(gain, Read),
                 out: f(out, Write),
                 mean: mean.map(|mean| f(mean, Write)),

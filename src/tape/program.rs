@@ -58,12 +58,7 @@ impl Program {
         &self.steps
     }
 
-    fn view(
-        &self,
-        id: ValueId,
-        arena: BufferId,
-        external: &impl Fn(External) -> View,
-    ) -> View {
+    fn view(&self, id: ValueId, arena: BufferId, external: &impl Fn(External) -> View) -> View {
         let value = &self.tape.values[id.0];
         match (value.role, self.memory.offset(id)) {
             (Role::External(which), _) => View { shape: value.shape, ..external(which) },
