@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use isobath::checkpoint::{self, Snapshot, TrainerState};
 use isobath::config::*;
+use isobath::cpu::Cpu;
+use isobath::engine::{self, Plan, StepOutcome, Trainer};
 use isobath::hf::{self, ExportDtype};
 use isobath::model::parameters::ParameterTable;
 use isobath::rundir::{RunDir, checkpoint_folder, checkpoint_steps};
@@ -190,6 +192,50 @@ fn state_comes_back_bit_by_bit() {
     );
     assert_eq!(names(&run.checkpoints()), ["step-00000007"], "nothing temporary stays");
     assert_eq!(*hf::load(verified.folder()).unwrap().config(), config().model);
+}
+
+#[test]
+fn six_steps_equal_three_and_three() {
+    let mut training = Training::at(3);
+    training.config.data.sequence = 16;
+    let config = training.config.clone();
+    let new_trainer = || {
+        let cpu = Cpu::<f32>::new();
+        Trainer::new(Plan::new(&config, &cpu).unwrap(), &config, cpu).unwrap()
+    };
+    let take = |trainer: &mut Trainer<Cpu<f32>>, step: u64| -> StepOutcome {
+        let ids = |shift: u64| (0..32).map(move |i| ((i * 7 + step * 13 + shift) % 70) as i32);
+        let (tokens, targets): (Vec<i32>, Vec<i32>) = (ids(0).collect(), ids(1).collect());
+        let rows = engine::Rows { tokens: &tokens, targets: &targets };
+        let outcome = trainer.accumulate([rows].into_iter()).unwrap();
+        trainer.update(&config.optimizer, step, 1e-2, outcome.grad_norm).unwrap();
+        outcome
+    };
+
+    let mut whole = new_trainer();
+    whole.set_parameters(&training.parameters).unwrap();
+    let expected: Vec<StepOutcome> = (1..=6).map(|step| take(&mut whole, step)).collect();
+    assert_ne!(expected[0].loss, expected[5].loss, "nothing was learnt");
+
+    let (_folder, run) = run_with(&[]);
+    let mut first = new_trainer();
+    first.set_parameters(&training.parameters).unwrap();
+    let mut outcomes: Vec<StepOutcome> = (1..=3).map(|step| take(&mut first, step)).collect();
+    [training.parameters, training.moment1, training.moment2] = first.state().unwrap();
+    training.save(&run).unwrap();
+    drop(first);
+
+    let verified = checkpoint::latest(&run).unwrap().verified.unwrap();
+    let restored = verified.load_trainer(&training.table).unwrap();
+    let mut second = new_trainer();
+    second.set_state(&restored.parameters, &restored.moment1, &restored.moment2).unwrap();
+    outcomes.extend((restored.state.step + 1..=6).map(|step| take(&mut second, step)));
+
+    assert_eq!(outcomes, expected, "losses and gradient norms");
+    let [found, wanted] = [second.state().unwrap(), whole.state().unwrap()];
+    for (i, what) in ["parameters", "moment1", "moment2"].into_iter().enumerate() {
+        assert_same_bits(what, &found[i], &wanted[i]);
+    }
 }
 
 #[cfg(unix)]

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use isobath::config::{InitKind, ModelConfig, NormKind, Placement};
+use isobath::cpu::Cpu;
+use isobath::engine::{Evaluator, Rows};
 use isobath::hf::{self, Export, ExportDtype, TokenizerFiles};
 use isobath::model::parameters::ParameterTable;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -286,6 +288,26 @@ fn inference_uses_the_stored_gains_as_they_are() {
         let stored = table.get(table.block(layer).attention_norm).range();
         assert_same_bits(&name, &parameters[stored], &f32s(&tensors[&name].2));
     }
+}
+
+#[test]
+fn the_exported_model_computes_the_same_bits() {
+    let trained = small_model();
+    let (folder, table, parameters) = folder_of(&trained);
+    let tokens: Vec<i32> = (0..64).map(|i| i * 37 % 70).collect();
+    let targets: Vec<i32> = (0..64).map(|i| i * 11 % 70).collect();
+    let losses = |config: &ModelConfig, table: &ParameterTable, parameters: &[f32]| {
+        let cpu = Cpu::<f32>::new();
+        let mut model = Evaluator::new(config, table, parameters, [2, 32], cpu).unwrap();
+        let rows = Rows { tokens: &tokens, targets: &targets };
+        model.losses(rows).unwrap().to_vec()
+    };
+    let before = losses(&trained, &table, &parameters);
+    let (stock, stock_table, stock_parameters) = hf::load_for_inference(folder.path()).unwrap();
+    let after = losses(&stock, &stock_table, &stock_parameters);
+    assert_same_bits("losses", &after, &before);
+    let unscaled = losses(&stock, &stock_table, &parameters);
+    assert_ne!(unscaled, before, "without the fold the losses are others");
 }
 
 #[test]
