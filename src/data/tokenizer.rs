@@ -143,7 +143,10 @@ impl Tokenizer {
             && layout["normalizer"].is_null()
             && entries.len() == BYTE_VOCAB
             && end_of_text == Some(BYTE_VOCAB as u32 - 1)
-            && byte_alphabet().iter().zip(0..).all(|(c, id)| entries.get(&c.to_string()) == Some(&id));
+            && byte_alphabet()
+                .iter()
+                .zip(0..)
+                .all(|(c, id)| entries.get(&c.to_string()) == Some(&id));
         let cuts = if is_bytes { Cuts::Anywhere } else { cuts(&layout) };
         if let ModelWrapper::BPE(model) = inner.get_model() {
             let mut model = model.clone();
@@ -175,12 +178,7 @@ impl Tokenizer {
     ) -> Result<Self> {
         let name = format!("train:{vocab}");
         let origin = Path::new(&name);
-        if vocab < BYTE_VOCAB {
-            return Err(Error::Usage {
-                what: format!("a byte-level tokenizer of {vocab} entries does not exist"),
-                remedy: format!("ask for at least {BYTE_VOCAB}: 256 bytes and {END_OF_TEXT}"),
-            });
-        }
+        check_trainable(vocab)?;
         let mut trainer = BpeTrainer::builder()
             .vocab_size(vocab)
             .min_frequency(2)
@@ -238,7 +236,8 @@ impl Tokenizer {
     }
 
     fn encode_whole(&self, inner: &HuggingFace, text: &str) -> Result<Vec<u32>> {
-        let encoding = inner.encode_fast(text, false).map_err(|error| broken(&self.origin, error))?;
+        let encoding =
+            inner.encode_fast(text, false).map_err(|error| broken(&self.origin, error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -355,6 +354,11 @@ impl Tokenizer {
             }
             (None, Kind::Bytes) => Ok(ids.iter().filter(|&&id| id < 256).count() as u64),
         }
+    }
+
+    /// Bytes of text of each id, if those do not depend on its neighbours.
+    pub(crate) fn id_bytes(&self) -> Option<&[u32]> {
+        self.id_bytes.as_deref()
     }
 
     /// Size of the id space: the largest id and one.
@@ -496,6 +500,11 @@ fn pieces(text: &str, cuts: Cuts) -> Vec<std::ops::Range<usize>> {
     pieces
 }
 
+/// Where a long text may be cut so that its words stay whole, for training; `None`: not yet.
+pub(crate) fn cut_between_words(text: &str) -> Option<usize> {
+    cut(text, Cuts::BeforeWhitespace)
+}
+
 fn cut(text: &str, cuts: Cuts) -> Option<usize> {
     if text.len() <= PIECE_BYTES {
         return None;
@@ -522,6 +531,17 @@ fn cut(text: &str, cuts: Cuts) -> Option<usize> {
         previous = character;
     }
     (text.len() >= LONGEST_PIECE_BYTES).then_some(last)
+}
+
+/// Errors for a vocabulary that [`Tokenizer::train`] cannot make.
+pub(crate) fn check_trainable(vocab: usize) -> Result<()> {
+    if vocab >= BYTE_VOCAB {
+        return Ok(());
+    }
+    Err(Error::Usage {
+        what: format!("a byte-level tokenizer of {vocab} entries does not exist"),
+        remedy: format!("ask for at least {BYTE_VOCAB}: 256 bytes and {END_OF_TEXT}"),
+    })
 }
 
 fn broken(origin: &Path, error: impl std::fmt::Display) -> Error {

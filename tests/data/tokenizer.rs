@@ -24,7 +24,10 @@ fn a_trained_tokenizer_gives_back_every_byte() {
         assert_eq!(tokenizer.end_of_text(), Some(0));
         assert_eq!(tokenizer.decode(&ids).unwrap(), AUSTEN);
         assert_eq!(tokenizer.text_bytes(&ids).unwrap(), AUSTEN.len() as u64);
-        assert_eq!(tokenizer.encode(&AUSTEN[..500_000]).unwrap(), plain_crate.encode_fast(&AUSTEN[..500_000], false).unwrap().get_ids());
+        assert_eq!(
+            tokenizer.encode(&AUSTEN[..500_000]).unwrap(),
+            plain_crate.encode_fast(&AUSTEN[..500_000], false).unwrap().get_ids()
+        );
         println!(
             "vocabulary {vocab}: {:.3} bytes per token, trained in {trained:?}, encoded in {encoded:?}, plain {plain:?}",
             AUSTEN.len() as f64 / ids.len() as f64
