@@ -4,6 +4,8 @@ pub mod backend;
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod data;
+pub mod device;
 pub mod durable;
 pub mod engine;
 pub mod error;
@@ -17,5 +19,6 @@ pub mod rundir;
 pub mod tape;
 pub mod tensor;
 pub mod tensor_file;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod cpu;
+mod data;
 mod hf;
 mod support;
 mod tape;
