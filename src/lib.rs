@@ -9,6 +9,7 @@ pub mod device;
 pub mod durable;
 pub mod engine;
 pub mod error;
+pub mod evaluate;
 pub mod generate;
 pub mod hf;
 pub mod metrics;

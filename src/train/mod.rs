@@ -23,7 +23,7 @@ use crate::checkpoint::{self, Snapshot, TrainerState};
 use crate::config::Config;
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
-use crate::data::loader::{Batch, Loader, LoaderOptions, Prefetch};
+use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
 use crate::data::source::TokenSource;
 use crate::data::tokenizer::Tokenizer;
 use crate::data::windows::Windows;
@@ -208,14 +208,14 @@ fn restore<B: Backend>(
     let restored = verified.load_trainer(trainer.table())?;
     trainer.set_state(&restored.parameters, &restored.moment1, &restored.moment2)?;
     let state = restored.state;
-    let position = serde_json::from_value(state.loader.clone()).map_err(|error| {
+    let position: LoaderState = serde_json::from_value(state.loader.clone()).map_err(|error| {
         Error::Checkpoint {
             path: verified.folder().to_path_buf(),
             what: format!("the loader's position cannot be read: {error}"),
             remedy: "resume with the version of isobath that wrote it".to_string(),
         }
     })?;
-    let loader = Loader::restore(&corpus.train, loader_options(config), position)?;
+    let loader = Loader::restore(&corpus.train, loader_options(config), &position)?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming behind step {}", state.step));
     Ok((state, loader))
