@@ -24,6 +24,14 @@ pub enum Error {
     #[error("checkpoint {}: {what}\n  remedy: {remedy}", path.display())]
     Checkpoint { path: PathBuf, what: String, remedy: String },
 
+    /// A checkpoint that could not be written. Nothing that was there before is lost.
+    #[error(
+        "checkpoint {}: not saved, and the earlier ones are as they were; it needs {needed_bytes} \
+         bytes\n  {source}",
+        path.display()
+    )]
+    NotSaved { path: PathBuf, needed_bytes: u64, source: Box<Error> },
+
     /// A wrong argument of a command that is neither a configuration key nor a file.
     #[error("{what}\n  remedy: {remedy}")]
     Usage { what: String, remedy: String },
@@ -97,6 +105,7 @@ impl Error {
                 std::io::ErrorKind::NotFound => 2,
                 _ => 1,
             },
+            Error::NotSaved { source, .. } => source.exit_code(),
             Error::NonFinite { .. } => 1,
         }
     }

@@ -69,3 +69,17 @@ pub enum Kind {
     /// Token ids, targets, positions: i32.
     Index,
 }
+
+/// A buffer that a backend allocated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct BufferId(pub u32);
+
+/// A tensor in a buffer: `shape` elements of `kind`, row-major, from byte `offset` on.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct View {
+    pub buffer: BufferId,
+    /// In bytes.
+    pub offset: usize,
+    pub kind: Kind,
+    pub shape: Shape,
+}

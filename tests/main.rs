@@ -1,1 +1,8 @@
 //! The one integration test binary; its modules mirror src/.
+
+mod checkpoint;
+mod cpu;
+mod data;
+mod hf;
+mod support;
+mod tape;

@@ -1,10 +1,9 @@
 //! `isobath eval`: the arguments of an evaluation.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 
 use clap::Args;
-use isobath::config::DeviceKind;
+use isobath::evaluate::Request;
 
 use super::model::ModelArgs;
 
@@ -12,10 +11,13 @@ use super::model::ModelArgs;
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text or shards to predict: a file, a folder of shards, or bundled:austen; may be repeated
-    #[arg(long, value_name = "FILE", required = true)]
-    data: Vec<String>,
-    /// Tokens in a window [default: as in training, or else the model's longest]
+    /// Text or shards to predict: a file, a folder of shards, or bundled:austen
+    #[arg(long, value_name = "FILE")]
+    data: String,
+    /// JSON field of .jsonl files that holds the text
+    #[arg(long, default_value = "text")]
+    field: String,
+    /// Tokens in a window [default: the model's longest sequence, at most 2048]
     #[arg(long, value_name = "TOKENS")]
     sequence: Option<NonZeroUsize>,
     /// Windows at once
@@ -26,27 +28,16 @@ pub struct EvalArgs {
     json: bool,
 }
 
-/// What `eval` was asked for. That `sequence` fits the model is known when the model is open.
-#[derive(Clone, PartialEq, Debug)]
-pub struct EvalRequest {
-    pub model: PathBuf,
-    pub device: DeviceKind,
-    pub data: Vec<String>,
-    pub sequence: Option<usize>,
-    pub batch: usize,
-    pub json: bool,
-}
-
 impl EvalArgs {
-    /// Cannot fail: clap's types have refused what is wrong.
-    pub fn validate(self) -> EvalRequest {
-        EvalRequest {
-            model: self.model.model,
-            device: self.model.device,
-            data: self.data,
+    /// What to evaluate. That `sequence` fits the model is known when the model is open.
+    pub fn request(&self) -> Request {
+        Request {
+            model: self.model.model.clone(),
+            data: self.data.clone(),
+            field: self.field.clone(),
             sequence: self.sequence.map(usize::from),
             batch: self.batch.into(),
-            json: self.json,
+            device: self.model.device,
         }
     }
 }

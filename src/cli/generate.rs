@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use isobath::config::DeviceKind;
+use isobath::generate::Sampling;
 use isobath::{Error, Result};
 
 use super::model::ModelArgs;
@@ -32,44 +33,30 @@ pub struct GenerateArgs {
     seed: u64,
 }
 
-/// What `generate` was asked for: temperature is finite and at least 0, `top_p` in (0, 1].
+/// What `generate` was asked for, checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct GenerateRequest {
     pub model: PathBuf,
     pub device: DeviceKind,
     pub prompt: String,
+    /// At least 1.
     pub tokens: usize,
-    pub temperature: f64,
-    pub top_k: usize,
-    pub top_p: f64,
-    pub seed: u64,
+    pub sampling: Sampling,
 }
 
 impl GenerateArgs {
-    /// Errors: a temperature or probability that is none, no tokens.
+    /// Errors: a temperature or probability that is none; no tokens.
     pub fn validate(self) -> Result<GenerateRequest> {
-        let (temperature, top_p) = (self.temperature, self.top_p);
-        let wrong = |what: String, remedy: &str| Error::Usage { what, remedy: remedy.into() };
-        if self.tokens == 0 {
-            return Err(wrong("--tokens 0: nothing to generate".into(), "ask for 1 or more"));
+        let GenerateArgs { temperature, top_k, top_p, seed, tokens, .. } = self;
+        let sampling = Sampling { temperature, top_k, top_p, seed };
+        sampling.validate()?;
+        if tokens == 0 {
+            return Err(Error::Usage {
+                what: "--tokens is 0: nothing to generate".into(),
+                remedy: "ask for 1 or more".into(),
+            });
         }
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            let what = format!("--temperature {temperature}: has to be at least 0 and finite");
-            return Err(wrong(what, "use 0 for the likeliest tokens, 1 for the model's own choice"));
-        }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            let what = format!("--top-p {top_p}: has to be above 0 and up to 1");
-            return Err(wrong(what, "use 1 to choose among all tokens"));
-        }
-        Ok(GenerateRequest {
-            model: self.model.model,
-            device: self.model.device,
-            prompt: self.prompt,
-            tokens: self.tokens,
-            temperature,
-            top_k: self.top_k,
-            top_p,
-            seed: self.seed,
-        })
+        let (model, device) = (self.model.model, self.model.device);
+        Ok(GenerateRequest { model, device, prompt: self.prompt, tokens, sampling })
     }
 }

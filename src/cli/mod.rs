@@ -4,6 +4,7 @@
 //! anything. What a command was asked for goes to stdout; everything else goes to stderr.
 
 mod config;
+mod data;
 mod info;
 mod output;
 mod plan;
@@ -23,6 +24,9 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Train a tokenizer, turn text into shards, look into shards
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Count parameters, FLOPs and bytes of a configuration, without data or device
     Plan(plan::PlanArgs),
     /// Show the devices, presets and texts of this build
@@ -33,6 +37,7 @@ enum Command {
 /// with clap's message and exit code 2.
 pub fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
+        Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),
     }

@@ -8,7 +8,7 @@ use isobath::config::DeviceKind;
 
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// Hugging Face LLaMA folder: a checkpoint of a run, or any other
+    /// A run, a checkpoint, or any Hugging Face LLaMA folder
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Where to compute

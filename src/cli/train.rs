@@ -1,15 +1,13 @@
 //! `isobath train`: the arguments of a training run.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use isobath::Result;
-use isobath::config::Config;
+use isobath::rundir;
+use isobath::train::{Run, default_folder};
 
 use super::config::ConfigArgs;
-
-/// Where runs lie when `--out` is not given.
-const RUNS: &str = "runs";
 
 #[derive(Args, Debug)]
 pub struct TrainArgs {
@@ -27,29 +25,22 @@ pub struct TrainArgs {
     init: Option<PathBuf>,
 }
 
-/// What `train` was asked for, checked as far as that goes without data and device.
-#[derive(Clone, PartialEq, Debug)]
-pub struct TrainRequest {
-    pub config: Config,
-    /// The folder of this run.
-    pub out: PathBuf,
-    pub resume: bool,
-}
-
 impl TrainArgs {
-    /// Errors: those of [`Config::resolve`] and [`Config::validate`].
-    pub fn validate(mut self) -> Result<TrainRequest> {
+    /// What to train, checked as far as that goes without data and device.
+    ///
+    /// Errors: those of [`ConfigArgs::resolve`] and of the configuration's rules.
+    pub fn validate(mut self) -> Result<Run> {
         if let (true, Some(out), None, None) =
             (self.resume, &self.out, &self.config.preset, &self.config.file)
         {
-            self.config.file = Some(out.join("run.toml"));
+            self.config.file = Some(out.join(rundir::CONFIG));
         }
         let mut config = self.config.resolve()?;
         if self.init.is_some() {
             config.train.init_from = self.init;
         }
         config.validate()?;
-        let out = self.out.unwrap_or_else(|| Path::new(RUNS).join(&config.name));
-        Ok(TrainRequest { config, out, resume: self.resume })
+        let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
+        Ok(Run { config, folder, resume: self.resume })
     }
 }

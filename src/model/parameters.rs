@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::config::ModelConfig;
-use crate::tensor::Shape;
+use crate::tensor::{Shape, View};
 
 /// Every parameter starts at a multiple of this many elements (256 bytes of f32).
 pub const ALIGNMENT: usize = 64;
@@ -53,6 +53,11 @@ pub struct Parameter {
 impl Parameter {
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.stored.elements()
+    }
+
+    /// This parameter inside a flat buffer whose elements have `element_bytes`.
+    pub fn view(&self, flat: View, element_bytes: usize) -> View {
+        View { offset: flat.offset + self.offset * element_bytes, shape: self.stored, ..flat }
     }
 
     /// Elements without padding.

@@ -1,0 +1,262 @@
+//! What a device must be able to do: own memory, run each op forward and backward, and update.
+//!
+//! Contract: the caller (the tape's program) owns the layout; a backend allocates whole buffers
+//! and is then told by [`View`]s where everything lies. Nothing is allocated by an op. Parameter
+//! gradients are added to (`+=`); an activation gradient is written (`=`) or added to as its
+//! [`Sink`] says. Every reduction has a fixed order, so equal inputs give equal bits.
+//!
+//! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::tensor::{BufferId, Kind, View};
+
+/// Where an activation gradient goes, and whether something is there already.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Sink<H> {
+    pub to: H,
+    /// `+=` instead of `=`.
+    pub accumulate: bool,
+}
+
+/// Rows of a [`Backend::norm_backward`] partial sum of the gain's gradient.
+pub const NORM_PARTIAL_ROWS: usize = 64;
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct NormSpec {
+    pub kind: crate::config::NormKind,
+    pub eps: f64,
+    /// The gain is divided by sqrt(depth) before it is applied; 1: not scaled.
+    pub depth: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeadSpec {
+    /// H
+    pub heads: usize,
+    /// K
+    pub kv_heads: usize,
+    /// D
+    pub head_dim: usize,
+}
+
+impl HeadSpec {
+    /// Columns of the fused projection: (H + 2K) D, q first, then k, then v.
+    pub fn qkv_columns(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AttentionSpec {
+    pub heads: HeadSpec,
+    pub batch: usize,
+    pub sequence: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct LossSpec {
+    /// Rows of the head's weight that are real tokens.
+    pub classes: usize,
+    /// Tokens whose logits exist at one time.
+    pub chunk: usize,
+    /// Weight of log^2(Z), with Z the softmax's denominator; 0: off.
+    pub z_loss: f64,
+}
+
+/// The flat buffers that one optimizer step walks; all f32 (f64 in tests), all equally long.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct FlatBuffers {
+    pub parameters: View,
+    pub gradients: View,
+    pub moment1: View,
+    pub moment2: View,
+}
+
+/// AdamW, Loshchilov & Hutter 2019, algorithm 2; with `decoupled` false, Adam with L2 decay.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep<'a> {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub decoupled: bool,
+    /// 1 - beta^t
+    pub correction1: f64,
+    pub correction2: f64,
+    /// The gradient is multiplied by this first (global-norm clipping).
+    pub gradient_scale: f64,
+    /// Ranges of the flat buffer that decay, ascending; the rest does not.
+    pub decay: &'a [Range<usize>],
+}
+
+pub trait Backend {
+    /// "cpu", "cuda", "simt".
+    fn name(&self) -> &'static str;
+
+    /// Bytes of one element.
+    fn element_bytes(&self, kind: Kind) -> usize;
+
+    /// Bytes that can still be allocated.
+    fn available_bytes(&self) -> u64;
+
+    /// A buffer of zeros.
+    fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId>;
+
+    /// Copies values in; `values` has exactly the view's number of elements.
+    fn write(&mut self, view: View, values: &[f32]) -> Result<()>;
+    fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
+    /// Copies values out, after everything before it has run.
+    fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
+    /// The views themselves, if they are f32 in host memory.
+    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]>;
+    fn zero(&mut self, view: View) -> Result<()>;
+    /// to = from
+    fn copy(&mut self, from: View, to: View) -> Result<()>;
+    /// to += from
+    fn add(&mut self, from: View, to: View) -> Result<()>;
+
+    /// out[t] = table[tokens[t]]; out [T,C], table [V,C], tokens [T].
+    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()>;
+    /// d_table[tokens[t]] += d_out[t]
+    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()>;
+
+    /// sum = inp + residual (where there is one); out = normalise(sum) * (gain / sqrt(depth)).
+    /// inp, sum, out [T,C]; gain [C]; rstd [T], and mean [T] for LayerNorm, are kept for backward.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_forward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        residual: Option<(View, View)>,
+        gain: View,
+        out: View,
+        mean: Option<View>,
+        rstd: View,
+    ) -> Result<()>;
+    /// `inp` is what was normalised (the sum where there was a residual). partial
+    /// [ceil(T/NORM_PARTIAL_ROWS), C] is scratch; d_gain += its column sums / sqrt(depth).
+    #[allow(clippy::too_many_arguments)]
+    fn norm_backward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        gain: View,
+        mean: Option<View>,
+        rstd: View,
+        d_out: View,
+        partial: View,
+        d_inp: Sink<View>,
+        d_gain: View,
+    ) -> Result<()>;
+
+    /// out = inp weight^T (+ residual); inp [T,I], weight [O,I], out and residual [T,O].
+    fn linear_forward(
+        &mut self,
+        inp: View,
+        weight: View,
+        residual: Option<View>,
+        out: View,
+    ) -> Result<()>;
+    /// d_inp = d_out weight; d_weight += d_out^T inp.
+    fn linear_backward(
+        &mut self,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_inp: Sink<View>,
+        d_weight: View,
+    ) -> Result<()>;
+
+    /// Rotates q and k of qkv [T,(H+2K)D] in place (rotate-half); v stays. table [P,D]: cosines
+    /// of the D/2 angles of each position, then their sines; positions [T].
+    fn rotary_forward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()>;
+    /// The inverse rotation, in place.
+    fn rotary_backward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()>;
+
+    /// Causal softmax(q k^T / sqrt(D)) v with K kv heads, read from qkv [T,(H+2K)D] where they
+    /// lie; out [T,HD]; log_sum_exp [B,H,S].
+    fn attention_forward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+    ) -> Result<()>;
+    /// delta [B,H,S] is scratch for the row sums of out * d_out.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        d_qkv: View,
+    ) -> Result<()>;
+
+    /// Writes the new k and v to rows `positions` of the cache, then attends to every row up to
+    /// its own. qkv [T,(H+2K)D] of one sequence; keys, values [P,KD]; positions [T] ascending by 1.
+    fn cached_attention_forward(
+        &mut self,
+        heads: HeadSpec,
+        qkv: View,
+        keys: View,
+        values: View,
+        positions: View,
+        out: View,
+    ) -> Result<()>;
+
+    /// out = silu(gate) * up; inp [T,2F] holds gate, then up; out [T,F].
+    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
+    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
+
+    /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
+    /// z_loss log^2(Z); 0 where the target is IGNORE_INDEX. inp [T,C], weight [V,C], losses [T];
+    /// logits [chunk,V] is scratch.
+    fn cross_entropy_forward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        logits: View,
+        losses: View,
+    ) -> Result<()>;
+    /// Losses as in the forward pass, and the gradients of scale[0] * sum(losses), from one
+    /// computation of the logits: in training this replaces the forward pass.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy_backward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        scale: View,
+        logits: View,
+        losses: View,
+        d_inp: View,
+        d_weight: View,
+    ) -> Result<()>;
+
+    /// Euclidean norm of a flat buffer, summed in f64 in a fixed order.
+    fn gradient_norm(&mut self, gradients: View) -> Result<f64>;
+
+    /// One pass over the flat buffers; returns nothing and reads each element once.
+    fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()>;
+}

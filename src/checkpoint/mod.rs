@@ -1,0 +1,204 @@
+//! Checkpoints: a Hugging Face folder plus all that is needed to continue training bit by bit.
+//!
+//! [`save`] writes a snapshot so that at every instant the run has its earlier checkpoints or
+//! those and the new one: temporary folder, every file synced and hashed on the way, the manifest
+//! last, one rename. [`latest`] finds the newest folder whose manifest holds; state can only be
+//! loaded from a [`Verified`], which only verification makes. [`retain`] deletes old ones.
+//!
+//! ```text
+//! config.json model.safetensors tokenizer.json ...   crate::hf
+//! trainer.safetensors   parameters, moment1, moment2: the flat f32 buffers, padding included
+//! trainer.json          step, tokens, loader position, configuration
+//! MANIFEST.json         size and sha256 of every other file
+//! ```
+
+mod manifest;
+mod retention;
+mod verified;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::config::Config;
+use crate::durable::{Fingerprint, hexadecimal, remove_if_present, write_new};
+use crate::error::{Error, Result};
+use crate::hf::{Export, ExportDtype, TokenizerFiles};
+use crate::model::parameters::ParameterTable;
+use crate::rundir::{RunDir, checkpoint_folder};
+use crate::tensor::Shape;
+use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
+
+use manifest::Manifest;
+pub use retention::retain;
+pub use verified::{Damaged, Latest, Restored, Verified, latest, model_folder, verify};
+
+pub const TRAINER_TENSORS: &str = "trainer.safetensors";
+pub const TRAINER: &str = "trainer.json";
+pub const MANIFEST: &str = "MANIFEST.json";
+
+/// Tensors of trainer.safetensors, in file order.
+const FLAT: [&str; 3] = ["parameters", "moment1", "moment2"];
+const TRAINER_FORMAT: u32 = 1;
+
+/// What the training loop knows besides the flat buffers.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Steps done; the next one is `step + 1`. Also names the folder.
+    pub step: u64,
+    /// Updates the optimizer has made: the `t` of its bias correction. Less than `step` if a step
+    /// was skipped.
+    pub updates: u64,
+    /// Tokens that were trained on.
+    pub tokens: u64,
+    /// Seed of every random stream; together with counters such as `step` it is all their state.
+    pub seed: u64,
+    /// Where the data loader stands, in its own words.
+    pub loader: Value,
+    /// Wall time spent training, over all processes of this run.
+    pub elapsed_seconds: f64,
+    /// Lowest validation loss so far.
+    pub best_valid_loss: Option<f64>,
+    /// Whatever else the loop wants back; `null` if nothing.
+    pub extra: Value,
+}
+
+/// A moment of a training run; borrows everything.
+#[derive(Clone, Copy)]
+pub struct Snapshot<'a> {
+    pub config: &'a Config,
+    pub table: &'a ParameterTable,
+    /// Master weights, [table.stored_elements()].
+    pub parameters: &'a [f32],
+    /// First moment, as `parameters`.
+    pub moment1: &'a [f32],
+    /// Second moment, as `parameters`.
+    pub moment2: &'a [f32],
+    pub state: &'a TrainerState,
+    pub tokenizer: &'a TokenizerFiles,
+    /// Type of model.safetensors; the trainer's own state is always f32.
+    pub dtype: ExportDtype,
+}
+
+/// Contents of trainer.json.
+#[derive(Serialize, Deserialize)]
+struct TrainerFile {
+    format: u32,
+    /// Program version that wrote it, for people.
+    isobath: String,
+    /// See [`layout`].
+    layout: String,
+    config: Value,
+    state: TrainerState,
+}
+
+/// Writes a checkpoint and returns its folder, which is then durable. If anything fails, the
+/// temporary folder is removed and the earlier checkpoints are as they were.
+pub fn save(run: &RunDir, snapshot: &Snapshot) -> Result<PathBuf> {
+    for buffer in [snapshot.parameters, snapshot.moment1, snapshot.moment2] {
+        check_length(buffer, snapshot.table)?;
+    }
+    let step = snapshot.state.step;
+    let trainer = TrainerFile::of(snapshot)?;
+    let needed_bytes = snapshot.export().bytes()?
+        + file_bytes(Path::new(TRAINER_TENSORS), &flat_entries(snapshot.table))?
+        + trainer.len() as u64;
+    let saved = run.temporary_checkpoint(step).and_then(|temporary| {
+        let saved = write_files(&temporary, snapshot, &trainer)
+            .and_then(|()| run.publish_checkpoint(&temporary, step));
+        if saved.is_err() {
+            let _ = remove_if_present(&temporary); // the first error is the one to report
+        }
+        saved
+    });
+    saved.map_err(|source| Error::NotSaved {
+        path: checkpoint_folder(run.path(), step),
+        needed_bytes,
+        source: Box::new(source),
+    })
+}
+
+fn write_files(folder: &Path, snapshot: &Snapshot, trainer: &[u8]) -> Result<()> {
+    // hashing one file while the other is synced hides most of it
+    let (files, tensors) = rayon::join(
+        || snapshot.export().write(folder),
+        || write_flat(&folder.join(TRAINER_TENSORS), snapshot),
+    );
+    let mut files = files?;
+    files.push((TRAINER_TENSORS.to_string(), tensors?));
+    files.push((TRAINER.to_string(), write_new(&folder.join(TRAINER), trainer)?));
+    let manifest = Manifest::new(snapshot.state.step, files);
+    write_new(&folder.join(MANIFEST), &manifest.bytes()).map(|_| ())
+}
+
+fn write_flat(path: &Path, snapshot: &Snapshot) -> Result<Fingerprint> {
+    let mut file = TensorWriter::create(path, &flat_entries(snapshot.table))?;
+    for buffer in [snapshot.parameters, snapshot.moment1, snapshot.moment2] {
+        file.write_f32(buffer)?;
+    }
+    file.finish()
+}
+
+fn flat_entries(table: &ParameterTable) -> Vec<Entry> {
+    let shape = vec![table.stored_elements()];
+    FLAT.map(|name| Entry { name: name.to_string(), dtype: Dtype::F32, shape: shape.clone() })
+        .to_vec()
+}
+
+impl Snapshot<'_> {
+    fn export(&self) -> Export<'_> {
+        Export {
+            config: &self.config.model,
+            table: self.table,
+            parameters: self.parameters,
+            tokenizer: self.tokenizer,
+            dtype: self.dtype,
+        }
+    }
+}
+
+impl TrainerFile {
+    fn of(snapshot: &Snapshot) -> Result<Vec<u8>> {
+        let config = serde_json::to_value(snapshot.config);
+        let bytes = config.and_then(|config| {
+            serde_json::to_vec_pretty(&TrainerFile {
+                format: TRAINER_FORMAT,
+                isobath: env!("CARGO_PKG_VERSION").to_string(),
+                layout: layout(snapshot.table),
+                config,
+                state: snapshot.state.clone(),
+            })
+        });
+        bytes.map_err(|e| Error::Checkpoint {
+            path: TRAINER.into(),
+            what: format!("cannot be written as JSON: {e}"),
+            remedy: "check the configuration for paths that are not UTF-8".into(),
+        })
+    }
+}
+
+/// Hash of where every parameter lies in the flat buffer and what it means there: buffers of
+/// equal layout may be exchanged.
+fn layout(table: &ParameterTable) -> String {
+    let mut hash = Sha256::new();
+    for parameter in table.entries() {
+        let (name, at) = (&parameter.name, parameter.offset);
+        hash.update(format!("{name} {} {at} {}\n", parameter.stored, parameter.depth));
+    }
+    hash.update(format!("{}", table.stored_elements()));
+    hexadecimal(hash)
+}
+
+fn check_length(buffer: &[f32], table: &ParameterTable) -> Result<()> {
+    match buffer.len() == table.stored_elements() {
+        true => Ok(()),
+        false => Err(Error::Shape {
+            op: "checkpoint",
+            what: "a flat buffer",
+            found: Shape::new(&[buffer.len()]),
+            expected: Shape::new(&[table.stored_elements()]),
+        }),
+    }
+}

@@ -1,0 +1,208 @@
+//! Finding, verifying and loading checkpoints.
+//!
+//! A [`Verified`] exists only if every file of a folder has the size and the sha256 that the
+//! manifest tells. A damaged folder is reported as data, never deleted and never loaded.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::manifest::Manifest;
+use super::{FLAT, MANIFEST, TRAINER, TRAINER_FORMAT, TRAINER_TENSORS, TrainerFile, TrainerState};
+use super::{check_length, layout};
+use crate::durable::Fingerprint;
+use crate::error::{Error, Result};
+use crate::hf;
+use crate::model::parameters::ParameterTable;
+use crate::rundir::{CHECKPOINTS, checkpoint_folder, checkpoint_steps};
+use crate::tensor_file::{Dtype, TensorReader};
+
+/// A checkpoint whose every byte is what was written.
+#[derive(Debug)]
+pub struct Verified {
+    folder: PathBuf,
+    step: u64,
+}
+
+/// A folder that has a checkpoint's name and is none.
+#[derive(Debug)]
+pub struct Damaged {
+    pub step: u64,
+    /// An [`Error::Checkpoint`]: what is wrong with which file.
+    pub reason: Error,
+}
+
+/// What a run has to continue from.
+#[derive(Debug)]
+pub struct Latest {
+    /// The newest checkpoint that holds; none if there is none.
+    pub verified: Option<Verified>,
+    /// Newer folders that were passed over, newest first: to be told to the user.
+    pub damaged: Vec<Damaged>,
+}
+
+/// State as [`super::save`] got it.
+#[derive(Debug)]
+pub struct Restored {
+    pub parameters: Vec<f32>,
+    pub moment1: Vec<f32>,
+    pub moment2: Vec<f32>,
+    pub state: TrainerState,
+}
+
+/// The newest checkpoint of a run that can be trusted. Every file of it is read.
+pub fn latest(run: impl AsRef<Path>) -> Result<Latest> {
+    let run = run.as_ref();
+    let mut damaged = Vec::new();
+    for step in checkpoint_steps(run)?.into_iter().rev() {
+        match verify(&checkpoint_folder(run, step)) {
+            Ok(verified) => return Ok(Latest { verified: Some(verified), damaged }),
+            Err(reason) => damaged.push(Damaged { step, reason }),
+        }
+    }
+    Ok(Latest { verified: None, damaged })
+}
+
+/// Reads every file of a checkpoint folder and compares it with the manifest.
+pub fn verify(folder: &Path) -> Result<Verified> {
+    let manifest = complete(folder)?;
+    manifest.files.par_iter().try_for_each(|(name, expected)| {
+        let found = Fingerprint::of_file(&folder.join(name))?;
+        if found == *expected {
+            return Ok(());
+        }
+        let what = format!(
+            "{name} is damaged: its sha256 is {}, {MANIFEST} has {}",
+            found.sha256, expected.sha256
+        );
+        Err(unusable(folder, what))
+    })?;
+    Ok(Verified { folder: folder.to_path_buf(), step: manifest.step })
+}
+
+/// The manifest of a folder whose files are there and have the right sizes; nothing is hashed.
+pub(super) fn complete(folder: &Path) -> Result<Manifest> {
+    let path = folder.join(MANIFEST);
+    if !path.exists() {
+        return Err(unusable(folder, format!("has no {MANIFEST}: it was not finished")));
+    }
+    let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+    let manifest =
+        Manifest::parse(&bytes).map_err(|what| unusable(folder, format!("{MANIFEST} {what}")))?;
+    let named = folder.file_name().unwrap_or_default().to_string_lossy();
+    let step = named.strip_prefix("step-").and_then(|step| step.parse::<u64>().ok());
+    if step.is_some_and(|step| step != manifest.step) {
+        let what = format!("is of step {}: the folder was renamed", manifest.step);
+        return Err(unusable(folder, what));
+    }
+    for (name, expected) in &manifest.files {
+        let path = folder.join(name);
+        if !path.exists() {
+            return Err(unusable(folder, format!("{name} is missing")));
+        }
+        let bytes = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        if bytes != expected.bytes {
+            let expected = expected.bytes;
+            let what =
+                format!("{name} is damaged: it has {bytes} bytes, {MANIFEST} has {expected}");
+            return Err(unusable(folder, what));
+        }
+    }
+    Ok(manifest)
+}
+
+impl Verified {
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The resolved configuration that the checkpoint was trained with.
+    pub fn config(&self) -> Result<Value> {
+        Ok(self.trainer_file()?.config)
+    }
+
+    /// Loads the state into new buffers. The table must be laid out as when the state was saved.
+    pub fn load_trainer(&self, table: &ParameterTable) -> Result<Restored> {
+        let zeros = || vec![0.0; table.stored_elements()];
+        let (mut parameters, mut moment1, mut moment2) = (zeros(), zeros(), zeros());
+        let state = self.load_into(table, [&mut parameters, &mut moment1, &mut moment2])?;
+        Ok(Restored { parameters, moment1, moment2, state })
+    }
+
+    /// Loads parameters, moment1 and moment2 into buffers of `table.stored_elements()`.
+    pub fn load_into(
+        &self,
+        table: &ParameterTable,
+        buffers: [&mut [f32]; 3],
+    ) -> Result<TrainerState> {
+        let trainer = self.trainer_file()?;
+        let file = TensorReader::open(&self.folder.join(TRAINER_TENSORS))?;
+        let elements = table.stored_elements();
+        let fits = FLAT.iter().all(|name| {
+            let info = file.info(name);
+            info.is_some_and(|info| info.dtype == Dtype::F32 && info.shape == [elements])
+        });
+        if trainer.layout != layout(table) || !fits {
+            return Err(Error::Checkpoint {
+                path: self.folder.clone(),
+                what: "was saved with other model settings".to_string(),
+                remedy: "resume with the run's own run.toml (model.* must stay), or start a new \
+                         run from it with --init"
+                    .to_string(),
+            });
+        }
+        for (name, buffer) in FLAT.iter().zip(buffers) {
+            check_length(buffer, table)?;
+            file.read(name, 0, buffer)?;
+        }
+        Ok(trainer.state)
+    }
+
+    fn trainer_file(&self) -> Result<TrainerFile> {
+        let path = self.folder.join(TRAINER);
+        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        let unreadable = |e: serde_json::Error| unusable(&path, format!("cannot be read: {e}"));
+        let json: Value = serde_json::from_slice(&bytes).map_err(unreadable)?;
+        if json["format"] != TRAINER_FORMAT {
+            let what = format!("has format {}, this build knows {TRAINER_FORMAT}", json["format"]);
+            return Err(unusable(&path, what));
+        }
+        serde_json::from_value(json).map_err(unreadable)
+    }
+}
+
+/// The folder that a MODEL argument means: a Hugging Face folder, or the newest checkpoint of a
+/// run that can be trusted.
+pub fn model_folder(path: &Path) -> Result<PathBuf> {
+    if path.join(hf::CONFIG).exists() {
+        return Ok(path.to_path_buf());
+    }
+    let refused = |what: String, remedy: &str| Error::Checkpoint {
+        path: path.to_path_buf(),
+        what,
+        remedy: remedy.to_string(),
+    };
+    if !path.join(CHECKPOINTS).is_dir() {
+        let what = format!("has neither {} nor {CHECKPOINTS}/", hf::CONFIG);
+        return Err(refused(what, "name a run, one of its checkpoints, or a Hugging Face folder"));
+    }
+    let Latest { verified, damaged } = latest(path)?;
+    match (verified, damaged.into_iter().next()) {
+        (Some(verified), _) => Ok(verified.folder),
+        (None, Some(newest)) => Err(newest.reason),
+        (None, None) => {
+            Err(refused("has no checkpoint yet".into(), "wait for the first one, or train on"))
+        }
+    }
+}
+
+fn unusable(path: &Path, what: String) -> Error {
+    let remedy = "use another checkpoint of the run; --resume takes the newest one that holds";
+    Error::Checkpoint { path: path.to_path_buf(), what, remedy: remedy.to_string() }
+}

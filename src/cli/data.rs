@@ -1,0 +1,232 @@
+//! `isobath data`: train a tokenizer, turn text into shards, look into shards.
+//!
+//! Arguments in, a report out: on stdout, as text or with `--json` as one object. Progress goes to
+//! stderr. The work itself is done in `isobath::data`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use isobath::data::corpus::train_on_files;
+use isobath::data::prepare::{PrepareOptions, TOKENIZER_FILE, prepare, write_whole};
+use isobath::data::shard::{self, Shard, short};
+use isobath::data::tokenizer::Tokenizer;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum DataCommand {
+    /// Train a byte-level BPE tokenizer on text files
+    Tokenizer {
+        /// .txt or .jsonl files, plain, .gz or .zst
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Entries, the 256 bytes and <|endoftext|> included
+        #[arg(long, default_value_t = 32_000)]
+        vocab: usize,
+        /// Where to write it
+        #[arg(long, default_value = TOKENIZER_FILE)]
+        out: PathBuf,
+        /// JSON field of .jsonl files that holds the text
+        #[arg(long, default_value = "text")]
+        field: String,
+        /// Train on the first so many MiB of text only
+        #[arg(long)]
+        limit_mib: Option<u64>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Turn text files into shards of tokens
+    Prepare {
+        /// .txt or .jsonl files, plain, .gz or .zst
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// A tokenizer.json, or `bytes`
+        #[arg(long)]
+        tokenizer: String,
+        /// Folder for the shards
+        #[arg(long)]
+        out: PathBuf,
+        /// Shards are called NAME-00000.tok, NAME-00001.tok, ...
+        #[arg(long, default_value = "shard")]
+        name: String,
+        /// JSON field of .jsonl files that holds the text
+        #[arg(long, default_value = "text")]
+        field: String,
+        /// Size of a shard
+        #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..))]
+        shard_mib: u64,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show headers, counts and decoded rows of shards
+    Inspect {
+        /// .tok files, or folders of them
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+        /// A tokenizer.json, or `bytes`; otherwise the tokenizer.json beside the shard
+        #[arg(long)]
+        tokenizer: Option<String>,
+        /// Rows to decode
+        #[arg(long, default_value_t = 3)]
+        rows: u64,
+        /// Tokens in a decoded row
+        #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
+        sequence: u64,
+        /// Check every block of every shard
+        #[arg(long)]
+        verify: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Does what `command` says; errors carry the remedy.
+pub fn run(command: DataCommand) -> anyhow::Result<()> {
+    match command {
+        DataCommand::Tokenizer { files, vocab, out, field, limit_mib, json } => {
+            let bytes = limit_mib.map(|mib| mib << 20);
+            let tokenizer = train_on_files(&files, &field, vocab, bytes, true)?;
+            write_whole(&out, tokenizer.json().as_bytes())?;
+            let report = serde_json::json!({
+                "tokenizer": out,
+                "vocab": tokenizer.vocab(),
+                "fingerprint": hex(&tokenizer.fingerprint()),
+            });
+            match json {
+                true => println!("{report}"),
+                false => println!(
+                    "{}: {} entries, fingerprint {}",
+                    out.display(),
+                    tokenizer.vocab(),
+                    short(&tokenizer.fingerprint())
+                ),
+            }
+            if tokenizer.vocab() < vocab {
+                eprintln!(
+                    "the text is too small for {vocab} entries: no pair occurs twice any more"
+                );
+            }
+            Ok(())
+        }
+        DataCommand::Prepare { files, tokenizer, out, name, field, shard_mib, json } => {
+            let tokenizer = Tokenizer::open(&tokenizer)?;
+            let options = PrepareOptions {
+                inputs: files,
+                field,
+                folder: out,
+                name,
+                shard_bytes: shard_mib << 20,
+                progress: true,
+            };
+            let prepared = prepare(&options, &tokenizer)?;
+            if json {
+                println!("{}", serde_json::to_string(&prepared)?);
+                return Ok(());
+            }
+            println!(
+                "{} shards in {}: {} tokens of {} documents, {:.3} bytes per token, {:.1} MB/s of text",
+                prepared.shards.len(),
+                options.folder.display(),
+                prepared.tokens,
+                prepared.documents,
+                prepared.text_bytes as f64 / prepared.tokens.max(1) as f64,
+                prepared.text_bytes as f64 / prepared.seconds / 1e6,
+            );
+            if prepared.empty_documents > 0 {
+                println!("{} lines without text were left out", prepared.empty_documents);
+            }
+            if tokenizer.end_of_text().is_none() {
+                eprintln!("the tokenizer has no end-of-text token: documents follow without one");
+            }
+            Ok(())
+        }
+        DataCommand::Inspect { paths, tokenizer, rows, sequence, verify, json } => {
+            let mut shards = vec![];
+            for path in &paths {
+                shards.extend(shard::open_all(path)?);
+            }
+            let mut reports = vec![];
+            for shard in &shards {
+                reports.push(inspect(shard, tokenizer.as_deref(), rows, sequence, verify, json)?);
+            }
+            if json {
+                println!("{}", serde_json::json!({ "shards": reports }));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Prints the report of one shard unless `json`, and returns it.
+fn inspect(
+    shard: &Shard,
+    tokenizer: Option<&str>,
+    rows: u64,
+    sequence: u64,
+    verify: bool,
+    json: bool,
+) -> anyhow::Result<serde_json::Value> {
+    if verify {
+        shard.verify()?;
+    }
+    let beside = shard.path().parent().unwrap_or(Path::new("")).join(TOKENIZER_FILE);
+    let tokenizer = match tokenizer {
+        Some(spec) => Some(Tokenizer::open(spec)?),
+        None if beside.exists() => Some(Tokenizer::open(&beside.to_string_lossy())?),
+        None => None,
+    };
+    let mut texts = vec![];
+    if let Some(tokenizer) = &tokenizer {
+        shard.check_tokenizer(tokenizer)?;
+        for row in 0..rows.min(shard.len().div_ceil(sequence)) {
+            let start = row * sequence;
+            let mut ids = vec![];
+            shard.read(start..shard.len().min(start + sequence), &mut ids)?;
+            texts.push(tokenizer.decode(&ids).context("decode a row")?);
+        }
+    }
+    let (part, parts) = shard.part();
+    if !json {
+        println!("{}", shard.path().display());
+        println!("  version      {}, part {} of {parts}", shard.version(), part + 1);
+        println!("  tokens       {} (u{})", shard.len(), 8 * shard.id_bytes());
+        println!(
+            "  documents    {}{}",
+            shard.documents(),
+            if shard.continues() { ", the first begins in the preceding shard" } else { "" }
+        );
+        println!(
+            "  text         {} bytes, {:.3} per token",
+            shard.text_bytes(),
+            shard.text_bytes() as f64 / shard.len().max(1) as f64
+        );
+        println!("  tokenizer    {}, vocabulary {}", short(&shard.fingerprint()), shard.vocab());
+        println!("  checksums    {}", if verify { "all right" } else { "not checked (--verify)" });
+        for (row, text) in texts.iter().enumerate() {
+            println!("  row {row:<8} {text:?}");
+        }
+        if tokenizer.is_none() && rows > 0 {
+            eprintln!("no tokenizer.json beside the shard: give --tokenizer to see rows");
+        }
+    }
+    Ok(serde_json::json!({
+        "path": shard.path(),
+        "version": shard.version(),
+        "part": part,
+        "parts": parts,
+        "id_bytes": shard.id_bytes(),
+        "tokens": shard.len(),
+        "documents": shard.documents(),
+        "continues": shard.continues(),
+        "text_bytes": shard.text_bytes(),
+        "vocab": shard.vocab(),
+        "tokenizer": hex(&shard.fingerprint()),
+        "verified": verify,
+        "rows": texts,
+    }))
+}
+
+fn hex(fingerprint: &[u8; 32]) -> String {
+    fingerprint.iter().map(|byte| format!("{byte:02x}")).collect()
+}

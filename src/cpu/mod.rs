@@ -1,0 +1,368 @@
+//! The CPU backend: plain Rust over f32, or over f64 as the reference that everything else is
+//! checked against.
+//!
+//! Large matmuls go through the `gemm` crate; the rest is ours. Work is cut into pieces of a
+//! fixed size, never by the number of threads, so that any number of threads gives the same bits.
+//! Inner loops are compiled once for each instruction set and chosen at run time.
+
+mod adamw;
+mod attention;
+mod float;
+mod loss;
+mod matmul;
+mod memory;
+mod norm;
+mod pointwise;
+mod tile;
+mod vectorise;
+
+pub use float::Float;
+pub use tile::TileProduct;
+pub use vectorise::Level;
+
+use memory::Memory;
+
+use crate::backend::{
+    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
+};
+use crate::error::Result;
+use crate::tensor::{BufferId, Kind, View};
+
+#[derive(Default)]
+pub struct Cpu<T> {
+    memory: Memory,
+    element: std::marker::PhantomData<T>,
+}
+
+impl<T: Float> Cpu<T> {
+    pub fn new() -> Self {
+        Cpu { memory: Memory::default(), element: std::marker::PhantomData }
+    }
+
+    /// The elements of a view, in the backend's own precision.
+    pub fn values(&mut self, view: View) -> &[T] {
+        let ([], [values]) = self.memory.borrow([], [view]);
+        values
+    }
+
+    /// As [`Cpu::values`], to be written.
+    pub fn values_mut(&mut self, view: View) -> &mut [T] {
+        let ([values], []) = self.memory.borrow([view], []);
+        values
+    }
+}
+
+/// The slice itself if T is f32.
+fn same_type<T: Float>(values: &[T]) -> Option<&[f32]> {
+    let same = std::any::TypeId::of::<T>() == std::any::TypeId::of::<f32>();
+    same.then(|| bytemuck::cast_slice(values))
+}
+
+/// Bytes that the operating system says are available.
+fn available_memory() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib << 10)
+}
+
+impl<T: Float> Backend for Cpu<T> {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn element_bytes(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Activation | Kind::Statistic => size_of::<T>(),
+            Kind::Index => size_of::<i32>(),
+        }
+    }
+
+    fn available_bytes(&self) -> u64 {
+        available_memory()
+    }
+
+    fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {
+        self.memory.allocate(label, bytes)
+    }
+
+    fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
+        let to = self.values_mut(view);
+        assert_eq!(to.len(), values.len(), "write: a view of {}", view.shape);
+        to.iter_mut().zip(values).for_each(|(to, &value)| *to = T::of(value as f64));
+        Ok(())
+    }
+
+    fn write_index(&mut self, view: View, values: &[i32]) -> Result<()> {
+        let ([to], []) = self.memory.borrow::<i32, 1, 0>([view], []);
+        to.copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read(&mut self, view: View, values: &mut [f32]) -> Result<()> {
+        let from = self.values(view);
+        assert_eq!(from.len(), values.len(), "read: a view of {}", view.shape);
+        values.iter_mut().zip(from).for_each(|(value, from)| *value = from.to_f64() as f32);
+        Ok(())
+    }
+
+    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]> {
+        let ([], values) = self.memory.borrow::<T, 0, 3>([], views);
+        let [Some(a), Some(b), Some(c)] = values.map(same_type) else { return None };
+        Some([a, b, c])
+    }
+
+    fn zero(&mut self, view: View) -> Result<()> {
+        use rayon::prelude::*;
+        self.values_mut(view).par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(T::ZERO));
+        Ok(())
+    }
+
+    fn copy(&mut self, from: View, to: View) -> Result<()> {
+        let ([to], [from]) = self.memory.borrow::<T, 1, 1>([to], [from]);
+        matmul::parallel_copy(from, to);
+        Ok(())
+    }
+
+    fn add(&mut self, from: View, to: View) -> Result<()> {
+        let ([to], [from]) = self.memory.borrow::<T, 1, 1>([to], [from]);
+        matmul::parallel_add(from, to);
+        Ok(())
+    }
+
+    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()> {
+        let c = table.shape.columns();
+        let ([out], [table], [tokens]) =
+            self.memory.borrow_with_index::<T, 1, 1, 1>([out], [table], [tokens]);
+        pointwise::embedding_forward(tokens, table, out, c);
+        Ok(())
+    }
+
+    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()> {
+        let c = d_table.shape.columns();
+        let ([d_table], [d_out], [tokens]) =
+            self.memory.borrow_with_index::<T, 1, 1, 1>([d_table], [d_out], [tokens]);
+        pointwise::embedding_backward(tokens, d_out, d_table, c);
+        Ok(())
+    }
+
+    fn norm_forward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        residual: Option<(View, View)>,
+        gain: View,
+        out: View,
+        mean: Option<View>,
+        rstd: View,
+    ) -> Result<()> {
+        // Absent operands are empty views, so that one call borrows all of them.
+        let empty = View { shape: crate::tensor::Shape::new(&[0]), ..inp };
+        let (residual_in, sum) = residual.unwrap_or((empty, empty));
+        let ([out, rstd, mean_out, sum], [inp, residual_in, gain]) = self
+            .memory
+            .borrow::<T, 4, 3>([out, rstd, mean.unwrap_or(empty), sum], [inp, residual_in, gain]);
+        let residual = residual.map(|_| (residual_in, sum));
+        let mean = mean.map(|_| mean_out);
+        norm::forward(spec, norm::Forward { inp, residual, gain, out, mean, rstd });
+        Ok(())
+    }
+
+    fn norm_backward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        gain: View,
+        mean: Option<View>,
+        rstd: View,
+        d_out: View,
+        partial: View,
+        d_inp: Sink<View>,
+        d_gain: View,
+    ) -> Result<()> {
+        let accumulate = d_inp.accumulate;
+        let ([partial, d_inp, d_gain], [inp, gain, mean_in, rstd, d_out]) =
+            self.memory.borrow::<T, 3, 5>(
+                [partial, d_inp.to, d_gain],
+                [inp, gain, mean.unwrap_or(rstd), rstd, d_out],
+            );
+        let mean = mean.map(|_| mean_in);
+        norm::backward(
+            spec,
+            norm::Backward { inp, gain, mean, rstd, d_out, partial, d_inp, accumulate, d_gain },
+        );
+        Ok(())
+    }
+
+    fn linear_forward(
+        &mut self,
+        inp: View,
+        weight: View,
+        residual: Option<View>,
+        out: View,
+    ) -> Result<()> {
+        let sizes = [inp.shape.rows(), inp.shape.columns(), out.shape.columns()];
+        let ([out], [inp, weight, add]) =
+            self.memory.borrow::<T, 1, 3>([out], [inp, weight, residual.unwrap_or(inp)]);
+        matmul::linear_forward(inp, weight, residual.map(|_| add), out, sizes);
+        Ok(())
+    }
+
+    fn linear_backward(
+        &mut self,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_inp: Sink<View>,
+        d_weight: View,
+    ) -> Result<()> {
+        let sizes = [inp.shape.rows(), inp.shape.columns(), d_out.shape.columns()];
+        let accumulate = d_inp.accumulate;
+        let ([d_inp, d_weight], [inp, weight, d_out]) =
+            self.memory.borrow::<T, 2, 3>([d_inp.to, d_weight], [inp, weight, d_out]);
+        matmul::linear_d_inp(weight, d_out, d_inp, accumulate, sizes);
+        matmul::linear_d_weight(inp, d_out, d_weight, sizes);
+        Ok(())
+    }
+
+    fn rotary_forward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()> {
+        let ([qkv], [table], [positions]) =
+            self.memory.borrow_with_index::<T, 1, 1, 1>([qkv], [table], [positions]);
+        pointwise::rotary(heads, table, positions, qkv, false);
+        Ok(())
+    }
+
+    fn rotary_backward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        let ([d_qkv], [table], [positions]) =
+            self.memory.borrow_with_index::<T, 1, 1, 1>([d_qkv], [table], [positions]);
+        pointwise::rotary(heads, table, positions, d_qkv, true);
+        Ok(())
+    }
+
+    fn attention_forward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+    ) -> Result<()> {
+        let ([out, log_sum_exp], [qkv]) = self.memory.borrow::<T, 2, 1>([out, log_sum_exp], [qkv]);
+        attention::forward(spec, qkv, out, log_sum_exp);
+        Ok(())
+    }
+
+    fn attention_backward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        let ([delta, d_qkv], [qkv, out, log_sum_exp, d_out]) =
+            self.memory.borrow::<T, 2, 4>([delta, d_qkv], [qkv, out, log_sum_exp, d_out]);
+        attention::backward(
+            spec,
+            attention::Backward { qkv, out, log_sum_exp, d_out, delta, d_qkv },
+        );
+        Ok(())
+    }
+
+    fn cached_attention_forward(
+        &mut self,
+        heads: HeadSpec,
+        qkv: View,
+        keys: View,
+        values: View,
+        positions: View,
+        out: View,
+    ) -> Result<()> {
+        let ([keys, values, out], [qkv], [positions]) =
+            self.memory.borrow_with_index::<T, 3, 1, 1>([keys, values, out], [qkv], [positions]);
+        attention::cached(heads, qkv, keys, values, positions, out);
+        Ok(())
+    }
+
+    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()> {
+        let f = out.shape.columns();
+        let ([out], [inp]) = self.memory.borrow::<T, 1, 1>([out], [inp]);
+        pointwise::swiglu_forward(inp, out, f);
+        Ok(())
+    }
+
+    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()> {
+        let f = d_out.shape.columns();
+        let ([d_inp], [inp, d_out]) = self.memory.borrow::<T, 1, 2>([d_inp], [inp, d_out]);
+        pointwise::swiglu_backward(inp, d_out, d_inp, f);
+        Ok(())
+    }
+
+    fn cross_entropy_forward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        logits: View,
+        losses: View,
+    ) -> Result<()> {
+        let [v, c] = [weight.shape.rows(), weight.shape.columns()];
+        let ([logits, losses], [inp, weight], [targets]) =
+            self.memory.borrow_with_index::<T, 2, 2, 1>([logits, losses], [inp, weight], [targets]);
+        let inputs = loss::Inputs { inp, weight, targets, logits, losses, c, v };
+        loss::cross_entropy(spec, inputs, None);
+        Ok(())
+    }
+
+    fn cross_entropy_backward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        scale: View,
+        logits: View,
+        losses: View,
+        d_inp: View,
+        d_weight: View,
+    ) -> Result<()> {
+        let [v, c] = [weight.shape.rows(), weight.shape.columns()];
+        let ([logits, losses, d_inp, d_weight], [inp, weight, scale], [targets]) =
+            self.memory.borrow_with_index::<T, 4, 3, 1>(
+                [logits, losses, d_inp, d_weight],
+                [inp, weight, scale],
+                [targets],
+            );
+        let inputs = loss::Inputs { inp, weight, targets, logits, losses, c, v };
+        let gradients = loss::Gradients { scale: scale[0], d_inp, d_weight };
+        loss::cross_entropy(spec, inputs, Some(gradients));
+        Ok(())
+    }
+
+    fn gradient_norm(&mut self, gradients: View) -> Result<f64> {
+        Ok(adamw::norm(self.values(gradients)))
+    }
+
+    fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()> {
+        let ([parameters, moment1, moment2], [gradients]) = self.memory.borrow::<T, 3, 1>(
+            [buffers.parameters, buffers.moment1, buffers.moment2],
+            [buffers.gradients],
+        );
+        adamw::update(adamw::Buffers { parameters, gradients, moment1, moment2 }, step);
+        Ok(())
+    }
+}

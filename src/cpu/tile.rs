@@ -1,0 +1,151 @@
+//! Small matrix products on one thread: the tiles of attention.
+//!
+//! Four rows by two vectors of accumulators stay in registers, which hides the latency of a fused
+//! multiply-add; `a` may be transposed, `b` and `c` have contiguous rows.
+
+use super::float::Float;
+
+/// c [m,n] = a [m,k] b [k,n], or += with `accumulate`. a's element (r, p) is
+/// `a[r * a_row + p * a_column]`; rows of b and c are `b_row` and `c_row` apart.
+#[derive(Clone, Copy)]
+pub struct TileProduct {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a_row: usize,
+    pub a_column: usize,
+    pub b_row: usize,
+    pub c_row: usize,
+    pub accumulate: bool,
+}
+
+impl TileProduct {
+    pub fn run<T: Float>(self, a: &[T], b: &[T], c: &mut [T]) {
+        if self.m == 0 || self.n == 0 || self.k == 0 {
+            assert!(self.k > 0, "a tile product sums over at least one element");
+            return;
+        }
+        let last = |rows: usize, row: usize, width: usize| (rows - 1) * row + width;
+        assert!(last(self.m, self.a_row, 1) + (self.k - 1) * self.a_column <= a.len());
+        assert!(last(self.k, self.b_row, self.n) <= b.len());
+        assert!(last(self.m, self.c_row, self.n) <= c.len());
+        T::tile_product(self, a, b, c);
+    }
+}
+
+macro_rules! tile_product {
+    ($function:ident, $float:ty, $lanes:ident, $splat:ident, $mul_add:ident,
+     $add:ident, $load:ident, $store:ident, $whole:ident, $whole_mut:ident) => {
+        /// For slices that [`TileProduct::run`] has checked.
+        pub(super) fn $function(tile: TileProduct, a: &[$float], b: &[$float], c: &mut [$float]) {
+            struct Work<'a>(TileProduct, &'a [$float], &'a [$float], &'a mut [$float]);
+
+            impl pulp::WithSimd for Work<'_> {
+                type Output = ();
+
+                #[inline(always)]
+                fn with_simd<S: pulp::Simd>(self, simd: S) {
+                    let Work(tile, a, b, c) = self;
+                    let mut column = 0;
+                    while column < tile.n {
+                        let width = (tile.n - column).min(2 * S::$lanes);
+                        let mut row = 0;
+                        while tile.m - row >= 4 {
+                            block::<S, 4>(simd, tile, row, column, width, a, b, c);
+                            row += 4;
+                        }
+                        while row < tile.m {
+                            block::<S, 1>(simd, tile, row, column, width, a, b, c);
+                            row += 1;
+                        }
+                        column += width;
+                    }
+                }
+            }
+
+            /// M rows by `width` columns, at most two vectors.
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn block<S: pulp::Simd, const M: usize>(
+                simd: S,
+                tile: TileProduct,
+                row: usize,
+                column: usize,
+                width: usize,
+                a: &[$float],
+                b: &[$float],
+                c: &mut [$float],
+            ) {
+                let lanes = S::$lanes;
+                let split = width.min(lanes);
+                let mut sums = [[simd.$splat(0.0); 2]; M];
+                if width == 2 * lanes {
+                    for p in 0..tile.k {
+                        let b = S::$whole(&b[p * tile.b_row + column..][..width]).0;
+                        for r in 0..M {
+                            let a = a[(row + r) * tile.a_row + p * tile.a_column];
+                            let a = simd.$splat(a);
+                            sums[r][0] = simd.$mul_add(a, b[0], sums[r][0]);
+                            sums[r][1] = simd.$mul_add(a, b[1], sums[r][1]);
+                        }
+                    }
+                } else {
+                    for p in 0..tile.k {
+                        let b = &b[p * tile.b_row + column..][..width];
+                        let b = [simd.$load(&b[..split]), simd.$load(&b[split..])];
+                        for r in 0..M {
+                            let a = a[(row + r) * tile.a_row + p * tile.a_column];
+                            let a = simd.$splat(a);
+                            sums[r][0] = simd.$mul_add(a, b[0], sums[r][0]);
+                            sums[r][1] = simd.$mul_add(a, b[1], sums[r][1]);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    let c = &mut c[(row + r) * tile.c_row + column..][..width];
+                    if width == 2 * lanes {
+                        for (c, &sum) in S::$whole_mut(c).0.iter_mut().zip(sums) {
+                            *c = if tile.accumulate { simd.$add(*c, sum) } else { sum };
+                        }
+                        continue;
+                    }
+                    let (low, high) = c.split_at_mut(split);
+                    for (c, &sum) in [low, high].into_iter().zip(sums) {
+                        let sum = match tile.accumulate {
+                            true => simd.$add(simd.$load(c), sum),
+                            false => sum,
+                        };
+                        simd.$store(c, sum);
+                    }
+                }
+            }
+
+            pulp::Arch::new().dispatch(Work(tile, a, b, c));
+        }
+    };
+}
+
+tile_product!(
+    tile_product_f32,
+    f32,
+    F32_LANES,
+    splat_f32s,
+    mul_add_f32s,
+    add_f32s,
+    partial_load_f32s,
+    partial_store_f32s,
+    as_simd_f32s,
+    as_mut_simd_f32s
+);
+tile_product!(
+    tile_product_f64,
+    f64,
+    F64_LANES,
+    splat_f64s,
+    mul_add_f64s,
+    add_f64s,
+    partial_load_f64s,
+    partial_store_f64s,
+    as_simd_f64s,
+    as_mut_simd_f64s
+);

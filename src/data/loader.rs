@@ -1,0 +1,283 @@
+//! Rows and batches for training: which tokens a step sees.
+//!
+//! A row is a function of its index, and the order of rows is a function of (seed, epoch), so the
+//! loader's whole state is how many rows it has handed out. Nothing is held in memory but the
+//! batch being made. Batches go on across the end of an epoch.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Rows;
+use crate::data::shuffle::Permutation;
+use crate::data::source::TokenSource;
+use crate::tensor::IGNORE_INDEX;
+use crate::{Error, Result};
+
+/// B rows of S tokens and what is to be predicted at each.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Batch {
+    /// `[B,S]`
+    pub tokens: Vec<i32>,
+    /// `[B,S]`, `IGNORE_INDEX` where nothing is predicted.
+    pub targets: Vec<i32>,
+    /// Targets that are predicted.
+    pub predicted: usize,
+    /// Rows handed out before this batch.
+    pub first_row: u64,
+}
+
+impl Batch {
+    /// A batch in which nothing is predicted; every token is `pad`.
+    pub(crate) fn padding(rows: usize, sequence: usize, pad: i32, first_row: u64) -> Self {
+        Batch {
+            tokens: vec![pad; rows * sequence],
+            targets: vec![IGNORE_INDEX; rows * sequence],
+            predicted: 0,
+            first_row,
+        }
+    }
+
+    /// Row `row` reads `stream[..S]` and predicts `stream[1..S+1]`, as far as the stream goes.
+    pub(crate) fn fill(&mut self, row: usize, sequence: usize, stream: &[u32]) {
+        let read = stream.len().min(sequence);
+        let predicted = stream.len().saturating_sub(1).min(sequence);
+        let start = row * sequence;
+        for (token, &id) in self.tokens[start..start + read].iter_mut().zip(stream) {
+            *token = id as i32;
+        }
+        for (target, &id) in self.targets[start..start + predicted].iter_mut().zip(&stream[1..]) {
+            *target = id as i32;
+        }
+        self.predicted += predicted;
+    }
+}
+
+/// How rows are made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LoaderOptions {
+    pub rows: Rows,
+    /// S: tokens in a row.
+    pub sequence: usize,
+    /// B: rows in a batch.
+    pub micro_batch: usize,
+    /// Decides the order of rows.
+    pub seed: u64,
+}
+
+/// All that a loader remembers. Only `row` changes; the rest refuses a state of other data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LoaderState {
+    /// Rows handed out since the beginning, over all epochs.
+    pub row: u64,
+    pub rows_per_epoch: u64,
+    pub sequence: u64,
+    pub seed: u64,
+    /// [`TokenSource::identity`].
+    pub source: u64,
+}
+
+/// Hands out batches for ever.
+pub struct Loader {
+    source: TokenSource,
+    options: LoaderOptions,
+    state: LoaderState,
+    /// Order of the current epoch.
+    order: Permutation,
+    epoch: u64,
+    stream: Vec<u32>,
+}
+
+impl Loader {
+    /// Errors: a sequence or micro-batch of 0; in packed rows, fewer tokens than one row needs.
+    pub fn new(source: &TokenSource, options: LoaderOptions) -> Result<Self> {
+        if options.sequence == 0 || options.micro_batch == 0 {
+            return Err(Error::Config {
+                what: "data.sequence and train.micro_batch must be at least 1".into(),
+                remedy: "set both".into(),
+            });
+        }
+        let rows_per_epoch = match options.rows {
+            Rows::Packed => source.tokens().saturating_sub(1) / options.sequence as u64,
+            Rows::Document => source.documents(),
+        };
+        if rows_per_epoch == 0 {
+            return Err(too_short(source, options.sequence));
+        }
+        let state = LoaderState {
+            row: 0,
+            rows_per_epoch,
+            sequence: options.sequence as u64,
+            seed: options.seed,
+            source: source.identity(),
+        };
+        Ok(Loader {
+            source: source.clone(),
+            options,
+            state,
+            order: Permutation::new(rows_per_epoch, options.seed, 0),
+            epoch: 0,
+            stream: vec![],
+        })
+    }
+
+    /// A loader that goes on where the one that gave `state` stood. Another `micro_batch` is fine.
+    ///
+    /// Errors: as [`Self::new`]; a state of other tokens, rows, sequence or seed.
+    pub fn restore(
+        source: &TokenSource,
+        options: LoaderOptions,
+        state: &LoaderState,
+    ) -> Result<Self> {
+        let mut loader = Self::new(source, options)?;
+        let differs = [
+            ("tokens", state.source != loader.state.source),
+            ("sequence", state.sequence != loader.state.sequence),
+            ("seed", state.seed != loader.state.seed),
+            ("rows", state.rows_per_epoch != loader.state.rows_per_epoch),
+        ];
+        if let Some((name, _)) = differs.iter().find(|(_, differs)| *differs) {
+            return Err(Error::Data {
+                path: source.origin().to_path_buf(),
+                what: format!(
+                    "the saved position belongs to other data: its {name} differ (saved {state:?}, \
+                     here {:?})",
+                    loader.state
+                ),
+                remedy: "resume with the data and settings of the run, or start a new run".into(),
+            });
+        }
+        loader.state.row = state.row;
+        Ok(loader)
+    }
+
+    /// The next B rows; never ends.
+    ///
+    /// Errors: a damaged shard. The state is then as it was before the call.
+    pub fn next_batch(&mut self) -> Result<Batch> {
+        let LoaderOptions { sequence, micro_batch, .. } = self.options;
+        let pad = self.source.end_of_text().unwrap_or(0) as i32;
+        let mut batch = Batch::padding(micro_batch, sequence, pad, self.state.row);
+        for row in 0..micro_batch {
+            let index = self.row_at(self.state.row + row as u64);
+            let range = match self.options.rows {
+                Rows::Packed => {
+                    let start = index * sequence as u64;
+                    start..start + sequence as u64 + 1
+                }
+                Rows::Document => {
+                    let document = self.source.document(index)?;
+                    document.start..document.end.min(document.start + sequence as u64 + 1)
+                }
+            };
+            self.stream.clear();
+            self.source.read(range, &mut self.stream)?;
+            batch.fill(row, sequence, &self.stream);
+        }
+        self.state.row += micro_batch as u64;
+        Ok(batch)
+    }
+
+    /// Where the loader stands; [`Self::restore`] takes it.
+    pub fn state(&self) -> LoaderState {
+        self.state
+    }
+
+    /// Rows in an epoch.
+    pub fn rows_per_epoch(&self) -> u64 {
+        self.state.rows_per_epoch
+    }
+
+    /// Tokens that no row predicts: what is left after the last full row. The first token of the
+    /// stream, which nothing precedes, is not counted. In document rows: what is cut off is not
+    /// counted either.
+    pub fn left_out_tokens(&self) -> u64 {
+        match self.options.rows {
+            Rows::Packed => (self.source.tokens() - 1) % self.state.sequence,
+            Rows::Document => 0,
+        }
+    }
+
+    fn row_at(&mut self, row: u64) -> u64 {
+        let epoch = row / self.state.rows_per_epoch;
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.order = Permutation::new(self.state.rows_per_epoch, self.options.seed, epoch);
+        }
+        self.order.at(row % self.state.rows_per_epoch)
+    }
+}
+
+fn too_short(source: &TokenSource, sequence: usize) -> Error {
+    Error::Data {
+        path: source.origin().to_path_buf(),
+        what: format!(
+            "{} tokens do not make one row of {sequence} (which needs {} with the last target)",
+            source.tokens(),
+            sequence + 1
+        ),
+        remedy: "give more text, or a smaller data.sequence".into(),
+    }
+}
+
+/// A loader on a background thread, some batches ahead.
+pub struct Prefetch {
+    batches: Option<Receiver<Result<(Batch, LoaderState)>>>,
+    thread: Option<JoinHandle<()>>,
+    state: LoaderState,
+}
+
+impl Prefetch {
+    /// `ahead`: batches prepared before they are asked for, at least 1.
+    ///
+    /// Errors: the system gives no thread.
+    pub fn new(mut loader: Loader, ahead: usize) -> Result<Self> {
+        let state = loader.state();
+        let (sender, batches) = sync_channel(ahead.max(1));
+        let thread = std::thread::Builder::new()
+            .name("batches".into())
+            .spawn(move || {
+                loop {
+                    let batch = loader.next_batch().map(|batch| (batch, loader.state()));
+                    let failed = batch.is_err();
+                    // An error here is the receiver's end: nobody wants batches any more.
+                    if sender.send(batch).is_err() || failed {
+                        return;
+                    }
+                }
+            })
+            .map_err(Error::io("start a thread for", "batches"))?;
+        Ok(Prefetch { batches: Some(batches), thread: Some(thread), state })
+    }
+
+    /// The next batch, as [`Loader::next_batch`] gives it; waits if it is not ready.
+    ///
+    /// Errors: those of the loader; after one, there are no more batches.
+    pub fn next_batch(&mut self) -> Result<Batch> {
+        let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
+        let Some(result) = received else {
+            return Err(Error::Usage {
+                what: "the thread that prepares batches has stopped after an error".into(),
+                remedy: "see the error before this one".into(),
+            });
+        };
+        let (batch, state) = result?;
+        self.state = state;
+        Ok(batch)
+    }
+
+    /// State after the batches handed out, whatever was prepared beyond them.
+    pub fn state(&self) -> LoaderState {
+        self.state
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        self.batches = None; // the thread's next send fails, and it ends
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! From text to batches: text -> tokens -> shards -> rows -> batches.
+//!
+//! `text` reads documents from files, `tokenizer` turns them into ids, `prepare` writes ids into
+//! `shard` files, `source` presents shards (or memory) as one stream, `loader` and `windows` cut
+//! that stream into rows for training and for evaluation. `corpus` resolves a configuration into
+//! all of it. Nothing here knows the model or a device.
+
+pub mod corpus;
+pub mod loader;
+pub mod prepare;
+mod pretokens;
+pub mod shard;
+pub mod shuffle;
+pub mod source;
+pub mod text;
+pub mod tokenizer;
+pub mod windows;
+
+pub use corpus::Corpus;
+pub use loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
+pub use shard::{Shard, ShardWriter};
+pub use source::TokenSource;
+pub use tokenizer::Tokenizer;
+pub use windows::Windows;

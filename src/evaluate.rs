@@ -1,0 +1,147 @@
+//! The loss of a model on a text: exact mean over every token but the first, each predicted once.
+//!
+//! The text is read in consecutive, non-overlapping windows of `sequence` input tokens without a
+//! start token; the last, shorter one is included.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::checkpoint::model_folder;
+use crate::config::{DataConfig, DeviceKind, ModelConfig, Rows as RowKind};
+use crate::cpu::Cpu;
+use crate::data::corpus::Corpus;
+use crate::data::source::TokenSource;
+use crate::data::tokenizer::Tokenizer;
+use crate::data::windows::Windows;
+use crate::device::Device;
+use crate::engine::{Evaluator, Rows};
+use crate::error::{Error, Result};
+use crate::hf;
+use crate::metrics::Evaluation;
+use crate::model::parameters::ParameterTable;
+
+/// Longest window if nobody says.
+const LONGEST_WINDOW: usize = 2048;
+
+/// What to evaluate, on what.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// A run, a checkpoint, or any Hugging Face LLaMA folder.
+    pub model: PathBuf,
+    /// Text, shards, or `bundled:austen`.
+    pub data: String,
+    /// The JSON field of .jsonl files that holds the text.
+    pub field: String,
+    /// Tokens in a window; the model's longest sequence if nobody says, at most 2048.
+    pub sequence: Option<usize>,
+    /// Windows at one time.
+    pub batch: usize,
+    pub device: DeviceKind,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Report {
+    /// The folder that was read.
+    pub model: PathBuf,
+    pub data: String,
+    pub loss: f64,
+    pub perplexity: f64,
+    pub bits_per_byte: f64,
+    /// Predicted tokens.
+    pub tokens: u64,
+    pub text_bytes: u64,
+    pub sequence: usize,
+    pub tokens_per_second: f64,
+}
+
+/// A model read from disk, with its tokenizer.
+pub struct LoadedModel {
+    pub folder: PathBuf,
+    pub config: ModelConfig,
+    pub table: ParameterTable,
+    /// The table's stored elements.
+    pub parameters: Vec<f32>,
+    pub tokenizer: Tokenizer,
+}
+
+impl LoadedModel {
+    /// From a run, a checkpoint, or any Hugging Face LLaMA folder.
+    pub fn open(path: &Path) -> Result<Self> {
+        let folder = model_folder(path)?;
+        let (config, table, parameters) = hf::load_for_inference(&folder)?;
+        let tokenizer = Tokenizer::open(&folder.join(hf::TOKENIZER).to_string_lossy())?;
+        if tokenizer.vocab() > config.vocab {
+            return Err(Error::Checkpoint {
+                path: folder,
+                what: format!(
+                    "its tokenizer has {} tokens, its model {}",
+                    tokenizer.vocab(),
+                    config.vocab
+                ),
+                remedy: "put the tokenizer.json of this model into the folder".to_string(),
+            });
+        }
+        Ok(LoadedModel { folder, config, table, parameters, tokenizer })
+    }
+}
+
+/// Reads the model and the text, and computes the loss; `progress` sees (batches done, of).
+pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Report> {
+    let model = LoadedModel::open(&request.model)?;
+    let data = DataConfig {
+        train: vec![request.data.clone()],
+        valid: Vec::new(),
+        held_out: 0.0,
+        tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),
+        field: request.field.clone(),
+        rows: RowKind::Packed,
+        sequence: 1,
+    };
+    let cache = std::env::temp_dir().join("isobath");
+    let corpus = Corpus::open(&data, &cache, true)?;
+    match Device::choose(request.device)? {
+        Device::Cpu => {
+            evaluate_on(Cpu::<f32>::new(), request, &model, &corpus.train, progress)
+        }
+    }
+}
+
+fn evaluate_on<B: crate::backend::Backend>(
+    backend: B,
+    request: &Request,
+    model: &LoadedModel,
+    text: &TokenSource,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<Report> {
+    let longest = model.config.max_sequence.min(LONGEST_WINDOW);
+    let sequence = request.sequence.unwrap_or(longest);
+    let windows = Windows::new(text, sequence, request.batch, 0)?;
+    let LoadedModel { config, table, parameters, .. } = model;
+    let size = [request.batch, sequence];
+    let mut evaluator = Evaluator::new(config, table, parameters, size, backend)?;
+    let (started, batches) = (Instant::now(), windows.batches());
+    let (mut sum, mut tokens) = (0.0, 0);
+    for (done, batch) in windows.enumerate() {
+        let batch = batch?;
+        let rows = Rows { tokens: &batch.tokens, targets: &batch.targets };
+        let (losses, predicted) = evaluator.evaluate(rows)?;
+        sum += losses;
+        tokens += predicted;
+        progress(done as u64 + 1, batches);
+    }
+    let Evaluation { val_loss, val_perplexity, val_bits_per_byte, .. } =
+        Evaluation::new(sum, tokens, text.text_bytes());
+    Ok(Report {
+        model: model.folder.clone(),
+        data: request.data.clone(),
+        loss: val_loss,
+        perplexity: val_perplexity,
+        bits_per_byte: val_bits_per_byte,
+        tokens,
+        text_bytes: text.text_bytes(),
+        sequence,
+        tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+    })
+}

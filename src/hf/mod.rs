@@ -1,0 +1,24 @@
+//! Hugging Face folders: what `transformers` loads as a stock `LlamaForCausalLM`, in and out.
+//!
+//! Out: [`Export::write`] makes config.json, model.safetensors and the tokenizer's files of a flat
+//! parameter buffer. LayerNorm Scaling leaves no trace in the architecture: the gains are written
+//! as the trained network applies them, `w / sqrt(l)`. In: [`load`] reads and checks a folder,
+//! [`fill`] puts its tensors into a flat buffer. Which tensor lies where is told by the parameter
+//! table alone. No trainer state here; see [`crate::checkpoint`].
+
+mod export;
+mod folder_config;
+mod import;
+mod tokenizer;
+
+pub use export::{Export, ExportDtype};
+pub use folder_config::model_config;
+pub use import::{HfModel, fill, load, load_for_inference};
+pub use tokenizer::TokenizerFiles;
+
+pub const CONFIG: &str = "config.json";
+pub const MODEL: &str = "model.safetensors";
+pub const INDEX: &str = "model.safetensors.index.json";
+pub const TOKENIZER: &str = "tokenizer.json";
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub const GENERATION_CONFIG: &str = "generation_config.json";

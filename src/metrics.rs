@@ -1,0 +1,56 @@
+//! The lines of metrics.jsonl: the one record of a run that everything else derives from.
+
+use serde::{Deserialize, Serialize};
+
+/// One optimizer step.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// From 1.
+    pub step: u64,
+    /// Positions trained on so far, padding included.
+    pub tokens: u64,
+    /// Mean over the predicted tokens of the step, in nats.
+    pub loss: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    pub lr: f64,
+    /// Of this step, data loading and update included.
+    pub tokens_per_second: f64,
+    /// Share of the device's dense peak; `null` where the peak is not known.
+    pub mfu: Option<f64>,
+    /// Only on the steps that were followed by an evaluation.
+    #[serde(flatten)]
+    pub evaluation: Option<Evaluation>,
+}
+
+/// The loss on held-out text.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Exact mean over all predicted tokens, in nats.
+    pub val_loss: f64,
+    pub val_perplexity: f64,
+    /// Sum of the losses in bits over the bytes of the text.
+    pub val_bits_per_byte: f64,
+    pub val_tokens: u64,
+}
+
+impl Evaluation {
+    /// `loss_sum` in nats over `tokens` predictions of `text_bytes` bytes.
+    pub fn new(loss_sum: f64, tokens: u64, text_bytes: u64) -> Self {
+        let val_loss = loss_sum / tokens as f64;
+        Evaluation {
+            val_loss,
+            val_perplexity: val_loss.exp(),
+            val_bits_per_byte: loss_sum / std::f64::consts::LN_2 / text_bytes as f64,
+            val_tokens: tokens,
+        }
+    }
+}
+
+/// One sample, a line of samples.jsonl.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SampleRecord {
+    pub step: u64,
+    pub prompt: String,
+    pub text: String,
+}

@@ -1,0 +1,275 @@
+//! From recorded ops to the steps of a training pass: the backward rule of each op.
+//!
+//! Ops are visited in reverse. The first contribution to an activation's gradient is written, the
+//! rest are added; a residual passes its gradient on without a copy, so the gradient of the
+//! residual stream is one tensor through the whole model. With recomputation, the forward steps
+//! of a block stand again before its backward steps, under new names; steps whose results nobody
+//! reads are then dropped.
+
+use std::collections::{HashMap, HashSet};
+
+use super::{Access, External, Gradient, Op, Residual, Role, Step, Tape, Value, ValueId};
+use crate::backend::{NORM_PARTIAL_ROWS, Sink};
+use crate::config::Recompute;
+use crate::error::{Error, Result};
+use crate::tensor::{Kind, Shape};
+
+/// Forward and backward steps, over `tape.values` grown by gradients, scratch and recomputed
+/// activations.
+pub(super) fn training_steps(
+    tape: &mut Tape,
+    recompute: Recompute,
+    kept: &[ValueId],
+) -> Result<Vec<Step<ValueId>>> {
+    let ops = tape.ops.clone();
+    let mut pass = Pass { values: &mut tape.values, gradients: HashMap::new(), steps: Vec::new() };
+    for recorded in &ops {
+        // The loss is computed with its gradient, from one computation of the logits.
+        if !matches!(recorded.op, Op::CrossEntropy { .. }) {
+            pass.steps.push(Step::Forward(recorded.op));
+        }
+    }
+    let mut renamed: HashMap<ValueId, ValueId> = HashMap::new();
+    let mut current = None;
+    for recorded in ops.iter().rev() {
+        if recompute == Recompute::Block && recorded.block != current {
+            current = recorded.block;
+            renamed.clear();
+            if current.is_some() {
+                for again in ops.iter().filter(|o| o.block == current) {
+                    let op = again.op.map(&mut |id, access| pass.rename(id, access, &mut renamed));
+                    pass.steps.push(Step::Forward(op));
+                }
+            }
+        }
+        pass.backward(recorded.op, &renamed)?;
+    }
+    let steps = std::mem::take(&mut pass.steps);
+    Ok(drop_unread(steps, &tape.values, kept))
+}
+
+/// Forward steps only.
+pub(super) fn inference_steps(tape: &Tape) -> Vec<Step<ValueId>> {
+    tape.ops.iter().map(|recorded| Step::Forward(recorded.op)).collect()
+}
+
+/// Removes steps that write nothing that is read later, kept, or lives outside the arena.
+fn drop_unread(
+    steps: Vec<Step<ValueId>>,
+    values: &[Value],
+    kept: &[ValueId],
+) -> Vec<Step<ValueId>> {
+    let mut read: HashSet<ValueId> = kept.iter().copied().collect();
+    let mut needed = Vec::with_capacity(steps.len());
+    for step in steps.into_iter().rev() {
+        let operands = step.operands();
+        let wanted = operands.iter().any(|(id, access)| {
+            let outside = matches!(values[id.0].role, Role::External(_));
+            *access != Access::Read && (outside || read.contains(id))
+        });
+        if wanted {
+            read.extend(
+                operands.iter().filter(|(_, access)| *access != Access::Write).map(|o| o.0),
+            );
+            needed.push(step);
+        }
+    }
+    needed.reverse();
+    needed
+}
+
+struct Pass<'a> {
+    values: &'a mut Vec<Value>,
+    /// value -> its gradient, complete once all its readers have been visited
+    gradients: HashMap<ValueId, ValueId>,
+    steps: Vec<Step<ValueId>>,
+}
+
+impl Pass<'_> {
+    fn push(&mut self, name: &'static str, shape: Shape, kind: Kind) -> ValueId {
+        self.values.push(Value { name, shape, kind, role: Role::Activation });
+        ValueId(self.values.len() - 1)
+    }
+
+    /// The name under which a value of a recomputed block is known in its backward pass.
+    fn rename(
+        &mut self,
+        id: ValueId,
+        access: Access,
+        renamed: &mut HashMap<ValueId, ValueId>,
+    ) -> ValueId {
+        if access == Access::Write {
+            let Value { name, shape, kind, .. } = self.values[id.0].clone();
+            let again = self.push(name, shape, kind);
+            renamed.insert(id, again);
+        }
+        renamed.get(&id).copied().unwrap_or(id)
+    }
+
+    fn new_gradient(&mut self, of: ValueId) -> ValueId {
+        let Value { shape, kind, .. } = self.values[of.0];
+        self.push("activation gradient", shape, kind)
+    }
+
+    /// For ops that can write or add.
+    fn sink(&mut self, of: ValueId) -> Sink<ValueId> {
+        if let Some(&to) = self.gradients.get(&of) {
+            return Sink { to, accumulate: true };
+        }
+        let to = self.new_gradient(of);
+        self.gradients.insert(of, to);
+        Sink { to, accumulate: false }
+    }
+
+    /// For ops that can only write: records the step that `make` builds, and an add behind it
+    /// where a gradient was there already.
+    fn written(&mut self, of: ValueId, make: impl FnOnce(ValueId) -> Gradient<ValueId>) {
+        let from = self.new_gradient(of);
+        self.steps.push(Step::Backward(make(from)));
+        match self.gradients.get(&of) {
+            Some(&to) => self.steps.push(Step::Add { from, to }),
+            None => {
+                self.gradients.insert(of, from);
+            }
+        }
+    }
+
+    /// The gradient of an operand that was added unchanged; `d_out` has no reader left.
+    fn pass_on(&mut self, d_out: ValueId, of: ValueId) {
+        match self.gradients.get(&of) {
+            Some(&to) => self.steps.push(Step::Add { from: d_out, to }),
+            None => {
+                self.gradients.insert(of, d_out);
+            }
+        }
+    }
+
+    /// As [`Pass::pass_on`], where `d_out` is still needed.
+    fn pass_copy(&mut self, d_out: ValueId, of: ValueId) {
+        match self.gradients.get(&of) {
+            Some(&to) => self.steps.push(Step::Add { from: d_out, to }),
+            None => {
+                let to = self.new_gradient(of);
+                self.steps.push(Step::Copy { from: d_out, to });
+                self.gradients.insert(of, to);
+            }
+        }
+    }
+
+    fn parameter_gradient(&mut self, of: ValueId) -> Result<ValueId> {
+        if let Some(&gradient) = self.gradients.get(&of) {
+            return Ok(gradient);
+        }
+        let Value { shape, role, .. } = self.values[of.0];
+        let Role::External(External::Parameter(index)) = role else {
+            return Err(Error::NoGradient { op: "a weight that is not a parameter" });
+        };
+        self.values.push(Value {
+            name: "parameter gradient",
+            shape,
+            kind: Kind::Statistic,
+            role: Role::External(External::ParameterGradient(index)),
+        });
+        let gradient = ValueId(self.values.len() - 1);
+        self.gradients.insert(of, gradient);
+        Ok(gradient)
+    }
+
+    /// The backward rules, one arm an op. `renamed` leads to recomputed activations; gradients
+    /// are known by the names of the forward pass.
+    fn backward(&mut self, op: Op<ValueId>, renamed: &HashMap<ValueId, ValueId>) -> Result<()> {
+        let kept = |id: ValueId| renamed.get(&id).copied().unwrap_or(id);
+        match op {
+            Op::Embedding { tokens, table, out } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let d_table = self.parameter_gradient(table)?;
+                self.steps.push(Step::Backward(Gradient::Embedding { tokens, d_out, d_table }));
+            }
+            Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let normalised = residual.map_or(inp, |r| r.sum);
+                let [t, c] = [0, 1].map(|i| self.values[out.0].shape.sizes()[i]);
+                let partial = self.push(
+                    "norm partial sums",
+                    Shape::new(&[t.div_ceil(NORM_PARTIAL_ROWS), c]),
+                    Kind::Statistic,
+                );
+                let d_inp = self.sink(normalised);
+                let d_gain = self.parameter_gradient(gain)?;
+                self.steps.push(Step::Backward(Gradient::Norm {
+                    spec,
+                    inp: kept(normalised),
+                    gain,
+                    mean: mean.map(kept),
+                    rstd: kept(rstd),
+                    d_out,
+                    partial,
+                    d_inp,
+                    d_gain,
+                }));
+                if let Some(Residual { residual, .. }) = residual {
+                    self.pass_copy(d_inp.to, inp);
+                    self.pass_on(d_inp.to, residual);
+                }
+            }
+            Op::Linear { inp, weight, residual, out } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let d_inp = self.sink(inp);
+                let d_weight = self.parameter_gradient(weight)?;
+                self.steps.push(Step::Backward(Gradient::Linear {
+                    inp: kept(inp),
+                    weight,
+                    d_out,
+                    d_inp,
+                    d_weight,
+                }));
+                if let Some(residual) = residual {
+                    self.pass_on(d_out, residual);
+                }
+            }
+            Op::Rotary { heads, table, positions, qkv } => {
+                let Some(&d_qkv) = self.gradients.get(&qkv) else { return Ok(()) };
+                self.steps.push(Step::Backward(Gradient::Rotary {
+                    heads,
+                    table,
+                    positions,
+                    d_qkv,
+                }));
+            }
+            Op::Attention { spec, qkv, out, log_sum_exp } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let shape = self.values[log_sum_exp.0].shape;
+                let delta = self.push("attention delta", shape, Kind::Statistic);
+                self.written(qkv, |d_qkv| Gradient::Attention {
+                    spec,
+                    qkv: kept(qkv),
+                    out: kept(out),
+                    log_sum_exp: kept(log_sum_exp),
+                    d_out,
+                    delta,
+                    d_qkv,
+                });
+            }
+            Op::CachedAttention { .. } => return Err(Error::NoGradient { op: op.name() }),
+            Op::SwiGlu { inp, out } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                self.written(inp, |d_inp| Gradient::SwiGlu { inp: kept(inp), d_out, d_inp });
+            }
+            Op::CrossEntropy { spec, inp, weight, targets, scale, logits, losses } => {
+                let d_weight = self.parameter_gradient(weight)?;
+                self.written(inp, |d_inp| Gradient::CrossEntropy {
+                    spec,
+                    inp: kept(inp),
+                    weight,
+                    targets,
+                    scale,
+                    logits,
+                    losses,
+                    d_inp,
+                    d_weight,
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,98 @@
+//! A program: steps whose memory is planned, and, once bound, whose operands are views.
+
+use super::differentiate::{inference_steps, training_steps};
+use super::memory::MemoryPlan;
+use super::{External, Role, Step, Tape, ValueId};
+use crate::backend::Backend;
+use crate::config::Recompute;
+use crate::error::Result;
+use crate::tensor::{BufferId, Kind, View};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    Inference,
+    Training { recompute: Recompute },
+}
+
+/// A tape made ready for one purpose; it needs [`Program::arena_bytes`] of memory to run.
+#[derive(Clone, Debug)]
+pub struct Program {
+    tape: Tape,
+    steps: Vec<Step<ValueId>>,
+    memory: MemoryPlan,
+}
+
+/// A program with an address for every operand.
+#[derive(Clone, Debug)]
+pub struct BoundProgram {
+    program: Program,
+    arena: BufferId,
+    steps: Vec<Step<View>>,
+}
+
+impl Program {
+    /// `kept`: activations that the caller reads after a run.
+    pub fn new(
+        mut tape: Tape,
+        purpose: Purpose,
+        kept: &[ValueId],
+        element_bytes: impl Fn(Kind) -> usize,
+    ) -> Result<Self> {
+        let steps = match purpose {
+            Purpose::Inference => inference_steps(&tape),
+            Purpose::Training { recompute } => training_steps(&mut tape, recompute, kept)?,
+        };
+        let memory = MemoryPlan::new(&steps, &tape.values, kept, element_bytes);
+        Ok(Program { tape, steps, memory })
+    }
+
+    pub fn arena_bytes(&self) -> usize {
+        self.memory.arena_bytes
+    }
+
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.memory
+    }
+
+    pub fn steps(&self) -> &[Step<ValueId>] {
+        &self.steps
+    }
+
+    fn view(&self, id: ValueId, arena: BufferId, external: &impl Fn(External) -> View) -> View {
+        let value = &self.tape.values[id.0];
+        match (value.role, self.memory.offset(id)) {
+            (Role::External(which), _) => View { shape: value.shape, ..external(which) },
+            (_, Some(offset)) => {
+                View { buffer: arena, offset, kind: value.kind, shape: value.shape }
+            }
+            (_, None) => unreachable!("{} has no step and so no memory", value.name),
+        }
+    }
+
+    /// `arena` holds at least [`Program::arena_bytes`]; `external` says where the rest lies.
+    pub fn bind(self, arena: BufferId, external: impl Fn(External) -> View) -> BoundProgram {
+        let steps = self
+            .steps
+            .iter()
+            .map(|step| step.map(&mut |id, _| self.view(id, arena, &external)))
+            .collect();
+        BoundProgram { program: self, arena, steps }
+    }
+}
+
+impl BoundProgram {
+    /// Where an input is to be written, or a kept value to be read.
+    pub fn view(&self, id: ValueId) -> View {
+        self.program.view(id, self.arena, &|_| unreachable!("externals are the caller's"))
+    }
+
+    /// What will run, in order.
+    pub fn steps(&self) -> &[Step<View>] {
+        &self.steps
+    }
+
+    /// Runs every step, in order.
+    pub fn run(&self, backend: &mut impl Backend) -> Result<()> {
+        self.steps.iter().try_for_each(|step| step.run(backend))
+    }
+}

@@ -1,0 +1,436 @@
+//! The training loop: the one place where data, model, optimizer, checkpoints and the person in
+//! front of the screen meet.
+//!
+//! ```text
+//! config -> corpus -> plan -> buffers -> [ batch -> step -> check -> update ]* -> checkpoint
+//! ```
+//!
+//! A step is checked before it is applied: a loss or gradient that is not finite ends the run
+//! with parameters and checkpoints as they were. Equal configurations give equal bits, whether
+//! trained in one go or resumed.
+
+mod console;
+mod interrupt;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub use console::Console;
+pub use interrupt::Interrupt;
+
+use crate::backend::Backend;
+use crate::checkpoint::{self, Snapshot, TrainerState};
+use crate::config::Config;
+use crate::cpu::Cpu;
+use crate::data::corpus::Corpus;
+use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
+use crate::data::source::TokenSource;
+use crate::data::tokenizer::Tokenizer;
+use crate::data::windows::Windows;
+use crate::device::Device;
+use crate::engine::{Plan, Rows, StepOutcome, Trainer};
+use crate::error::{Error, Result};
+use crate::generate::Sampling;
+use crate::hf::{self, ExportDtype, TokenizerFiles};
+use crate::metrics::{Evaluation, SampleRecord, StepRecord};
+use crate::model::init::initial_parameters;
+use crate::optim;
+use crate::rundir::{MetricsLog, RunDir};
+
+/// Batches prepared ahead of the step that trains.
+const BATCHES_AHEAD: usize = 4;
+
+/// A sample: tokens of held-out text that start it, and tokens that follow.
+const PROMPT_TOKENS: usize = 16;
+const SAMPLE_TOKENS: usize = 100;
+const SAMPLE_TEMPERATURE: f64 = 0.8;
+const SAMPLE_TOP_P: f64 = 0.95;
+
+/// What to train and where.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub config: Config,
+    /// runs/NAME
+    pub folder: PathBuf,
+    /// Continue the run in `folder`.
+    pub resume: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub folder: PathBuf,
+    /// The newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// Steps done.
+    pub step: u64,
+    pub steps: u64,
+    /// Whether a signal ended it before the last step.
+    pub interrupted: bool,
+    /// Of the last step, if it was reached.
+    pub evaluation: Option<Evaluation>,
+    /// Of the last step, if it was reached.
+    pub sample: Option<SampleRecord>,
+    /// Wall time of training, over all processes of this run.
+    pub seconds: f64,
+}
+
+/// Trains to the last step, or until `interrupt` asks to stop.
+pub fn train(run: Run, interrupt: Interrupt, console: &mut Console) -> Result<Outcome> {
+    let device = Device::choose(run.config.device)?;
+    device.check_dtype(run.config.dtype)?;
+    match device {
+        Device::Cpu => train_on(Cpu::<f32>::new(), run, interrupt, console),
+    }
+}
+
+fn train_on<B: Backend>(
+    backend: B,
+    run: Run,
+    interrupt: Interrupt,
+    console: &mut Console,
+) -> Result<Outcome> {
+    let Run { mut config, folder, resume } = run;
+    let directory = match resume {
+        true => RunDir::resume(&folder)?,
+        false => RunDir::create(&folder)?,
+    };
+    let corpus = Corpus::open(&config.data, &folder.join("data"), true)?;
+    resolve_vocabulary(&mut config, &corpus.tokenizer)?;
+    console.say(format!(
+        "{}: {} training tokens, {} held out, {} tokens in the vocabulary",
+        config.data.train.join(", "),
+        corpus.train.tokens(),
+        corpus.valid.tokens(),
+        corpus.tokenizer.vocab()
+    ));
+
+    let plan = Plan::new(&config, &backend)?;
+    console.say(format!(
+        "{} parameters on {}\n{}",
+        plan.table.parameters(),
+        backend.name(),
+        plan.memory_table()
+    ));
+    let mut trainer = Trainer::new(plan, &config, backend)?;
+    let (state, loader) = match resume {
+        true => restore(&mut trainer, &directory, &config, &corpus, console)?,
+        false => begin(&mut trainer, &config, &corpus)?,
+    };
+    directory.write_config(&config.to_toml()?)?;
+    let mut session = Session {
+        metrics: directory.metrics()?,
+        samples: directory.samples()?,
+        loader: Prefetch::new(loader, BATCHES_AHEAD)?,
+        prompt: prompt(&corpus)?,
+        trainer,
+        directory,
+        config,
+        corpus,
+        state,
+        interrupt,
+        saved: None,
+    };
+    let outcome = session.run(console);
+    console.finish();
+    outcome
+}
+
+/// `model.vocab = 0` becomes the tokenizer's size; a tokenizer that does not fit is refused.
+fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) -> Result<()> {
+    let (vocab, needed) = (config.model.vocab, tokenizer.vocab());
+    if vocab == 0 {
+        config.model.vocab = needed;
+    } else if needed > vocab {
+        return Err(Error::Config {
+            what: format!("the tokenizer has {needed} tokens, model.vocab is {vocab}"),
+            remedy: format!("set model.vocab={needed} (or 0), or use another data.tokenizer"),
+        });
+    }
+    Ok(())
+}
+
+fn loader_options(config: &Config) -> LoaderOptions {
+    LoaderOptions {
+        rows: config.data.rows,
+        sequence: config.data.sequence,
+        micro_batch: config.train.micro_batch,
+        seed: config.seed,
+    }
+}
+
+/// Step 0: drawn parameters, or those of a Hugging Face folder.
+fn begin<B: Backend>(
+    trainer: &mut Trainer<B>,
+    config: &Config,
+    corpus: &Corpus,
+) -> Result<(TrainerState, Loader)> {
+    let parameters = match &config.train.init_from {
+        None => initial_parameters(trainer.table(), config.seed),
+        Some(folder) => {
+            let mut parameters = vec![0.0; trainer.table().stored_elements()];
+            hf::fill(&hf::load(folder)?, trainer.table(), &mut parameters)?;
+            parameters
+        }
+    };
+    trainer.set_parameters(&parameters)?;
+    let loader = Loader::new(&corpus.train, loader_options(config))?;
+    let state = TrainerState {
+        step: 0,
+        updates: 0,
+        tokens: 0,
+        seed: config.seed,
+        loader: serde_json::Value::Null,
+        elapsed_seconds: 0.0,
+        best_valid_loss: None,
+        extra: serde_json::Value::Null,
+    };
+    Ok((state, loader))
+}
+
+/// The newest checkpoint that holds; metrics behind it are cut off.
+fn restore<B: Backend>(
+    trainer: &mut Trainer<B>,
+    directory: &RunDir,
+    config: &Config,
+    corpus: &Corpus,
+    console: &Console,
+) -> Result<(TrainerState, Loader)> {
+    let latest = checkpoint::latest(directory)?;
+    for damaged in &latest.damaged {
+        console.say(format!("warning: passing over step {}: {}", damaged.step, damaged.reason));
+    }
+    let Some(verified) = latest.verified else {
+        console.say("no checkpoint to resume from: starting at step 0");
+        directory.cut_metrics(0)?;
+        return begin(trainer, config, corpus);
+    };
+    let restored = verified.load_trainer(trainer.table())?;
+    trainer.set_state(&restored.parameters, &restored.moment1, &restored.moment2)?;
+    let state = restored.state;
+    let position: LoaderState = serde_json::from_value(state.loader.clone()).map_err(|error| {
+        Error::Checkpoint {
+            path: verified.folder().to_path_buf(),
+            what: format!("the loader's position cannot be read: {error}"),
+            remedy: "resume with the version of isobath that wrote it".to_string(),
+        }
+    })?;
+    let loader = Loader::restore(&corpus.train, loader_options(config), &position)?;
+    directory.cut_metrics(state.step)?;
+    console.say(format!("resuming behind step {}", state.step));
+    Ok((state, loader))
+}
+
+/// The first tokens of the held-out text, or of the training text if nothing is held out.
+fn prompt(corpus: &Corpus) -> Result<Vec<u32>> {
+    let source = if corpus.valid.tokens() > 0 { &corpus.valid } else { &corpus.train };
+    let mut tokens = Vec::new();
+    source.read(0..source.tokens().min(PROMPT_TOKENS as u64), &mut tokens)?;
+    Ok(tokens)
+}
+
+/// A run between two steps.
+struct Session<B> {
+    trainer: Trainer<B>,
+    directory: RunDir,
+    config: Config,
+    corpus: Corpus,
+    loader: Prefetch,
+    metrics: MetricsLog,
+    samples: MetricsLog,
+    state: TrainerState,
+    prompt: Vec<u32>,
+    interrupt: Interrupt,
+    /// The newest checkpoint of this process.
+    saved: Option<(u64, PathBuf)>,
+}
+
+impl<B: Backend> Session<B> {
+    fn run(&mut self, console: &mut Console) -> Result<Outcome> {
+        let steps = self.config.train.steps;
+        console.start(self.state.step, steps);
+        let mut evaluation = None;
+        let mut sample = None;
+        while self.state.step < steps && !self.interrupt.asked() {
+            let started = Instant::now();
+            let mut record = self.step()?;
+            let seconds = started.elapsed().as_secs_f64();
+            let tokens = self.positions();
+            record.tokens_per_second = tokens as f64 / seconds;
+            let last = record.step == steps;
+            let due = |every: u64| last || every > 0 && record.step.is_multiple_of(every);
+            console.step(&record, tokens, seconds);
+            if due(self.config.train.eval_every) {
+                let most = if last { 0 } else { self.config.train.eval_tokens };
+                evaluation = self.evaluate(most)?;
+                record.evaluation = evaluation;
+                if let Some(evaluation) = &evaluation {
+                    console.evaluation(record.step, evaluation);
+                    let best = self.state.best_valid_loss.unwrap_or(f64::INFINITY);
+                    self.state.best_valid_loss = Some(best.min(evaluation.val_loss));
+                }
+            }
+            self.metrics.append(&record)?;
+            if due(self.config.train.sample_every) && !self.interrupt.asked() {
+                let text = self.sample(record.step)?;
+                if !last {
+                    console.say(format!("step {}: {}|{}", text.step, text.prompt, text.text));
+                }
+                sample = Some(text);
+            }
+            self.state.elapsed_seconds += started.elapsed().as_secs_f64();
+            if due(self.config.checkpoint.every) {
+                self.save()?;
+            }
+        }
+        let interrupted = self.state.step < steps;
+        let checkpoint = self.save()?;
+        Ok(Outcome {
+            folder: self.directory.path().to_path_buf(),
+            checkpoint,
+            step: self.state.step,
+            steps,
+            interrupted,
+            evaluation: evaluation.filter(|_| !interrupted),
+            sample: sample.filter(|_| !interrupted),
+            seconds: self.state.elapsed_seconds,
+        })
+    }
+
+    /// Positions in an optimizer step.
+    fn positions(&self) -> u64 {
+        let train = &self.config.train;
+        (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
+    }
+
+    /// One optimizer step; everything but the time in the record.
+    fn step(&mut self) -> Result<StepRecord> {
+        let step = self.state.step + 1;
+        let count = self.config.train.grad_accumulation;
+        let batches: Vec<Batch> =
+            (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
+        let rows = batches.iter().map(|b| Rows { tokens: &b.tokens, targets: &b.targets });
+        let outcome = self.trainer.accumulate(rows)?;
+        let first_row = batches.first().map_or(0, |batch| batch.first_row);
+        let rows = (count * self.config.train.micro_batch) as u64;
+        check_finite(&outcome, step, first_row, first_row + rows)?;
+        let optimizer = &self.config.optimizer;
+        let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
+        self.trainer.update(optimizer, self.state.updates + 1, lr, outcome.grad_norm)?;
+        self.state.step = step;
+        self.state.updates += 1;
+        self.state.tokens += self.positions();
+        Ok(StepRecord {
+            step,
+            tokens: self.state.tokens,
+            loss: outcome.loss,
+            grad_norm: outcome.grad_norm,
+            lr,
+            tokens_per_second: 0.0,
+            mfu: None,
+            evaluation: None,
+        })
+    }
+
+    /// The loss on held-out text; none if there is none, or if somebody asked to stop meanwhile.
+    fn evaluate(&mut self, most_tokens: u64) -> Result<Option<Evaluation>> {
+        let (config, source) = (&self.config, &self.corpus.valid);
+        if source.tokens() < 2 {
+            return Ok(None);
+        }
+        let windows =
+            Windows::new(source, config.data.sequence, config.train.micro_batch, most_tokens)?;
+        let text_bytes = match windows.text_bytes() {
+            Some(bytes) => bytes,
+            None => predicted_bytes(source, windows.predicted_tokens(), &self.corpus.tokenizer)?,
+        };
+        let (mut sum, mut predicted) = (0.0, 0);
+        for batch in windows {
+            if self.interrupt.asked() {
+                return Ok(None);
+            }
+            let batch = batch?;
+            let rows = Rows { tokens: &batch.tokens, targets: &batch.targets };
+            let (losses, count) = self.trainer.evaluate(rows)?;
+            sum += losses;
+            predicted += count;
+        }
+        Ok(Some(Evaluation::new(sum, predicted, text_bytes)))
+    }
+
+    fn sample(&mut self, step: u64) -> Result<SampleRecord> {
+        let sampling = Sampling {
+            temperature: SAMPLE_TEMPERATURE,
+            top_k: 0,
+            top_p: SAMPLE_TOP_P,
+            seed: self.config.seed ^ step,
+        };
+        let (tokenizer, end) = (&self.corpus.tokenizer, self.corpus.tokenizer.end_of_text());
+        let interrupt = self.interrupt;
+        let tokens = self.trainer.sample(&self.prompt, SAMPLE_TOKENS, &sampling, end, |_| {
+            Ok(!interrupt.asked())
+        })?;
+        let prompt = tokenizer.decode(&self.prompt)?;
+        let whole = tokenizer.decode(&[&self.prompt[..], &tokens].concat())?;
+        let text = whole.strip_prefix(&prompt).unwrap_or(&whole).to_string();
+        let record = SampleRecord { step, prompt, text };
+        self.samples.append(&record)?;
+        Ok(record)
+    }
+
+    /// Writes a checkpoint of this step, if this process has not yet.
+    fn save(&mut self) -> Result<PathBuf> {
+        if let Some((step, folder)) = &self.saved
+            && *step == self.state.step
+        {
+            return Ok(folder.clone());
+        }
+        self.metrics.sync()?;
+        self.state.loader = serde_json::to_value(self.loader.state()).unwrap_or_default();
+        let tokenizer = TokenizerFiles {
+            json: self.corpus.tokenizer.json().to_string(),
+            bos: None,
+            eos: self.corpus.tokenizer.end_of_text(),
+        };
+        let table = self.trainer.table().clone();
+        let [parameters, moment1, moment2] = self.trainer.state()?;
+        let snapshot = Snapshot {
+            config: &self.config,
+            table: &table,
+            parameters: &parameters,
+            moment1: &moment1,
+            moment2: &moment2,
+            state: &self.state,
+            tokenizer: &tokenizer,
+            dtype: ExportDtype::F32,
+        };
+        let folder = checkpoint::save(&self.directory, &snapshot)?;
+        checkpoint::retain(&self.directory, &self.config.checkpoint)?;
+        self.saved = Some((self.state.step, folder.clone()));
+        Ok(folder)
+    }
+}
+
+/// Bytes of text behind the first `predicted` predictions of a source.
+fn predicted_bytes(source: &TokenSource, predicted: u64, tokenizer: &Tokenizer) -> Result<u64> {
+    let mut tokens = Vec::new();
+    source.read(0..predicted + 1, &mut tokens)?;
+    tokenizer.text_bytes(&tokens)
+}
+
+fn check_finite(outcome: &StepOutcome, step: u64, first_row: u64, end_row: u64) -> Result<()> {
+    for (what, value) in [("loss", outcome.loss), ("gradient norm", outcome.grad_norm)] {
+        if !value.is_finite() {
+            let remedy = "lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, \
+                          then continue from the last checkpoint with --resume"
+                .to_string();
+            return Err(Error::NonFinite { what, value, step, first_row, end_row, remedy });
+        }
+    }
+    Ok(())
+}
+
+/// Where a run goes if nobody says: runs/NAME.
+pub fn default_folder(name: &str) -> PathBuf {
+    Path::new("runs").join(name)
+}

@@ -1,0 +1,333 @@
+//! The tape: recording, gradients of a whole model, recomputation, and the memory plan.
+
+use isobath::Error;
+use isobath::backend::HeadSpec;
+use isobath::config::{ModelConfig, NormKind, Recompute};
+use isobath::cpu::{Cpu, Float};
+use isobath::engine::{Plan, Rows, Trainer};
+use isobath::model::parameters::ParameterTable;
+use isobath::model::{record_decode, record_loss};
+use isobath::tape::{Access, External, Program, Purpose, Tape};
+use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
+
+use crate::support::{assert_close, normals, run_config, small_model, tokens};
+
+fn trainer<T: Float>(
+    model: &ModelConfig,
+    [batch, sequence]: [usize; 2],
+    recompute: Recompute,
+) -> Trainer<Cpu<T>> {
+    let mut config = run_config(model);
+    config.train.micro_batch = batch;
+    config.data.sequence = sequence;
+    config.train.recompute = recompute;
+    config.train.z_loss = 1e-3;
+    let cpu = Cpu::<T>::new();
+    let plan = Plan::new(&config, &cpu).unwrap();
+    let mut trainer = Trainer::new(plan, &config, cpu).unwrap();
+    let parameters = parameters(trainer.table());
+    trainer.set_parameters(&parameters).unwrap();
+    trainer
+}
+
+/// Random matrices, gains around 1, zeros in the padding.
+fn parameters(table: &ParameterTable) -> Vec<f32> {
+    let random = normals(11, table.stored_elements());
+    let mut flat = vec![0.0f32; table.stored_elements()];
+    for parameter in table.entries() {
+        let columns = parameter.stored.columns();
+        for tensor in &parameter.tensors {
+            for row in 0..tensor.shape.rows() {
+                let at = parameter.offset + (tensor.first_row + row) * columns;
+                for i in at..at + tensor.shape.columns() {
+                    let gain = parameter.stored.sizes().len() == 1;
+                    flat[i] = (if gain { 1.0 } else { 0.0 } + 0.2 * random[i]) as f32;
+                }
+            }
+        }
+    }
+    flat
+}
+
+/// Rows with some targets that are not predicted.
+fn rows(seed: u64, count: usize, vocab: usize) -> (Vec<i32>, Vec<i32>) {
+    let mut targets = tokens(seed + 1, count, vocab);
+    targets.iter_mut().step_by(7).for_each(|target| *target = IGNORE_INDEX);
+    (tokens(seed, count, vocab), targets)
+}
+
+fn check_model_gradients(model: ModelConfig) {
+    let size = [2, 9];
+    let mut trainer = trainer::<f64>(&model, size, Recompute::None);
+    let (tokens, targets) = rows(5, 18, model.vocab);
+    let loss = |trainer: &mut Trainer<Cpu<f64>>| {
+        let rows = [Rows { tokens: &tokens, targets: &targets }];
+        trainer.accumulate(rows.into_iter()).unwrap()
+    };
+    // Losses are handed out as f32; their f64 values lie behind the gradient's norm instead, so
+    // the differences are taken over a loss summed in f64: L = sum of losses / predicted.
+    let outcome = loss(&mut trainer);
+    assert!(outcome.loss > 1.0 && outcome.grad_norm > 1e-2, "{outcome:?}");
+    let gradients: Vec<f64> = trainer.gradients().unwrap().iter().map(|&g| g as f64).collect();
+    let table = trainer.table().clone();
+    let step = 1e-3;
+    for parameter in table.entries() {
+        let range = parameter.range();
+        let all = &gradients[range.clone()];
+        // The largest elements of the gradient, and some others.
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        order.sort_by(|&a, &b| all[b].abs().total_cmp(&all[a].abs()));
+        let chosen: Vec<usize> = order
+            .iter()
+            .copied()
+            .take(3)
+            .chain((0..all.len()).step_by(all.len() / 4 + 1))
+            .collect();
+        let mut numeric = Vec::new();
+        for &i in &chosen {
+            let mut at = |offset: f64| {
+                let (cpu, view) = trainer.device();
+                let kept = cpu.values(view)[range.start + i];
+                cpu.values_mut(view)[range.start + i] = kept + offset;
+                let loss = exact_loss(&mut trainer, &tokens, &targets);
+                let (cpu, view) = trainer.device();
+                cpu.values_mut(view)[range.start + i] = kept;
+                loss
+            };
+            // Fourth order: (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12 h
+            let near = at(step) - at(-step);
+            let far = at(2.0 * step) - at(-2.0 * step);
+            numeric.push((8.0 * near - far) / (12.0 * step));
+        }
+        let found: Vec<f64> = chosen.iter().map(|&i| all[i]).collect();
+        assert_close(&parameter.name, &found, &numeric, 1e-6);
+    }
+}
+
+/// The mean loss in f64, from the arena of the program that just ran.
+fn exact_loss(trainer: &mut Trainer<Cpu<f64>>, tokens: &[i32], targets: &[i32]) -> f64 {
+    let rows = Rows { tokens, targets };
+    let predicted = rows.predicted() as f64;
+    trainer.accumulate([rows].into_iter()).unwrap();
+    let view = trainer.losses_view();
+    let (cpu, _) = trainer.device();
+    cpu.values(view).iter().sum::<f64>() / predicted
+}
+
+#[test]
+fn gradients_of_a_whole_model_match_finite_differences() {
+    check_model_gradients(small_model());
+    check_model_gradients(ModelConfig { tied: true, ..small_model() });
+    check_model_gradients(ModelConfig { norm: NormKind::Layer, kv_heads: 1, ..small_model() });
+}
+
+#[test]
+fn every_parameter_gets_a_gradient() {
+    let model = small_model();
+    let mut trainer = trainer::<f32>(&model, [2, 16], Recompute::None);
+    let (tokens, targets) = rows(3, 32, model.vocab);
+    trainer.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    let gradients = trainer.gradients().unwrap();
+    for parameter in trainer.table().entries() {
+        for tensor in &parameter.tensors {
+            let first = parameter.offset + tensor.first_row * parameter.stored.columns();
+            let rows = tensor.shape.rows() * parameter.stored.columns();
+            let largest = gradients[first..first + rows].iter().fold(0f32, |m, g| m.max(g.abs()));
+            assert!(largest > 1e-7, "{}: largest gradient {largest:e}", tensor.name);
+        }
+    }
+}
+
+#[test]
+fn padding_of_an_odd_ffn_gets_no_gradient() {
+    let model = small_model(); // F 37 is stored as 40
+    let mut trainer = trainer::<f32>(&model, [1, 8], Recompute::None);
+    let (tokens, targets) = rows(3, 8, model.vocab);
+    trainer.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    let gradients = trainer.gradients().unwrap();
+    let table = trainer.table();
+    let mut padded = 0;
+    for parameter in table.entries() {
+        let columns = parameter.stored.columns();
+        let mut real = vec![false; parameter.stored.elements()];
+        for tensor in &parameter.tensors {
+            for row in tensor.first_row..tensor.first_row + tensor.shape.rows() {
+                real[row * columns..][..tensor.shape.columns()].fill(true);
+            }
+        }
+        for (i, _) in real.iter().enumerate().filter(|(_, real)| !**real) {
+            padded += 1;
+            assert_eq!(gradients[parameter.offset + i], 0.0, "{} element {i}", parameter.name);
+        }
+    }
+    assert_eq!(padded, model.layers * 3 * 3 * model.hidden);
+}
+
+fn step<T: Float>(trainer: &mut Trainer<Cpu<T>>, vocab: usize, count: usize) -> (u64, Vec<u32>) {
+    let (tokens, targets) = rows(3, count, vocab);
+    let rows = Rows { tokens: &tokens, targets: &targets };
+    let outcome = trainer.accumulate([rows, rows].into_iter()).unwrap();
+    let gradients = trainer.gradients().unwrap();
+    (outcome.loss.to_bits(), gradients.iter().map(|g| g.to_bits()).collect())
+}
+
+#[test]
+fn recomputation_saves_memory_and_changes_no_bit() {
+    let model = ModelConfig { layers: 4, ..small_model() };
+    let config = |recompute| {
+        let mut config = run_config(&model);
+        config.train.recompute = recompute;
+        Plan::new(&config, &Cpu::<f32>::new()).unwrap().arena_bytes()
+    };
+    assert!(config(Recompute::Block) < config(Recompute::None) * 6 / 10);
+    let kept = step(&mut trainer::<f32>(&model, [2, 70], Recompute::None), model.vocab, 140);
+    let again = step(&mut trainer::<f32>(&model, [2, 70], Recompute::Block), model.vocab, 140);
+    assert_eq!(kept.0, again.0, "loss");
+    assert!(kept.1 == again.1, "gradients");
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let model = ModelConfig { hidden: 128, ffn: 352, vocab: 1000, ..small_model() };
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut trainer = trainer::<f32>(&model, [4, 128], Recompute::None);
+            let outcome = step(&mut trainer, model.vocab, 512);
+            trainer.update(&run_config(&model).optimizer, 1, 1e-3, 1.0).unwrap();
+            let parameters: Vec<u32> =
+                trainer.state().unwrap()[0].iter().map(|p| p.to_bits()).collect();
+            (outcome, parameters)
+        })
+    };
+    let one = run(1);
+    for threads in [2, 3, 5] {
+        assert!(one == run(threads), "{threads} threads differ from one");
+    }
+}
+
+#[test]
+fn accumulated_micro_batches_weigh_every_token_the_same() {
+    let model = small_model();
+    let (tokens, mut targets) = rows(3, 32, model.vocab);
+    targets[18..30].fill(IGNORE_INDEX); // the second half predicts far fewer tokens
+    let mut whole = trainer::<f64>(&model, [2, 16], Recompute::None);
+    let expected =
+        whole.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    let mut halves = trainer::<f64>(&model, [1, 16], Recompute::None);
+    let rows = tokens.chunks(16).zip(targets.chunks(16));
+    let rows = rows.map(|(tokens, targets)| Rows { tokens, targets });
+    let found = halves.accumulate(rows).unwrap();
+    assert_eq!(found.predicted, expected.predicted);
+    assert_close("loss", &[found.loss], &[expected.loss], 1e-7);
+    let wide = |gradients: Vec<f32>| gradients.into_iter().map(f64::from).collect::<Vec<_>>();
+    let (found, expected) = (halves.gradients().unwrap(), whole.gradients().unwrap());
+    assert_close("gradients", &wide(found), &wide(expected), 1e-6);
+}
+
+/// Plays a program and checks that nothing overwrites what is still to be read.
+fn check_memory(program: Program, kept: &[isobath::tape::ValueId]) {
+    let arena = BufferId(0);
+    let elsewhere =
+        View { buffer: BufferId(1), offset: 0, kind: Kind::Statistic, shape: Shape::new(&[0]) };
+    let bytes = program.arena_bytes();
+    let steps = program.steps().to_vec();
+    let bound = program.bind(arena, |external| match external {
+        External::Parameter(_) | External::ParameterGradient(_) | External::Cache(_) => elsewhere,
+    });
+    let mut owner = std::collections::HashMap::new(); // value -> view, while its content stands
+    let mut check = |id, view: View, access: Access, at: usize| {
+        if view.buffer != arena {
+            return;
+        }
+        let end = view.offset + 4 * view.shape.elements();
+        assert!(end <= bytes, "step {at}: a view leaves the arena");
+        if access != Access::Read {
+            owner.retain(|other, (start, other_end)| {
+                *other == id || *other_end <= view.offset || end <= *start
+            });
+        }
+        if access == Access::Write {
+            owner.insert(id, (view.offset, end));
+        } else if !is_input(at, &steps, id) {
+            assert!(owner.contains_key(&id), "step {at} reads {id:?}, which was overwritten");
+        }
+    };
+    for (at, (step, views)) in steps.iter().zip(bound.steps()).enumerate() {
+        let operands = step.operands().into_iter().zip(views.operands());
+        let (read, written): (Vec<_>, Vec<_>) =
+            operands.partition(|((_, access), _)| *access == Access::Read);
+        for ((id, access), (view, _)) in read.into_iter().chain(written) {
+            check(id, view, access, at);
+        }
+    }
+    for &id in kept {
+        check(id, bound.view(id), Access::Read, steps.len());
+    }
+}
+
+/// Whether a value is never written by the program.
+fn is_input(
+    _at: usize,
+    steps: &[isobath::tape::Step<isobath::tape::ValueId>],
+    id: isobath::tape::ValueId,
+) -> bool {
+    !steps.iter().any(|step| step.operands().contains(&(id, Access::Write)))
+}
+
+#[test]
+fn planned_memory_is_never_overwritten_before_its_last_read() {
+    let model = ModelConfig { layers: 3, ..small_model() };
+    let table = ParameterTable::new(&model);
+    for purpose in [
+        Purpose::Inference,
+        Purpose::Training { recompute: Recompute::None },
+        Purpose::Training { recompute: Recompute::Block },
+    ] {
+        let recorded = record_loss(&model, &table, 2, 24, 0.0).unwrap();
+        let kept = [recorded.losses];
+        let program = Program::new(recorded.tape, purpose, &kept, |_| 4).unwrap();
+        let total: usize = program.memory().lines.iter().map(|line| line.bytes).sum();
+        assert!(program.arena_bytes() < total, "{purpose:?} shares no memory");
+        check_memory(program, &kept);
+    }
+}
+
+#[test]
+fn an_op_without_a_gradient_is_refused_when_the_program_is_made() {
+    let model = small_model();
+    let recorded = record_decode(&model, &ParameterTable::new(&model), 1, 8).unwrap();
+    let mut tape = recorded.tape;
+    let head = tape.external("head", &[53, 53], Kind::Activation, External::Parameter(0));
+    let (targets, scale) = (tape.index_input("targets", &[1]), tape.input("scale", &[1]));
+    let losses = tape.cross_entropy(recorded.logits, head, targets, scale, 53, 0.0).unwrap();
+    let purpose = Purpose::Training { recompute: Recompute::None };
+    let error = Program::new(tape, purpose, &[losses], |_| 4).unwrap_err();
+    assert!(matches!(error, Error::NoGradient { op: "cached attention" }), "{error}");
+}
+
+#[test]
+fn recording_refuses_shapes_that_do_not_fit_by_name() {
+    let mut tape = Tape::new();
+    let weight = tape.external("weight", &[5, 6], Kind::Activation, External::Parameter(0));
+    let inp = tape.input("inp", &[3, 7]);
+    let error = tape.linear("out", inp, weight, None).unwrap_err().to_string();
+    assert_eq!(error, "linear: weight has shape [5, 6], expected [5, 7]");
+    let positions = tape.index_input("positions", &[3]);
+    let table = tape.input("table", &[8, 4]);
+    let heads = HeadSpec { heads: 2, kv_heads: 1, head_dim: 4 };
+    let error = tape.rotary(heads, table, positions, inp).unwrap_err().to_string();
+    assert_eq!(error, "rotary: qkv has shape [3, 7], expected [3, 16]");
+}
+
+#[test]
+fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
+    let mut config = run_config(&small_model());
+    config.train.micro_batch = 1 << 30;
+    let cpu = Cpu::<f32>::new();
+    let plan = Plan::new(&config, &cpu).unwrap();
+    let message = Trainer::new(plan, &config, cpu).err().unwrap().to_string();
+    for part in ["the plan needs", "cpu has", "train.micro_batch", "gate and up"] {
+        assert!(message.contains(part), "{part:?} is not in {message}");
+    }
+}
