@@ -14,7 +14,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
     /// Most tokens to add
     #[arg(long, value_name = "N", default_value = "200")]

@@ -30,17 +30,16 @@ impl TrainArgs {
     ///
     /// Errors: those of [`ConfigArgs::resolve`] and of the configuration's rules.
     pub fn validate(mut self) -> Result<Run> {
-        if let (true, Some(out), None, None) =
-            (self.resume, &self.out, &self.config.preset, &self.config.file)
-        {
-            self.config.file = Some(out.join(rundir::CONFIG));
-        }
         let mut config = self.config.resolve()?;
+        let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
+        if self.resume && self.config.file.is_none() && self.config.preset.is_none() {
+            self.config.file = Some(folder.join(rundir::CONFIG));
+            config = self.config.resolve()?;
+        }
         if self.init.is_some() {
             config.train.init_from = self.init;
         }
         config.validate()?;
-        let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
         Ok(Run { config, folder, resume: self.resume })
     }
 }
