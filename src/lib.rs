@@ -15,6 +15,7 @@ pub mod hf;
 pub mod metrics;
 pub mod model;
 pub mod optim;
+pub mod plan;
 pub mod random;
 pub mod rundir;
 pub mod tape;

@@ -1,12 +1,26 @@
-//! Configuration: what a run is, as one validated value.
+//! Configuration: what a run is, as one value.
 //!
-//! Layers, weakest first: the preset's values, the TOML file, `--set key=value`. Unknown keys and
-//! wrong values are refused by name. The resolved file is saved with the run and reads back as
-//! the same value.
+//! Layers, weakest first: the preset's values, the TOML file, `--set key=value` (layers.rs).
+//! Unknown keys and wrong values are refused by name. The resolved file is saved with the run and
+//! reads back as the same value. A resolved value has the right types and nothing more:
+//! [`Config::validate`] says whether it can be trained, [`Config::validate_shape`] whether it
+//! can be planned (rules.rs).
+
+mod choice;
+mod layers;
+mod nearest;
+mod presets;
+mod rules;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use choice::choice;
+pub use presets::preset_names;
+
+/// Entries of the smallest tokenizers made here: 256 bytes and the end of text.
+pub const BYTE_VOCAB: usize = 257;
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Config {
@@ -21,21 +35,38 @@ pub struct Config {
     pub checkpoint: CheckpointConfig,
 }
 
-/// Type of matmul operands and activations.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    F32,
-    Bf16,
+impl Config {
+    /// Entries of the vocabulary, as far as that is known before the data is read: `None` where
+    /// `model.vocab` is 0 and the tokenizer is a file, or none is given.
+    pub fn vocab(&self) -> Option<usize> {
+        match (self.model.vocab, self.data.tokenizer.as_str()) {
+            (0, "bytes") => Some(BYTE_VOCAB),
+            (0, tokenizer) => tokenizer.strip_prefix("train:")?.parse().ok(),
+            (vocab, _) => Some(vocab),
+        }
+    }
+
+    /// Tokens that an optimizer step reads.
+    pub fn tokens_per_step(&self) -> u64 {
+        (self.train.micro_batch * self.train.grad_accumulation * self.data.sequence) as u64
+    }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceKind {
-    Auto,
-    Cpu,
-    Cuda,
-    Simt,
+choice! {
+    /// Type of matmul operands and activations.
+    pub enum Dtype {
+        F32 = "f32",
+        Bf16 = "bf16",
+    }
+}
+
+choice! {
+    pub enum DeviceKind {
+        Auto = "auto",
+        Cpu = "cpu",
+        Cuda = "cuda",
+        Simt = "simt",
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -69,22 +100,22 @@ impl ModelConfig {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NormKind {
-    Rms,
-    /// LayerNorm without bias.
-    Layer,
+choice! {
+    pub enum NormKind {
+        Rms = "rms",
+        /// LayerNorm without bias.
+        Layer = "layer",
+    }
 }
 
-/// Where the norms stand in a block and what scales them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Placement {
-    /// x + f(norm(x))
-    Pre,
-    /// x + f(norm(x) / sqrt(l)), l the 1-based block index: "The Curse of Depth", equation 12.
-    Lns,
+choice! {
+    /// Where the norms stand in a block and what scales them.
+    pub enum Placement {
+        /// x + f(norm(x))
+        Pre = "pre",
+        /// x + f(norm(x) / sqrt(l)), l the 1-based block index: "The Curse of Depth", equation 12.
+        Lns = "lns",
+    }
 }
 
 impl Placement {
@@ -97,12 +128,12 @@ impl Placement {
     }
 }
 
-/// How the matrices get their first values.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum InitKind {
-    /// N(0, init_std^2), not scaled with depth.
-    Normal,
+choice! {
+    /// How the matrices get their first values.
+    pub enum InitKind {
+        /// N(0, init_std^2), not scaled with depth.
+        Normal = "normal",
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -122,14 +153,14 @@ pub struct DataConfig {
     pub sequence: usize,
 }
 
-/// How documents become rows of `sequence` tokens.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Rows {
-    /// The continuous stream of all documents, cut into rows.
-    Packed,
-    /// One document per row, cut off or padded; padding is not predicted (the paper's way).
-    Document,
+choice! {
+    /// How documents become rows of `sequence` tokens.
+    pub enum Rows {
+        /// The continuous stream of all documents, cut into rows.
+        Packed = "packed",
+        /// One document per row, cut off or padded; padding is not predicted (the paper's way).
+        Document = "document",
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -149,17 +180,18 @@ pub struct TrainConfig {
     pub sample_every: u64,
     /// Weight of log^2(Z) in the loss; 0: off.
     pub z_loss: f64,
-    /// A Hugging Face LLaMA folder to start from.
+    /// A Hugging Face LLaMA folder to start from; written as "" when there is none.
+    #[serde(with = "empty_is_none")]
     pub init_from: Option<PathBuf>,
 }
 
-/// Which activations are computed again in the backward pass instead of being kept.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    None,
-    /// Only the input of each block is kept.
-    Block,
+choice! {
+    /// Which activations are computed again in the backward pass instead of being kept.
+    pub enum Recompute {
+        None = "none",
+        /// Only the input of each block is kept.
+        Block = "block",
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -182,23 +214,23 @@ pub struct OptimizerConfig {
     pub clip: f64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OptimizerKind {
-    /// Decoupled weight decay.
-    Adamw,
-    /// Weight decay added to the gradient.
-    Adam,
+choice! {
+    pub enum OptimizerKind {
+        /// Decoupled weight decay.
+        Adamw = "adamw",
+        /// Weight decay added to the gradient.
+        Adam = "adam",
+    }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScheduleKind {
-    Constant,
-    Linear,
-    Cosine,
-    /// Warm-up, stable, decay.
-    Wsd,
+choice! {
+    pub enum ScheduleKind {
+        Constant = "constant",
+        Linear = "linear",
+        Cosine = "cosine",
+        /// Warm-up, stable, decay.
+        Wsd = "wsd",
+    }
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -209,4 +241,19 @@ pub struct CheckpointConfig {
     pub keep_last: usize,
     /// Checkpoints whose step is a multiple of this stay for ever; 0: none.
     pub keep_every: u64,
+}
+
+/// TOML has no null, and every key has to be visible in the saved file.
+mod empty_is_none {
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(path: &Option<PathBuf>, out: S) -> Result<S::Ok, S::Error> {
+        path.as_deref().unwrap_or(Path::new("")).serialize(out)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(inp: D) -> Result<Option<PathBuf>, D::Error> {
+        Ok(Some(PathBuf::deserialize(inp)?).filter(|path| !path.as_os_str().is_empty()))
+    }
 }

@@ -1,0 +1,31 @@
+//! The arguments that make a configuration; `train` and `plan` share them.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use isobath::config::{Config, DeviceKind};
+
+#[derive(Args, Debug)]
+pub struct ConfigArgs {
+    /// Configuration file
+    #[arg(value_name = "RUN.toml")]
+    pub file: Option<PathBuf>,
+    /// Values below those of the file: demo, or a model of the paper (see `isobath info`)
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// A value above those of the file, for instance model.layers=12; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Where to compute; short for --set device=...
+    #[arg(long, value_parser = PossibleValuesParser::new(DeviceKind::NAMES))]
+    pub device: Option<String>,
+}
+
+impl ConfigArgs {
+    /// The configuration, with the right types but not validated.
+    pub fn resolve(mut self) -> isobath::Result<Config> {
+        self.sets.extend(self.device.map(|device| format!("device={device}")));
+        Config::resolve(self.preset.as_deref(), self.file.as_deref(), &self.sets)
+    }
+}

@@ -1,0 +1,58 @@
+//! The command line: one file per subcommand, each a thin layer over a function of the library.
+//!
+//! Raw arguments are what clap parsed; each command turns them into checked values before it does
+//! anything. What a command was asked for goes to stdout; everything else goes to stderr.
+
+mod config;
+mod info;
+mod output;
+mod plan;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Pretrains LLaMA models, with LayerNorm Scaling.
+#[derive(Parser, Debug)]
+#[command(name = "isobath", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Count parameters, FLOPs and bytes of a configuration, without data or device
+    Plan(plan::PlanArgs),
+    /// Show the devices, presets and texts of this build
+    Info(info::InfoArgs),
+}
+
+/// Parses the process's arguments and runs the command. Wrong arguments end the process here,
+/// with clap's message and exit code 2.
+pub fn run() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Plan(args) => plan::run(args),
+        Command::Info(args) => info::run(args),
+    }
+}
+
+/// Tells a person what went wrong, and the caller of the process which kind of failure it was.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if output::reader_left(error) {
+        return ExitCode::SUCCESS;
+    }
+    let mut text = format!("error: {error}");
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // The library's messages contain those of the operating system.
+        if !text.contains(&cause) {
+            text.push_str("\n  because: ");
+            text.push_str(&cause);
+        }
+    }
+    // With stderr closed there is nobody to tell.
+    let _ = writeln!(io::stderr(), "{text}");
+    let code = error.chain().find_map(|cause| cause.downcast_ref::<isobath::Error>());
+    ExitCode::from(code.map_or(1, isobath::Error::exit_code))
+}

@@ -1,0 +1,25 @@
+//! What goes to stdout: the answer itself, as text or as one JSON object.
+
+use std::io::{self, Write};
+
+use anyhow::Context;
+use serde::Serialize;
+
+/// Writes all of `text`; `println!` would panic when nobody reads it.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to stdout")
+}
+
+/// One JSON object and a line end.
+pub fn print_json(answer: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(answer).context("cannot write JSON")?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Whether the reader of a pipe went away (`isobath info | head -1`): no failure of ours.
+pub fn reader_left(error: &anyhow::Error) -> bool {
+    let is_broken_pipe = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(is_broken_pipe))
+}

@@ -1,0 +1,175 @@
+//! What a configuration costs, before anything is allocated: parameters, FLOPs, bytes.
+//!
+//! Needs no data and no device. Counts are exact; FLOPs are those of the formula that is printed
+//! beside them.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::config::{Config, DeviceKind, Dtype};
+use crate::error::{Error, Result};
+use crate::model::parameters::ParameterTable;
+
+/// Master weights, gradients and moments are f32 on every device.
+const STATE_BYTES: u64 = 4;
+
+/// FLOPs of training on one token. Every weight of a matmul is used three times (forward, and
+/// twice backward) by a multiplication and an addition; so is every score of causal attention,
+/// of which there are S/2 on average, in two products of C each.
+pub const FLOPS_FORMULA: &str = "6*N_matmul + 6*L*S*C, causal attention; \
+                                 N_matmul: without embedding lookup and norm gains, with head";
+
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct PlanReport {
+    pub name: String,
+    pub device: DeviceKind,
+    pub dtype: Dtype,
+    pub vocab: usize,
+    /// As a Hugging Face folder counts them, without padding.
+    pub parameters: u64,
+    /// Without the embedding and the head.
+    pub non_embedding_parameters: u64,
+    /// N_matmul: weights that a token is multiplied with, the head included.
+    pub matmul_parameters: u64,
+    /// Elements of the flat buffer: parameters and padding.
+    pub stored_elements: u64,
+    pub flops_per_token: u64,
+    pub flops_formula: &'static str,
+    pub tokens_per_step: u64,
+    pub steps: u64,
+    pub tokens: u64,
+    pub flops: f64,
+    pub bytes: PlanBytes,
+}
+
+/// Bytes of each flat buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct PlanBytes {
+    pub parameters: u64,
+    pub gradients: u64,
+    /// Both moments.
+    pub moments: u64,
+}
+
+impl PlanBytes {
+    /// The memory table, row by row. The activations' rows belong at its end.
+    fn rows(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("moments", self.moments),
+        ]
+    }
+}
+
+impl PlanReport {
+    /// Errors: a broken shape rule; a vocabulary that only a tokenizer file knows.
+    pub fn new(config: &Config) -> Result<Self> {
+        config.validate_shape()?;
+        let vocab = config.vocab().ok_or_else(|| Error::Config {
+            what: format!(
+                "model.vocab = 0 and data.tokenizer = {:?}: the vocabulary is not known before \
+                 the tokenizer is read",
+                config.data.tokenizer
+            ),
+            remedy: "set model.vocab to its number of entries".into(),
+        })?;
+        let mut model = config.model.clone();
+        model.vocab = vocab;
+        model.validate()?;
+
+        let table = ParameterTable::new(&model);
+        let count = |id| table.get(id).elements() as u64;
+        let head = count(table.head());
+        let embeddings = count(table.embedding()) + if model.tied { 0 } else { head };
+        let blocks: u64 = (1..=model.layers)
+            .map(|layer| {
+                let block = table.block(layer);
+                [block.qkv, block.attention_out, block.gate_up, block.down]
+                    .map(count)
+                    .iter()
+                    .sum::<u64>()
+            })
+            .sum();
+        let matmul_parameters = blocks + head;
+        let attention = (model.layers * config.data.sequence * model.hidden) as u64;
+        let flops_per_token = 6 * matmul_parameters + 6 * attention;
+        let tokens = config.tokens_per_step() * config.train.steps;
+        let parameters = table.parameters() as u64;
+        let stored_elements = table.stored_elements() as u64;
+        let flat_bytes = STATE_BYTES * stored_elements;
+        Ok(PlanReport {
+            name: config.name.clone(),
+            device: config.device,
+            dtype: config.dtype,
+            vocab,
+            parameters,
+            non_embedding_parameters: parameters - embeddings,
+            matmul_parameters,
+            stored_elements,
+            flops_per_token,
+            flops_formula: FLOPS_FORMULA,
+            tokens_per_step: config.tokens_per_step(),
+            steps: config.train.steps,
+            tokens,
+            flops: flops_per_token as f64 * tokens as f64,
+            bytes: PlanBytes {
+                parameters: flat_bytes,
+                gradients: flat_bytes,
+                moments: 2 * flat_bytes,
+            },
+        })
+    }
+}
+
+/// The tables that people read.
+impl fmt::Display for PlanReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} on {} in {}, vocabulary {}",
+            self.name, self.device, self.dtype, self.vocab
+        )?;
+        writeln!(f)?;
+        for (what, count) in [
+            ("parameters", self.parameters),
+            ("  without embedding and head", self.non_embedding_parameters),
+            ("  in matmuls (N_matmul)", self.matmul_parameters),
+            ("stored elements", self.stored_elements),
+            ("tokens per step", self.tokens_per_step),
+            ("steps", self.steps),
+            ("tokens", self.tokens),
+            ("FLOPs per token", self.flops_per_token),
+        ] {
+            writeln!(f, "{what:<30}{:>22}", grouped(count))?;
+        }
+        writeln!(f, "{:<30}{:>22}", "FLOPs", format!("{:.3e}", self.flops))?;
+        writeln!(f, "  FLOPs per token = {}", self.flops_formula)?;
+        writeln!(f)?;
+        writeln!(f, "{:<30}{:>22}", "memory", "MiB")?;
+        let rows = self.bytes.rows();
+        for (what, bytes) in &rows {
+            writeln!(f, "{what:<30}{:>22}", mebibytes(*bytes))?;
+        }
+        let total = rows.iter().map(|(_, bytes)| bytes).sum();
+        writeln!(f, "{:<30}{:>22}", "together", mebibytes(total))
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / (1u64 << 20) as f64)
+}
+
+/// 134105856 as 134,105,856.
+fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
