@@ -4,9 +4,14 @@
 //! anything. What a command was asked for goes to stdout; everything else goes to stderr.
 
 mod config;
+mod data;
+mod eval;
+mod generate;
 mod info;
+mod model;
 mod output;
 mod plan;
+mod train;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -23,6 +28,15 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Train a model: without arguments, the bundled demo
+    Train(train::TrainArgs),
+    /// Measure the loss of a model on a text
+    Eval(eval::EvalArgs),
+    /// Continue a text
+    Generate(generate::GenerateArgs),
+    /// Train a tokenizer, turn text into shards, look into shards
+    #[command(subcommand)]
+    Data(data::DataCommand),
     /// Count parameters, FLOPs and bytes of a configuration, without data or device
     Plan(plan::PlanArgs),
     /// Show the devices, presets and texts of this build
@@ -33,6 +47,10 @@ enum Command {
 /// with clap's message and exit code 2.
 pub fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),
     }
