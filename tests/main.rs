@@ -1,13 +1,11 @@
 //! The one integration test binary; its modules mirror src/.
 
-<<<<<<< HEAD
 mod checkpoint;
+mod cli;
+mod config;
 mod cpu;
 mod data;
 mod hf;
+mod random;
 mod support;
 mod tape;
-=======
-mod data;
-mod random;
->>>>>>> data
