@@ -30,8 +30,8 @@ const LONGEST_WINDOW: usize = 2048;
 pub struct Request {
     /// A run, a checkpoint, or any Hugging Face LLaMA folder.
     pub model: PathBuf,
-    /// Text, shards, or `bundled:austen`.
-    pub data: String,
+    /// Text, shards, or `bundled:austen`; read one after the other.
+    pub data: Vec<String>,
     /// The JSON field of .jsonl files that holds the text.
     pub field: String,
     /// Tokens in a window; the model's longest sequence if nobody says, at most 2048.
@@ -45,7 +45,7 @@ pub struct Request {
 pub struct Report {
     /// The folder that was read.
     pub model: PathBuf,
-    pub data: String,
+    pub data: Vec<String>,
     pub loss: f64,
     pub perplexity: f64,
     pub bits_per_byte: f64,
@@ -91,7 +91,7 @@ impl LoadedModel {
 pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Report> {
     let model = LoadedModel::open(&request.model)?;
     let data = DataConfig {
-        train: vec![request.data.clone()],
+        train: request.data.clone(),
         valid: Vec::new(),
         held_out: 0.0,
         tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),

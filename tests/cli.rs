@@ -181,7 +181,7 @@ fn a_reader_that_leaves_is_no_failure() {
 fn help_lists_every_command_and_each_has_help() {
     let help = isobath(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
-    for command in ["data", "plan", "info"] {
+    for command in ["train", "eval", "generate", "data", "plan", "info"] {
         let line = format!("\n  {command} ");
         assert!(text(&help.stdout).contains(&line), "{}", text(&help.stdout));
         let own = isobath(&[command, "--help"]);

@@ -6,5 +6,6 @@ mod config;
 mod cpu;
 mod data;
 mod hf;
+mod random;
 mod support;
 mod tape;

@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use isobath::config::{Config, DeviceKind};
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct ConfigArgs {
     /// Configuration file
     #[arg(value_name = "RUN.toml")]

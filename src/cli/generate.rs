@@ -1,13 +1,11 @@
-//! `isobath generate`: the arguments of text generation.
-
-use std::path::PathBuf;
+//! `isobath generate`: text from a model, shown as it comes.
 
 use clap::Args;
-use isobath::config::DeviceKind;
-use isobath::generate::Sampling;
+use isobath::generate::{Generated, Request, Sampling, generate_text};
 use isobath::{Error, Result};
 
 use super::model::ModelArgs;
+use super::output;
 
 #[derive(Args, Debug)]
 pub struct GenerateArgs {
@@ -33,30 +31,47 @@ pub struct GenerateArgs {
     seed: u64,
 }
 
-/// What `generate` was asked for, checked.
-#[derive(Clone, PartialEq, Debug)]
-pub struct GenerateRequest {
-    pub model: PathBuf,
-    pub device: DeviceKind,
-    pub prompt: String,
-    /// At least 1.
-    pub tokens: usize,
-    pub sampling: Sampling,
+impl GenerateArgs {
+    /// Errors: a temperature or probability that is none, no tokens.
+    fn request(self) -> Result<Request> {
+        if self.tokens == 0 {
+            let what = "--tokens 0: nothing to generate".to_string();
+            return Err(Error::Usage { what, remedy: "ask for 1 or more".to_string() });
+        }
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+        };
+        sampling.validate()?;
+        Ok(Request {
+            model: self.model.model,
+            prompt: self.prompt,
+            tokens: self.tokens,
+            sampling,
+            device: self.model.device,
+        })
+    }
 }
 
-impl GenerateArgs {
-    /// Errors: a temperature or probability that is none; no tokens.
-    pub fn validate(self) -> Result<GenerateRequest> {
-        let GenerateArgs { temperature, top_k, top_p, seed, tokens, .. } = self;
-        let sampling = Sampling { temperature, top_k, top_p, seed };
-        sampling.validate()?;
-        if tokens == 0 {
-            return Err(Error::Usage {
-                what: "--tokens is 0: nothing to generate".into(),
-                remedy: "ask for 1 or more".into(),
-            });
+pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
+    let request = args.request()?;
+    output::print(&request.prompt)?;
+    let mut failure = None;
+    let outcome = generate_text(&request, |text| match output::print(text) {
+        Ok(()) => true,
+        Err(error) => {
+            failure = Some(error);
+            false
         }
-        let (model, device) = (self.model.model, self.model.device);
-        Ok(GenerateRequest { model, device, prompt: self.prompt, tokens, sampling })
+    });
+    if let Some(error) = failure {
+        return Err(error);
     }
+    let outcome = outcome?;
+    output::print("\n")?;
+    let Generated { tokens, stopped, tokens_per_second } = outcome;
+    eprintln!("{tokens} tokens, {tokens_per_second:.0} tokens/s; {stopped}");
+    Ok(())
 }

@@ -5,9 +5,13 @@
 
 mod config;
 mod data;
+mod eval;
+mod generate;
 mod info;
+mod model;
 mod output;
 mod plan;
+mod train;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -24,6 +28,12 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// Train a model: without arguments, the bundled demo
+    Train(train::TrainArgs),
+    /// Measure the loss of a model on a text
+    Eval(eval::EvalArgs),
+    /// Continue a text
+    Generate(generate::GenerateArgs),
     /// Train a tokenizer, turn text into shards, look into shards
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -37,6 +47,9 @@ enum Command {
 /// with clap's message and exit code 2.
 pub fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Info(args) => info::run(args),

@@ -1,11 +1,11 @@
-//! `isobath train`: the arguments of a training run.
+//! `isobath train`: a training run, new or resumed.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use isobath::Result;
 use isobath::rundir;
-use isobath::train::{Run, default_folder};
+use isobath::train::{Console, Interrupt, Outcome, Run, default_folder, train};
 
 use super::config::ConfigArgs;
 
@@ -16,8 +16,7 @@ pub struct TrainArgs {
     /// Folder of this run [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Continue the run from its newest checkpoint; without RUN.toml and --preset, with the
-    /// configuration that the run saved
+    /// Continue the run from its newest checkpoint, with the configuration that it saved
     #[arg(long)]
     resume: bool,
     /// Start from the weights of a Hugging Face LLaMA folder; short for --set train.init_from=...
@@ -26,20 +25,58 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// What to train, checked as far as that goes without data and device.
-    ///
-    /// Errors: those of [`ConfigArgs::resolve`] and of the configuration's rules.
-    pub fn validate(mut self) -> Result<Run> {
-        let mut config = self.config.resolve()?;
-        let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
-        if self.resume && self.config.file.is_none() && self.config.preset.is_none() {
+    /// Errors: those of [`Config::resolve`] and [`Config::validate`].
+    fn validate(mut self) -> Result<Run> {
+        if self.resume && self.config.file.is_none() {
+            // A run is resumed with the configuration that it saved; --set may still change it.
+            let folder = match &self.out {
+                Some(out) => out.clone(),
+                None => default_folder(&self.config.clone().resolve()?.name),
+            };
+            self.config.preset = None;
             self.config.file = Some(folder.join(rundir::CONFIG));
-            config = self.config.resolve()?;
+            self.out = Some(folder);
         }
+        let mut config = self.config.resolve()?;
         if self.init.is_some() {
             config.train.init_from = self.init;
         }
         config.validate()?;
+        let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
         Ok(Run { config, folder, resume: self.resume })
     }
+}
+
+pub fn run(args: TrainArgs) -> anyhow::Result<()> {
+    let run = args.validate()?;
+    let outcome = train(run, Interrupt::listen()?, &mut Console::new())?;
+    describe(&outcome);
+    Ok(())
+}
+
+/// Tells a person how it went and where everything is.
+fn describe(outcome: &Outcome) {
+    let folder = outcome.folder.display();
+    let Outcome { step, steps, seconds, .. } = outcome;
+    if outcome.interrupted {
+        eprintln!("stopped behind step {step} of {steps}; continue with --resume --out {folder}");
+    } else {
+        eprintln!("trained {steps} steps in {seconds:.0} s");
+    }
+    if let Some(sample) = &outcome.sample {
+        eprintln!("\na sample (what follows the bar is the model's):\n");
+        eprintln!("{}|{}\n", sample.prompt, sample.text);
+    }
+    if let Some(evaluation) = &outcome.evaluation {
+        eprintln!(
+            "held-out text: {:.4} bits per byte, loss {:.4}, perplexity {:.2}",
+            evaluation.val_bits_per_byte, evaluation.val_loss, evaluation.val_perplexity
+        );
+    }
+    let checkpoint = outcome.checkpoint.display();
+    eprintln!("checkpoint  {checkpoint} (a Hugging Face LLaMA folder)");
+    eprintln!("metrics     {folder}/{}", rundir::METRICS);
+    eprintln!("samples     {folder}/{}", rundir::SAMPLES);
+    eprintln!("settings    {folder}/{}", rundir::CONFIG);
+    eprintln!("try         isobath generate {folder} --prompt \"It was\"");
 }

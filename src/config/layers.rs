@@ -79,6 +79,8 @@ impl Config {
     ///
     /// Errors: a whole number that TOML cannot hold (above 2^63 - 1); a path that is not UTF-8.
     pub fn to_toml(&self) -> Result<String> {
+        // Larger numbers would be written, but not read back.
+        Table::try_from(self).map_err(unwritable)?;
         toml::to_string(self).map_err(unwritable)
     }
 }

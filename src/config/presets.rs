@@ -122,7 +122,7 @@ fn demo() -> Config {
         data: DataConfig {
             train: vec!["bundled:austen".to_string()],
             valid: vec![],
-            held_out: 0.05,
+            held_out: 0.1,
             tokenizer: "train:1024".to_string(),
             field: "text".to_string(),
             rows: Rows::Packed,

@@ -243,7 +243,7 @@ fn not_negative(key: &str, value: f64) -> Result<()> {
 
 /// "set it to 8 or 16": the divisors of `whole` next to `near`.
 fn divisors(whole: usize, near: usize) -> String {
-    let below = (1..near.min(whole)).rev().find(|divisor| whole % divisor == 0);
+    let below = (1..=near.min(whole)).rev().find(|divisor| whole % divisor == 0);
     let above = (near..=whole).find(|divisor| whole % divisor == 0);
     let found: Vec<String> = below.into_iter().chain(above).map(|d| d.to_string()).collect();
     format!("set it to {}", found.join(" or "))

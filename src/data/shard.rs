@@ -59,8 +59,8 @@ struct Header {
     continues: u32,
     /// CRC-32 of the block checksums.
     checksums_crc: u32,
+    unused: [u32; 7],
     crc: u32,
-    unused: u32,
 }
 
 /// Where a document ends, counted from the shard's beginning.

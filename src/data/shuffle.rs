@@ -1,12 +1,15 @@
 //! A random order without a table: a keyed permutation of 0..n.
 //!
-//! A Feistel network with Philox as its round function permutes the next even power of two; values
-//! outside 0..n walk on along their cycle until they are inside, at most four steps on average
-//! (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+//! A Feistel network with Philox as its round function permutes the next even power of two, at
+//! least 64; values outside 0..n walk on along their cycle until they are inside, at most four
+//! steps on average for n > 16 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 
 use crate::random::Philox;
 
 const ROUNDS: u64 = 6;
+
+/// With smaller halves the network reaches only some orders of a few elements.
+const LEAST_HALF_BITS: u32 = 3;
 
 /// A permutation of `0..n` that a seed and an epoch decide.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +26,7 @@ impl Permutation {
         const STREAM: u64 = 0x5348_5546 << 32;
         Permutation {
             n,
-            half_bits: bits.div_ceil(2).max(1),
+            half_bits: bits.div_ceil(2).max(LEAST_HALF_BITS),
             rounds: Philox::new(seed, STREAM ^ epoch),
         }
     }

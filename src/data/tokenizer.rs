@@ -52,9 +52,11 @@ const CONTEXT_BYTES: usize = 256;
 /// Pre-tokens whose ids a thread remembers: some 10 MB.
 const REMEMBERED_WORDS: usize = 100_000;
 
+type WordIds = HashMap<Box<str>, Box<[u32]>>;
+
 thread_local! {
     /// Ids of the pre-tokens that this thread has met, and the instance that made them.
-    static WORDS: RefCell<(u64, HashMap<Box<str>, Box<[u32]>>)> = RefCell::default();
+    static WORDS: RefCell<(u64, WordIds)> = RefCell::default();
 }
 
 /// Number of the next instance; 0 is none.

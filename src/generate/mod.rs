@@ -1,0 +1,133 @@
+//! Text from a model: a prompt in, tokens out, one by one.
+
+mod decoder;
+mod sampling;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+pub use decoder::{Decoder, DecoderPlan};
+pub use sampling::Sampling;
+
+use crate::backend::Backend;
+use crate::config::DeviceKind;
+use crate::cpu::Cpu;
+use crate::device::Device;
+use crate::engine::allocate_parameters;
+use crate::error::{Error, Result};
+use crate::evaluate::LoadedModel;
+
+/// Continues `prompt` by at most `count` tokens and gives each to `show` as it comes; stops behind
+/// `end`, at the end of the context, or when `show` returns false. Returns the new tokens.
+pub fn generate(
+    decoder: &mut Decoder,
+    prompt: &[u32],
+    count: usize,
+    sampling: &Sampling,
+    end: Option<u32>,
+    backend: &mut impl Backend,
+    mut show: impl FnMut(u32) -> Result<bool>,
+) -> Result<Vec<u32>> {
+    decoder.clear();
+    let mut tokens = Vec::with_capacity(count);
+    let mut next = prompt.to_vec();
+    while tokens.len() < count && decoder.room() >= next.len() {
+        let logits = decoder.push(&next, backend)?;
+        let token = sampling.choose(logits, tokens.len() as u64);
+        if Some(token) == end {
+            break;
+        }
+        tokens.push(token);
+        if !show(token)? {
+            break;
+        }
+        next = vec![token];
+    }
+    Ok(tokens)
+}
+
+/// What to continue, and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// A run, a checkpoint, or any Hugging Face LLaMA folder.
+    pub model: PathBuf,
+    pub prompt: String,
+    /// Most tokens to add.
+    pub tokens: usize,
+    pub sampling: Sampling,
+    pub device: DeviceKind,
+}
+
+/// How a text ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    pub tokens: usize,
+    /// For people.
+    pub stopped: &'static str,
+    pub tokens_per_second: f64,
+}
+
+/// Reads a model and continues the prompt; `show` gets each piece of text once it is certain, and
+/// may end it by returning false.
+pub fn generate_text(request: &Request, show: impl FnMut(&str) -> bool) -> Result<Generated> {
+    let model = LoadedModel::open(&request.model)?;
+    match Device::choose(request.device)? {
+        Device::Cpu => generate_on(Cpu::<f32>::new(), request, &model, show),
+    }
+}
+
+fn generate_on<B: Backend>(
+    mut backend: B,
+    request: &Request,
+    model: &LoadedModel,
+    mut show: impl FnMut(&str) -> bool,
+) -> Result<Generated> {
+    let LoadedModel { config, table, parameters, tokenizer, .. } = model;
+    let mut prompt = tokenizer.encode(&request.prompt)?;
+    if prompt.is_empty() {
+        // An empty prompt is the beginning of a document.
+        prompt.push(tokenizer.end_of_text().unwrap_or(0));
+    }
+    if prompt.len() >= config.max_sequence {
+        return Err(Error::Usage {
+            what: format!(
+                "the prompt has {} tokens, the model reads at most {}",
+                prompt.len(),
+                config.max_sequence
+            ),
+            remedy: "use a shorter prompt".to_string(),
+        });
+    }
+    let context = config.max_sequence.min(prompt.len() + request.tokens);
+    let parameters = allocate_parameters(table, parameters, &mut backend)?;
+    let plan = DecoderPlan::new(config, table, context, &backend)?;
+    let mut decoder = plan.allocate(parameters, &mut backend)?;
+    let mut stream = tokenizer.stream();
+    let mut stopped_by_reader = false;
+    let started = Instant::now();
+    let tokens = generate(
+        &mut decoder,
+        &prompt,
+        request.tokens,
+        &request.sampling,
+        tokenizer.end_of_text(),
+        &mut backend,
+        |token| {
+            let text = stream.push(token)?;
+            stopped_by_reader = !text.is_empty() && !show(&text);
+            Ok(!stopped_by_reader)
+        },
+    )?;
+    show(&stream.finish()?);
+    let stopped = if tokens.len() == request.tokens {
+        "as many as were asked for"
+    } else if stopped_by_reader {
+        "the reader left"
+    } else if decoder.room() == 0 {
+        "the end of the model's longest sequence"
+    } else {
+        "the model ended the text"
+    };
+    let tokens_per_second = tokens.len() as f64 / started.elapsed().as_secs_f64();
+    Ok(Generated { tokens: tokens.len(), stopped, tokens_per_second })
+}
