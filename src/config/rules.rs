@@ -167,13 +167,13 @@ impl ModelConfig {
         at_least_one("model.hidden", hidden)?;
         at_most("model.hidden", hidden, MOST_HIDDEN)?;
         at_least_one("model.heads", heads)?;
-        rule(hidden % heads == 0, "model.heads", heads, || {
+        rule(hidden.is_multiple_of(heads), "model.heads", heads, || {
             (
                 format!("model.hidden = {hidden} is not a multiple of it"),
                 format!("{}, or change model.hidden", divisors(hidden, heads)),
             )
         })?;
-        rule(self.head_dim() % 2 == 0, "model.heads", heads, || {
+        rule(self.head_dim().is_multiple_of(2), "model.heads", heads, || {
             (
                 format!(
                     "a head has {} dimensions, and rotary embeddings need an even number",
@@ -183,7 +183,7 @@ impl ModelConfig {
             )
         })?;
         at_least_one("model.kv_heads", kv_heads)?;
-        rule(heads % kv_heads == 0, "model.kv_heads", kv_heads, || {
+        rule(heads.is_multiple_of(kv_heads), "model.kv_heads", kv_heads, || {
             (
                 format!("model.heads = {heads} is not a multiple of it"),
                 format!("{}, or change model.heads", divisors(heads, kv_heads)),
@@ -243,8 +243,8 @@ fn not_negative(key: &str, value: f64) -> Result<()> {
 
 /// "set it to 8 or 16": the divisors of `whole` next to `near`.
 fn divisors(whole: usize, near: usize) -> String {
-    let below = (1..=near.min(whole)).rev().find(|divisor| whole % divisor == 0);
-    let above = (near..=whole).find(|divisor| whole % divisor == 0);
+    let below = (1..=near.min(whole)).rev().find(|divisor| whole.is_multiple_of(*divisor));
+    let above = (near..=whole).find(|divisor| whole.is_multiple_of(*divisor));
     let found: Vec<String> = below.into_iter().chain(above).map(|d| d.to_string()).collect();
     format!("set it to {}", found.join(" or "))
 }
