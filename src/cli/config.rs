@@ -24,8 +24,9 @@ pub struct ConfigArgs {
 
 impl ConfigArgs {
     /// The configuration, with the right types but not validated.
-    pub fn resolve(mut self) -> isobath::Result<Config> {
-        self.sets.extend(self.device.map(|device| format!("device={device}")));
-        Config::resolve(self.preset.as_deref(), self.file.as_deref(), &self.sets)
+    pub fn resolve(&self) -> isobath::Result<Config> {
+        let mut sets = self.sets.clone();
+        sets.extend(self.device.as_ref().map(|device| format!("device={device}")));
+        Config::resolve(self.preset.as_deref(), self.file.as_deref(), &sets)
     }
 }

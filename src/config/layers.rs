@@ -93,7 +93,7 @@ fn unwritable(error: toml::ser::Error) -> Error {
 /// Where a value came from, for messages.
 enum Origin<'a> {
     File { path: Option<&'a Path>, line: usize },
-    Flag { set: &'a str },
+    Flag,
 }
 
 impl fmt::Display for Origin<'_> {
@@ -101,7 +101,7 @@ impl fmt::Display for Origin<'_> {
         match self {
             Origin::File { path: Some(path), line } => write!(f, "{}:{line}", path.display()),
             Origin::File { path: None, line } => write!(f, "line {line}"),
-            Origin::Flag { set } => write!(f, "--set {set}"),
+            Origin::Flag => write!(f, "--set"),
         }
     }
 }
@@ -197,17 +197,17 @@ impl Layers {
     /// `set` is `key=value`; the value is read as TOML if the key takes no string and it can be,
     /// otherwise as a bare string.
     fn lay_flag(&mut self, set: &str) -> Result<()> {
-        let origin = Origin::Flag { set };
+        let origin = Origin::Flag;
         let Some((key, text)) = set.split_once('=') else {
             return Err(Error::Config {
-                what: format!("{origin}: there is no `=`"),
+                what: format!("--set {set}: there is no `=`"),
                 remedy: "write --set key=value, for instance --set train.steps=100".into(),
             });
         };
         let (key, text) = (key.trim(), text.trim());
         if key == PRESET {
             return Err(Error::Config {
-                what: format!("{origin}: `{PRESET}` is not a key"),
+                what: format!("--set {set}: `{PRESET}` is not a key"),
                 remedy: format!("write --preset {text}"),
             });
         }
@@ -277,7 +277,11 @@ impl Layers {
             what: format!("{origin}: unknown {what} `{key}`; nearest: `{nearest}`"),
             remedy: match find(&self.table, table) {
                 Some(Value::Table(_)) => format!("[{table}] has {}", self.keys_of(table)),
-                _ => format!("the tables are {}", tables(&self.table).join(", ")),
+                _ => format!(
+                    "the tables are {}; outside them there are {} and {PRESET}",
+                    tables(&self.table).join(", "),
+                    scalars(&self.table).join(", "),
+                ),
             },
         }
     }
@@ -351,6 +355,11 @@ fn leaves(table: &Table) -> Vec<String> {
         }
     }
     keys
+}
+
+/// Keys of this table alone that hold a value.
+fn scalars(table: &Table) -> Vec<String> {
+    table.iter().filter(|(_, value)| !value.is_table()).map(|(name, _)| name.clone()).collect()
 }
 
 fn tables(table: &Table) -> Vec<String> {

@@ -6,7 +6,8 @@
 
 use std::fmt::{Debug, Display};
 
-use super::{BYTE_VOCAB, Config, DeviceKind, Dtype, ModelConfig};
+use super::{Config, DeviceKind, Dtype, ModelConfig};
+use crate::data::tokenizer::BYTE_VOCAB;
 use crate::error::{Error, Result};
 
 // Far above any model that can be stored; below them no product of sizes overflows.
@@ -147,16 +148,6 @@ impl Config {
                 (
                     format!("N of train:N is a whole number from {BYTE_VOCAB} to {MOST_VOCAB}"),
                     "for instance train:1024".into(),
-                )
-            })?;
-        }
-        let built_in =
-            Config { model: ModelConfig { vocab: 0, ..self.model.clone() }, ..self.clone() };
-        if let (vocab @ 1.., Some(entries)) = (self.model.vocab, built_in.vocab()) {
-            rule(entries <= vocab, "model.vocab", vocab, || {
-                (
-                    format!("the tokenizer {} has {entries} entries", data.tokenizer),
-                    format!("set model.vocab to 0 (as the tokenizer) or to at least {entries}"),
                 )
             })?;
         }
