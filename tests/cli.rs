@@ -165,7 +165,14 @@ fn a_full_disk_ends_with_1() {
 fn a_reader_that_leaves_is_no_failure() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    for arguments in [&["info"][..], &["plan", "--json"], &["--help"]] {
+    let folder = tempfile::tempdir().unwrap();
+    let (text_file, shards) = (folder.path().join("a.txt"), folder.path().join("shards"));
+    fs::write(&text_file, "A short text.").unwrap();
+    let (text_file, shards) = (text_file.to_str().unwrap(), shards.to_str().unwrap());
+    let prepare = ["data", "prepare", text_file, "--tokenizer", "bytes", "--out", shards, "--json"];
+    assert_eq!(isobath(&prepare).status.code(), Some(0));
+    let inspect = ["data", "inspect", shards];
+    for arguments in [&["info"][..], &["plan", "--json"], &["--help"], &inspect] {
         let output = Command::new(env!("CARGO_BIN_EXE_isobath"))
             .args(arguments)
             .stdout(writer.try_clone().unwrap())

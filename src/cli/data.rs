@@ -11,6 +11,8 @@ use isobath::data::prepare::{PrepareOptions, TOKENIZER_FILE, prepare, write_whol
 use isobath::data::shard::{self, Shard, short};
 use isobath::data::tokenizer::Tokenizer;
 
+use super::output::say;
+
 #[derive(Debug, clap::Subcommand)]
 pub enum DataCommand {
     /// Train a byte-level BPE tokenizer on text files
@@ -94,13 +96,13 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
                 "fingerprint": hex(&tokenizer.fingerprint()),
             });
             match json {
-                true => println!("{report}"),
-                false => println!(
+                true => say!("{report}")?,
+                false => say!(
                     "{}: {} entries, fingerprint {}",
                     out.display(),
                     tokenizer.vocab(),
                     short(&tokenizer.fingerprint())
-                ),
+                )?,
             }
             if tokenizer.vocab() < vocab {
                 eprintln!(
@@ -121,10 +123,10 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
             };
             let prepared = prepare(&options, &tokenizer)?;
             if json {
-                println!("{}", serde_json::to_string(&prepared)?);
+                say!("{}", serde_json::to_string(&prepared)?)?;
                 return Ok(());
             }
-            println!(
+            say!(
                 "{} shards in {}: {} tokens of {} documents, {:.3} bytes per token, {:.1} MB/s of text",
                 prepared.shards.len(),
                 options.folder.display(),
@@ -132,9 +134,9 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
                 prepared.documents,
                 prepared.text_bytes as f64 / prepared.tokens.max(1) as f64,
                 prepared.text_bytes as f64 / prepared.seconds / 1e6,
-            );
+            )?;
             if prepared.empty_documents > 0 {
-                println!("{} lines without text were left out", prepared.empty_documents);
+                say!("{} lines without text were left out", prepared.empty_documents)?;
             }
             if tokenizer.end_of_text().is_none() {
                 eprintln!("the tokenizer has no end-of-text token: documents follow without one");
@@ -151,7 +153,7 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
                 reports.push(inspect(shard, tokenizer.as_deref(), rows, sequence, verify, json)?);
             }
             if json {
-                println!("{}", serde_json::json!({ "shards": reports }));
+                say!("{}", serde_json::json!({ "shards": reports }))?;
             }
             Ok(())
         }
@@ -188,23 +190,23 @@ fn inspect(
     }
     let (part, parts) = shard.part();
     if !json {
-        println!("{}", shard.path().display());
-        println!("  version      {}, part {} of {parts}", shard.version(), part + 1);
-        println!("  tokens       {} (u{})", shard.len(), 8 * shard.id_bytes());
-        println!(
+        say!("{}", shard.path().display())?;
+        say!("  version      {}, part {} of {parts}", shard.version(), part + 1)?;
+        say!("  tokens       {} (u{})", shard.len(), 8 * shard.id_bytes())?;
+        say!(
             "  documents    {}{}",
             shard.documents(),
             if shard.continues() { ", the first begins in the preceding shard" } else { "" }
-        );
-        println!(
+        )?;
+        say!(
             "  text         {} bytes, {:.3} per token",
             shard.text_bytes(),
             shard.text_bytes() as f64 / shard.len().max(1) as f64
-        );
-        println!("  tokenizer    {}, vocabulary {}", short(&shard.fingerprint()), shard.vocab());
-        println!("  checksums    {}", if verify { "all right" } else { "not checked (--verify)" });
+        )?;
+        say!("  tokenizer    {}, vocabulary {}", short(&shard.fingerprint()), shard.vocab())?;
+        say!("  checksums    {}", if verify { "all right" } else { "not checked (--verify)" })?;
         for (row, text) in texts.iter().enumerate() {
-            println!("  row {row:<8} {text:?}");
+            say!("  row {row:<8} {text:?}")?;
         }
         if tokenizer.is_none() && rows > 0 {
             eprintln!("no tokenizer.json beside the shard: give --tokenizer to see rows");

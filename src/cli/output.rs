@@ -11,6 +11,12 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to stdout")
 }
 
+/// `println!` as [`print`]: `say!("{} tokens", tokens)?`.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::cli::output::print(&format!("{}\n", format_args!($($text)*))) };
+}
+pub(super) use say;
+
 /// One JSON object and a line end.
 pub fn print_json(answer: &impl Serialize) -> anyhow::Result<()> {
     let mut text = serde_json::to_string_pretty(answer).context("cannot write JSON")?;
