@@ -102,9 +102,7 @@ pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Rep
     let cache = std::env::temp_dir().join("isobath");
     let corpus = Corpus::open(&data, &cache, true)?;
     match Device::choose(request.device)? {
-        Device::Cpu => {
-            evaluate_on(Cpu::<f32>::new(), request, &model, &corpus.train, progress)
-        }
+        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, &corpus.train, progress),
     }
 }
 

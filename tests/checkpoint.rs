@@ -221,8 +221,8 @@ fn six_steps_equal_three_and_three() {
     let mut first = new_trainer();
     first.set_parameters(&training.parameters).unwrap();
     let mut outcomes: Vec<StepOutcome> = (1..=3).map(|step| take(&mut first, step)).collect();
-        [training.parameters, training.moment1, training.moment2] =
-            first.state().unwrap().map(|values| values.into_owned());
+    [training.parameters, training.moment1, training.moment2] =
+        first.state().unwrap().map(|values| values.into_owned());
     training.save(&run).unwrap();
     drop(first);
 

@@ -1,19 +1,17 @@
 //! Text from a model: a prompt in, tokens out, one by one.
 
-mod decoder;
 mod sampling;
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-pub use decoder::{Decoder, DecoderPlan};
 pub use sampling::Sampling;
 
 use crate::backend::Backend;
 use crate::config::DeviceKind;
 use crate::cpu::Cpu;
 use crate::device::Device;
-use crate::engine::allocate_parameters;
+use crate::engine::{Decoder, DecoderPlan, allocate_parameters};
 use crate::error::{Error, Result};
 use crate::evaluate::LoadedModel;
 

@@ -21,9 +21,8 @@ pub struct Sampling {
 
 impl Sampling {
     pub fn validate(&self) -> Result<()> {
-        let error = |what: String, remedy: &str| {
-            Err(Error::Usage { what, remedy: remedy.to_string() })
-        };
+        let error =
+            |what: String, remedy: &str| Err(Error::Usage { what, remedy: remedy.to_string() });
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return error(
                 format!("--temperature is {}", self.temperature),
@@ -39,9 +38,8 @@ impl Sampling {
     /// The token at `index` of its sequence; ties go to the lower id. Each index has a random
     /// number of its own.
     pub fn choose(&self, logits: &[f32], index: u64) -> u32 {
-        let by_logit = |&a: &u32, &b: &u32| {
-            logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
-        };
+        let by_logit =
+            |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
         if self.temperature == 0.0 {
             return ids.into_iter().min_by(by_logit).unwrap_or(0);

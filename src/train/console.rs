@@ -29,9 +29,9 @@ impl Console {
     /// A bar if stderr is a terminal.
     pub fn new() -> Self {
         Console {
-            bar: std::io::stderr().is_terminal().then(|| {
-                ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
-            }),
+            bar: std::io::stderr()
+                .is_terminal()
+                .then(|| ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())),
             quiet: false,
             steps: 0,
             last_line: None,

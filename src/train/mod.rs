@@ -30,7 +30,7 @@ use crate::data::windows::Windows;
 use crate::device::Device;
 use crate::engine::{Plan, Rows, StepOutcome, Trainer};
 use crate::error::{Error, Result};
-use crate::generate::Sampling;
+use crate::generate::{Sampling, generate};
 use crate::hf::{self, ExportDtype, TokenizerFiles};
 use crate::metrics::{Evaluation, SampleRecord, StepRecord};
 use crate::model::init::initial_parameters;
@@ -208,13 +208,12 @@ fn restore<B: Backend>(
     let restored = verified.load_trainer(trainer.table())?;
     trainer.set_state(&restored.parameters, &restored.moment1, &restored.moment2)?;
     let state = restored.state;
-    let position: LoaderState = serde_json::from_value(state.loader.clone()).map_err(|error| {
-        Error::Checkpoint {
+    let position: LoaderState =
+        serde_json::from_value(state.loader.clone()).map_err(|error| Error::Checkpoint {
             path: verified.folder().to_path_buf(),
             what: format!("the loader's position cannot be read: {error}"),
             remedy: "resume with the version of isobath that wrote it".to_string(),
-        }
-    })?;
+        })?;
     let loader = Loader::restore(&corpus.train, loader_options(config), &position)?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming behind step {}", state.step));
@@ -367,9 +366,10 @@ impl<B: Backend> Session<B> {
         };
         let (tokenizer, end) = (&self.corpus.tokenizer, self.corpus.tokenizer.end_of_text());
         let interrupt = self.interrupt;
-        let tokens = self.trainer.sample(&self.prompt, SAMPLE_TOKENS, &sampling, end, |_| {
-            Ok(!interrupt.asked())
-        })?;
+        let (decoder, backend) = self.trainer.decoder();
+        let go_on = |_| Ok(!interrupt.asked());
+        let (prompt, count) = (&self.prompt, SAMPLE_TOKENS);
+        let tokens = generate(decoder, prompt, count, &sampling, end, backend, go_on)?;
         let prompt = tokenizer.decode(&self.prompt)?;
         let whole = tokenizer.decode(&[&self.prompt[..], &tokens].concat())?;
         let text = whole.strip_prefix(&prompt).unwrap_or(&whole).to_string();

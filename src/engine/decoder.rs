@@ -100,12 +100,9 @@ impl DecoderPlan {
         let statistic = backend.element_bytes(Kind::Statistic);
         let external = |external| match external {
             External::Parameter(i) => self.table.entries()[i].view(parameters, statistic),
-            External::Cache(i) => View {
-                buffer: caches[i],
-                offset: 0,
-                kind: Kind::Activation,
-                shape: self.cache,
-            },
+            External::Cache(i) => {
+                View { buffer: caches[i], offset: 0, kind: Kind::Activation, shape: self.cache }
+            }
             External::ParameterGradient(_) => unreachable!("decoding has no gradients"),
         };
         let mut bind = |recorded: Recorded| -> Result<Forward> {

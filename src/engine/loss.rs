@@ -1,0 +1,96 @@
+//! The program that computes the loss of [B,S] tokens, and in training its gradient.
+
+use super::Rows;
+use crate::backend::Backend;
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::model::parameters::ParameterTable;
+use crate::model::{LossTape, RotaryInputs, record_loss, rotary_table};
+use crate::tape::{BoundProgram, External, MemoryLine, Program, Purpose, ValueId};
+use crate::tensor::{BufferId, View};
+
+/// The loss of [B,S] tokens, not yet bound to memory.
+pub(super) struct LossProgram {
+    program: Program,
+    inputs: LossInputs,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct LossInputs {
+    tokens: ValueId,
+    targets: ValueId,
+    scale: ValueId,
+    rotary: RotaryInputs,
+    losses: ValueId,
+    batch: usize,
+    sequence: usize,
+}
+
+impl LossProgram {
+    pub(super) fn new(
+        config: &ModelConfig,
+        table: &ParameterTable,
+        [batch, sequence]: [usize; 2],
+        z_loss: f64,
+        purpose: Purpose,
+        backend: &impl Backend,
+    ) -> Result<Self> {
+        let LossTape { tape, tokens, targets, scale, rotary, losses } =
+            record_loss(config, table, batch, sequence, z_loss)?;
+        let inputs = LossInputs { tokens, targets, scale, rotary, losses, batch, sequence };
+        let program = Program::new(tape, purpose, &[losses], |kind| backend.element_bytes(kind))?;
+        Ok(LossProgram { program, inputs })
+    }
+
+    pub(super) fn arena_bytes(&self) -> usize {
+        self.program.arena_bytes()
+    }
+
+    pub(super) fn memory_lines(&self) -> &[MemoryLine] {
+        &self.program.memory().lines
+    }
+
+    pub(super) fn bind(self, arena: BufferId, external: impl Fn(External) -> View) -> BoundLoss {
+        BoundLoss { inputs: self.inputs, program: self.program.bind(arena, external) }
+    }
+}
+
+/// A [`LossProgram`] with an address for every operand.
+pub(super) struct BoundLoss {
+    program: BoundProgram,
+    inputs: LossInputs,
+}
+
+impl BoundLoss {
+    /// Where the losses [T] of the last run lie.
+    pub(super) fn losses(&self) -> View {
+        self.program.view(self.inputs.losses)
+    }
+
+    /// Writes what does not change from batch to batch; again after another program used the arena.
+    pub(super) fn write_constants(
+        &self,
+        config: &ModelConfig,
+        backend: &mut impl Backend,
+    ) -> Result<()> {
+        let LossInputs { rotary, batch, sequence, .. } = self.inputs;
+        let positions: Vec<i32> = (0..batch).flat_map(|_| 0..sequence as i32).collect();
+        backend.write(self.program.view(rotary.table), &rotary_table(config, sequence))?;
+        backend.write_index(self.program.view(rotary.positions), &positions)
+    }
+
+    /// Runs one micro-batch and reads its losses.
+    pub(super) fn run(
+        &self,
+        rows: Rows,
+        scale: f32,
+        losses: &mut [f32],
+        backend: &mut impl Backend,
+    ) -> Result<()> {
+        backend.write_index(self.program.view(self.inputs.tokens), rows.tokens)?;
+        backend.write_index(self.program.view(self.inputs.targets), rows.targets)?;
+        backend.write(self.program.view(self.inputs.scale), &[scale])?;
+        self.program.run(backend)?;
+        backend.read(self.losses(), losses)
+    }
+}

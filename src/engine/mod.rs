@@ -1,0 +1,55 @@
+//! A model on a device: its buffers and its programs.
+//!
+//! [`Plan`] says what a training run will need; [`Trainer`], [`Evaluator`] and [`Decoder`] allocate
+//! once and then only run. None knows where batches come from or where checkpoints go.
+
+mod decoder;
+mod evaluator;
+mod loss;
+mod plan;
+mod trainer;
+
+pub use decoder::{Decoder, DecoderPlan};
+pub use evaluator::Evaluator;
+pub use plan::Plan;
+pub use trainer::{StepOutcome, Trainer};
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::model::parameters::ParameterTable;
+use crate::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
+
+/// Tokens and what they are to predict: [B,S] each, row-major.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    pub tokens: &'a [i32],
+    pub targets: &'a [i32],
+}
+
+impl Rows<'_> {
+    /// Number of targets that are tokens.
+    pub fn predicted(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE_INDEX).count()
+    }
+}
+
+fn sum(losses: &[f32]) -> f64 {
+    losses.iter().map(|&loss| loss as f64).sum()
+}
+
+fn flat_view(buffer: BufferId, elements: usize) -> View {
+    View { buffer, offset: 0, kind: Kind::Statistic, shape: Shape::new(&[elements]) }
+}
+
+/// A flat buffer holding `parameters`.
+pub fn allocate_parameters<B: Backend>(
+    table: &ParameterTable,
+    parameters: &[f32],
+    backend: &mut B,
+) -> Result<View> {
+    let elements = table.stored_elements();
+    let bytes = elements * backend.element_bytes(Kind::Statistic);
+    let view = flat_view(backend.allocate("parameters", bytes)?, elements);
+    backend.write(view, parameters)?;
+    Ok(view)
+}

@@ -1,0 +1,195 @@
+//! Training steps: forward and backward over micro-batches, the update, evaluation in between.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::decoder::Decoder;
+use super::loss::BoundLoss;
+use super::plan::Plan;
+use super::{Rows, flat_view, sum};
+use crate::backend::{Backend, FlatBuffers};
+use crate::config::{Config, ModelConfig, OptimizerConfig};
+use crate::error::Result;
+use crate::model::parameters::ParameterTable;
+use crate::optim;
+use crate::tape::External;
+use crate::tensor::{Kind, View};
+
+/// What one optimizer step saw.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Mean loss over the predicted tokens of all micro-batches.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    pub predicted: usize,
+}
+
+/// Everything a training step needs, allocated.
+pub struct Trainer<B> {
+    backend: B,
+    config: ModelConfig,
+    table: ParameterTable,
+    flat: FlatBuffers,
+    decay: Vec<Range<usize>>,
+    training: BoundLoss,
+    evaluation: BoundLoss,
+    arena_holds: Use,
+    decoder: Decoder,
+    losses: Vec<f32>,
+}
+
+/// Whose constants lie in the arena.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Training,
+    Evaluation,
+}
+
+impl<B: Backend> Trainer<B> {
+    /// Allocates what `plan` says; parameters and moments are zero until they are set.
+    pub fn new(plan: Plan, config: &Config, mut backend: B) -> Result<Self> {
+        plan.check_fits(&backend)?;
+        let arena = backend.allocate("activations", plan.arena_bytes())?;
+        let Plan { table, training, evaluation, sampling, flat_bytes } = plan;
+        let mut flat = |label| -> Result<View> {
+            Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
+        };
+        let flat = FlatBuffers {
+            parameters: flat("parameters")?,
+            gradients: flat("gradients")?,
+            moment1: flat("first moment")?,
+            moment2: flat("second moment")?,
+        };
+        let bytes = backend.element_bytes(Kind::Statistic);
+        let external = |external| match external {
+            External::Parameter(i) => table.entries()[i].view(flat.parameters, bytes),
+            External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
+            External::Cache(_) => unreachable!("a loss has no cache"),
+        };
+        let training = training.bind(arena, external);
+        let evaluation = evaluation.bind(arena, external);
+        let losses = vec![0.0; config.train.micro_batch * config.data.sequence];
+        let decay = optim::decay_ranges(&table);
+        let config = config.model.clone();
+        training.write_constants(&config, &mut backend)?;
+        let decoder = sampling.allocate(flat.parameters, &mut backend)?;
+        let arena_holds = Use::Training;
+        Ok(Trainer {
+            backend,
+            config,
+            table,
+            flat,
+            decay,
+            training,
+            evaluation,
+            arena_holds,
+            decoder,
+            losses,
+        })
+    }
+
+    pub fn table(&self) -> &ParameterTable {
+        &self.table
+    }
+
+    /// Replaces parameters and both moments; each of the table's stored elements.
+    pub fn set_state(&mut self, parameters: &[f32], m1: &[f32], m2: &[f32]) -> Result<()> {
+        self.backend.write(self.flat.parameters, parameters)?;
+        self.backend.write(self.flat.moment1, m1)?;
+        self.backend.write(self.flat.moment2, m2)
+    }
+
+    pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
+        self.backend.write(self.flat.parameters, parameters)
+    }
+
+    /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
+    pub fn state(&mut self) -> Result<[Cow<'_, [f32]>; 3]> {
+        let views = [self.flat.parameters, self.flat.moment1, self.flat.moment2];
+        if self.backend.host_values(views).is_none() {
+            let mut read = |view: View| -> Result<Cow<'_, [f32]>> {
+                let mut values = vec![0.0; view.shape.elements()];
+                self.backend.read(view, &mut values)?;
+                Ok(Cow::Owned(values))
+            };
+            return Ok([read(views[0])?, read(views[1])?, read(views[2])?]);
+        }
+        let values = self.backend.host_values(views).expect("it was there just now");
+        Ok(values.map(Cow::Borrowed))
+    }
+
+    /// The losses [T] of the last micro-batch, on the device.
+    pub fn losses_view(&self) -> View {
+        self.training.losses()
+    }
+
+    /// The gradient of the last [`Trainer::accumulate`], in table order.
+    pub fn gradients(&mut self) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; self.table.stored_elements()];
+        self.backend.read(self.flat.gradients, &mut values)?;
+        Ok(values)
+    }
+
+    /// Forward and backward over all micro-batches of a step. Every predicted token weighs the
+    /// same, in whichever micro-batch it stands.
+    pub fn accumulate<'a>(
+        &mut self,
+        micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
+    ) -> Result<StepOutcome> {
+        self.use_arena_for(Use::Training)?;
+        let predicted: usize = micro_batches.clone().map(|rows| rows.predicted()).sum();
+        let scale = 1.0 / predicted.max(1) as f32;
+        self.backend.zero(self.flat.gradients)?;
+        let mut total = 0.0;
+        for rows in micro_batches {
+            self.training.run(rows, scale, &mut self.losses, &mut self.backend)?;
+            total += sum(&self.losses);
+        }
+        let grad_norm = self.backend.gradient_norm(self.flat.gradients)?;
+        Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
+    }
+
+    /// Clips and updates; `step` counts from 1.
+    pub fn update(
+        &mut self,
+        optimizer: &OptimizerConfig,
+        step: u64,
+        lr: f64,
+        grad_norm: f64,
+    ) -> Result<()> {
+        let scale = optim::clip_scale(optimizer.clip, grad_norm);
+        let arguments = optim::adamw_step(optimizer, step, lr, scale, &self.decay);
+        self.backend.adamw(&self.flat, &arguments)
+    }
+
+    /// Sum of the losses of at most B rows, and how many tokens were predicted.
+    pub fn evaluate(&mut self, rows: Rows) -> Result<(f64, u64)> {
+        self.use_arena_for(Use::Evaluation)?;
+        self.evaluation.run(rows, 1.0, &mut self.losses, &mut self.backend)?;
+        Ok((sum(&self.losses), rows.predicted() as u64))
+    }
+
+    fn use_arena_for(&mut self, next: Use) -> Result<()> {
+        if self.arena_holds == next {
+            return Ok(());
+        }
+        let program = match next {
+            Use::Training => &self.training,
+            Use::Evaluation => &self.evaluation,
+        };
+        program.write_constants(&self.config, &mut self.backend)?;
+        self.arena_holds = next;
+        Ok(())
+    }
+
+    /// What a sample is drawn from: the model as it stands.
+    pub fn decoder(&mut self) -> (&mut Decoder, &mut B) {
+        (&mut self.decoder, &mut self.backend)
+    }
+
+    /// The device and the flat parameter buffer on it.
+    pub fn device(&mut self) -> (&mut B, View) {
+        (&mut self.backend, self.flat.parameters)
+    }
+}
