@@ -511,3 +511,32 @@ fn a_plan_counts_tied_embeddings_kv_heads_and_flops() {
     assert_eq!(report.bytes.gradients, 4 * report.stored_elements);
     assert_eq!(report.bytes.moments, 8 * report.stored_elements);
 }
+
+#[test]
+fn the_configuration_page_lists_every_key_with_its_demo_value() {
+    let page = include_str!("../docs/configuration.md");
+    let demo: toml::Table = Config::preset("demo").unwrap().to_toml().unwrap().parse().unwrap();
+    let mut keys = 0;
+    let mut check = |key: String, value: &toml::Value| {
+        let line = page.lines().find(|line| line.contains(&format!("`{key}`")));
+        let line = line.unwrap_or_else(|| panic!("docs/configuration.md lacks `{key}`"));
+        let shown = line.rsplit('|').nth(1).unwrap_or_default().replace('`', "");
+        let is_value = |text: &str| {
+            let table = format!("v = {}", text.trim()).parse::<toml::Table>();
+            table.is_ok_and(|table| table["v"] == *value)
+        };
+        // A line may list several keys, and their values in the same order.
+        let listed = is_value(&shown) || shown.split(", ").any(is_value);
+        assert!(listed, "docs/configuration.md has {shown} for `{key}`, the demo {value}");
+        keys += 1;
+    };
+    for (key, value) in &demo {
+        match value {
+            toml::Value::Table(table) => {
+                table.iter().for_each(|(inner, value)| check(format!("{key}.{inner}"), value))
+            }
+            value => check(key.clone(), value),
+        }
+    }
+    assert!(keys > 45, "{keys} keys");
+}
