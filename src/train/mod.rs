@@ -19,7 +19,7 @@ pub use console::Console;
 pub use interrupt::Interrupt;
 
 use crate::backend::Backend;
-use crate::checkpoint::{self, Snapshot, TrainerState};
+use crate::checkpoint::{self, Snapshot, TrainerState, model_folder};
 use crate::config::Config;
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
@@ -95,6 +95,9 @@ fn train_on<B: Backend>(
         true => RunDir::resume(&folder)?,
         false => RunDir::create(&folder)?,
     };
+    if !resume {
+        adopt_initial_model(&mut config)?;
+    }
     let corpus = Corpus::open(&config.data, &folder.join("data"), true)?;
     resolve_vocabulary(&mut config, &corpus.tokenizer)?;
     console.say(format!(
@@ -134,6 +137,19 @@ fn train_on<B: Backend>(
     let outcome = session.run(console);
     console.finish();
     outcome
+}
+
+/// With `train.init_from`, the folder decides the model and, if it has one, the tokenizer.
+fn adopt_initial_model(config: &mut Config) -> Result<()> {
+    let Some(path) = &config.train.init_from else { return Ok(()) };
+    let folder = model_folder(path)?;
+    config.model = hf::model_config(&folder)?;
+    let tokenizer = folder.join(hf::TOKENIZER);
+    if tokenizer.exists() {
+        config.data.tokenizer = tokenizer.to_string_lossy().into_owned();
+    }
+    config.train.init_from = Some(folder);
+    config.validate()
 }
 
 /// `model.vocab = 0` becomes the tokenizer's size; a tokenizer that does not fit is refused.
