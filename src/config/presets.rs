@@ -50,8 +50,9 @@ struct PaperModel {
 #[rustfmt::skip]
 const PAPER: [PaperModel; 13] = {
     const fn model(
-        name: &'static str, hidden: usize, ffn: usize, layers: usize, heads: usize, vocab: usize,
-        max_sequence: usize, recipe: &'static Recipe,
+        name: &'static str,
+        [hidden, ffn, layers, heads, vocab, max_sequence]: [usize; 6],
+        recipe: &'static Recipe,
     ) -> PaperModel {
         PaperModel { name, hidden, ffn, layers, heads, vocab, max_sequence, recipe }
     }
@@ -59,19 +60,19 @@ const PAPER: [PaperModel; 13] = {
         // 9m to 60m, 100m and 3b have a configuration but no script: they take the script of the
         // model whose parameter count is nearest in ratio.
         //            hidden    ffn  layers heads  vocab  max_sequence
-        model("9m",      128,   352,      4,    4, 32000, 1024, &SCRIPT_71M),
-        model("20m",     256,   688,      4,    4, 32000, 1024, &SCRIPT_71M),
-        model("35m",     384,  1024,      6,    8, 32000, 1024, &SCRIPT_71M),
-        model("40m",     416,  1024,      8,    8, 32000, 1024, &SCRIPT_71M),
-        model("60m",     512,  1376,      8,    8, 32000, 1024, &SCRIPT_71M),
-        model("71m",     512,  1368,     12,    8, 32000, 1024, &SCRIPT_71M),
-        model("100m",    640,  1708,     12,   10, 32100, 1024, &SCRIPT_130M),
-        model("130m",    768,  2048,     12,   12, 32000, 1024, &SCRIPT_130M),
-        model("250m",    768,  2560,     24,   16, 32000, 1024, &SCRIPT_250M),
-        model("350m",   1024,  2736,     24,   16, 32000, 1024, &SCRIPT_350M),
-        model("1b",     2048,  5461,     24,   32, 32000, 1024, &SCRIPT_1B),
-        model("3b",     2560,  6848,     32,   32, 32000, 1024, &SCRIPT_1B),
-        model("7b",     4096, 11008,     32,   32, 32000, 2048, &SCRIPT_7B),
+        model("9m",      [128,   352,      4,    4, 32000, 1024], &SCRIPT_71M),
+        model("20m",     [256,   688,      4,    4, 32000, 1024], &SCRIPT_71M),
+        model("35m",     [384,  1024,      6,    8, 32000, 1024], &SCRIPT_71M),
+        model("40m",     [416,  1024,      8,    8, 32000, 1024], &SCRIPT_71M),
+        model("60m",     [512,  1376,      8,    8, 32000, 1024], &SCRIPT_71M),
+        model("71m",     [512,  1368,     12,    8, 32000, 1024], &SCRIPT_71M),
+        model("100m",    [640,  1708,     12,   10, 32100, 1024], &SCRIPT_130M),
+        model("130m",    [768,  2048,     12,   12, 32000, 1024], &SCRIPT_130M),
+        model("250m",    [768,  2560,     24,   16, 32000, 1024], &SCRIPT_250M),
+        model("350m",   [1024,  2736,     24,   16, 32000, 1024], &SCRIPT_350M),
+        model("1b",     [2048,  5461,     24,   32, 32000, 1024], &SCRIPT_1B),
+        model("3b",     [2560,  6848,     32,   32, 32000, 1024], &SCRIPT_1B),
+        model("7b",     [4096, 11008,     32,   32, 32000, 2048], &SCRIPT_7B),
     ]
 };
 
