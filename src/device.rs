@@ -1,6 +1,6 @@
 //! Which devices there are, and which one a run uses.
 
-use crate::config::{DeviceKind, Dtype};
+use crate::config::DeviceKind;
 use crate::error::{Error, Result};
 
 /// A device that can be used here, now.
@@ -26,15 +26,9 @@ impl Device {
         }
     }
 
-    /// Refuses a type that the device does not compute in.
-    pub fn check_dtype(self, dtype: Dtype) -> Result<()> {
-        match (self, dtype) {
-            (Device::Cpu, Dtype::F32) => Ok(()),
-            (Device::Cpu, Dtype::Bf16) => Err(Error::Device {
-                device: "cpu".to_string(),
-                what: "dtype is bf16, and the CPU trains in f32".to_string(),
-                remedy: "add --set dtype=f32".to_string(),
-            }),
+    pub fn kind(self) -> DeviceKind {
+        match self {
+            Device::Cpu => DeviceKind::Cpu,
         }
     }
 }

@@ -62,7 +62,7 @@ impl Memory {
         write: [View; W],
         read: [View; R],
         index: [View; I],
-    ) -> ([&mut [T]; W], [&[T]; R], [&[i32]; I]) {
+    ) -> Borrowed<'_, T, W, R, I> {
         let write = write.map(|view| self.region(view, element_bytes::<T>(view.kind)));
         let read = read.map(|view| self.region(view, element_bytes::<T>(view.kind)));
         let index = index.map(|view| self.region(view, element_bytes::<i32>(view.kind)));
@@ -86,6 +86,10 @@ impl Memory {
         }
     }
 }
+
+/// Written, read, and index slices.
+type Borrowed<'a, T, const W: usize, const R: usize, const I: usize> =
+    ([&'a mut [T]; W], [&'a [T]; R], [&'a [i32]; I]);
 
 fn element_bytes<T>(kind: Kind) -> usize {
     let bytes = size_of::<T>();

@@ -78,7 +78,7 @@ pub struct Outcome {
 /// Trains to the last step, or until `interrupt` asks to stop.
 pub fn train(run: Run, interrupt: Interrupt, console: &mut Console) -> Result<Outcome> {
     let device = Device::choose(run.config.device)?;
-    device.check_dtype(run.config.dtype)?;
+    run.config.validate_on(device.kind())?;
     match device {
         Device::Cpu => train_on(Cpu::<f32>::new(), run, interrupt, console),
     }
