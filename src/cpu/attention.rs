@@ -3,7 +3,9 @@
 //! Tiles of 64 queries by 64 keys; no S x S matrix exists. q, k and v are read where the fused
 //! projection put them. One task owns one (sequence, kv head) in the backward pass and loops over
 //! that group's query heads, so nothing is added to by two tasks. Dao 2023, algorithms 1 and 2.
-//! A task keeps its tiles on the heap: tens of KiB.
+//! A task keeps its tiles to itself: tens of KiB.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -15,6 +17,32 @@ use crate::backend::{AttentionSpec, HeadSpec};
 
 /// Queries and keys in a tile: 64 x 64 f32 scores are 16 KiB, half of a first-level cache.
 const TILE: usize = 64;
+
+/// Rows of a tile that are worked on together, up to the last key that one of them sees: what the
+/// causal mask hides from all of them is not computed. As many as the widest vector has elements.
+const BAND: usize = 16;
+
+fn bands(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(BAND).map(move |first| first..rows.min(first + BAND))
+}
+
+/// Changes pairs of elements, in groups of a fixed size so that short rows vectorise too.
+#[inline(always)]
+fn for_each_pair<T: Float>(a: &mut [T], b: &mut [T], change: impl Fn(&mut T, &mut T)) {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks_mut::<BAND>(), b.as_chunks_mut::<BAND>());
+    for (a, b) in a.iter_mut().zip(b) {
+        a.iter_mut().zip(b).for_each(|(a, b)| change(a, b));
+    }
+    a_rest.iter_mut().zip(b_rest).for_each(|(a, b)| change(a, b));
+}
+
+/// As [`for_each_pair`], for one slice.
+#[inline(always)]
+fn for_each<T: Float>(a: &mut [T], change: impl Fn(&mut T)) {
+    let (a, rest) = a.as_chunks_mut::<BAND>();
+    a.iter_mut().for_each(|a| a.iter_mut().for_each(&change));
+    rest.iter_mut().for_each(change);
+}
 
 /// Where the heads of one token lie in a row of qkv.
 #[derive(Clone, Copy)]
@@ -75,54 +103,61 @@ vectorised! {
         let Queries { q, q_stride, rows, first, keys, values, kv_stride, d } = queries;
         let scale = T::of(1.0 / (d as f64).sqrt());
         let mut k_transposed = vec![T::ZERO; d * TILE];
-        let mut scores = vec![T::ZERO; TILE * TILE];
+        let mut scores = [T::ZERO; BAND * TILE];
         let mut highest = [T::NEG_INFINITY; TILE];
         let mut total = [T::ZERO; TILE];
         out.fill(T::ZERO);
         for first_key in (0..first + rows).step_by(TILE) {
             let tile_keys = TILE.min(first + rows - first_key);
             transpose(&keys[first_key * kv_stride..], kv_stride, tile_keys, d, &mut k_transposed);
-            let product = TileProduct {
-                m: rows,
-                n: tile_keys,
-                k: d,
-                a_row: q_stride,
-                a_column: 1,
-                b_row: TILE,
-                c_row: TILE,
-                accumulate: false,
-            };
-            product.run(q, &k_transposed, &mut scores);
-            for row in 0..rows {
-                let visible = tile_keys.min((first + row + 1).saturating_sub(first_key));
-                let (scores, hidden) = scores[row * TILE..][..tile_keys].split_at_mut(visible);
-                hidden.fill(T::ZERO);
-                let max = highest[row].maximum(super::norm::maximum(scores) * scale);
-                for score in scores.iter_mut() {
-                    *score = (*score * scale - max).exp();
+            for band in bands(rows) {
+                let reach = tile_keys.min((first + band.end).saturating_sub(first_key));
+                if reach == 0 {
+                    continue;
                 }
-                let rescale = (highest[row] - max).exp();
-                total[row] = total[row] * rescale + super::norm::sum(visible, |i| scores[i]);
-                highest[row] = max;
-                if rescale != T::ONE {
-                    out[row * d..][..d].iter_mut().for_each(|out| *out *= rescale);
+                let scores = &mut scores[..band.len() * TILE];
+                let product = TileProduct {
+                    m: band.len(),
+                    n: reach,
+                    k: d,
+                    a_row: q_stride,
+                    a_column: 1,
+                    b_row: TILE,
+                    c_row: TILE,
+                    accumulate: false,
+                };
+                product.run(&q[band.start * q_stride..], &k_transposed, scores);
+                for (row, scores) in band.clone().zip(scores.chunks_exact_mut(TILE)) {
+                    let visible = reach.min((first + row + 1).saturating_sub(first_key));
+                    let scores = &mut scores[..reach];
+                    let highest_here = super::norm::maximum(&scores[..visible]) * scale;
+                    let max = highest[row].maximum(highest_here);
+                    for_each(scores, |score| *score = (*score * scale - max).exp());
+                    scores[visible..].fill(T::ZERO);
+                    let rescale = (highest[row] - max).exp();
+                    total[row] = total[row] * rescale + super::norm::sum(reach, |i| scores[i]);
+                    highest[row] = max;
+                    if rescale != T::ONE {
+                        for_each(&mut out[row * d..][..d], |out| *out *= rescale);
+                    }
                 }
+                let product = TileProduct {
+                    m: band.len(),
+                    n: d,
+                    k: reach,
+                    a_row: TILE,
+                    a_column: 1,
+                    b_row: kv_stride,
+                    c_row: d,
+                    accumulate: true,
+                };
+                let out = &mut out[band.start * d..];
+                product.run(scores, &values[first_key * kv_stride..], out);
             }
-            let product = TileProduct {
-                m: rows,
-                n: d,
-                k: tile_keys,
-                a_row: TILE,
-                a_column: 1,
-                b_row: kv_stride,
-                c_row: d,
-                accumulate: true,
-            };
-            product.run(&scores, &values[first_key * kv_stride..], out);
         }
         for row in 0..rows {
             let inverse = T::ONE / total[row];
-            out[row * d..][..d].iter_mut().for_each(|out| *out *= inverse);
+            for_each(&mut out[row * d..][..d], |out| *out *= inverse);
             log_sum_exp[row] = highest[row] + total[row].ln();
         }
     }
@@ -283,11 +318,11 @@ vectorised! {
         let token = |t: usize| (b * sequence + t) * layout.columns;
         let mut k_transposed = vec![T::ZERO; d * TILE];
         let mut v_transposed = vec![T::ZERO; d * TILE];
-        let mut p = vec![T::ZERO; TILE * TILE]; // [queries,keys]
-        let mut d_s = vec![T::ZERO; TILE * TILE];
+        let mut p = [T::ZERO; TILE * TILE]; // [queries,keys]
+        let mut d_s = [T::ZERO; TILE * TILE];
         let mut d_k = vec![T::ZERO; TILE * d];
         let mut d_v = vec![T::ZERO; TILE * d];
-        let mut d_q = vec![T::ZERO; TILE * d];
+        let mut d_q = vec![T::ZERO; BAND * d];
         for first_key in (0..sequence).step_by(TILE) {
             let keys = TILE.min(sequence - first_key);
             let k = &qkv[token(first_key) + layout.k(kv_head)..];
@@ -305,66 +340,82 @@ vectorised! {
                     let log_sum_exp = &group.log_sum_exp[statistics..][..rows];
                     let delta = &group.delta[statistics..][..rows];
 
-                    let scores = TileProduct {
-                        m: rows,
-                        n: keys,
-                        k: d,
-                        a_row: layout.columns,
-                        a_column: 1,
-                        b_row: TILE,
-                        c_row: TILE,
-                        accumulate: false,
-                    };
-                    scores.run(q, &k_transposed, &mut p);
-                    TileProduct { a_row: out_columns, ..scores }.run(
-                        d_out,
-                        &v_transposed,
-                        &mut d_s,
-                    );
-                    for row in 0..rows {
-                        let visible = keys.min(first + row + 1 - first_key);
-                        let p = &mut p[row * TILE..][..keys];
-                        let d_s = &mut d_s[row * TILE..][..keys];
-                        let (log_sum_exp, delta) = (log_sum_exp[row], delta[row]);
-                        for i in 0..visible {
-                            p[i] = (p[i] * scale - log_sum_exp).exp();
-                            d_s[i] = p[i] * (d_s[i] - delta) * scale;
+                    for band in bands(rows) {
+                        let reach = keys.min(first + band.end - first_key);
+                        let in_tile = band.start * TILE..band.end * TILE;
+                        let (p, d_s) = (&mut p[in_tile.clone()], &mut d_s[in_tile]);
+                        let scores = TileProduct {
+                            m: band.len(),
+                            n: reach,
+                            k: d,
+                            a_row: layout.columns,
+                            a_column: 1,
+                            b_row: TILE,
+                            c_row: TILE,
+                            accumulate: false,
+                        };
+                        scores.run(&q[band.start * layout.columns..], &k_transposed, p);
+                        TileProduct { a_row: out_columns, ..scores }.run(
+                            &d_out[band.start * out_columns..],
+                            &v_transposed,
+                            d_s,
+                        );
+                        let tiles = p.chunks_exact_mut(TILE).zip(d_s.chunks_exact_mut(TILE));
+                        for (row, (p, d_s)) in band.clone().zip(tiles) {
+                            let visible = reach.min(first + row + 1 - first_key);
+                            let (p, d_s) = (&mut p[..reach], &mut d_s[..reach]);
+                            let (log_sum_exp, delta) = (log_sum_exp[row], delta[row]);
+                            for_each_pair(p, d_s, |p, d_s| {
+                                *p = (*p * scale - log_sum_exp).exp();
+                                *d_s = *p * (*d_s - delta) * scale;
+                            });
+                            p[visible..].fill(T::ZERO);
+                            d_s[visible..].fill(T::ZERO);
                         }
-                        p[visible..].fill(T::ZERO);
-                        d_s[visible..].fill(T::ZERO);
+                        // [queries,D] = [queries,keys] [keys,D]
+                        let to_queries = TileProduct {
+                            m: band.len(),
+                            n: d,
+                            k: reach,
+                            a_row: TILE,
+                            a_column: 1,
+                            b_row: layout.columns,
+                            c_row: d,
+                            accumulate: false,
+                        };
+                        to_queries.run(d_s, k, &mut d_q);
+                        for (row, d_q) in band.zip(d_q.chunks_exact_mut(d)) {
+                            let at = b * sequence + first + row;
+                            // The one slice of d_qkv that is alive.
+                            let to = unsafe { d_qkv.row(at, layout.q(head), d) };
+                            match first_key {
+                                0 => to.copy_from_slice(d_q),
+                                _ => for_each_pair(to, d_q, |to, d_q| *to += *d_q),
+                            }
+                        }
                     }
-                    // [keys,D] += [queries,keys]^T [queries,D]
-                    let to_keys = TileProduct {
-                        m: keys,
-                        n: d,
-                        k: rows,
-                        a_row: 1,
-                        a_column: TILE,
-                        b_row: out_columns,
-                        c_row: d,
-                        accumulate: true,
-                    };
-                    to_keys.run(&p, d_out, &mut d_v);
-                    TileProduct { b_row: layout.columns, ..to_keys }.run(&d_s, q, &mut d_k);
-                    // [queries,D] = [queries,keys] [keys,D]
-                    let to_queries = TileProduct {
-                        m: rows,
-                        n: d,
-                        k: keys,
-                        a_row: TILE,
-                        a_column: 1,
-                        b_row: layout.columns,
-                        c_row: d,
-                        accumulate: false,
-                    };
-                    to_queries.run(&d_s, k, &mut d_q);
-                    for row in 0..rows {
-                        let at = b * sequence + first + row;
-                        // The one slice of d_qkv that is alive.
-                        let to = unsafe { d_qkv.row(at, layout.q(head), d) };
-                        for (to, &d_q) in to.iter_mut().zip(&d_q[row * d..][..d]) {
-                            *to = if first_key == 0 { d_q } else { *to + d_q };
+                    for band in bands(keys) {
+                        // The first query that sees one of these keys.
+                        let query = (first_key + band.start).saturating_sub(first);
+                        if query >= rows {
+                            break;
                         }
+                        // [keys,D] += [queries,keys]^T [queries,D]
+                        let to_keys = TileProduct {
+                            m: band.len(),
+                            n: d,
+                            k: rows - query,
+                            a_row: 1,
+                            a_column: TILE,
+                            b_row: out_columns,
+                            c_row: d,
+                            accumulate: true,
+                        };
+                        let seen = query * TILE + band.start;
+                        let (d_v, d_k) = (&mut d_v[band.start * d..], &mut d_k[band.start * d..]);
+                        to_keys.run(&p[seen..], &d_out[query * out_columns..], d_v);
+                        let to_keys = TileProduct { b_row: layout.columns, ..to_keys };
+                        to_keys.run(&d_s[seen..], &q[query * layout.columns..], d_k);
                     }
                 }
             }

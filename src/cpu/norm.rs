@@ -17,6 +17,14 @@ fn effective_gain<T: Float>(gain: &[T], depth: usize) -> Vec<T> {
     gain.iter().map(|&w| w / divisor).collect()
 }
 
+/// Combines halves until one value is left: short rows would spend most time adding one by one.
+#[inline(always)]
+fn fold<T: Float>(lanes: [T; 16], combine: impl Fn(T, T) -> T) -> T {
+    let lanes: [T; 8] = std::array::from_fn(|i| combine(lanes[i], lanes[i + 8]));
+    let lanes: [T; 4] = std::array::from_fn(|i| combine(lanes[i], lanes[i + 4]));
+    combine(combine(lanes[0], lanes[2]), combine(lanes[1], lanes[3]))
+}
+
 /// Sum of `of(i)`, in 16 interleaved partial sums so that it vectorises in a fixed order.
 #[inline(always)]
 pub(super) fn sum<T: Float>(n: usize, of: impl Fn(usize) -> T) -> T {
@@ -29,10 +37,7 @@ pub(super) fn sum<T: Float>(n: usize, of: impl Fn(usize) -> T) -> T {
         }
         at += 16;
     }
-    let mut total = T::ZERO;
-    for sum in lanes {
-        total += sum;
-    }
+    let mut total = fold(lanes, |a, b| a + b);
     for i in whole..n {
         total += of(i);
     }
@@ -49,8 +54,8 @@ pub(super) fn maximum<T: Float>(values: &[T]) -> T {
             *max = max.maximum(value);
         }
     }
-    let rest = groups.remainder().iter();
-    rest.chain(&lanes).fold(T::NEG_INFINITY, |max, &value| max.maximum(value))
+    let max = fold(lanes, T::maximum);
+    groups.remainder().iter().fold(max, |max, &value| max.maximum(value))
 }
 
 pub(super) struct Forward<'a, T> {

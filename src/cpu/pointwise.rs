@@ -35,6 +35,15 @@ pub(super) fn rotary<T: Float>(
     tasks.for_each(|(qkv, positions)| rotary_rows(heads, table, positions, qkv, inverse));
 }
 
+/// Pairs that a rotation turns at once: heads are too narrow for loops of unknown length.
+const GROUP: usize = 8;
+
+/// The pair (x, y) turned by an angle.
+#[inline(always)]
+fn turn<T: Float>(x: T, y: T, cos: T, sin: T) -> (T, T) {
+    (x * cos - y * sin, y * cos + x * sin)
+}
+
 vectorised! {
     /// inp [rows,2F], out [rows,F]
     fn swiglu_rows<T: Float>(inp: &[T], out: &mut [T], f: usize) {
@@ -72,13 +81,21 @@ vectorised! {
         let sign = if inverse { -T::ONE } else { T::ONE };
         for (qkv, &position) in qkv.chunks_exact_mut(heads.qkv_columns()).zip(positions) {
             let (cos, sin) = table[position as usize * d..][..d].split_at(half);
+            let (cos, cos_rest) = cos.as_chunks::<GROUP>();
+            let (sin, sin_rest) = sin.as_chunks::<GROUP>();
             let rotated = &mut qkv[..(heads.heads + heads.kv_heads) * d];
             for head in rotated.chunks_exact_mut(d) {
                 let (low, high) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (x, y, sin) = (low[i], high[i], sign * sin[i]);
-                    low[i] = x * cos[i] - y * sin;
-                    high[i] = y * cos[i] + x * sin;
+                let (low, low_rest) = low.as_chunks_mut::<GROUP>();
+                let (high, high_rest) = high.as_chunks_mut::<GROUP>();
+                for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    for i in 0..GROUP {
+                        (low[i], high[i]) = turn(low[i], high[i], cos[i], sign * sin[i]);
+                    }
+                }
+                for i in 0..low_rest.len() {
+                    let (x, y) = (low_rest[i], high_rest[i]);
+                    (low_rest[i], high_rest[i]) = turn(x, y, cos_rest[i], sign * sin_rest[i]);
                 }
             }
         }

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
 
 /// Most elements of logits that exist at one time, if that is at least 64 tokens' worth.
-const LOGITS_ELEMENTS: usize = 4 << 20;
+const LOGITS_ELEMENTS: usize = 16 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct ValueId(usize);
