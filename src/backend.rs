@@ -102,6 +102,10 @@ pub trait Backend {
     /// Bytes that can still be allocated.
     fn available_bytes(&self) -> u64;
 
+    /// Bytes of the device's memory that a training process takes besides its plan, as measured;
+    /// `largest`: rows and columns of the largest parameter.
+    fn process_bytes(&self, largest: [usize; 2]) -> usize;
+
     /// A buffer of zeros.
     fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId>;
 

@@ -1,18 +1,17 @@
 //! What a configuration costs, before anything is allocated: parameters, FLOPs, bytes.
 //!
 //! Needs no data and no device. Counts are exact; FLOPs are those of the formula that is printed
-//! beside them.
+//! beside them; the memory table is the one that training prints and keeps to.
 
 use std::fmt;
 
 use serde::Serialize;
 
 use crate::config::{Config, DeviceKind, Dtype};
+use crate::cpu::Cpu;
+use crate::device::Device;
+use crate::engine::{MemoryTable, Plan};
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTable;
-
-/// Master weights, gradients and moments are f32 on every device.
-const STATE_BYTES: u64 = 4;
 
 /// FLOPs of training on one token. Every weight of a matmul is used three times (forward, and
 /// twice backward) by a multiplication and an addition; so is every score of causal attention,
@@ -40,27 +39,7 @@ pub struct PlanReport {
     pub steps: u64,
     pub tokens: u64,
     pub flops: f64,
-    pub bytes: PlanBytes,
-}
-
-/// Bytes of each flat buffer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-pub struct PlanBytes {
-    pub parameters: u64,
-    pub gradients: u64,
-    /// Both moments.
-    pub moments: u64,
-}
-
-impl PlanBytes {
-    /// The memory table, row by row. The activations' rows belong at its end.
-    fn rows(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("parameters", self.parameters),
-            ("gradients", self.gradients),
-            ("moments", self.moments),
-        ]
-    }
+    pub bytes: MemoryTable,
 }
 
 impl PlanReport {
@@ -79,7 +58,13 @@ impl PlanReport {
         model.vocab = vocab;
         model.validate()?;
 
-        let table = ParameterTable::new(&model);
+        let config = &Config { model: model.clone(), ..config.clone() };
+        let plan = match (Device::choose(config.device), config.dtype) {
+            (Ok(Device::Cpu), Dtype::F32) => Plan::new(config, &Cpu::<f32>::new())?,
+            _ => Plan::without_device(config)?,
+        };
+        let bytes = plan.memory();
+        let table = plan.table;
         let count = |id| table.get(id).elements() as u64;
         let head = count(table.head());
         let embeddings = count(table.embedding()) + if model.tied { 0 } else { head };
@@ -98,7 +83,6 @@ impl PlanReport {
         let tokens = config.tokens_per_step() * config.train.steps;
         let parameters = table.parameters() as u64;
         let stored_elements = table.stored_elements() as u64;
-        let flat_bytes = STATE_BYTES * stored_elements;
         Ok(PlanReport {
             name: config.name.clone(),
             device: config.device,
@@ -114,11 +98,7 @@ impl PlanReport {
             steps: config.train.steps,
             tokens,
             flops: flops_per_token as f64 * tokens as f64,
-            bytes: PlanBytes {
-                parameters: flat_bytes,
-                gradients: flat_bytes,
-                moments: 2 * flat_bytes,
-            },
+            bytes,
         })
     }
 }
@@ -147,18 +127,8 @@ impl fmt::Display for PlanReport {
         writeln!(f, "{:<30}{:>22}", "FLOPs", format!("{:.3e}", self.flops))?;
         writeln!(f, "  FLOPs per token = {}", self.flops_formula)?;
         writeln!(f)?;
-        writeln!(f, "{:<30}{:>22}", "memory", "MiB")?;
-        let rows = self.bytes.rows();
-        for (what, bytes) in &rows {
-            writeln!(f, "{what:<30}{:>22}", mebibytes(*bytes))?;
-        }
-        let total = rows.iter().map(|(_, bytes)| bytes).sum();
-        writeln!(f, "{:<30}{:>22}", "together", mebibytes(total))
+        writeln!(f, "{}", self.bytes)
     }
-}
-
-fn mebibytes(bytes: u64) -> String {
-    format!("{:.1}", bytes as f64 / (1u64 << 20) as f64)
 }
 
 /// 134105856 as 134,105,856.

@@ -26,6 +26,7 @@ pub const CONFIG: &str = "run.toml";
 pub const METRICS: &str = "metrics.jsonl";
 pub const SAMPLES: &str = "samples.jsonl";
 pub const CUT_METRICS: &str = "metrics.jsonl.old";
+pub const CUT_SAMPLES: &str = "samples.jsonl.old";
 pub const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
@@ -41,12 +42,24 @@ pub struct RunDir {
     path: PathBuf,
     /// Locked; the operating system unlocks it if the process dies.
     lock: File,
+    /// Whether `create` made the folder.
+    fresh: bool,
 }
 
 impl Drop for RunDir {
     /// Closing would do, were it not for processes that are just being started from another
     /// thread and still share the open file.
+    ///
+    /// A folder made for a run that never began, because its input was refused, goes as well; only
+    /// what is empty is removed.
     fn drop(&mut self) {
+        if self.fresh
+            && !self.path.join(CONFIG).exists()
+            && fs::remove_dir(self.checkpoints()).is_ok()
+            && fs::remove_file(self.path.join(LOCK)).is_ok()
+        {
+            let _ = fs::remove_dir(&self.path);
+        }
         let _ = self.lock.unlock();
     }
 }
@@ -60,8 +73,10 @@ impl AsRef<Path> for RunDir {
 impl RunDir {
     /// For a new run: makes the folder, and refuses one that already holds a run.
     pub fn create(path: &Path) -> Result<Self> {
+        let fresh = !path.exists();
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let run = RunDir::lock(path)?;
+        let mut run = RunDir::lock(path)?;
+        run.fresh = fresh;
         let steps = checkpoint_steps(path)?;
         if !steps.is_empty() || path.join(CONFIG).exists() || path.join(METRICS).exists() {
             let newest = match steps.last() {
@@ -113,7 +128,7 @@ impl RunDir {
         lock.set_len(0)
             .and_then(|()| writeln!(lock, "{}", std::process::id()))
             .map_err(Error::io("lock", &lock_path))?;
-        Ok(RunDir { path: path.to_path_buf(), lock })
+        Ok(RunDir { path: path.to_path_buf(), lock, fresh: false })
     }
 
     /// Nobody else writes here, so whatever is temporary was left by a process that died.
@@ -216,10 +231,16 @@ impl RunDir {
         Ok(MetricsLog { file: file.map_err(Error::io("open", &path))?, path })
     }
 
-    /// Takes the run's metrics back to a checkpoint: lines of later steps, and lines that a crash
-    /// left torn, go to metrics.jsonl.old. Returns how many.
+    /// Takes the run's metrics and samples back to a checkpoint: lines of later steps, and lines
+    /// that a crash left torn, go to metrics.jsonl.old and samples.jsonl.old. Returns how many
+    /// lines of metrics.
     pub fn cut_metrics(&self, step: u64) -> Result<usize> {
-        let path = self.path.join(METRICS);
+        self.cut(SAMPLES, CUT_SAMPLES, step)?;
+        self.cut(METRICS, CUT_METRICS, step)
+    }
+
+    fn cut(&self, name: &str, old_name: &str, step: u64) -> Result<usize> {
+        let path = self.path.join(name);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -237,7 +258,7 @@ impl RunDir {
         if cut.is_empty() {
             return Ok(0);
         }
-        let old_path = self.path.join(CUT_METRICS);
+        let old_path = self.path.join(old_name);
         let mut old = cut.concat();
         if !old.ends_with(b"\n") {
             old.push(b'\n');

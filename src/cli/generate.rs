@@ -57,7 +57,6 @@ impl GenerateArgs {
 
 pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let request = args.request()?;
-    output::print(&request.prompt)?;
     let mut failure = None;
     let outcome = generate_text(&request, |text| match output::print(text) {
         Ok(()) => true,

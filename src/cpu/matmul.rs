@@ -71,6 +71,16 @@ pub(super) fn matmul<T: Float>(
     }
 }
 
+/// Depth of the panels that `gemm` packs, and the third-level cache that it packs into at most.
+const PANEL_DEPTH: usize = 512;
+const PANEL_BYTES: usize = 32 << 20;
+
+/// Bytes that `gemm` takes, while it runs, to multiply by a matrix of this size: packed panels of
+/// both operands.
+pub(super) fn packing_bytes<T>(rows: usize, columns: usize) -> usize {
+    2 * (rows * columns.min(PANEL_DEPTH) * size_of::<T>()).min(PANEL_BYTES)
+}
+
 /// out = inp weight^T (+ residual); inp [T,I], weight [O,I], out and residual [T,O].
 pub(super) fn linear_forward<T: Float>(
     inp: &[T],

@@ -58,6 +58,9 @@ fn same_type<T: Float>(values: &[T]) -> Option<&[f32]> {
     same.then(|| bytemuck::cast_slice(values))
 }
 
+/// The program, its threads, and a tokenizer and text of the size of the bundled ones.
+const PROGRAM_BYTES: usize = 56 << 20;
+
 /// Bytes that the operating system says are available.
 fn available_memory() -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -80,6 +83,10 @@ impl<T: Float> Backend for Cpu<T> {
 
     fn available_bytes(&self) -> u64 {
         available_memory()
+    }
+
+    fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {
+        PROGRAM_BYTES + matmul::packing_bytes::<T>(rows, columns)
     }
 
     fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {

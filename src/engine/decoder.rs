@@ -63,14 +63,12 @@ impl DecoderPlan {
         config: &ModelConfig,
         table: &ParameterTable,
         context: usize,
-        backend: &impl Backend,
+        element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
         let record = |count: usize| -> Result<Recorded> {
             let DecodeTape { tape, tokens, rotary, logits } =
                 record_decode(config, table, count, context)?;
-            let program = Program::new(tape, Purpose::Inference, &[logits], |kind| {
-                backend.element_bytes(kind)
-            })?;
+            let program = Program::new(tape, Purpose::Inference, &[logits], &element_bytes)?;
             Ok(Recorded { program, tokens, rotary, logits, count })
         };
         let cache = Shape::new(&[context, config.kv_heads * config.head_dim()]);
@@ -83,7 +81,7 @@ impl DecoderPlan {
             context,
             cache,
             caches: 2 * config.layers,
-            cache_bytes: cache.elements() * backend.element_bytes(Kind::Activation),
+            cache_bytes: cache.elements() * element_bytes(Kind::Activation),
         })
     }
 

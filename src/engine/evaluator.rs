@@ -27,7 +27,8 @@ impl<B: Backend> Evaluator<B> {
         mut backend: B,
     ) -> Result<Self> {
         let purpose = Purpose::Inference;
-        let program = LossProgram::new(config, table, [batch, sequence], 0.0, purpose, &backend)?;
+        let bytes = |kind| backend.element_bytes(kind);
+        let program = LossProgram::new(config, table, [batch, sequence], 0.0, purpose, bytes)?;
         let arena = backend.allocate("activations", program.arena_bytes())?;
         let parameters = allocate_parameters(table, parameters, &mut backend)?;
         let bytes = backend.element_bytes(Kind::Statistic);

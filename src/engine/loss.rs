@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 use crate::model::{LossTape, RotaryInputs, record_loss, rotary_table};
 use crate::tape::{BoundProgram, External, MemoryLine, Program, Purpose, ValueId};
-use crate::tensor::{BufferId, View};
+use crate::tensor::{BufferId, Kind, View};
 
 /// The loss of [B,S] tokens, not yet bound to memory.
 pub(super) struct LossProgram {
@@ -33,12 +33,12 @@ impl LossProgram {
         [batch, sequence]: [usize; 2],
         z_loss: f64,
         purpose: Purpose,
-        backend: &impl Backend,
+        element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
         let LossTape { tape, tokens, targets, scale, rotary, losses } =
             record_loss(config, table, batch, sequence, z_loss)?;
         let inputs = LossInputs { tokens, targets, scale, rotary, losses, batch, sequence };
-        let program = Program::new(tape, purpose, &[losses], |kind| backend.element_bytes(kind))?;
+        let program = Program::new(tape, purpose, &[losses], element_bytes)?;
         Ok(LossProgram { program, inputs })
     }
 

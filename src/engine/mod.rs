@@ -11,7 +11,7 @@ mod trainer;
 
 pub use decoder::{Decoder, DecoderPlan};
 pub use evaluator::Evaluator;
-pub use plan::Plan;
+pub use plan::{MemoryTable, Plan};
 pub use trainer::{StepOutcome, Trainer};
 
 use crate::backend::Backend;

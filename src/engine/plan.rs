@@ -1,9 +1,13 @@
 //! What a training run allocates, known and shown before anything is.
 
+use std::fmt;
+
+use serde::Serialize;
+
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use crate::backend::Backend;
-use crate::config::Config;
+use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
 use crate::tape::{MemoryLine, Purpose};
@@ -16,26 +20,72 @@ pub struct Plan {
     pub(super) evaluation: LossProgram,
     pub(super) sampling: DecoderPlan,
     pub(super) flat_bytes: usize,
+    process_bytes: usize,
 }
 
 /// Longest sample, prompt included, that training prints.
 const SAMPLE_CONTEXT: usize = 256;
 
+/// The memory of a device, row by row; all in bytes.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MemoryTable {
+    pub parameters: u64,
+    pub gradients: u64,
+    /// Both moments.
+    pub moments: u64,
+    /// The one arena that training and evaluation share.
+    pub activations: u64,
+    /// For the samples that training prints.
+    pub sampling: u64,
+    /// What the program itself takes of the device's memory, as measured.
+    pub process: u64,
+    pub total: u64,
+    /// What lies in the arena, the largest at the fullest step first.
+    pub tensors: Vec<MemoryLine>,
+}
+
 impl Plan {
+    /// For training on `backend`.
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
+        let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
+        let process_bytes = backend.process_bytes(plan.largest_matrix());
+        Ok(Plan { process_bytes, ..plan })
+    }
+
+    /// For training on a device that need not be here.
+    pub fn without_device(config: &Config) -> Result<Self> {
+        let activation = match config.dtype {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        };
+        Self::sized(config, |kind| match kind {
+            Kind::Activation => activation,
+            Kind::Statistic | Kind::Index => 4,
+        })
+    }
+
+    fn sized(config: &Config, element_bytes: impl Fn(Kind) -> usize) -> Result<Self> {
         let table = ParameterTable::new(&config.model);
         let (batch, sequence) = (config.train.micro_batch, config.data.sequence);
+        let size = [batch, sequence];
         let program = |purpose, z_loss| {
-            LossProgram::new(&config.model, &table, [batch, sequence], z_loss, purpose, backend)
+            LossProgram::new(&config.model, &table, size, z_loss, purpose, &element_bytes)
         };
         let training =
             program(Purpose::Training { recompute: config.train.recompute }, config.train.z_loss)?;
         // Held-out loss is plain cross-entropy.
         let evaluation = program(Purpose::Inference, 0.0)?;
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
-        let sampling = DecoderPlan::new(&config.model, &table, context, backend)?;
-        let flat_bytes = table.stored_elements() * backend.element_bytes(Kind::Statistic);
-        Ok(Plan { table, training, evaluation, sampling, flat_bytes })
+        let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
+        let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
+        Ok(Plan { table, training, evaluation, sampling, flat_bytes, process_bytes: 0 })
+    }
+
+    /// [rows, columns] of the parameter with the most elements.
+    fn largest_matrix(&self) -> [usize; 2] {
+        let shapes = self.table.entries().iter().map(|parameter| parameter.stored);
+        let largest = shapes.max_by_key(|shape| shape.elements());
+        largest.map_or([0, 0], |shape| [shape.rows(), shape.columns()])
     }
 
     /// Bytes of the one arena that training and evaluation share.
@@ -43,60 +93,63 @@ impl Plan {
         self.training.arena_bytes().max(self.evaluation.arena_bytes())
     }
 
-    /// Bytes of one flat buffer: parameters, gradients, and each of the two moments.
-    pub fn flat_bytes(&self) -> usize {
-        self.flat_bytes
-    }
-
-    /// Bytes for the samples that training prints.
-    pub fn sampling_bytes(&self) -> usize {
-        self.sampling.bytes()
-    }
-
-    pub fn total_bytes(&self) -> usize {
-        4 * self.flat_bytes + self.arena_bytes() + self.sampling_bytes()
-    }
-
-    /// What lies in the arena, the largest at the fullest step first.
-    pub fn activations(&self) -> &[MemoryLine] {
-        self.training.memory_lines()
-    }
-
-    /// A table for people.
-    pub fn memory_table(&self) -> String {
-        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-        let mut table = format!("  {:<22} {:>10} {:>9}\n", "memory", "MiB", "tensors");
-        for name in ["parameters", "gradients", "first moment", "second moment"] {
-            table += &format!("  {name:<22} {:>10.1}\n", mib(self.flat_bytes));
+    pub fn memory(&self) -> MemoryTable {
+        let flat = self.flat_bytes as u64;
+        let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
+        let process = self.process_bytes as u64;
+        MemoryTable {
+            parameters: flat,
+            gradients: flat,
+            moments: 2 * flat,
+            activations,
+            sampling,
+            process,
+            total: 4 * flat + activations + sampling + process,
+            tensors: self.training.memory_lines().to_vec(),
         }
-        let arena = self.arena_bytes();
-        table += &format!(
-            "  {:<22} {:>10.1}   of which, at the fullest step:\n",
-            "activations",
-            mib(arena)
-        );
-        for line in self.activations().iter().filter(|line| line.live > 0) {
-            let (name, live) = (&line.name, mib(line.live_bytes));
-            table += &format!("    {name:<20} {live:>10.1} {:>9}\n", line.live);
-        }
-        table += &format!("  {:<22} {:>10.1}\n", "sampling", mib(self.sampling_bytes()));
-        table + &format!("  {:<22} {:>10.1}", "total", mib(self.total_bytes()))
     }
 
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
-        let (needed, available) = (self.total_bytes() as u64, backend.available_bytes());
-        if needed <= available {
+        let (memory, available) = (self.memory(), backend.available_bytes());
+        if memory.total <= available {
             return Ok(());
         }
         Err(Error::Memory {
             device: backend.name().to_string(),
-            needed,
+            needed: memory.total,
             available,
-            table: self.memory_table(),
+            table: memory.to_string(),
             remedy: "lower train.micro_batch (and raise train.grad_accumulation by as much), \
                      set train.recompute=\"block\", or lower data.sequence"
                 .to_string(),
         })
+    }
+}
+
+/// The table that people read; no line end behind the last row.
+impl fmt::Display for MemoryTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;
+        writeln!(f, "{:<30}{:>22}", "memory", "MiB")?;
+        for (name, bytes) in [
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("moments", self.moments),
+            ("activations", self.activations),
+        ] {
+            writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
+        }
+        // At the fullest step; what is too small to show is left out.
+        let shown = |line: &&MemoryLine| mib(line.live_bytes as u64) >= 0.05;
+        for line in self.tensors.iter().filter(shown) {
+            let name = format!("  {} x {}", line.live, line.name);
+            writeln!(f, "{name:<30}{:>12.1}", mib(line.live_bytes as u64))?;
+        }
+        writeln!(f, "{:<30}{:>22.1}", "sampling", mib(self.sampling))?;
+        if self.process > 0 {
+            writeln!(f, "{:<30}{:>22.1}", "process", mib(self.process))?;
+        }
+        write!(f, "{:<30}{:>22.1}", "together", mib(self.total))
     }
 }

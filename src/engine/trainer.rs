@@ -51,7 +51,7 @@ impl<B: Backend> Trainer<B> {
     pub fn new(plan: Plan, config: &Config, mut backend: B) -> Result<Self> {
         plan.check_fits(&backend)?;
         let arena = backend.allocate("activations", plan.arena_bytes())?;
-        let Plan { table, training, evaluation, sampling, flat_bytes } = plan;
+        let Plan { table, training, evaluation, sampling, flat_bytes, .. } = plan;
         let mut flat = |label| -> Result<View> {
             Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
         };

@@ -10,29 +10,32 @@ pub use sampling::Sampling;
 use crate::backend::Backend;
 use crate::config::DeviceKind;
 use crate::cpu::Cpu;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
 use crate::engine::{Decoder, DecoderPlan, allocate_parameters};
 use crate::error::{Error, Result};
 use crate::evaluate::LoadedModel;
 
-/// Continues `prompt` by at most `count` tokens and gives each to `show` as it comes; stops behind
-/// `end`, at the end of the context, or when `show` returns false. Returns the new tokens.
+/// Continues `prompt` by at most `count` tokens and gives each to `show` as it comes; stops at the
+/// end of the text or of the context, or when `show` returns false. Only tokens that `tokenizer`
+/// has are chosen: a model may have room for more. Returns the new tokens.
 pub fn generate(
     decoder: &mut Decoder,
     prompt: &[u32],
     count: usize,
     sampling: &Sampling,
-    end: Option<u32>,
+    tokenizer: &Tokenizer,
     backend: &mut impl Backend,
     mut show: impl FnMut(u32) -> Result<bool>,
 ) -> Result<Vec<u32>> {
     decoder.clear();
-    let mut tokens = Vec::with_capacity(count);
+    let mut tokens = Vec::new();
     let mut next = prompt.to_vec();
     while tokens.len() < count && decoder.room() >= next.len() {
         let logits = decoder.push(&next, backend)?;
-        let token = sampling.choose(logits, tokens.len() as u64);
-        if Some(token) == end {
+        let known = &logits[..tokenizer.vocab().min(logits.len())];
+        let token = sampling.choose(known, tokens.len() as u64);
+        if Some(token) == tokenizer.end_of_text() {
             break;
         }
         tokens.push(token);
@@ -65,8 +68,8 @@ pub struct Generated {
     pub tokens_per_second: f64,
 }
 
-/// Reads a model and continues the prompt; `show` gets each piece of text once it is certain, and
-/// may end it by returning false.
+/// Reads a model and continues the prompt; `show` gets the prompt, then each piece of text once it
+/// is certain, and may end it by returning false.
 pub fn generate_text(request: &Request, show: impl FnMut(&str) -> bool) -> Result<Generated> {
     let model = LoadedModel::open(&request.model)?;
     match Device::choose(request.device)? {
@@ -96,19 +99,20 @@ fn generate_on<B: Backend>(
             remedy: "use a shorter prompt".to_string(),
         });
     }
-    let context = config.max_sequence.min(prompt.len() + request.tokens);
+    let context = config.max_sequence.min(prompt.len().saturating_add(request.tokens));
     let parameters = allocate_parameters(table, parameters, &mut backend)?;
-    let plan = DecoderPlan::new(config, table, context, &backend)?;
+    let plan = DecoderPlan::new(config, table, context, |kind| backend.element_bytes(kind))?;
     let mut decoder = plan.allocate(parameters, &mut backend)?;
     let mut stream = tokenizer.stream();
-    let mut stopped_by_reader = false;
+    let mut stopped_by_reader = !show(&request.prompt);
+    let count = if stopped_by_reader { 0 } else { request.tokens };
     let started = Instant::now();
     let tokens = generate(
         &mut decoder,
         &prompt,
-        request.tokens,
+        count,
         &request.sampling,
-        tokenizer.end_of_text(),
+        tokenizer,
         &mut backend,
         |token| {
             let text = stream.push(token)?;

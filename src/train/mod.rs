@@ -113,10 +113,10 @@ fn train_on<B: Backend>(
         "{} parameters on {}\n{}",
         plan.table.parameters(),
         backend.name(),
-        plan.memory_table()
+        plan.memory()
     ));
     let mut trainer = Trainer::new(plan, &config, backend)?;
-    let (state, loader) = match resume {
+    let Start { state, loader, owed, saved } = match resume {
         true => restore(&mut trainer, &directory, &config, &corpus, console)?,
         false => begin(&mut trainer, &config, &corpus)?,
     };
@@ -132,7 +132,8 @@ fn train_on<B: Backend>(
         corpus,
         state,
         interrupt,
-        saved: None,
+        owed,
+        saved,
     };
     let outcome = session.run(console);
     console.finish();
@@ -175,12 +176,22 @@ fn loader_options(config: &Config) -> LoaderOptions {
     }
 }
 
+/// Where a process takes the run up.
+struct Start {
+    state: TrainerState,
+    loader: Loader,
+    /// See [`Session::owed`].
+    owed: Option<StepRecord>,
+    /// The checkpoint that holds this state already.
+    saved: Option<(u64, PathBuf)>,
+}
+
 /// Step 0: drawn parameters, or those of a Hugging Face folder.
 fn begin<B: Backend>(
     trainer: &mut Trainer<B>,
     config: &Config,
     corpus: &Corpus,
-) -> Result<(TrainerState, Loader)> {
+) -> Result<Start> {
     let parameters = match &config.train.init_from {
         None => initial_parameters(trainer.table(), config.seed),
         Some(folder) => {
@@ -201,7 +212,7 @@ fn begin<B: Backend>(
         best_valid_loss: None,
         extra: serde_json::Value::Null,
     };
-    Ok((state, loader))
+    Ok(Start { state, loader, owed: None, saved: None })
 }
 
 /// The newest checkpoint that holds; metrics behind it are cut off.
@@ -211,7 +222,7 @@ fn restore<B: Backend>(
     config: &Config,
     corpus: &Corpus,
     console: &Console,
-) -> Result<(TrainerState, Loader)> {
+) -> Result<Start> {
     let latest = checkpoint::latest(directory)?;
     for damaged in &latest.damaged {
         console.say(format!("warning: passing over step {}: {}", damaged.step, damaged.reason));
@@ -233,7 +244,9 @@ fn restore<B: Backend>(
     let loader = Loader::restore(&corpus.train, loader_options(config), &position)?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming behind step {}", state.step));
-    Ok((state, loader))
+    let owed: Option<StepRecord> = serde_json::from_value(state.extra.clone()).unwrap_or(None);
+    let saved = owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
+    Ok(Start { state, loader, owed, saved })
 }
 
 /// The first tokens of the held-out text, or of the training text if nothing is held out.
@@ -256,7 +269,10 @@ struct Session<B> {
     state: TrainerState,
     prompt: Vec<u32>,
     interrupt: Interrupt,
-    /// The newest checkpoint of this process.
+    /// The line of a step whose evaluation or sample was interrupted: written when they are made
+    /// up for, which is the first thing that a resumed run does. Kept in [`TrainerState::extra`].
+    owed: Option<StepRecord>,
+    /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
 }
 
@@ -266,39 +282,25 @@ impl<B: Backend> Session<B> {
         console.start(self.state.step, steps);
         let mut evaluation = None;
         let mut sample = None;
-        while self.state.step < steps && !self.interrupt.asked() {
+        while (self.owed.is_some() || self.state.step < steps) && !self.interrupt.asked() {
             let started = Instant::now();
-            let mut record = self.step()?;
-            let seconds = started.elapsed().as_secs_f64();
-            let tokens = self.positions();
-            record.tokens_per_second = tokens as f64 / seconds;
-            let last = record.step == steps;
-            let due = |every: u64| last || every > 0 && record.step.is_multiple_of(every);
-            console.step(&record, tokens, seconds);
-            if due(self.config.train.eval_every) {
-                let most = if last { 0 } else { self.config.train.eval_tokens };
-                evaluation = self.evaluate(most)?;
-                record.evaluation = evaluation;
-                if let Some(evaluation) = &evaluation {
-                    console.evaluation(record.step, evaluation);
-                    let best = self.state.best_valid_loss.unwrap_or(f64::INFINITY);
-                    self.state.best_valid_loss = Some(best.min(evaluation.val_loss));
+            let record = match self.owed.take() {
+                Some(record) => record,
+                None => {
+                    let mut record = self.step()?;
+                    let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
+                    record.tokens_per_second = tokens as f64 / seconds;
+                    console.step(&record, tokens, seconds);
+                    record
                 }
-            }
-            self.metrics.append(&record)?;
-            if due(self.config.train.sample_every) && !self.interrupt.asked() {
-                let text = self.sample(record.step)?;
-                if !last {
-                    console.say(format!("step {}: {}|{}", text.step, text.prompt, text.text));
-                }
-                sample = Some(text);
-            }
+            };
+            (evaluation, sample) = self.conclude(record, console)?;
             self.state.elapsed_seconds += started.elapsed().as_secs_f64();
-            if due(self.config.checkpoint.every) {
+            if self.due(self.config.checkpoint.every) {
                 self.save()?;
             }
         }
-        let interrupted = self.state.step < steps;
+        let interrupted = self.owed.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
         Ok(Outcome {
             folder: self.directory.path().to_path_buf(),
@@ -310,6 +312,50 @@ impl<B: Backend> Session<B> {
             sample: sample.filter(|_| !interrupted),
             seconds: self.state.elapsed_seconds,
         })
+    }
+
+    /// Whether something that happens `every` so many steps, and at the last one, is due now.
+    fn due(&self, every: u64) -> bool {
+        let step = self.state.step;
+        step == self.config.train.steps || every > 0 && step.is_multiple_of(every)
+    }
+
+    /// What follows a step: evaluation and sample if they are due, then its line in the metrics.
+    /// If somebody asks to stop meanwhile, the step is owed.
+    fn conclude(
+        &mut self,
+        mut record: StepRecord,
+        console: &Console,
+    ) -> Result<(Option<Evaluation>, Option<SampleRecord>)> {
+        let last = record.step == self.config.train.steps;
+        let can_evaluate = self.corpus.valid.tokens() >= 2;
+        if can_evaluate && self.due(self.config.train.eval_every) && record.evaluation.is_none() {
+            let most = if last { 0 } else { self.config.train.eval_tokens };
+            let Some(evaluation) = self.evaluate(most)? else {
+                self.owed = Some(record);
+                return Ok((None, None));
+            };
+            console.evaluation(record.step, &evaluation);
+            let best = self.state.best_valid_loss.unwrap_or(f64::INFINITY);
+            self.state.best_valid_loss = Some(best.min(evaluation.val_loss));
+            record.evaluation = Some(evaluation);
+        }
+        let mut sample = None;
+        if self.due(self.config.train.sample_every) {
+            sample = self.sample(record.step)?;
+            match &sample {
+                None => {
+                    self.owed = Some(record);
+                    return Ok((None, None));
+                }
+                Some(text) if !last => {
+                    console.say(format!("step {}: {}|{}", text.step, text.prompt, text.text));
+                }
+                Some(_) => {}
+            }
+        }
+        self.metrics.append(&record)?;
+        Ok((record.evaluation, sample))
     }
 
     /// Positions in an optimizer step.
@@ -347,12 +393,9 @@ impl<B: Backend> Session<B> {
         })
     }
 
-    /// The loss on held-out text; none if there is none, or if somebody asked to stop meanwhile.
+    /// The loss on held-out text, of which there is some; none if somebody asked to stop meanwhile.
     fn evaluate(&mut self, most_tokens: u64) -> Result<Option<Evaluation>> {
         let (config, source) = (&self.config, &self.corpus.valid);
-        if source.tokens() < 2 {
-            return Ok(None);
-        }
         let windows =
             Windows::new(source, config.data.sequence, config.train.micro_batch, most_tokens)?;
         let text_bytes = match windows.text_bytes() {
@@ -373,25 +416,29 @@ impl<B: Backend> Session<B> {
         Ok(Some(Evaluation::new(sum, predicted, text_bytes)))
     }
 
-    fn sample(&mut self, step: u64) -> Result<SampleRecord> {
+    /// A continuation of the prompt; none if somebody asked to stop meanwhile.
+    fn sample(&mut self, step: u64) -> Result<Option<SampleRecord>> {
         let sampling = Sampling {
             temperature: SAMPLE_TEMPERATURE,
             top_k: 0,
             top_p: SAMPLE_TOP_P,
             seed: self.config.seed ^ step,
         };
-        let (tokenizer, end) = (&self.corpus.tokenizer, self.corpus.tokenizer.end_of_text());
+        let tokenizer = &self.corpus.tokenizer;
         let interrupt = self.interrupt;
         let (decoder, backend) = self.trainer.decoder();
         let go_on = |_| Ok(!interrupt.asked());
         let (prompt, count) = (&self.prompt, SAMPLE_TOKENS);
-        let tokens = generate(decoder, prompt, count, &sampling, end, backend, go_on)?;
+        let tokens = generate(decoder, prompt, count, &sampling, tokenizer, backend, go_on)?;
+        if interrupt.asked() {
+            return Ok(None);
+        }
         let prompt = tokenizer.decode(&self.prompt)?;
         let whole = tokenizer.decode(&[&self.prompt[..], &tokens].concat())?;
         let text = whole.strip_prefix(&prompt).unwrap_or(&whole).to_string();
         let record = SampleRecord { step, prompt, text };
         self.samples.append(&record)?;
-        Ok(record)
+        Ok(Some(record))
     }
 
     /// Writes a checkpoint of this step, if this process has not yet.
@@ -403,6 +450,7 @@ impl<B: Backend> Session<B> {
         }
         self.metrics.sync()?;
         self.state.loader = serde_json::to_value(self.loader.state()).unwrap_or_default();
+        self.state.extra = serde_json::to_value(self.owed).unwrap_or_default();
         let tokenizer = TokenizerFiles {
             json: self.corpus.tokenizer.json().to_string(),
             bos: None,
