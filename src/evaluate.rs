@@ -115,6 +115,15 @@ fn evaluate_on<B: crate::backend::Backend>(
 ) -> Result<Report> {
     let longest = model.config.max_sequence.min(LONGEST_WINDOW);
     let sequence = request.sequence.unwrap_or(longest);
+    if sequence > model.config.max_sequence {
+        return Err(Error::Usage {
+            what: format!(
+                "windows of {sequence} tokens; the model reads at most {}",
+                model.config.max_sequence
+            ),
+            remedy: "give a smaller --sequence".to_string(),
+        });
+    }
     let windows = Windows::new(text, sequence, request.batch, 0)?;
     let LoadedModel { config, table, parameters, .. } = model;
     let size = [request.batch, sequence];

@@ -2,10 +2,17 @@
 
 mod checkpoint;
 mod cli;
+mod commands;
 mod config;
 mod cpu;
 mod data;
+mod evaluate;
+mod generate;
 mod hf;
+mod model;
+mod optim;
+mod plan;
 mod random;
 mod support;
 mod tape;
+mod train;

@@ -101,3 +101,59 @@ pub fn run_config(model: &ModelConfig) -> Config {
         checkpoint: CheckpointConfig { every: 0, keep_last: 2, keep_every: 0 },
     }
 }
+
+/// The real program.
+pub fn isobath() -> std::process::Command {
+    std::process::Command::new(env!("CARGO_BIN_EXE_isobath"))
+}
+
+/// A training run that takes milliseconds a step, as arguments of `isobath train`.
+pub fn tiny_run(text: &std::path::Path, out: &std::path::Path, sets: &[&str]) -> Vec<String> {
+    let train = format!("data.train={text:?}");
+    let defaults = [
+        "model.hidden=16",
+        "model.layers=2",
+        "model.heads=2",
+        "model.kv_heads=1",
+        "model.ffn=24",
+        "model.max_sequence=64",
+        "data.sequence=32",
+        "data.tokenizer=bytes",
+        "data.held_out=0.1",
+        "train.micro_batch=2",
+        "train.steps=8",
+        "train.eval_every=0",
+        "optimizer.warmup=1",
+        "optimizer.schedule=constant",
+        "checkpoint.every=0",
+        train.as_str(),
+    ];
+    let mut arguments = vec!["train".to_string(), "--out".to_string(), out.display().to_string()];
+    for set in defaults.iter().chain(sets) {
+        arguments.extend(["--set".to_string(), set.to_string()]);
+    }
+    arguments
+}
+
+/// The first `bytes` of the bundled text, as a file.
+pub fn text_file(folder: &std::path::Path, bytes: usize) -> std::path::PathBuf {
+    let path = folder.join("text.txt");
+    let text = &crate::data::AUSTEN[..crate::data::AUSTEN.floor_char_boundary(bytes)];
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// The lines of a .jsonl file.
+pub fn json_lines(path: &std::path::Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// metrics.jsonl without what the clock decides.
+pub fn metrics(run: &std::path::Path) -> Vec<serde_json::Value> {
+    let mut lines = json_lines(&run.join("metrics.jsonl"));
+    for line in &mut lines {
+        line.as_object_mut().unwrap().remove("tokens_per_second").unwrap();
+    }
+    lines
+}

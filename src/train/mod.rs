@@ -187,11 +187,7 @@ struct Start {
 }
 
 /// Step 0: drawn parameters, or those of a Hugging Face folder.
-fn begin<B: Backend>(
-    trainer: &mut Trainer<B>,
-    config: &Config,
-    corpus: &Corpus,
-) -> Result<Start> {
+fn begin<B: Backend>(trainer: &mut Trainer<B>, config: &Config, corpus: &Corpus) -> Result<Start> {
     let parameters = match &config.train.init_from {
         None => initial_parameters(trainer.table(), config.seed),
         Some(folder) => {

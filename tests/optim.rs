@@ -1,0 +1,84 @@
+//! src/optim.rs: schedules and clipping.
+
+use isobath::config::{OptimizerConfig, ScheduleKind};
+use isobath::optim::{adamw_step, clip_scale, learning_rate};
+
+use crate::support::{run_config, small_model};
+
+const ALL: [ScheduleKind; 4] =
+    [ScheduleKind::Constant, ScheduleKind::Linear, ScheduleKind::Cosine, ScheduleKind::Wsd];
+
+fn optimizer(schedule: ScheduleKind, warmup: u64) -> OptimizerConfig {
+    // A product that is not exact: the floor has to be this very value.
+    OptimizerConfig {
+        schedule,
+        warmup,
+        lr: 3e-4,
+        min_lr_ratio: 0.1,
+        ..run_config(&small_model()).optimizer
+    }
+}
+
+#[test]
+fn every_schedule_goes_from_the_peak_to_the_floor() {
+    for schedule in ALL {
+        for (steps, warmup) in [(100, 10), (100, 0), (7, 3), (2, 1), (1000, 999)] {
+            let config = optimizer(schedule, warmup);
+            let rates: Vec<f64> = (1..=steps).map(|s| learning_rate(&config, s, steps)).collect();
+            let what = format!("{schedule}, {warmup} of {steps}: {rates:?}");
+            let warm = warmup as usize;
+            for (i, rate) in rates[..warm].iter().enumerate() {
+                assert_eq!(*rate, config.lr * (i + 1) as f64 / warmup as f64, "{what}");
+            }
+            if warm > 0 {
+                assert_eq!(rates[warm - 1], config.lr, "peak of {what}");
+            }
+            let falling = &rates[warm.saturating_sub(1)..];
+            assert!(falling.windows(2).all(|pair| pair[1] <= pair[0]), "{what}");
+            let end = match schedule {
+                ScheduleKind::Constant => config.lr,
+                _ => config.lr * config.min_lr_ratio,
+            };
+            assert_eq!(rates[steps as usize - 1].to_bits(), end.to_bits(), "end of {what}");
+            assert!(rates.iter().all(|rate| *rate > 0.0 && *rate <= config.lr), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_single_step_has_a_rate() {
+    for schedule in ALL {
+        let alone = learning_rate(&optimizer(schedule, 0), 1, 1);
+        let end = if schedule == ScheduleKind::Constant { 3e-4 } else { 3e-4 * 0.1 };
+        assert_eq!(alone, end, "{schedule}");
+        assert_eq!(learning_rate(&optimizer(schedule, 1), 1, 1), 3e-4, "{schedule}: all warm-up");
+    }
+}
+
+#[test]
+fn linear_and_cosine_are_halfway_in_the_middle_and_wsd_falls_at_the_end_only() {
+    let (floor, middle) = (3e-4 * 0.1, 3e-4 * 0.55);
+    for schedule in [ScheduleKind::Linear, ScheduleKind::Cosine] {
+        let found = learning_rate(&optimizer(schedule, 20), 60, 100);
+        assert!((found / middle - 1.0).abs() < 1e-12, "{schedule}: {found}");
+    }
+    let config = OptimizerConfig { decay_share: 0.2, ..optimizer(ScheduleKind::Wsd, 20) };
+    assert!((20..=80).all(|step| learning_rate(&config, step, 100) == config.lr));
+    let found = learning_rate(&config, 90, 100);
+    assert!((found / ((config.lr + floor) / 2.0) - 1.0).abs() < 1e-12, "{found}");
+}
+
+#[test]
+fn clipping_scales_to_the_norm_and_zero_turns_it_off() {
+    assert_eq!(clip_scale(0.0, 1e30), 1.0);
+    assert_eq!(clip_scale(1.0, 0.0), 1.0);
+    assert_eq!(clip_scale(1.0, 1.0), 1.0);
+    for (clip, norm) in [(1.0, 4.0), (0.3, 7.7), (2.5, 1e12)] {
+        assert!((clip_scale(clip, norm) * norm / clip - 1.0).abs() < 1e-15, "{clip} of {norm}");
+    }
+    let config = optimizer(ScheduleKind::Cosine, 0);
+    let step = adamw_step(&config, 2, 1e-3, 0.25, &[]);
+    assert_eq!(step.gradient_scale, 0.25);
+    assert!((step.correction1 - (1.0 - 0.9f64.powi(2))).abs() < 1e-15);
+    assert!((step.correction2 - (1.0 - 0.95f64.powi(2))).abs() < 1e-15);
+}
