@@ -1,9 +1,9 @@
 //! What a device must be able to do: own memory, run each op forward and backward, and update.
 //!
 //! Contract: the caller (the tape's program) owns the layout; a backend allocates whole buffers
-//! and is then told by [`View`]s where everything lies. Nothing is allocated by an op. Parameter
+//! and is then told by [`View`]s where everything lies. No device memory is allocated by an op. Parameter
 //! gradients are added to (`+=`); an activation gradient is written (`=`) or added to as its
-//! [`Sink`] says. Every reduction has a fixed order, so equal inputs give equal bits.
+//! [`Sink`] says. An op may use small host scratch of its own. Every reduction has a fixed order, so equal inputs give equal bits.
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 

@@ -1,7 +1,8 @@
 //! The loss of a model on a text: exact mean over every token but the first, each predicted once.
 //!
 //! The text is read in consecutive, non-overlapping windows of `sequence` input tokens without a
-//! start token; the last, shorter one is included.
+//! start token; the last, shorter one is included. A document ends with the end-of-text token, if the
+//! tokenizer has one, and that is predicted, too.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -72,17 +73,6 @@ impl LoadedModel {
         let folder = model_folder(path)?;
         let (config, table, parameters) = hf::load_for_inference(&folder)?;
         let tokenizer = Tokenizer::open(&folder.join(hf::TOKENIZER).to_string_lossy())?;
-        if tokenizer.vocab() > config.vocab {
-            return Err(Error::Checkpoint {
-                path: folder,
-                what: format!(
-                    "its tokenizer has {} tokens, its model {}",
-                    tokenizer.vocab(),
-                    config.vocab
-                ),
-                remedy: "put the tokenizer.json of this model into the folder".to_string(),
-            });
-        }
         Ok(LoadedModel { folder, config, table, parameters, tokenizer })
     }
 }
@@ -99,8 +89,8 @@ pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Rep
         rows: RowKind::Packed,
         sequence: 1,
     };
-    let cache = std::env::temp_dir().join("isobath");
-    let corpus = Corpus::open(&data, &cache, true)?;
+    let cache = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
+    let corpus = Corpus::open(&data, cache.path(), true)?;
     match Device::choose(request.device)? {
         Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, &corpus.train, progress),
     }

@@ -9,12 +9,12 @@ use crate::model::parameters::ParameterTable;
 /// The learning rate of `step` (from 1) of `steps`: linear warm-up to `lr` at step `warmup`, then
 /// the schedule, which reaches `lr * min_lr_ratio` at the last step exactly. `constant` stays.
 pub fn learning_rate(config: &OptimizerConfig, step: u64, steps: u64) -> f64 {
-    if step <= config.warmup {
-        return config.lr * step as f64 / config.warmup as f64;
-    }
     let floor = config.lr * config.min_lr_ratio;
     if step >= steps && config.schedule != ScheduleKind::Constant {
         return floor;
+    }
+    if step <= config.warmup {
+        return config.lr * step as f64 / config.warmup as f64;
     }
     let falling = |start: u64| (step - start) as f64 / (steps - start) as f64;
     match config.schedule {

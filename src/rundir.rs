@@ -93,13 +93,19 @@ impl RunDir {
 
     /// For `--resume`: the folder must hold a run. Leftovers of an interrupted save are removed.
     pub fn resume(path: &Path) -> Result<Self> {
-        if !path.join(CONFIG).exists() {
-            return Err(Error::Usage {
-                what: format!("there is no run to resume: {} has no {CONFIG}", path.display()),
-                remedy: "start the run without --resume, or check --out".into(),
-            });
-        }
+        RunDir::check_exists(path)?;
         RunDir::lock(path)?.prepare()
+    }
+
+    /// Refuses a folder without a run.
+    pub fn check_exists(path: &Path) -> Result<()> {
+        if path.join(CONFIG).exists() {
+            return Ok(());
+        }
+        Err(Error::Usage {
+            what: format!("there is no run to resume: {} has no {CONFIG}", path.display()),
+            remedy: "start the run without --resume, or check --out".into(),
+        })
     }
 
     fn lock(path: &Path) -> Result<Self> {
@@ -138,22 +144,26 @@ impl RunDir {
             fs::create_dir(&checkpoints).map_err(Error::io("create", &checkpoints))?;
             sync_folder(&self.path)?;
         }
-        for folder in [&self.path, &checkpoints] {
-            for name in names(folder)? {
-                let path = folder.join(&name);
-                if name.starts_with(TEMPORARY) || name.starts_with(DELETED) {
-                    remove_if_present(&path)?;
-                } else if let Some(original) = name.strip_prefix(REPLACED) {
-                    // died between the two renames of `publish_checkpoint`, or after both
-                    let original = folder.join(original);
-                    match original.exists() {
-                        true => remove_if_present(&path)?,
-                        false => rename(&path, &original)?,
-                    }
+        // Only names that we write: the folder may hold other people's files.
+        for name in [CONFIG, METRICS, SAMPLES] {
+            remove_if_present(&self.path.join(format!("{TEMPORARY}{name}")))?;
+        }
+        for name in names(&checkpoints)? {
+            let path = checkpoints.join(&name);
+            let ours = |prefix| name.strip_prefix(prefix).filter(|rest| step_of(rest).is_some());
+            if ours(TEMPORARY).or(ours(DELETED)).is_some() {
+                remove_if_present(&path)?;
+            } else if let Some(original) = ours(REPLACED) {
+                // died between the two renames of `publish_checkpoint`, or after both
+                let original = checkpoints.join(original);
+                match original.exists() {
+                    true => remove_if_present(&path)?,
+                    false => rename(&path, &original)?,
                 }
             }
-            sync_folder(folder)?;
         }
+        sync_folder(&checkpoints)?;
+        sync_folder(&self.path)?;
         Ok(self)
     }
 
@@ -306,13 +316,15 @@ pub fn checkpoint_folder(run: &Path, step: u64) -> PathBuf {
 /// The steps for which a run has a folder, in order; nothing is said about their contents.
 pub fn checkpoint_steps(run: &Path) -> Result<Vec<u64>> {
     let names = names(&run.join(CHECKPOINTS))?;
-    let step = |name: &String| {
-        let step = name.strip_prefix(STEP)?.parse().ok()?;
-        (folder_name(step) == *name).then_some(step)
-    };
-    let mut steps: Vec<u64> = names.iter().filter_map(step).collect();
+    let mut steps: Vec<u64> = names.iter().filter_map(|name| step_of(name)).collect();
     steps.sort_unstable();
     Ok(steps)
+}
+
+/// The step whose checkpoint has this name; none if it is no checkpoint's.
+fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix(STEP)?.parse().ok()?;
+    (folder_name(step) == name).then_some(step)
 }
 
 fn folder_name(step: u64) -> String {

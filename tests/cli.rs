@@ -48,7 +48,7 @@ fn plan_prints_the_parameters_of_every_preset() {
     }
     let demo = json(&["plan", "--preset", "demo", "--json"]);
     assert_eq!(demo, json(&["plan", "--json"]));
-    assert_eq!(demo["vocab"], 1024);
+    assert_eq!(demo["vocab"], 4096);
 }
 
 #[test]

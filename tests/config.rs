@@ -8,7 +8,7 @@ use isobath::config::{
     Config, DeviceKind, Dtype, InitKind, NormKind, OptimizerKind, Placement, Recompute, Rows,
     ScheduleKind, preset_names,
 };
-use isobath::model::parameters::{FFN_MULTIPLE, ParameterTable};
+use isobath::model::parameters::{ParameterTable, WIDTH_MULTIPLE};
 use isobath::plan::PlanReport;
 use tempfile::TempDir;
 
@@ -78,7 +78,7 @@ fn an_odd_ffn_is_stored_padded_and_counted_unpadded() {
     assert_eq!(config.model.ffn, 5461);
     let table = ParameterTable::new(&config.model);
     let padding = 3 * config.model.hidden * config.model.layers * (5464 - 5461);
-    assert_eq!(5461usize.next_multiple_of(FFN_MULTIPLE), 5464);
+    assert_eq!(5461usize.next_multiple_of(WIDTH_MULTIPLE), 5464);
     assert_eq!(table.stored_elements(), table.parameters() + padding);
 }
 
@@ -407,7 +407,7 @@ rules! {
     init_std_is_not_negative: ["model.init_std=-0.1"] => ["model.init_std = -0.1"];
     embedding_std_is_finite: ["model.embedding_std=inf"] => ["model.embedding_std = inf"];
     sequence_is_at_least_1: ["data.sequence=0"] => ["data.sequence = 0", "1 or more"];
-    sequence_fits_the_model: ["data.sequence=2048"] => ["data.sequence = 2048", "max_sequence = 1024"];
+    sequence_fits_the_model: ["data.sequence=2048"] => ["data.sequence = 2048", "max_sequence = 256"];
     steps_are_at_least_1: ["train.steps=0"] => ["train.steps = 0", "1 or more"];
     steps_have_a_limit: ["train.steps=9223372036854775807"] => ["train.steps = 9223", "lower"];
     micro_batch_is_at_least_1: ["train.micro_batch=0"] => ["train.micro_batch = 0", "1 or more"];
@@ -431,7 +431,7 @@ rules! {
     weight_decay_is_not_negative: ["optimizer.weight_decay=-1"] => ["optimizer.weight_decay = -1"];
     clip_is_not_negative: ["optimizer.clip=-1"] => ["optimizer.clip = -1"];
     z_loss_is_not_negative: ["train.z_loss=-1"] => ["train.z_loss = -1"];
-    held_out_is_above_0: ["data.held_out=0"] => ["data.held_out = 0"];
+    held_out_is_not_negative: ["data.held_out=-0.1"] => ["data.held_out = -0.1"];
     held_out_is_at_most_a_half: ["data.held_out=0.6"] => ["data.held_out = 0.6"];
     data_train_is_given: ["data.train="] => ["data.train = []", "bundled:austen"];
     data_train_has_no_empty_name: ["data.train=['a', '']"] => ["data.train = [\"a\", \"\"]"];
@@ -454,8 +454,8 @@ fn values_on_the_edge_of_the_rules_pass() {
     for sets in [
         &["optimizer.min_lr_ratio=0", "optimizer.beta1=0", "optimizer.decay_share=1"][..],
         &["optimizer.min_lr_ratio=1", "data.held_out=0.5", "optimizer.clip=0"],
-        &["train.steps=100", "model.kv_heads=1", "data.sequence=1024"],
-        &["model.heads=64", "model.kv_heads=64", "optimizer.warmup=2200"],
+        &["train.steps=100", "model.kv_heads=1", "data.sequence=256"],
+        &["model.heads=64", "model.kv_heads=64", "optimizer.warmup=1800"],
         &["data.tokenizer=bytes", "dtype=bf16", "name=run_1.5-ä"],
         &["data.tokenizer=train:257", "device=cpu", "optimizer.warmup=0"],
         // A tokenizer may come out smaller than asked for, and the saved vocabulary says so.

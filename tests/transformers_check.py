@@ -75,6 +75,8 @@ def main() -> int:
     model = load_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)  # the end of a document is predicted, too
     own = model.config.max_position_embeddings
     sequence = arguments.sequence or told.get("sequence") or own
     loss = mean_loss(model, tokens, sequence)

@@ -87,7 +87,7 @@ pub enum DataCommand {
 pub fn run(command: DataCommand) -> anyhow::Result<()> {
     match command {
         DataCommand::Tokenizer { files, vocab, out, field, limit_mib, json } => {
-            let bytes = limit_mib.map(|mib| mib << 20);
+            let bytes = limit_mib.map(|mib| mib.saturating_mul(1 << 20));
             let tokenizer = train_on_files(&files, &field, vocab, bytes, true)?;
             write_whole(&out, tokenizer.json().as_bytes())?;
             let report = serde_json::json!({
@@ -118,7 +118,7 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
                 field,
                 folder: out,
                 name,
-                shard_bytes: shard_mib << 20,
+                shard_bytes: shard_mib.saturating_mul(1 << 20),
                 progress: true,
             };
             let prepared = prepare(&options, &tokenizer)?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use isobath::Result;
-use isobath::rundir;
+use isobath::rundir::{self, RunDir};
 use isobath::train::{Console, Interrupt, Outcome, Run, default_folder, train};
 
 use super::config::ConfigArgs;
@@ -33,6 +33,7 @@ impl TrainArgs {
                 Some(out) => out.clone(),
                 None => default_folder(&self.config.clone().resolve()?.name),
             };
+            RunDir::check_exists(&folder)?;
             self.config.preset = None;
             self.config.file = Some(folder.join(rundir::CONFIG));
             self.out = Some(folder);

@@ -16,9 +16,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::tokenizer::BYTE_VOCAB;
 use choice::choice;
 pub use presets::preset_names;
+
+/// Entries of the tokenizer `bytes`: 256 bytes and the end of text. No tokenizer has fewer.
+pub const BYTE_VOCAB: usize = 257;
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Config {

@@ -130,7 +130,7 @@ fn demo() -> Config {
             sequence: 256,
         },
         train: TrainConfig {
-            steps: 1950,
+            steps: 1800,
             micro_batch: 4,
             grad_accumulation: 1,
             recompute: Recompute::None,
@@ -142,8 +142,8 @@ fn demo() -> Config {
         },
         optimizer: OptimizerConfig {
             kind: OptimizerKind::Adamw,
-            lr: 3e-3,
-            min_lr_ratio: 0.05,
+            lr: 4e-3,
+            min_lr_ratio: 0.02,
             warmup: 100,
             schedule: ScheduleKind::Cosine,
             decay_share: 0.1,

@@ -6,8 +6,8 @@
 
 use std::fmt::{Debug, Display};
 
+use super::BYTE_VOCAB;
 use super::{Config, DeviceKind, Dtype, ModelConfig};
-use crate::data::tokenizer::BYTE_VOCAB;
 use crate::error::{Error, Result};
 
 // Far above any model that can be stored; below them no product of sizes overflows.
@@ -154,8 +154,8 @@ impl Config {
         rule(!data.field.is_empty(), "data.field", "\"\"", || {
             ("no JSON field has this name".into(), "name the field with the text".into())
         })?;
-        within("data.held_out", data.held_out, "above 0 and up to 0.5", |share| {
-            share > 0.0 && share <= 0.5
+        within("data.held_out", data.held_out, "from 0 to 0.5", |share| {
+            (0.0..=0.5).contains(&share)
         })
     }
 }

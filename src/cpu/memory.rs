@@ -33,9 +33,9 @@ impl Memory {
         Ok(BufferId(self.buffers.len() as u32 - 1))
     }
 
-    fn region(&self, view: View, element_bytes: usize) -> (*mut u8, usize) {
+    fn region(&mut self, view: View, element_bytes: usize) -> (*mut u8, usize) {
         let bytes = view.shape.elements() * element_bytes;
-        let buffer = &self.buffers[view.buffer.0 as usize];
+        let buffer = &mut self.buffers[view.buffer.0 as usize];
         assert!(
             view.offset + bytes <= buffer.len() * 64,
             "view of {bytes} bytes at {} leaves its buffer of {} bytes",
@@ -43,7 +43,7 @@ impl Memory {
             buffer.len() * 64
         );
         // In bounds by the assertion above.
-        (unsafe { buffer.as_ptr().cast::<u8>().cast_mut().add(view.offset) }, bytes)
+        (unsafe { buffer.as_mut_ptr().cast::<u8>().add(view.offset) }, bytes)
     }
 
     /// Slices of `write` and `read`; panics where a written view overlaps another.
@@ -80,8 +80,8 @@ impl Memory {
         unsafe {
             (
                 write.map(|(start, bytes)| cast_mut::<T>(start, bytes)),
-                read.map(|(start, bytes)| cast_mut::<T>(start, bytes) as &[T]),
-                index.map(|(start, bytes)| cast_mut::<i32>(start, bytes) as &[i32]),
+                read.map(|(start, bytes)| cast::<T>(start, bytes)),
+                index.map(|(start, bytes)| cast::<i32>(start, bytes)),
             )
         }
     }
@@ -95,6 +95,12 @@ fn element_bytes<T>(kind: Kind) -> usize {
     let bytes = size_of::<T>();
     assert!(kind != Kind::Index || bytes == 4, "token ids are not numbers to compute with");
     bytes
+}
+
+/// The caller guarantees that the region is valid and not written for `'a`.
+unsafe fn cast<'a, T: Pod>(start: *const u8, bytes: usize) -> &'a [T] {
+    assert!(start.cast::<T>().is_aligned(), "a view is not aligned to its element type");
+    unsafe { std::slice::from_raw_parts(start.cast::<T>(), bytes / size_of::<T>()) }
 }
 
 /// The caller guarantees that the region is valid and not aliased for `'a`.

@@ -22,6 +22,8 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
             {
                 return Level::Avx512;
             }
@@ -45,7 +47,7 @@ macro_rules! vectorised {
             #[cfg(target_arch = "x86_64")]
             {
                 use crate::cpu::vectorise::Level;
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 fn avx512<T: Float>($($arg: $ty),*) $(-> $out)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2<T: Float>($($arg: $ty),*) $(-> $out)? { body($($arg),*) }

@@ -62,8 +62,7 @@ thread_local! {
 /// Number of the next instance; 0 is none.
 static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(1);
 
-/// The alphabet of a byte-level tokenizer and the end-of-text token: the smallest vocabulary.
-pub const BYTE_VOCAB: usize = 257;
+pub use crate::config::BYTE_VOCAB;
 
 /// Text to ids and back. Immutable, shared between threads.
 pub struct Tokenizer {
@@ -430,7 +429,10 @@ impl Stream<'_> {
         if may_wait && text.ends_with(char::REPLACEMENT_CHARACTER) {
             return Ok(String::new());
         }
-        let fresh = text.strip_prefix(&self.shown_text).unwrap_or_default().to_string();
+        // A character shown before it was complete may read differently now.
+        let same = text.chars().zip(self.shown_text.chars()).take_while(|(a, b)| a == b);
+        let same_bytes: usize = same.map(|(a, _)| a.len_utf8()).sum();
+        let fresh = text[same_bytes..].to_string();
         self.window.drain(..self.shown_ids);
         self.shown_ids = self.window.len();
         self.shown_text = self.tokenizer.decode(&self.window)?;

@@ -96,7 +96,7 @@ impl DecoderPlan {
             .map(|_| backend.allocate("key-value cache", self.cache_bytes))
             .collect::<Result<_>>()?;
         let statistic = backend.element_bytes(Kind::Statistic);
-        let external = |external| match external {
+        let external = |external, _| match external {
             External::Parameter(i) => self.table.entries()[i].view(parameters, statistic),
             External::Cache(i) => {
                 View { buffer: caches[i], offset: 0, kind: Kind::Activation, shape: self.cache }
@@ -163,7 +163,8 @@ impl Decoder {
             forward.program.run(backend)?;
             if later.is_empty() {
                 let all = forward.program.view(forward.logits);
-                let row = self.vocab * backend.element_bytes(all.kind);
+                let row = all.shape.columns() * backend.element_bytes(all.kind);
+                // The padding of the vocabulary stays behind.
                 let last = View {
                     offset: all.offset + (forward.count - 1) * row,
                     shape: Shape::new(&[self.vocab]),

@@ -32,7 +32,7 @@ impl<B: Backend> Evaluator<B> {
         let arena = backend.allocate("activations", program.arena_bytes())?;
         let parameters = allocate_parameters(table, parameters, &mut backend)?;
         let bytes = backend.element_bytes(Kind::Statistic);
-        let program = program.bind(arena, |external| match external {
+        let program = program.bind(arena, |external, _| match external {
             External::Parameter(i) => table.entries()[i].view(parameters, bytes),
             other => unreachable!("an inference program asks for {other:?}"),
         });

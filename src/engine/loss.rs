@@ -24,6 +24,8 @@ pub(super) struct LossInputs {
     losses: ValueId,
     batch: usize,
     sequence: usize,
+    /// V: token ids that the model has.
+    classes: usize,
 }
 
 impl LossProgram {
@@ -37,7 +39,9 @@ impl LossProgram {
     ) -> Result<Self> {
         let LossTape { tape, tokens, targets, scale, rotary, losses } =
             record_loss(config, table, batch, sequence, z_loss)?;
-        let inputs = LossInputs { tokens, targets, scale, rotary, losses, batch, sequence };
+        let classes = config.vocab;
+        let inputs =
+            LossInputs { tokens, targets, scale, rotary, losses, batch, sequence, classes };
         let program = Program::new(tape, purpose, &[losses], element_bytes)?;
         Ok(LossProgram { program, inputs })
     }
@@ -50,7 +54,11 @@ impl LossProgram {
         &self.program.memory().lines
     }
 
-    pub(super) fn bind(self, arena: BufferId, external: impl Fn(External) -> View) -> BoundLoss {
+    pub(super) fn bind(
+        self,
+        arena: BufferId,
+        external: impl Fn(External, Kind) -> View,
+    ) -> BoundLoss {
         BoundLoss { inputs: self.inputs, program: self.program.bind(arena, external) }
     }
 }
@@ -87,6 +95,7 @@ impl BoundLoss {
         losses: &mut [f32],
         backend: &mut impl Backend,
     ) -> Result<()> {
+        rows.check(self.inputs.classes)?;
         backend.write_index(self.program.view(self.inputs.tokens), rows.tokens)?;
         backend.write_index(self.program.view(self.inputs.targets), rows.targets)?;
         backend.write(self.program.view(self.inputs.scale), &[scale])?;

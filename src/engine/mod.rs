@@ -15,7 +15,7 @@ pub use plan::{MemoryTable, Plan};
 pub use trainer::{StepOutcome, Trainer};
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
 use crate::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
 
@@ -30,6 +30,21 @@ impl Rows<'_> {
     /// Number of targets that are tokens.
     pub fn predicted(&self) -> usize {
         self.targets.iter().filter(|&&target| target != IGNORE_INDEX).count()
+    }
+}
+
+impl Rows<'_> {
+    /// Refuses ids that a model of `vocab` tokens does not have.
+    fn check(&self, vocab: usize) -> Result<()> {
+        let known = |&&id: &&i32| (0..vocab as i64).contains(&(id as i64));
+        let predicted = self.targets.iter().filter(|&&id| id != IGNORE_INDEX);
+        match self.tokens.iter().chain(predicted).find(|id| !known(id)) {
+            None => Ok(()),
+            Some(id) => Err(Error::Usage {
+                what: format!("the text has token {id}, the model has {vocab} tokens"),
+                remedy: format!("set model.vocab above {id}, or use the model's own tokenizer"),
+            }),
+        }
     }
 }
 

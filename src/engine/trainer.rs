@@ -62,7 +62,7 @@ impl<B: Backend> Trainer<B> {
             moment2: flat("second moment")?,
         };
         let bytes = backend.element_bytes(Kind::Statistic);
-        let external = |external| match external {
+        let external = |external, _| match external {
             External::Parameter(i) => table.entries()[i].view(flat.parameters, bytes),
             External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
             External::Cache(_) => unreachable!("a loss has no cache"),

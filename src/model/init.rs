@@ -6,10 +6,10 @@ use rayon::prelude::*;
 use super::parameters::{Init, ParameterTable};
 use crate::random::Philox;
 
-/// Random streams 0.. belong to the parameters, in table order.
+/// Elements that one task draws.
 const ELEMENTS_PER_TASK: usize = 1 << 14;
 
-/// The flat buffer at step 0; padding is zero.
+/// The flat buffer at step 0; padding is zero. Parameter i of the table has random stream i.
 pub fn initial_parameters(table: &ParameterTable, seed: u64) -> Vec<f32> {
     let mut flat = vec![0.0; table.stored_elements()];
     for (stream, parameter) in table.entries().iter().enumerate() {

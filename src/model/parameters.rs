@@ -12,8 +12,9 @@ use crate::tensor::{Shape, View};
 /// Every parameter starts at a multiple of this many elements (256 bytes of f32).
 pub const ALIGNMENT: usize = 64;
 
-/// The FFN width is stored rounded up to a multiple of this (16 bytes of bf16 in every row).
-pub const FFN_MULTIPLE: usize = 8;
+/// The FFN width and the vocabulary are stored rounded up to a multiple of this, so that rows of
+/// activations and of logits are multiples of 16 bytes in bf16.
+pub const WIDTH_MULTIPLE: usize = 8;
 
 /// How a parameter gets its first values.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -85,7 +86,7 @@ pub struct BlockParameters {
     /// [C, H D]
     pub attention_out: ParameterId,
     pub ffn_norm: ParameterId,
-    /// [2 F, C]: rows of gate, then up; F rounded up to [`FFN_MULTIPLE`].
+    /// [2 F, C]: rows of gate, then up; F rounded up to [`WIDTH_MULTIPLE`].
     pub gate_up: ParameterId,
     /// [C, F]
     pub down: ParameterId,
@@ -95,7 +96,8 @@ impl ParameterTable {
     pub fn new(config: &ModelConfig) -> Self {
         let mut table = ParameterTable { entries: Vec::new(), stored: 0 };
         let (c, f, v) = (config.hidden, config.ffn, config.vocab);
-        let f_stored = f.next_multiple_of(FFN_MULTIPLE);
+        let (f_stored, v_stored) =
+            (f.next_multiple_of(WIDTH_MULTIPLE), v.next_multiple_of(WIDTH_MULTIPLE));
         let (q_rows, kv_rows) =
             (config.heads * config.head_dim(), config.kv_heads * config.head_dim());
         let normal = Init::Normal { std: config.init_std };
@@ -105,7 +107,7 @@ impl ParameterTable {
 
         table.push(
             "embedding",
-            &[v, c],
+            &[v_stored, c],
             Init::Normal { std: config.embedding_std },
             false,
             1,
@@ -139,7 +141,7 @@ impl ParameterTable {
         }
         table.push("final_norm", &[c], Init::Ones, false, 1, one("model.norm.weight", &[c]));
         if !config.tied {
-            table.push("head", &[v, c], normal, true, 1, one("lm_head.weight", &[v, c]));
+            table.push("head", &[v_stored, c], normal, true, 1, one("lm_head.weight", &[v, c]));
         }
         table
     }

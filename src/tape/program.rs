@@ -58,10 +58,17 @@ impl Program {
         &self.steps
     }
 
-    fn view(&self, id: ValueId, arena: BufferId, external: &impl Fn(External) -> View) -> View {
+    fn view(
+        &self,
+        id: ValueId,
+        arena: BufferId,
+        external: &impl Fn(External, Kind) -> View,
+    ) -> View {
         let value = &self.tape.values[id.0];
         match (value.role, self.memory.offset(id)) {
-            (Role::External(which), _) => View { shape: value.shape, ..external(which) },
+            (Role::External(which), _) => {
+                View { shape: value.shape, ..external(which, value.kind) }
+            }
             (_, Some(offset)) => {
                 View { buffer: arena, offset, kind: value.kind, shape: value.shape }
             }
@@ -69,8 +76,9 @@ impl Program {
         }
     }
 
-    /// `arena` holds at least [`Program::arena_bytes`]; `external` says where the rest lies.
-    pub fn bind(self, arena: BufferId, external: impl Fn(External) -> View) -> BoundProgram {
+    /// `arena` holds at least [`Program::arena_bytes`]; `external` says where the rest lies, which
+    /// may depend on the kind: a matmul reads a parameter's working copy, a norm its master.
+    pub fn bind(self, arena: BufferId, external: impl Fn(External, Kind) -> View) -> BoundProgram {
         let steps = self
             .steps
             .iter()
@@ -83,7 +91,7 @@ impl Program {
 impl BoundProgram {
     /// Where an input is to be written, or a kept value to be read.
     pub fn view(&self, id: ValueId) -> View {
-        self.program.view(id, self.arena, &|_| unreachable!("externals are the caller's"))
+        self.program.view(id, self.arena, &|_, _| unreachable!("externals are the caller's"))
     }
 
     /// What will run, in order.

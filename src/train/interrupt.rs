@@ -1,4 +1,5 @@
 //! SIGINT and SIGTERM: the first asks to finish the step and save, the second ends the process.
+//! Before there is anything to save, the first one ends it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,6 +9,8 @@ use crate::error::{Error, Result};
 const KILLED: i32 = 130;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
+/// Whether there is something to save.
+static ARMED: AtomicBool = AtomicBool::new(false);
 
 /// Whether somebody asked to stop.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,7 +28,7 @@ impl Interrupt {
     /// Installs the handlers, once for the process.
     pub fn listen() -> Result<Self> {
         ctrlc::set_handler(|| {
-            if ASKED.swap(true, Ordering::SeqCst) {
+            if ASKED.swap(true, Ordering::SeqCst) || !ARMED.load(Ordering::SeqCst) {
                 std::process::exit(KILLED);
             }
         })
@@ -34,6 +37,11 @@ impl Interrupt {
             remedy: "see the operating system's message".to_string(),
         })?;
         Ok(Interrupt { listening: true })
+    }
+
+    /// From now on the first signal only asks.
+    pub fn arm(&self) {
+        ARMED.store(true, Ordering::SeqCst);
     }
 
     pub fn asked(&self) -> bool {

@@ -19,7 +19,7 @@ pub use console::Console;
 pub use interrupt::Interrupt;
 
 use crate::backend::Backend;
-use crate::checkpoint::{self, Snapshot, TrainerState, model_folder};
+use crate::checkpoint::{self, Snapshot, TrainerState, Verified, model_folder};
 use crate::config::Config;
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
@@ -99,7 +99,7 @@ fn train_on<B: Backend>(
         adopt_initial_model(&mut config)?;
     }
     let corpus = Corpus::open(&config.data, &folder.join("data"), true)?;
-    resolve_vocabulary(&mut config, &corpus.tokenizer)?;
+    resolve_vocabulary(&mut config, &corpus.tokenizer);
     console.say(format!(
         "{}: {} training tokens, {} held out, {} tokens in the vocabulary",
         config.data.train.join(", "),
@@ -148,23 +148,22 @@ fn adopt_initial_model(config: &mut Config) -> Result<()> {
     let tokenizer = folder.join(hf::TOKENIZER);
     if tokenizer.exists() {
         config.data.tokenizer = tokenizer.to_string_lossy().into_owned();
+    } else if config.data.tokenizer.starts_with("train:") {
+        return Err(Error::Config {
+            what: format!("{} has no {}", folder.display(), hf::TOKENIZER),
+            remedy: "set data.tokenizer to the tokenizer.json of that model".to_string(),
+        });
     }
     config.train.init_from = Some(folder);
     config.validate()
 }
 
-/// `model.vocab = 0` becomes the tokenizer's size; a tokenizer that does not fit is refused.
-fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) -> Result<()> {
-    let (vocab, needed) = (config.model.vocab, tokenizer.vocab());
-    if vocab == 0 {
-        config.model.vocab = needed;
-    } else if needed > vocab {
-        return Err(Error::Config {
-            what: format!("the tokenizer has {needed} tokens, model.vocab is {vocab}"),
-            remedy: format!("set model.vocab={needed} (or 0), or use another data.tokenizer"),
-        });
+/// `model.vocab = 0` becomes the tokenizer's size. A larger tokenizer is fine as long as the text
+/// has none of the tokens beyond: t5-base has 100 that never occur.
+fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) {
+    if config.model.vocab == 0 {
+        config.model.vocab = tokenizer.vocab();
     }
-    Ok(())
 }
 
 fn loader_options(config: &Config) -> LoaderOptions {
@@ -224,10 +223,14 @@ fn restore<B: Backend>(
         console.say(format!("warning: passing over step {}: {}", damaged.step, damaged.reason));
     }
     let Some(verified) = latest.verified else {
+        if let Some(newest) = latest.damaged.into_iter().next() {
+            return Err(newest.reason);
+        }
         console.say("no checkpoint to resume from: starting at step 0");
         directory.cut_metrics(0)?;
         return begin(trainer, config, corpus);
     };
+    check_same_model(&verified, config)?;
     let restored = verified.load_trainer(trainer.table())?;
     trainer.set_state(&restored.parameters, &restored.moment1, &restored.moment2)?;
     let state = restored.state;
@@ -243,6 +246,25 @@ fn restore<B: Backend>(
     let owed: Option<StepRecord> = serde_json::from_value(state.extra.clone()).unwrap_or(None);
     let saved = owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
     Ok(Start { state, loader, owed, saved })
+}
+
+/// Refuses to continue with another model, or with rows formed in another way.
+fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
+    let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
+    let tables = [("model", None), ("data", Some("rows"))];
+    for (table, only) in tables {
+        let Some(values) = now[table].as_object() else { continue };
+        for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
+            let before = &saved[table][key];
+            if before != value {
+                return Err(Error::Config {
+                    what: format!("{table}.{key} is {value}, the checkpoint has {before}"),
+                    remedy: format!("leave {table}.{key} out, or start another run with --init"),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The first tokens of the held-out text, or of the training text if nothing is held out.
@@ -276,6 +298,7 @@ impl<B: Backend> Session<B> {
     fn run(&mut self, console: &mut Console) -> Result<Outcome> {
         let steps = self.config.train.steps;
         console.start(self.state.step, steps);
+        self.interrupt.arm();
         let mut evaluation = None;
         let mut sample = None;
         while (self.owed.is_some() || self.state.step < steps) && !self.interrupt.asked() {
