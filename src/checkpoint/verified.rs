@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::layout;
 use super::manifest::Manifest;
 use super::{FLAT, MANIFEST, TRAINER, TRAINER_FORMAT, TRAINER_TENSORS, TrainerFile, TrainerState};
-use super::{check_length, layout};
 use crate::durable::Fingerprint;
 use crate::error::{Error, Result};
 use crate::hf;
@@ -129,17 +129,23 @@ impl Verified {
 
     /// Loads the state into new buffers. The table must be laid out as when the state was saved.
     pub fn load_trainer(&self, table: &ParameterTable) -> Result<Restored> {
-        let zeros = || vec![0.0; table.stored_elements()];
-        let (mut parameters, mut moment1, mut moment2) = (zeros(), zeros(), zeros());
-        let state = self.load_into(table, [&mut parameters, &mut moment1, &mut moment2])?;
+        let mut buffers = Vec::with_capacity(FLAT.len());
+        let state = self.load_each(table, |buffer| {
+            buffers.push(buffer.to_vec());
+            Ok(())
+        })?;
+        let (moment2, moment1) = (buffers.pop(), buffers.pop());
+        let [parameters, moment1, moment2] =
+            [buffers.pop(), moment1, moment2].map(Option::unwrap_or_default);
         Ok(Restored { parameters, moment1, moment2, state })
     }
 
-    /// Loads parameters, moment1 and moment2 into buffers of `table.stored_elements()`.
-    pub fn load_into(
+    /// Gives parameters, moment1 and moment2 to `take`, one after the other: only one of them is
+    /// in memory at a time.
+    pub fn load_each(
         &self,
         table: &ParameterTable,
-        buffers: [&mut [f32]; 3],
+        mut take: impl FnMut(&[f32]) -> Result<()>,
     ) -> Result<TrainerState> {
         let trainer = self.trainer_file()?;
         let file = TensorReader::open(&self.folder.join(TRAINER_TENSORS))?;
@@ -157,9 +163,10 @@ impl Verified {
                     .to_string(),
             });
         }
-        for (name, buffer) in FLAT.iter().zip(buffers) {
-            check_length(buffer, table)?;
-            file.read(name, 0, buffer)?;
+        let mut buffer = vec![0.0; elements];
+        for name in FLAT {
+            file.read(name, 0, &mut buffer)?;
+            take(&buffer)?;
         }
         Ok(trainer.state)
     }

@@ -100,13 +100,23 @@ impl<B: Backend> Trainer<B> {
         self.backend.write(self.flat.moment2, m2)
     }
 
+    /// Parameters and the two moments, in this order, for [`Trainer::set_buffer`].
+    pub fn state_buffers(&self) -> [View; 3] {
+        [self.flat.parameters, self.flat.moment1, self.flat.moment2]
+    }
+
+    /// Replaces one of [`Trainer::state_buffers`].
+    pub fn set_buffer(&mut self, buffer: View, values: &[f32]) -> Result<()> {
+        self.backend.write(buffer, values)
+    }
+
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
         self.backend.write(self.flat.parameters, parameters)
     }
 
     /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
     pub fn state(&mut self) -> Result<[Cow<'_, [f32]>; 3]> {
-        let views = [self.flat.parameters, self.flat.moment1, self.flat.moment2];
+        let views = self.state_buffers();
         if self.backend.host_values(views).is_none() {
             let mut read = |view: View| -> Result<Cow<'_, [f32]>> {
                 let mut values = vec![0.0; view.shape.elements()];

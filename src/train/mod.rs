@@ -231,9 +231,12 @@ fn restore<B: Backend>(
         return begin(trainer, config, corpus);
     };
     check_same_model(&verified, config)?;
-    let restored = verified.load_trainer(trainer.table())?;
-    trainer.set_state(&restored.parameters, &restored.moment1, &restored.moment2)?;
-    let state = restored.state;
+    let table = trainer.table().clone();
+    let mut buffers = trainer.state_buffers().into_iter();
+    let state = verified.load_each(&table, |values| match buffers.next() {
+        Some(buffer) => trainer.set_buffer(buffer, values),
+        None => Ok(()),
+    })?;
     let position: LoaderState =
         serde_json::from_value(state.loader.clone()).map_err(|error| Error::Checkpoint {
             path: verified.folder().to_path_buf(),
