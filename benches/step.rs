@@ -23,9 +23,9 @@ use serde::Serialize;
 struct Args {
     #[arg(long, default_value = "demo")]
     preset: String,
-    /// Rows in a step [default: 8 for demo, 4 otherwise]
-    #[arg(long)]
-    batch: Option<usize>,
+    /// Rows in a step
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
     /// Tokens in a row
     #[arg(long, default_value_t = 256)]
     sequence: usize,
@@ -74,7 +74,7 @@ struct Report {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let mut config = Config::resolve(Some(&args.preset), None, &args.set)?;
-    config.train.micro_batch = args.batch.unwrap_or(if args.preset == "demo" { 8 } else { 4 });
+    config.train.micro_batch = args.batch;
     config.train.grad_accumulation = 1;
     config.data.sequence = args.sequence;
     config.model.vocab = config.vocab().context("the preset has no vocabulary")?;

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 
+HALF_WINDOW = 12  # steps on either side that the smoothed line averages
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 28, 44
 LINE, RAW, POINT, INK = "#2f81f7", "#2f81f7", "#d9730d", "#768390"
@@ -21,10 +22,8 @@ def main() -> None:
     records = [json.loads(line) for line in open(source)]
     steps = [r["step"] for r in records]
     losses = [r["loss"] for r in records]
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value += 0.03 * (loss - value)
-        smooth.append(value)
+    windows = [losses[max(0, i - HALF_WINDOW) : i + HALF_WINDOW + 1] for i in range(len(losses))]
+    smooth = [sum(window) / len(window) for window in windows]
     evaluations = [(r["step"], r["val_loss"], r["val_bits_per_byte"]) for r in records if "val_loss" in r]
     low, high = math.floor(min(losses) * 2) / 2, math.ceil(max(losses))
 

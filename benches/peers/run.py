@@ -1,7 +1,7 @@
 """Times training steps of isobath and of PyTorch, alternately, and prints one table.
 
-    python benches/peers/run.py                        demo at 8 x 256 and 20m at 4 x 256
-    python benches/peers/run.py --case demo:8:256 --rounds 5 --steps 20
+    python benches/peers/run.py                        demo and 20m, both at 4 x 256
+    python benches/peers/run.py --case demo:4:256 --rounds 5 --steps 20
 
 Each round is one process of each program; threads are as many as isobath takes (all cores, or
 RAYON_NUM_THREADS). Medians and minima are over the steps of all rounds. All of it goes to
@@ -90,7 +90,7 @@ def main():
     bench = build()
     load = os.getloadavg()[0]
     cases = {case: measure(bench, case, args)
-             for case in args.case or ["demo:8:256", "20m:4:256"]}
+             for case in args.case or ["demo:4:256", "20m:4:256"]}
 
     print(f"{'case':<14} {'program':<28} {'median ms':>10} {'min ms':>9} {'cpu ms':>9} "
           f"{'tokens/s':>9} {'ratio':>7}")
