@@ -26,6 +26,9 @@ use crate::model::parameters::ParameterTable;
 /// Longest window if nobody says.
 const LONGEST_WINDOW: usize = 2048;
 
+/// Tokens at one time; positions are counted in i32.
+const MOST_TOKENS: usize = i32::MAX as usize;
+
 /// What to evaluate, on what.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -112,6 +115,12 @@ fn evaluate_on<B: crate::backend::Backend>(
                 model.config.max_sequence
             ),
             remedy: "give a smaller --sequence".to_string(),
+        });
+    }
+    if request.batch.checked_mul(sequence).is_none_or(|tokens| tokens > MOST_TOKENS) {
+        return Err(Error::Usage {
+            what: format!("{} windows of {sequence} tokens at one time", request.batch),
+            remedy: format!("give a smaller --batch: at most {MOST_TOKENS} tokens together"),
         });
     }
     let windows = Windows::new(text, sequence, request.batch, 0)?;

@@ -23,51 +23,15 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::hf::{assert_same_bits, noise, random_parameters, small_model, small_tokenizer};
+use crate::support::run_config;
 
 const FOLDER: &str = "ISOBATH_TEST_RUN";
 
 fn config() -> Config {
-    Config {
-        name: "test".into(),
-        seed: 1,
-        dtype: Dtype::F32,
-        device: DeviceKind::Cpu,
-        model: small_model(),
-        data: DataConfig {
-            train: vec!["bundled:austen".into()],
-            valid: vec![],
-            held_out: 0.05,
-            tokenizer: "bytes".into(),
-            field: "text".into(),
-            rows: Rows::Packed,
-            sequence: 64,
-        },
-        train: TrainConfig {
-            steps: 100,
-            micro_batch: 2,
-            grad_accumulation: 1,
-            recompute: Recompute::None,
-            eval_every: 0,
-            eval_tokens: 0,
-            sample_every: 0,
-            z_loss: 0.0,
-            init_from: None,
-        },
-        optimizer: OptimizerConfig {
-            kind: OptimizerKind::Adamw,
-            lr: 1e-3,
-            min_lr_ratio: 0.1,
-            warmup: 10,
-            schedule: ScheduleKind::Cosine,
-            decay_share: 0.1,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            clip: 1.0,
-        },
-        checkpoint: CheckpointConfig { every: 10, keep_last: 2, keep_every: 0 },
-    }
+    let mut config = run_config(&small_model());
+    config.data.sequence = 64;
+    config.checkpoint.every = 10;
+    config
 }
 
 /// Everything a snapshot borrows; each step has other numbers.

@@ -79,5 +79,6 @@ fn describe(outcome: &Outcome) {
     eprintln!("metrics     {folder}/{}", rundir::METRICS);
     eprintln!("samples     {folder}/{}", rundir::SAMPLES);
     eprintln!("settings    {folder}/{}", rundir::CONFIG);
-    eprintln!("try         isobath generate {folder} --prompt \"It was\"");
+    let program = std::env::args().next().unwrap_or_else(|| "isobath".to_string());
+    eprintln!("try         {program} generate {folder} --prompt \"It was\"");
 }

@@ -126,7 +126,7 @@ vectorised! {
                     c_row: TILE,
                     accumulate: false,
                 };
-                product.run(&q[band.start * q_stride..], &k_transposed, scores);
+                T::tile_product(product, &q[band.start * q_stride..], &k_transposed, scores);
                 for (row, scores) in band.clone().zip(scores.chunks_exact_mut(TILE)) {
                     let visible = reach.min((first + row + 1).saturating_sub(first_key));
                     let scores = &mut scores[..reach];
@@ -152,7 +152,7 @@ vectorised! {
                     accumulate: true,
                 };
                 let out = &mut out[band.start * d..];
-                product.run(scores, &values[first_key * kv_stride..], out);
+                T::tile_product(product, scores, &values[first_key * kv_stride..], out);
             }
         }
         for row in 0..rows {
@@ -354,8 +354,10 @@ vectorised! {
                             c_row: TILE,
                             accumulate: false,
                         };
-                        scores.run(&q[band.start * layout.columns..], &k_transposed, p);
-                        TileProduct { a_row: out_columns, ..scores }.run(
+                        T::tile_product(scores, &q[band.start * layout.columns..], &k_transposed, p);
+                        let of_values = TileProduct { a_row: out_columns, ..scores };
+                        T::tile_product(
+                            of_values,
                             &d_out[band.start * out_columns..],
                             &v_transposed,
                             d_s,
@@ -383,7 +385,7 @@ vectorised! {
                             c_row: d,
                             accumulate: false,
                         };
-                        to_queries.run(d_s, k, &mut d_q);
+                        T::tile_product(to_queries, d_s, k, &mut d_q);
                         for (row, d_q) in band.zip(d_q.chunks_exact_mut(d)) {
                             let at = b * sequence + first + row;
                             // The one slice of d_qkv that is alive.
@@ -413,9 +415,9 @@ vectorised! {
                         };
                         let seen = query * TILE + band.start;
                         let (d_v, d_k) = (&mut d_v[band.start * d..], &mut d_k[band.start * d..]);
-                        to_keys.run(&p[seen..], &d_out[query * out_columns..], d_v);
+                        T::tile_product(to_keys, &p[seen..], &d_out[query * out_columns..], d_v);
                         let to_keys = TileProduct { b_row: layout.columns, ..to_keys };
-                        to_keys.run(&d_s[seen..], &q[query * layout.columns..], d_k);
+                        T::tile_product(to_keys, &d_s[seen..], &q[query * layout.columns..], d_k);
                     }
                 }
             }

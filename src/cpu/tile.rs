@@ -3,8 +3,6 @@
 //! Four rows by two vectors of accumulators stay in registers, which hides the latency of a fused
 //! multiply-add; `a` may be transposed, `b` and `c` have contiguous rows.
 
-use super::float::Float;
-
 /// c [m,n] = a [m,k] b [k,n], or += with `accumulate`. a's element (r, p) is
 /// `a[r * a_row + p * a_column]`; rows of b and c are `b_row` and `c_row` apart.
 #[derive(Clone, Copy)]
@@ -20,23 +18,24 @@ pub struct TileProduct {
 }
 
 impl TileProduct {
-    pub fn run<T: Float>(self, a: &[T], b: &[T], c: &mut [T]) {
-        if self.m == 0 || self.n == 0 || self.k == 0 {
-            assert!(self.k > 0, "a tile product sums over at least one element");
-            return;
+    /// Panics unless the product stays inside slices of these lengths; false if it is empty.
+    fn is_inside(self, a: usize, b: usize, c: usize) -> bool {
+        assert!(self.k > 0, "a tile product sums over at least one element");
+        if self.m == 0 || self.n == 0 {
+            return false;
         }
         let last = |rows: usize, row: usize, width: usize| (rows - 1) * row + width;
-        assert!(last(self.m, self.a_row, 1) + (self.k - 1) * self.a_column <= a.len());
-        assert!(last(self.k, self.b_row, self.n) <= b.len());
-        assert!(last(self.m, self.c_row, self.n) <= c.len());
-        T::tile_product(self, a, b, c);
+        assert!(last(self.m, self.a_row, 1) + (self.k - 1) * self.a_column <= a);
+        assert!(last(self.k, self.b_row, self.n) <= b);
+        assert!(last(self.m, self.c_row, self.n) <= c);
+        true
     }
 }
 
 macro_rules! tile_product {
     ($function:ident, $float:ty, $lanes:ident, $splat:ident, $mul_add:ident,
      $add:ident, $load:ident, $store:ident, $whole:ident, $whole_mut:ident) => {
-        /// For slices that [`TileProduct::run`] has checked.
+        /// One thread, the widest vectors that this machine has.
         pub(super) fn $function(tile: TileProduct, a: &[$float], b: &[$float], c: &mut [$float]) {
             struct Work<'a>(TileProduct, &'a [$float], &'a [$float], &'a mut [$float]);
 
@@ -120,7 +119,9 @@ macro_rules! tile_product {
                 }
             }
 
-            pulp::Arch::new().dispatch(Work(tile, a, b, c));
+            if tile.is_inside(a.len(), b.len(), c.len()) {
+                pulp::Arch::new().dispatch(Work(tile, a, b, c));
+            }
         }
     };
 }

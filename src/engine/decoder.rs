@@ -3,6 +3,7 @@
 //! The prompt runs through in chunks of 64 tokens, everything after it token by token. Nothing is
 //! allocated once a [`Decoder`] exists.
 
+use super::check_available;
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -92,6 +93,8 @@ impl DecoderPlan {
 
     /// `parameters` is the flat buffer on `backend`.
     pub fn allocate(self, parameters: View, backend: &mut impl Backend) -> Result<Decoder> {
+        let parts = [("key-value cache and activations", self.bytes())];
+        check_available(&parts, "ask for fewer tokens", backend)?;
         let caches: Vec<BufferId> = (0..self.caches)
             .map(|_| backend.allocate("key-value cache", self.cache_bytes))
             .collect::<Result<_>>()?;

@@ -1,7 +1,7 @@
 //! Losses of a model that is only read.
 
 use super::loss::{BoundLoss, LossProgram};
-use super::{Rows, allocate_parameters, sum};
+use super::{Rows, allocate_parameters, check_available, sum};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -29,6 +29,12 @@ impl<B: Backend> Evaluator<B> {
         let purpose = Purpose::Inference;
         let bytes = |kind| backend.element_bytes(kind);
         let program = LossProgram::new(config, table, [batch, sequence], 0.0, purpose, bytes)?;
+        let flat_bytes = table.stored_elements() * bytes(Kind::Statistic);
+        check_available(
+            &[("parameters", flat_bytes), ("activations", program.arena_bytes())],
+            "evaluate fewer windows at one time, or shorter ones",
+            &backend,
+        )?;
         let arena = backend.allocate("activations", program.arena_bytes())?;
         let parameters = allocate_parameters(table, parameters, &mut backend)?;
         let bytes = backend.element_bytes(Kind::Statistic);

@@ -56,6 +56,23 @@ fn flat_view(buffer: BufferId, elements: usize) -> View {
     View { buffer, offset: 0, kind: Kind::Statistic, shape: Shape::new(&[elements]) }
 }
 
+/// Refuses what does not fit on the device; `parts` are names and bytes.
+fn check_available(parts: &[(&str, usize)], remedy: &str, backend: &impl Backend) -> Result<()> {
+    let needed = parts.iter().map(|(_, bytes)| *bytes as u64).sum();
+    let available = backend.available_bytes();
+    if needed <= available {
+        return Ok(());
+    }
+    let lines = parts.iter().map(|(name, bytes)| format!("  {name}: {} MiB", bytes >> 20));
+    Err(Error::Memory {
+        device: backend.name().to_string(),
+        needed,
+        available,
+        table: lines.collect::<Vec<_>>().join("\n"),
+        remedy: remedy.to_string(),
+    })
+}
+
 /// A flat buffer holding `parameters`.
 pub fn allocate_parameters<B: Backend>(
     table: &ParameterTable,
