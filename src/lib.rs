@@ -1,4 +1,10 @@
 //! isobath pretrains LLaMA-architecture models with hand-written kernels.
+//!
+//! A batch's way: [`data`] -> [`tape`] -> [`cpu`] (every op behind [`backend::Backend`]) ->
+//! [`engine`] -> [`train`] -> [`checkpoint`]. [`model`] records the LLaMA on the tape.
+
+// Shapes are written [T,C] in the docs; rustdoc takes them for links.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 pub mod backend;
 pub mod checkpoint;
