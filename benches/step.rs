@@ -164,7 +164,7 @@ impl Steps<'_> {
         let outcome = trainer.accumulate(std::iter::once(rows))?;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, self.done, self.config.train.steps);
-        trainer.update(optimizer, self.done, lr, outcome.grad_norm)?;
+        trainer.update(optimizer, self.done, lr)?;
         Ok(outcome)
     }
 }

@@ -65,13 +65,16 @@ pub struct LossSpec {
     pub z_loss: f64,
 }
 
-/// The flat buffers that one optimizer step walks; all f32 (f64 in tests), all equally long.
+/// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
+/// global gradient norm, which stays on the device so that a step needs no answer from it.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {
     pub parameters: View,
     pub gradients: View,
     pub moment1: View,
     pub moment2: View,
+    /// [1]
+    pub grad_norm: View,
 }
 
 /// AdamW, Loshchilov & Hutter 2019, algorithm 2; with `decoupled` false, Adam with L2 decay.
@@ -86,10 +89,17 @@ pub struct AdamWStep<'a> {
     /// 1 - beta^t
     pub correction1: f64,
     pub correction2: f64,
-    /// The gradient is multiplied by this first (global-norm clipping).
-    pub gradient_scale: f64,
+    /// Largest global gradient norm; a longer gradient is scaled down to it. 0: off.
+    pub clip: f64,
     /// Ranges of the flat buffer that decay, ascending; the rest does not.
     pub decay: &'a [Range<usize>],
+}
+
+impl AdamWStep<'_> {
+    /// What to multiply a gradient of this norm by, so that its norm is at most `clip`.
+    pub fn gradient_scale(&self, norm: f64) -> f64 {
+        if self.clip > 0.0 && norm > self.clip { self.clip / norm } else { 1.0 }
+    }
 }
 
 pub trait Backend {
@@ -258,9 +268,10 @@ pub trait Backend {
         d_weight: View,
     ) -> Result<()>;
 
-    /// Euclidean norm of a flat buffer, summed in f64 in a fixed order.
-    fn gradient_norm(&mut self, gradients: View) -> Result<f64>;
+    /// grad_norm[0] = Euclidean norm of the gradients, summed in f64 in a fixed order.
+    fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()>;
 
-    /// One pass over the flat buffers; returns nothing and reads each element once.
+    /// Clips by grad_norm[0] and updates, in one pass that reads each element once. If the norm is
+    /// not finite, nothing changes.
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()>;
 }

@@ -1,4 +1,4 @@
-//! Learning-rate schedules, clipping, and the arguments of each AdamW step.
+//! Learning-rate schedules, and the arguments of each AdamW step.
 
 use std::ops::Range;
 
@@ -32,11 +32,6 @@ pub fn learning_rate(config: &OptimizerConfig, step: u64, steps: u64) -> f64 {
     }
 }
 
-/// What to multiply the gradient by so that its norm is at most `clip`; 0 turns clipping off.
-pub fn clip_scale(clip: f64, norm: f64) -> f64 {
-    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
-}
-
 /// Ranges of the flat buffer that decay, ascending, neighbours joined.
 pub fn decay_ranges(table: &ParameterTable) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
@@ -55,7 +50,6 @@ pub fn adamw_step<'a>(
     config: &OptimizerConfig,
     step: u64,
     lr: f64,
-    gradient_scale: f64,
     decay: &'a [Range<usize>],
 ) -> AdamWStep<'a> {
     let correction = |beta: f64| 1.0 - beta.powf(step as f64);
@@ -68,7 +62,7 @@ pub fn adamw_step<'a>(
         decoupled: config.kind == OptimizerKind::Adamw,
         correction1: correction(config.beta1),
         correction2: correction(config.beta2),
-        gradient_scale,
+        clip: config.clip,
         decay,
     }
 }

@@ -172,7 +172,7 @@ fn six_steps_equal_three_and_three() {
         let (tokens, targets): (Vec<i32>, Vec<i32>) = (ids(0).collect(), ids(1).collect());
         let rows = engine::Rows { tokens: &tokens, targets: &targets };
         let outcome = trainer.accumulate([rows].into_iter()).unwrap();
-        trainer.update(&config.optimizer, step, 1e-2, outcome.grad_norm).unwrap();
+        trainer.update(&config.optimizer, step, 1e-2).unwrap();
         outcome
     };
 

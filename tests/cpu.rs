@@ -370,10 +370,17 @@ fn adamw_is_the_published_formula_and_walks_decay_ranges() {
         decoupled: true,
         correction1: 1.0 - 0.9f64.powi(3),
         correction2: 1.0 - 0.95f64.powi(3),
-        gradient_scale: 0.5,
+        clip: 1.5,
         decay: &decay,
     };
-    let buffers = FlatBuffers { parameters, gradients, moment1, moment2 };
+    let grad_norm = view(cpu, &[1]);
+    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    for norm in [f64::NAN, f64::INFINITY] {
+        cpu.values_mut(grad_norm)[0] = norm;
+        cpu.adamw(&buffers, &step).unwrap();
+        assert!(values(cpu, parameters) == w && values(cpu, moment2) == v, "{norm} was applied");
+    }
+    cpu.values_mut(grad_norm)[0] = 3.0; // clipped to 1.5: the gradient is halved
     cpu.adamw(&buffers, &step).unwrap();
     let decays = |i: usize| decay.iter().any(|range| range.contains(&i));
     let reference = |i: usize, decoupled: bool| {
@@ -400,7 +407,12 @@ fn gradient_norm_is_the_euclidean_norm() {
     let cpu = &mut Cpu::<f64>::new();
     let gradients = filled(cpu, &[50_001], 7);
     let expected = values(cpu, gradients).iter().map(|g| g * g).sum::<f64>().sqrt();
-    assert_close("norm", &[cpu.gradient_norm(gradients).unwrap()], &[expected], 1e-12);
+    let grad_norm = view(cpu, &[1]);
+    let unused = filled(cpu, &[50_001], 8);
+    let (parameters, moment1, moment2) = (unused, unused, unused);
+    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    cpu.gradient_norm(&buffers).unwrap();
+    assert_close("norm", &values(cpu, grad_norm), &[expected], 1e-12);
 }
 
 #[test]

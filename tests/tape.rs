@@ -195,7 +195,7 @@ fn any_number_of_threads_gives_the_same_bits() {
         pool.install(|| {
             let mut trainer = trainer::<f32>(&model, [4, 128], Recompute::None);
             let outcome = step(&mut trainer, model.vocab, 512);
-            trainer.update(&run_config(&model).optimizer, 1, 1e-3, 1.0).unwrap();
+            trainer.update(&run_config(&model).optimizer, 1, 1e-3).unwrap();
             let parameters: Vec<u32> =
                 trainer.state().unwrap()[0].iter().map(|p| p.to_bits()).collect();
             (outcome, parameters)

@@ -26,7 +26,12 @@ pub(super) struct Buffers<'a, T> {
     pub moment2: &'a mut [T],
 }
 
-pub(super) fn update<T: Float>(buffers: Buffers<T>, step: &AdamWStep) {
+/// `norm`: the gradients' global norm.
+pub(super) fn update<T: Float>(buffers: Buffers<T>, norm: f64, step: &AdamWStep) {
+    if !norm.is_finite() {
+        return;
+    }
+    let scale = T::of(step.gradient_scale(norm));
     let Buffers { parameters, gradients, moment1, moment2 } = buffers;
     let spans = parameters.par_chunks_mut(SPAN).zip(gradients.par_chunks(SPAN));
     let spans = spans.zip(moment1.par_chunks_mut(SPAN)).zip(moment2.par_chunks_mut(SPAN));
@@ -49,7 +54,7 @@ pub(super) fn update<T: Float>(buffers: Buffers<T>, step: &AdamWStep) {
                 moment2: &mut moment2[run.clone()],
             };
             let weight_decay = if decays { step.weight_decay } else { 0.0 };
-            update_run(buffers, step, weight_decay);
+            update_run(buffers, scale, step, weight_decay);
             at = run.end;
         }
     });
@@ -62,12 +67,12 @@ vectorised! {
 
     /// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     /// w -= lr (m / c1 / (sqrt(v / c2) + eps) + decay w)
-    fn update_run<T: Float>(buffers: Buffers<'_, T>, step: &AdamWStep<'_>, weight_decay: f64) {
+    fn update_run<T: Float>(buffers: Buffers<'_, T>, scale: T, step: &AdamWStep<'_>, weight_decay: f64) {
         let Buffers { parameters, gradients, moment1, moment2 } = buffers;
         let (beta1, beta2) = (T::of(step.beta1), T::of(step.beta2));
         let (rest1, rest2) = (T::of(1.0 - step.beta1), T::of(1.0 - step.beta2));
         let (inverse1, inverse2) = (T::of(1.0 / step.correction1), T::of(1.0 / step.correction2));
-        let (lr, eps, scale) = (T::of(step.lr), T::of(step.eps), T::of(step.gradient_scale));
+        let (lr, eps) = (T::of(step.lr), T::of(step.eps));
         let decoupled = T::of(if step.decoupled { weight_decay } else { 0.0 });
         let coupled = T::of(if step.decoupled { 0.0 } else { weight_decay });
         for i in 0..parameters.len() {

@@ -360,16 +360,21 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn gradient_norm(&mut self, gradients: View) -> Result<f64> {
-        Ok(adamw::norm(self.values(gradients)))
+    fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {
+        let ([grad_norm], [gradients]) =
+            self.memory.borrow::<T, 1, 1>([buffers.grad_norm], [buffers.gradients]);
+        grad_norm[0] = T::of(adamw::norm(gradients));
+        Ok(())
     }
 
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()> {
-        let ([parameters, moment1, moment2], [gradients]) = self.memory.borrow::<T, 3, 1>(
-            [buffers.parameters, buffers.moment1, buffers.moment2],
-            [buffers.gradients],
-        );
-        adamw::update(adamw::Buffers { parameters, gradients, moment1, moment2 }, step);
+        let ([parameters, moment1, moment2], [gradients, grad_norm]) =
+            self.memory.borrow::<T, 3, 2>(
+                [buffers.parameters, buffers.moment1, buffers.moment2],
+                [buffers.gradients, buffers.grad_norm],
+            );
+        let buffers = adamw::Buffers { parameters, gradients, moment1, moment2 };
+        adamw::update(buffers, grad_norm[0].to_f64(), step);
         Ok(())
     }
 }

@@ -52,6 +52,7 @@ impl<B: Backend> Trainer<B> {
         plan.check_fits(&backend)?;
         let arena = backend.allocate("activations", plan.arena_bytes())?;
         let Plan { table, training, evaluation, sampling, flat_bytes, .. } = plan;
+        let bytes = backend.element_bytes(Kind::Statistic);
         let mut flat = |label| -> Result<View> {
             Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
         };
@@ -60,8 +61,8 @@ impl<B: Backend> Trainer<B> {
             gradients: flat("gradients")?,
             moment1: flat("first moment")?,
             moment2: flat("second moment")?,
+            grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
         };
-        let bytes = backend.element_bytes(Kind::Statistic);
         let external = |external, _| match external {
             External::Parameter(i) => table.entries()[i].view(flat.parameters, bytes),
             External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
@@ -156,20 +157,16 @@ impl<B: Backend> Trainer<B> {
             self.training.run(rows, scale, &mut self.losses, &mut self.backend)?;
             total += sum(&self.losses);
         }
-        let grad_norm = self.backend.gradient_norm(self.flat.gradients)?;
+        self.backend.gradient_norm(&self.flat)?;
+        let mut grad_norm = [0.0];
+        self.backend.read(self.flat.grad_norm, &mut grad_norm)?;
+        let grad_norm = grad_norm[0] as f64;
         Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
     }
 
-    /// Clips and updates; `step` counts from 1.
-    pub fn update(
-        &mut self,
-        optimizer: &OptimizerConfig,
-        step: u64,
-        lr: f64,
-        grad_norm: f64,
-    ) -> Result<()> {
-        let scale = optim::clip_scale(optimizer.clip, grad_norm);
-        let arguments = optim::adamw_step(optimizer, step, lr, scale, &self.decay);
+    /// Clips and updates; `step` counts from 1. A gradient that is not finite changes nothing.
+    pub fn update(&mut self, optimizer: &OptimizerConfig, step: u64, lr: f64) -> Result<()> {
+        let arguments = optim::adamw_step(optimizer, step, lr, &self.decay);
         self.backend.adamw(&self.flat, &arguments)
     }
 

@@ -399,7 +399,7 @@ impl<B: Backend> Session<B> {
         check_finite(&outcome, step, first_row, first_row + rows)?;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
-        self.trainer.update(optimizer, self.state.updates + 1, lr, outcome.grad_norm)?;
+        self.trainer.update(optimizer, self.state.updates + 1, lr)?;
         self.state.step = step;
         self.state.updates += 1;
         self.state.tokens += self.positions();
