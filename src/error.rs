@@ -1,7 +1,8 @@
 //! The one error type of the library.
 //!
 //! Every variant names what was wrong (op, shape, key or path) and carries the remedy, because the
-//! message is all that a person sees. `exit_code` is part of the contract of the command line:
+//! message is all that a person sees; `Shape` alone, which only code that records a tape can cause,
+//! has the expected shape instead. `exit_code` is part of the contract of the command line:
 //! 2 for wrong usage or input, 1 for anything else.
 
 use std::path::{Path, PathBuf};

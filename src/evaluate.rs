@@ -4,24 +4,22 @@
 //! start token; the last, shorter one is included. A document ends with the end-of-text token, if the
 //! tokenizer has one, and that is predicted, too.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::checkpoint::model_folder;
-use crate::config::{DataConfig, DeviceKind, ModelConfig, Rows as RowKind};
+use crate::config::{DataConfig, DeviceKind, Rows as RowKind};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
-use crate::data::tokenizer::Tokenizer;
 use crate::data::windows::Windows;
 use crate::device::Device;
 use crate::engine::{Evaluator, Rows};
 use crate::error::{Error, Result};
 use crate::hf;
+use crate::loaded::LoadedModel;
 use crate::metrics::Evaluation;
-use crate::model::parameters::ParameterTable;
 
 /// Longest window if nobody says.
 const LONGEST_WINDOW: usize = 2048;
@@ -58,26 +56,6 @@ pub struct Report {
     pub text_bytes: u64,
     pub sequence: usize,
     pub tokens_per_second: f64,
-}
-
-/// A model read from disk, with its tokenizer.
-pub struct LoadedModel {
-    pub folder: PathBuf,
-    pub config: ModelConfig,
-    pub table: ParameterTable,
-    /// The table's stored elements.
-    pub parameters: Vec<f32>,
-    pub tokenizer: Tokenizer,
-}
-
-impl LoadedModel {
-    /// From a run, a checkpoint, or any Hugging Face LLaMA folder.
-    pub fn open(path: &Path) -> Result<Self> {
-        let folder = model_folder(path)?;
-        let (config, table, parameters) = hf::load_for_inference(&folder)?;
-        let tokenizer = Tokenizer::open(&folder.join(hf::TOKENIZER).to_string_lossy())?;
-        Ok(LoadedModel { folder, config, table, parameters, tokenizer })
-    }
 }
 
 /// Reads the model and the text, and computes the loss; `progress` sees (batches done, of).

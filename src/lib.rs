@@ -18,6 +18,7 @@ pub mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod hf;
+pub mod loaded;
 pub mod metrics;
 pub mod model;
 pub mod optim;

@@ -8,6 +8,8 @@
 //! ```text
 //! run.toml               the resolved configuration
 //! metrics.jsonl          one line per step; metrics.jsonl.old: lines that a resume cut off
+//! samples.jsonl          printed samples; samples.jsonl.old: those that a resume cut off
+//! data/                  shards of a text too large for memory
 //! checkpoints/step-00000200/
 //! .lock                  held while a process trains here; contains its pid
 //! ```

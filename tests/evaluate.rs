@@ -6,7 +6,8 @@ use std::path::Path;
 use isobath::config::DeviceKind;
 use isobath::cpu::Cpu;
 use isobath::engine::{Evaluator, Rows};
-use isobath::evaluate::{LoadedModel, Report, Request, evaluate};
+use isobath::evaluate::{Report, Request, evaluate};
+use isobath::loaded::LoadedModel;
 use isobath::train::{Console, Interrupt, Run, train};
 use tempfile::{TempDir, tempdir};
 

@@ -1,7 +1,7 @@
 //! Next-token logits of one growing sequence, its past in a key-value cache.
 //!
-//! The prompt runs through in chunks of 64 tokens, everything after it token by token. Nothing is
-//! allocated once a [`Decoder`] exists.
+//! The prompt runs through in chunks of 64 tokens, everything after it token by token. No device
+//! memory is allocated once a [`Decoder`] exists.
 
 use super::check_available;
 use crate::backend::Backend;

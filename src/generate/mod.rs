@@ -14,7 +14,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
 use crate::engine::{Decoder, DecoderPlan, allocate_parameters};
 use crate::error::{Error, Result};
-use crate::evaluate::LoadedModel;
+use crate::loaded::LoadedModel;
 
 /// Continues `prompt` by at most `count` tokens and gives each to `show` as it comes; stops at the
 /// end of the text or of the context, or when `show` returns false. Only tokens that `tokenizer`
