@@ -1,0 +1,87 @@
+// The one header of a kernel file: the CUDA language, one wrapper per instruction, and what both
+// machines share (types, bf16, swizzles, descriptors, reductions).
+//
+// device/ holds the wrappers as inline PTX, host/ the same names on a CPU; a kernel file cannot
+// tell which it got. A kernel is written
+//
+//   KERNEL(norm_forward, 256)(bf16* out, const bf16* inp, int columns) { ... }
+//   EXPORT_KERNEL(norm_forward)
+//
+// where the numbers after the name are those of __launch_bounds__. Shared memory is declared with
+// SHARED(type, name, count) and SHARED_DYNAMIC(name). No #if, no inline asm, no CUDA header.
+#pragma once
+#include <cstdint>
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// A CUtensorMap: opaque, passed by value as `const __grid_constant__ TensorMap`.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+#if defined(__CUDACC__)
+#include "device/language.cuh"
+#include "device/wrappers.cuh"
+#else
+#include "host/language.h"
+#include "host/wrappers.h"
+#endif
+
+// ---------------------------------------------------------------- bf16
+DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+DEVICE bf16 to_bf16(float x) { return bf16{bf16_bits(x)}; }  // to nearest, ties to even
+// Two values in one register, the first in the lower half.
+DEVICE uint32_t pack_bf16(float low, float high) { return bf16x2_bits(low, high); }
+DEVICE float low_float(uint32_t pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_float(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// ---------------------------------------------------------------- swizzles
+// Where TMA and wgmma keep the byte at `offset` of a tile whose rows are `Span` bytes wide; the
+// tile's base is aligned to 8 * Span bytes (PTX ISA, "shared memory matrix layout").
+template <int Span>
+DEVICE uint32_t swizzle(uint32_t offset) {
+  static_assert(Span == 32 || Span == 64 || Span == 128);
+  return offset ^ ((offset >> 3) & (Span - 16));
+}
+
+// ---------------------------------------------------------------- wgmma descriptors
+// Field "swizzle" of a shared-memory matrix descriptor; the tensor map's enum counts otherwise.
+constexpr uint64_t DESCRIPTOR_SWIZZLE_NONE = 0, DESCRIPTOR_SWIZZLE_128 = 1,
+                   DESCRIPTOR_SWIZZLE_64 = 2, DESCRIPTOR_SWIZZLE_32 = 3;
+
+DEVICE uint64_t matrix_descriptor(const void* tile, uint32_t leading_bytes, uint32_t stride_bytes,
+                                  uint64_t swizzle_field) {
+  const uint64_t start = (shared_address(tile) & 0x3ffff) >> 4;
+  return start | uint64_t((leading_bytes & 0x3ffff) >> 4) << 16 |
+         uint64_t((stride_bytes & 0x3ffff) >> 4) << 32 | swizzle_field << 62;
+}
+// K-major, 128-byte swizzle: a row of 64 k values for each m (or n); 8 rows are 1024 bytes.
+DEVICE uint64_t descriptor_k_major(const void* tile) {
+  return matrix_descriptor(tile, 16, 1024, DESCRIPTOR_SWIZZLE_128);
+}
+// MN-major, 128-byte swizzle: a row of 64 m (or n) values for each k; `block_bytes` from one block
+// of 64 values to the next.
+DEVICE uint64_t descriptor_mn_major(const void* tile, uint32_t block_bytes) {
+  return matrix_descriptor(tile, block_bytes, 1024, DESCRIPTOR_SWIZZLE_128);
+}
+
+// ---------------------------------------------------------------- reductions, in a fixed order
+DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+DEVICE float warp_max(float value) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1)
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
+  return value;
+}
+
+// ---------------------------------------------------------------- cluster and grid
+DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
