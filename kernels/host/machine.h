@@ -259,18 +259,29 @@ void progress();  // something happened that a spinning thread may wait for
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
-inline bool in_team(const Worker& w, const void* p) {
-  return size_t(static_cast<const uint8_t*>(p) - w.windows) <
-         w.launch->team_blocks * WINDOW_BYTES;
-}
 
 // ---------------------------------------------------------------- shared memory (shared.cpp)
 // The block of the team in whose window `p` lies, or null.
-Block* block_of(const void* p);
-// Checks that [address, address + bytes) is shared memory that this launch asked for.
-uint8_t* checked_shared(Block*, uint32_t address, uint32_t bytes, const char* what, Site);
+inline Block* block_of(const void* p) {
+  Worker& w = *worker;
+  const size_t offset = size_t(static_cast<const uint8_t*>(p) - w.windows);
+  return offset < w.launch->team_blocks * WINDOW_BYTES ? &w.blocks[offset / WINDOW_BYTES] : nullptr;
+}
+[[noreturn]] void out_of_shared(const Block&, uint32_t address, uint32_t bytes, const char* what,
+                                Site);
+// [address, address + bytes), if it is shared memory that this launch asked for; else a fault.
+inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, const char* what,
+                               Site site) {
+  const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
+  const bool in_static =
+      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
+  if (!dynamic && !in_static) [[unlikely]] out_of_shared(*block, address, bytes, what, site);
+  return block->window + address;
+}
 void checked_shared(const void* p, uint32_t bytes, const char* what, Site);
-uint32_t offset_in(const Block*, const void* p);
+inline uint32_t offset_in(const Block* block, const void* p) {
+  return uint32_t(static_cast<const uint8_t*>(p) - block->window);
+}
 void poison(Block&);
 void check_gaps(const Block&);
 

@@ -2,7 +2,6 @@
 #include "race.h"
 
 #include <mutex>
-#include <unordered_map>
 
 #include "device_memory.h"
 #include "fault.h"
@@ -16,25 +15,26 @@ static constexpr Place SITE = 0x80000000u;
 static std::mutex places_mutex;
 static std::vector<Site> places;
 
+static Place new_place(Site site) {
+  std::lock_guard lock(places_mutex);
+  for (size_t i = 0; i < places.size(); i++)
+    if (places[i].file == site.file && places[i].line == site.line) return SITE | Place(i);
+  places.push_back(site);
+  return SITE | Place(places.size() - 1);
+}
+
 Place place_of(Site site) {
-  struct Key {
-    const char* file;
-    int line;
-    bool operator==(const Key&) const = default;
+  // Kernels use few sites, each very often.
+  struct Known {
+    Site site;
+    Place place;
   };
-  struct Hash {
-    size_t operator()(const Key& key) const {
-      return reinterpret_cast<uintptr_t>(key.file) * 31 + size_t(key.line);
-    }
-  };
-  static thread_local std::unordered_map<Key, Place, Hash> known;
-  auto [entry, is_new] = known.try_emplace({site.file, site.line}, 0);
-  if (is_new) {
-    std::lock_guard lock(places_mutex);
-    entry->second = SITE | Place(places.size());
-    places.push_back(site);
-  }
-  return entry->second;
+  constexpr size_t ENTRIES = 256;
+  static thread_local Known cache[ENTRIES];
+  Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
+  if (entry.site.line != site.line || entry.site.file != site.file)
+    entry = {site, new_place(site)};
+  return entry.place;
 }
 
 Place place_of_code(uintptr_t pc) {
@@ -185,10 +185,10 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
     else if (Conflict found = check_readers(line, access, mask); found.verdict != Verdict::Fine)
       return found;
   }
-  size_t kept = 0;
+  uint32_t kept = 0;
   bool recorded = false;
   uint64_t other_team = worker->team;  // one that has read all of these bytes
-  for (size_t i = 0; i < line.slots.size(); i++) {
+  for (uint32_t i = 0; i < line.slots.size(); i++) {
     Slot& slot = line.slots[i];
     const uint16_t common = slot.mask & mask;
     if (common) {
@@ -221,7 +221,7 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
     if (kept != i) line.slots[kept] = slot;
     kept++;
   }
-  line.slots.resize(kept);
+  line.slots.shrink(kept);
   if (write) line.initialised |= mask;
   else if (shared && (line.initialised & mask) != mask)
     return {Verdict::Uninitialised, {}, uint16_t(mask & ~line.initialised)};
