@@ -14,6 +14,7 @@
 
 // ---------------------------------------------------------------- rows
 constexpr int WARP = 32;
+using f32 = float;  // the kernels' names end in the type
 
 // 16 bytes of a row: 8 values of bf16 or 4 of f32.
 template <class T>
@@ -353,8 +354,8 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
   NORM_KERNELS(type, 256, 2, 4, 3)    \
   NORM_KERNELS(type, 256, 4, 3, 2)
 NORM_KERNELS_OF(bf16)
-NORM_KERNELS_OF(float)
-NORM_KERNELS(float, 512, 4, 2, 1)
+NORM_KERNELS_OF(f32)
+NORM_KERNELS(f32, 512, 4, 2, 1)
 
 // d_gain[c] += (sum over b of partial[b,c]) / sqrt_depth. A block has 32 columns; warp w of it adds
 // up the rows w, w + 8, ..., and warp 0 the eight sums.
