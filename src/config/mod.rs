@@ -8,7 +8,7 @@
 
 mod choice;
 mod layers;
-mod nearest;
+pub(crate) mod nearest;
 mod presets;
 mod rules;
 
