@@ -4,7 +4,9 @@
 
 pub mod binaries;
 mod driver;
+pub mod gemm;
 pub mod host;
+pub mod norm;
 pub mod nvidia;
 
 pub use driver::*;
