@@ -191,9 +191,8 @@ fn one_hot_rows_select_columns() {
             for [m, n, k] in shapes(tile) {
                 let matrices = Matrices::one_hot(m, n, k);
                 let found = multiply(driver, &gemm, tile, &matrices);
-                let expected: Vec<f64> = (0..m * n)
-                    .map(|i| matrices.b[i % n * k + selected(i / n, k)])
-                    .collect();
+                let expected: Vec<f64> =
+                    (0..m * n).map(|i| matrices.b[i % n * k + selected(i / n, k)]).collect();
                 assert_equal(&format!("{tile:?} {m}x{n}x{k}"), &found, &expected, n);
             }
         }
@@ -257,7 +256,8 @@ fn what_cannot_be_multiplied_is_refused() {
         assert!(refused(product(i32::MAX as usize, 8, 8)).contains("i32"));
         let error = refused(Product { a: DevicePointer(all.0 + 2), ..product(8, 8, 8) });
         assert!(error.contains("multiple of 16 bytes"), "{error}");
-        let error = refused(Product { residual: Some(DevicePointer(all.0 + 2)), ..product(8, 8, 8) });
+        let error =
+            refused(Product { residual: Some(DevicePointer(all.0 + 2)), ..product(8, 8, 8) });
         assert!(error.contains("residual"), "{error}");
         // 128 x 64 elements do not lie in a buffer of 4096.
         let error = refused(product(128, 8, 64));

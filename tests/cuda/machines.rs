@@ -3,6 +3,7 @@
 use half::bf16;
 use isobath::config::Dtype;
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{Allocation, Driver, host};
 
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
@@ -34,17 +35,16 @@ pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
     on_gpu(test);
 }
 
-fn on_gpu(_test: impl FnMut(&mut dyn Driver)) {
-    println!("skipped: no GPU");
+fn on_gpu(mut test: impl FnMut(&mut dyn Driver)) {
+    match nvidia::present() {
+        Ok(()) => test(&mut Nvidia::open(0).unwrap()),
+        Err(error) => println!("skipped: no GPU: {error}"),
+    }
 }
 
 fn schedules() -> Vec<Options> {
-    let plain = |order, asynchronous, seed| Options {
-        order,
-        asynchronous,
-        seed,
-        ..Options::default()
-    };
+    let plain =
+        |order, asynchronous, seed| Options { order, asynchronous, seed, ..Options::default() };
     let race = |options: Options| Options { race: true, ..options };
     vec![
         plain(Order::Fifo, Asynchronous::Late, 0),
@@ -81,7 +81,8 @@ pub fn upload(driver: &mut dyn Driver, label: &str, dtype: Dtype, values: &[f64]
             driver.upload(label, &values)
         }
         Dtype::Bf16 => {
-            let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value as f32)).collect();
+            let values: Vec<bf16> =
+                values.iter().map(|&value| bf16::from_f32(value as f32)).collect();
             driver.upload(label, &values)
         }
     }

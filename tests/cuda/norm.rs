@@ -166,9 +166,8 @@ fn on_cpu<T: Float>(case: Case, inputs: &Inputs, round: impl Fn(f64) -> f64) -> 
     let d_gain = filled(cpu, &[columns], &inputs.d_gain_before);
     let sink = Sink { to: d_inp, accumulate: case.accumulate };
     cpu.norm_backward(case.spec(), inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
-    let mut values = |view: View| -> Vec<f64> {
-        cpu.values(view).iter().map(|value| value.to_f64()).collect()
-    };
+    let mut values =
+        |view: View| -> Vec<f64> { cpu.values(view).iter().map(|value| value.to_f64()).collect() };
     let stored = |values: Vec<f64>| values.into_iter().map(&round).collect();
     Outputs {
         out: stored(values(out)),
@@ -290,15 +289,8 @@ fn the_exported_gain_gives_the_same_bits() {
             (Dtype::Bf16, NormKind::Layer, 4096),
         ] {
             let depth = 7;
-            let case = Case {
-                dtype,
-                kind,
-                rows: 17,
-                columns,
-                depth,
-                residual: true,
-                accumulate: false,
-            };
+            let case =
+                Case { dtype, kind, rows: 17, columns, depth, residual: true, accumulate: false };
             let mut inputs = Inputs::new(case);
             inputs.d_gain_before.fill(0.0);
             let scaled = on_device(driver, case, &inputs);
