@@ -6,7 +6,7 @@
 //! [`Config::validate`] says whether it can be trained, [`Config::validate_shape`] whether it
 //! can be planned (rules.rs).
 
-mod choice;
+pub(crate) mod choice;
 mod layers;
 pub(crate) mod nearest;
 mod presets;

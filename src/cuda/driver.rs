@@ -146,7 +146,7 @@ impl Launch {
 ///
 /// Launches, fills and device copies are enqueued; on a GPU, their failures may come out of a
 /// later call. Copies from and to host memory return when they are done. While a stream is being
-/// captured, only launches, fills, device copies, `record` and `wait` are allowed.
+/// captured, only launches, fills and device copies on it are allowed (see [`Capture`]).
 pub trait Driver {
     /// "cuda" or "simt", as `--device` names it.
     fn device(&self) -> &'static str;
@@ -174,7 +174,7 @@ pub trait Driver {
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()>;
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()>;
-    /// The two ranges do not overlap.
+    /// Errors: the ranges overlap.
     fn on_device(
         &mut self,
         stream: StreamId,
@@ -474,7 +474,7 @@ impl<'a> TensorMapSpec<'a> {
             );
         }
         let DevicePointer(address) = self.address;
-        if address == 0 || address % 16 != 0 {
+        if address == 0 || !address.is_multiple_of(16) {
             return broken(
                 format!("the address {address:#x} is not a multiple of 16 bytes"),
                 "begin the tensor at a multiple of 16 bytes in its buffer",
@@ -489,7 +489,7 @@ impl<'a> TensorMapSpec<'a> {
             }
         }
         for (index, &stride) in self.stride_bytes.iter().enumerate() {
-            if stride == 0 || stride % 16 != 0 {
+            if stride == 0 || !stride.is_multiple_of(16) {
                 return broken(
                     format!("stride {index} is {stride} bytes, not a multiple of 16"),
                     "pad the rows to a multiple of 16 bytes",
@@ -532,7 +532,7 @@ impl<'a> TensorMapSpec<'a> {
             }
         }
         let row = u64::from(self.box_dimensions[0]) * self.data_type.bytes();
-        if row % 16 != 0 {
+        if !row.is_multiple_of(16) {
             return broken(
                 format!("a row of the box is {row} bytes, not a multiple of 16"),
                 "widen the box; what lies outside the tensor is filled",
@@ -757,13 +757,117 @@ impl Ledger {
     }
 }
 
+impl Ledger {
+    /// Errors: a range that is not in one buffer, or two that overlap.
+    pub fn check_copy(
+        &self,
+        device: &str,
+        from: DevicePointer,
+        to: DevicePointer,
+        bytes: u64,
+    ) -> Result<()> {
+        self.check(device, "copy from: read", from, bytes)?;
+        self.check(device, "copy to: write", to, bytes)?;
+        if from.0 < to.0 + bytes && to.0 < from.0 + bytes {
+            return Err(Error::Device {
+                device: device.to_string(),
+                what: format!("a copy of {bytes} bytes from {:#x} to {:#x} overlaps", from.0, to.0),
+                remedy: "copy through a third buffer".to_string(),
+            });
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Debug for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} buffers, {} bytes", self.buffers.len(), self.bytes())
     }
 }
 
+// ------------------------------------------------------------------ capture
+
+/// Which stream is being captured, and what is allowed meanwhile.
+#[derive(Default, Debug)]
+pub struct Capture {
+    stream: Option<StreamId>,
+}
+
+impl Capture {
+    /// Whether work on `stream` is recorded now. Errors: another stream is being captured.
+    pub fn records(&self, device: &str, stream: StreamId) -> Result<bool> {
+        match self.stream {
+            None => Ok(false),
+            Some(captured) if captured == stream => Ok(true),
+            Some(_) => refuse_in_capture(device, "work on another stream"),
+        }
+    }
+
+    /// Errors: a stream is being captured; `action` is what cannot be recorded.
+    pub fn forbid(&self, device: &str, action: &str) -> Result<()> {
+        match self.stream {
+            None => Ok(()),
+            Some(_) => refuse_in_capture(device, action),
+        }
+    }
+
+    pub fn begin(&mut self, device: &str, stream: StreamId) -> Result<()> {
+        self.forbid(device, "a second capture")?;
+        self.stream = Some(stream);
+        Ok(())
+    }
+
+    pub fn end(&mut self, device: &str, stream: StreamId) -> Result<()> {
+        if self.stream != Some(stream) {
+            return Err(Error::Device {
+                device: device.to_string(),
+                what: "this stream is not being captured".to_string(),
+                remedy: "call begin_capture first, with the same stream".to_string(),
+            });
+        }
+        self.stream = None;
+        Ok(())
+    }
+}
+
+fn refuse_in_capture<T>(device: &str, action: &str) -> Result<T> {
+    Err(Error::Device {
+        device: device.to_string(),
+        what: format!("{action} cannot be recorded in a graph"),
+        remedy: "do it before begin_capture or after end_capture".to_string(),
+    })
+}
+
 // ------------------------------------------------------------------ names
+
+pub(super) fn no_memory(device: &str, label: &str, bytes: u64, free: u64) -> Error {
+    let what = match bytes {
+        0 => format!("`{label}` has no bytes"),
+        _ => format!("no memory for the {bytes} bytes of `{label}`; {free} bytes are free"),
+    };
+    let remedy = match bytes {
+        0 => "allocate at least one byte",
+        _ => "use a smaller batch or model, or end what else uses the device's memory",
+    };
+    Error::Device { device: device.to_string(), what, remedy: remedy.to_string() }
+}
+
+pub(super) fn not_recorded(device: &str) -> Error {
+    Error::Device {
+        device: device.to_string(),
+        what: "this event was never recorded".to_string(),
+        remedy: "record both events before asking for the time between them".to_string(),
+    }
+}
+
+/// An id that another driver gave.
+pub(super) fn foreign(device: &str, what: &str) -> Error {
+    Error::Device {
+        device: device.to_string(),
+        what: format!("this {what} is of another driver"),
+        remedy: format!("use a {what} that this driver gave"),
+    }
+}
 
 /// There is no kernel `name`; the nearest names that there are.
 pub fn no_such_kernel(device: &str, name: &str, names: &[String]) -> Error {
