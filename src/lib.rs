@@ -19,6 +19,7 @@ pub mod error;
 pub mod evaluate;
 pub mod generate;
 pub mod hf;
+pub mod host_memory;
 pub mod loaded;
 pub mod metrics;
 pub mod model;
