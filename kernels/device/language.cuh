@@ -10,7 +10,10 @@
 // SHARED(float, rows, 32): `rows` is a float[32] in static shared memory.
 #define SHARED(T, name, n) __shared__ T name[n]
 // `name` is a uint8_t*, aligned to 1024 bytes; every such name of a kernel is the same address.
-#define SHARED_DYNAMIC(name) extern __shared__ __align__(1024) uint8_t name[]
+#define SHARED_DYNAMIC(name) uint8_t* const name = ptx::dynamic_shared
+namespace ptx {
+extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+}
 
 // Device functions exist from one architecture on. nvcc's host pass, which has no architecture,
 // reads every kernel too and must know all names; on a GPU that lacks the instruction the wrapper
