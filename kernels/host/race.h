@@ -54,11 +54,28 @@ struct Slot {
   uint8_t flags;
 };
 
+// The reads of a line that many threads of one team read: by thread, so that each costs O(1).
+struct Readers {
+  struct Read {
+    Tick tick;
+    Place place;
+    uint16_t mask;
+  };
+  uint64_t team;
+  std::vector<Read> by_thread;
+};
+
 struct Line {
   static constexpr uint32_t BYTES = 16;
   uint32_t generation = 0;
   uint16_t initialised = 0;
   std::vector<Slot> slots;
+  std::unique_ptr<Readers> readers;
+  void clear() {
+    initialised = 0;
+    slots.clear();
+    readers.reset();
+  }
 };
 
 // What is kept for the team that runs.
