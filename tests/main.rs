@@ -5,6 +5,7 @@ mod cli;
 mod commands;
 mod config;
 mod cpu;
+mod cuda;
 mod data;
 mod evaluate;
 mod generate;

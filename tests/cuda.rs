@@ -1,0 +1,4 @@
+//! Tests of src/cuda: the machines, and the kernels on them.
+
+mod driver;
+mod library;
