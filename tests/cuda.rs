@@ -1,4 +1,8 @@
-//! Tests of src/cuda: the machines, and the kernels on them.
+//! kernels/ on every machine there is: the CPU machine under several schedules and with its race
+//! detector, and a GPU where one is; and the driver below them.
 
 mod driver;
+mod gemm;
 mod library;
+mod machines;
+mod norm;
