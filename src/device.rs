@@ -1,28 +1,32 @@
 //! Which devices there are, and which one a run uses.
 
 use crate::config::DeviceKind;
+use crate::cuda;
 use crate::error::{Error, Result};
 
-/// A device that can be used here, now.
+/// A device that models can be trained and run on here, now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Device {
     Cpu,
 }
 
 impl Device {
-    /// `auto` is the best device there is.
+    /// `auto` is the best device there is. Errors: the device is not here, and why; or only its
+    /// kernels are, which [`cuda::open`] gives.
     pub fn choose(kind: DeviceKind) -> Result<Self> {
-        let missing = |device: &str, what: &str| {
-            Err(Error::Device {
-                device: device.to_string(),
-                what: what.to_string(),
-                remedy: "use --device cpu".to_string(),
-            })
-        };
         match kind {
             DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::Cpu),
-            DeviceKind::Cuda => missing("cuda", "this build has no CUDA kernels"),
-            DeviceKind::Simt => missing("simt", "this build has no simulated CUDA device"),
+            DeviceKind::Cuda | DeviceKind::Simt => Err(match cuda::present(kind) {
+                Ok(()) => Error::Device {
+                    device: kind.to_string(),
+                    what: "models do not run on it yet, only single kernels do".to_string(),
+                    remedy: "use --device cpu; for kernels, see isobath bench".to_string(),
+                },
+                Err(Error::Device { device, what, remedy }) => {
+                    Error::Device { device, what, remedy: format!("use --device cpu; or {remedy}") }
+                }
+                Err(other) => other,
+            }),
         }
     }
 

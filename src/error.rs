@@ -53,6 +53,14 @@ pub enum Error {
     #[error("device {device}: {what}\n  remedy: {remedy}")]
     Device { device: String, what: String, remedy: String },
 
+    /// A launch that breaks a rule, or a kernel that did something wrong while it ran.
+    #[error("kernel {kernel} on {device}: {what}\n  remedy: {remedy}")]
+    Launch { kernel: String, device: String, what: String, remedy: String },
+
+    /// A tensor that TMA cannot address in this way.
+    #[error("tensor map: {what}\n  remedy: {remedy}")]
+    TensorMap { what: String, remedy: String },
+
     /// The memory plan does not fit.
     #[error(
         "the plan needs {} MiB, {device} has {} MiB free\n{table}\n  remedy: {remedy}",
@@ -107,7 +115,7 @@ impl Error {
                 _ => 1,
             },
             Error::NotSaved { source, .. } => source.exit_code(),
-            Error::NonFinite { .. } => 1,
+            Error::Launch { .. } | Error::TensorMap { .. } | Error::NonFinite { .. } => 1,
         }
     }
 }

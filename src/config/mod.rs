@@ -6,9 +6,9 @@
 //! [`Config::validate`] says whether it can be trained, [`Config::validate_shape`] whether it
 //! can be planned (rules.rs).
 
-mod choice;
+pub(crate) mod choice;
 mod layers;
-mod nearest;
+pub(crate) mod nearest;
 mod presets;
 mod rules;
 

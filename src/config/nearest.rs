@@ -19,8 +19,14 @@ pub fn nearest_key<'a>(given: &str, keys: &[&'a str]) -> Option<&'a str> {
 
 /// "use `lns` or `pre`", the nearest one first.
 pub fn one_of(given: &str, names: &[&str]) -> String {
+    some_of(given, names, names.len())
+}
+
+/// As [`one_of`], but no more than `count` of them.
+pub fn some_of(given: &str, names: &[&str], count: usize) -> String {
     let mut names = names.to_vec();
     names.sort_by_key(|name| distance(given, name));
+    names.truncate(count);
     let quoted: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
     match quoted.split_last() {
         None => "there is none to use".to_string(),

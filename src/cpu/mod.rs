@@ -26,6 +26,7 @@ use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
 };
 use crate::error::Result;
+use crate::host_memory;
 use crate::tensor::{BufferId, Kind, View};
 
 #[derive(Default)]
@@ -61,14 +62,6 @@ fn same_type<T: Float>(values: &[T]) -> Option<&[f32]> {
 /// The program, its threads, and a tokenizer and text of the size of the bundled ones.
 const PROGRAM_BYTES: usize = 56 << 20;
 
-/// Bytes that the operating system says are available.
-fn available_memory() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib << 10)
-}
-
 impl<T: Float> Backend for Cpu<T> {
     fn name(&self) -> &'static str {
         "cpu"
@@ -82,7 +75,7 @@ impl<T: Float> Backend for Cpu<T> {
     }
 
     fn available_bytes(&self) -> u64 {
-        available_memory()
+        host_memory::available_bytes()
     }
 
     fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {

@@ -1,0 +1,730 @@
+//! The driver whose machine is kernels/host: every kernel on this CPU, as device `simt`.
+//!
+//! Binds kernels/host/abi.h, either as it was linked into this program or from a shared library
+//! (a changed kernel linked with the machine). Streams are in order, and work runs at once: what a
+//! kernel does wrong is the error of its own launch, with every place named by file and line.
+
+use std::ffi::{CStr, CString, OsString, c_char, c_void};
+use std::path::Path;
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use super::driver::*;
+use crate::config::choice::choice;
+use crate::error::{Error, Result};
+use crate::host_memory;
+
+const DEVICE: &str = "simt";
+
+// ------------------------------------------------------------------ options
+
+choice! {
+    /// Which ready thread of a block runs next.
+    pub enum Order {
+        Fifo = "fifo",
+        Lifo = "lifo",
+        Random = "random",
+    }
+}
+
+choice! {
+    /// When an asynchronous copy happens: when it must, when it is issued, or at any time between.
+    pub enum Asynchronous {
+        Late = "late",
+        Early = "early",
+        Anytime = "anytime",
+    }
+}
+
+/// How the machine runs kernels. A correct kernel gives the same bits under all of them.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Options {
+    pub order: Order,
+    pub asynchronous: Asynchronous,
+    /// Of the random schedules.
+    pub seed: u64,
+    /// Checks every access for races, bounds and uninitialised shared memory; many times slower.
+    pub race: bool,
+    /// Threads of the operating system that run blocks; 0: one for each core.
+    pub workers: u32,
+    /// How long a thread may run without a wrapper call; zero: the machine's own limit.
+    pub watchdog: Duration,
+    /// How many multiprocessors the machine says it has: cooperative grids are limited by it.
+    pub multiprocessors: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            order: Order::Fifo,
+            asynchronous: Asynchronous::Late,
+            seed: 0,
+            race: false,
+            workers: 0,
+            watchdog: Duration::ZERO,
+            multiprocessors: 4,
+        }
+    }
+}
+
+impl Options {
+    /// From SIMT_ORDER, SIMT_ASYNC, SIMT_SEED, SIMT_RACE, SIMT_WORKERS and SIMT_WATCHDOG_MS; what
+    /// is not set is as in [`Options::default`].
+    pub fn from_env() -> Result<Self> {
+        Self::from_variables(|name| std::env::var_os(name))
+    }
+
+    /// As [`Options::from_env`], of any set of variables. Errors name the variable.
+    pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let read = |name: &str| variable(name).map(|text| text.to_string_lossy().into_owned());
+        let mut options = Options::default();
+        if let Some(order) = read("SIMT_ORDER") {
+            options.order = order.parse().map_err(named("SIMT_ORDER"))?;
+        }
+        if let Some(asynchronous) = read("SIMT_ASYNC") {
+            options.asynchronous = asynchronous.parse().map_err(named("SIMT_ASYNC"))?;
+        }
+        if let Some(seed) = read("SIMT_SEED") {
+            options.seed = number("SIMT_SEED", &seed, u64::MAX)?;
+        }
+        if let Some(race) = read("SIMT_RACE") {
+            options.race = number("SIMT_RACE", &race, 1)? == 1;
+        }
+        if let Some(workers) = read("SIMT_WORKERS") {
+            options.workers = number("SIMT_WORKERS", &workers, 1024)? as u32;
+        }
+        if let Some(watchdog) = read("SIMT_WATCHDOG_MS") {
+            let most = u64::from(u32::MAX);
+            options.watchdog = Duration::from_millis(number("SIMT_WATCHDOG_MS", &watchdog, most)?);
+        }
+        Ok(options)
+    }
+
+    /// The variables that give the same schedule again.
+    fn variables(&self) -> String {
+        let Options { order, asynchronous, seed, race, .. } = self;
+        let race = u8::from(*race);
+        format!("SIMT_ORDER={order} SIMT_ASYNC={asynchronous} SIMT_SEED={seed} SIMT_RACE={race}")
+    }
+
+    fn abi(&self) -> abi::Options {
+        abi::Options {
+            seed: self.seed,
+            workers: self.workers,
+            order: match self.order {
+                Order::Fifo => 0,
+                Order::Lifo => 1,
+                Order::Random => 2,
+            },
+            asynchronous: match self.asynchronous {
+                Asynchronous::Late => 0,
+                Asynchronous::Early => 1,
+                Asynchronous::Anytime => 2,
+            },
+            race: u32::from(self.race),
+            watchdog_ms: u32::try_from(self.watchdog.as_millis()).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+fn named(variable: &'static str) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Usage { what, remedy } => {
+            Error::Usage { what: format!("{variable}: {what}"), remedy }
+        }
+        other => other,
+    }
+}
+
+fn number(variable: &str, text: &str, most: u64) -> Result<u64> {
+    match text.parse::<u64>() {
+        Ok(number) if number <= most => Ok(number),
+        _ => Err(Error::Usage {
+            what: format!("{variable}: `{text}` is not a number from 0 to {most}"),
+            remedy: format!("set {variable} to such a number, or unset it"),
+        }),
+    }
+}
+
+// ------------------------------------------------------------------ the C interface
+
+/// kernels/host/abi.h
+mod abi {
+    use std::ffi::{c_char, c_int, c_void};
+
+    #[repr(C)]
+    pub struct KernelInfo {
+        pub name: *const c_char,
+        pub file: *const c_char,
+        pub argument_bytes: *const u32,
+        pub arguments: u32,
+        pub max_threads: u32,
+    }
+
+    #[repr(C)]
+    pub struct Launch {
+        pub grid: [u32; 3],
+        pub block: [u32; 3],
+        pub cluster: [u32; 3],
+        pub dynamic_shared_bytes: u32,
+        pub cooperative: u32,
+    }
+
+    #[repr(C)]
+    pub struct Options {
+        pub seed: u64,
+        pub workers: u32,
+        pub order: u32,
+        pub asynchronous: u32,
+        pub race: u32,
+        pub watchdog_ms: u32,
+    }
+
+    #[repr(C)]
+    pub struct Fault {
+        opaque: [u8; 0],
+    }
+
+    /// Declares the functions as linked symbols, and as a table that either they or the symbols
+    /// of a shared library fill.
+    macro_rules! functions {
+        ($($field:ident = $symbol:ident($($argument:ident: $kind:ty),*) $(-> $result:ty)?;)+) => {
+            #[derive(Clone, Copy)]
+            pub struct Functions {
+                $(pub $field: unsafe extern "C" fn($($argument: $kind),*) $(-> $result)?,)+
+            }
+
+            #[cfg(simt)]
+            unsafe extern "C" {
+                $(fn $symbol($($argument: $kind),*) $(-> $result)?;)+
+            }
+
+            impl Functions {
+                #[cfg(simt)]
+                pub fn linked() -> Self {
+                    Functions { $($field: $symbol,)+ }
+                }
+
+                /// # Safety
+                /// The library's symbols are those of abi.h, and it is never unloaded.
+                pub unsafe fn of(library: &libloading::Library) -> Result<Self, libloading::Error> {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        Ok(Functions { $($field: *library.get(stringify!($symbol))?,)+ })
+                    }
+                }
+            }
+        };
+    }
+
+    functions! {
+        kernel = simt_kernel(index: u32) -> *const KernelInfo;
+        launch = simt_launch(
+            kernel: *const c_char, launch: *const Launch, arguments: *const *mut c_void,
+            count: u32, options: *const Options, fault: *mut *mut Fault
+        ) -> c_int;
+        fault_text = simt_fault_text(fault: *const Fault) -> *const c_char;
+        fault_free = simt_fault_free(fault: *mut Fault);
+        allocate = simt_allocate(bytes: u64, label: *const c_char) -> *mut c_void;
+        free = simt_free(address: *mut c_void) -> c_int;
+        tensor_map = simt_tensor_map(
+            map: *mut c_void, data_type: u32, rank: u32, address: *mut c_void,
+            dimensions: *const u64, stride_bytes: *const u64, box_dimensions: *const u32,
+            element_strides: *const u32, interleave: u32, swizzle: u32, l2_promotion: u32,
+            out_of_bounds_fill: u32, why: *mut c_char, why_bytes: usize
+        ) -> c_int;
+        switches = simt_switches() -> u64;
+    }
+}
+
+// ------------------------------------------------------------------ the machine
+
+struct Kernel {
+    info: KernelInfo,
+    name: CString,
+}
+
+/// What a captured stream was asked to do.
+#[derive(Clone)]
+enum Recorded {
+    Launch(Launch, Arguments),
+    Copy { from: DevicePointer, to: DevicePointer, bytes: u64 },
+    Fill { to: DevicePointer, bytes: u64, value: u8 },
+}
+
+pub struct Host {
+    machine: abi::Functions,
+    options: Options,
+    properties: Properties,
+    kernels: Vec<Kernel>,
+    memory: Ledger,
+    streams: u32,
+    events: Vec<Option<Instant>>,
+    capture: Capture,
+    recorded: Vec<Recorded>,
+    graphs: Vec<Vec<Recorded>>,
+}
+
+/// Whether this program has the machine in it. Errors: why not.
+pub fn present() -> Result<()> {
+    match super::binaries::CXX {
+        Ok(_) if cfg!(simt) => Ok(()),
+        built => Err(Error::Device {
+            device: DEVICE.to_string(),
+            what: format!(
+                "this build has no CPU machine for kernels: {}",
+                built.err().unwrap_or("it was built without kernels/host")
+            ),
+            remedy: "install a C++20 compiler (g++ 12 or newer), or set CXX, and build again"
+                .to_string(),
+        }),
+    }
+}
+
+impl Host {
+    /// The machine in this program.
+    pub fn new(options: Options) -> Result<Self> {
+        present()?;
+        #[cfg(simt)]
+        return Ok(Self::with_machine(abi::Functions::linked(), options));
+        #[cfg(not(simt))]
+        unreachable!("present() is an error without cfg(simt); options {options:?}")
+    }
+
+    /// The machine and the kernels of a shared library, which stays loaded until the process ends:
+    /// its workers do, too.
+    pub fn load(library: &Path, options: Options) -> Result<Self> {
+        let refuse = |error: libloading::Error| Error::Device {
+            device: DEVICE.to_string(),
+            what: format!("cannot load {}: {error}", library.display()),
+            remedy: "link the kernels and the whole machine into a shared library".to_string(),
+        };
+        // SAFETY: its initialisers only register kernels; it is never unloaded (`leak`), and its
+        // functions are those of abi.h, which it was linked with.
+        let machine = unsafe {
+            let loaded = Box::leak(Box::new(libloading::Library::new(library).map_err(refuse)?));
+            abi::Functions::of(loaded).map_err(refuse)?
+        };
+        // The resolver keeps a list of the libraries that it has seen.
+        backtrace::clear_symbol_cache();
+        Ok(Self::with_machine(machine, options))
+    }
+
+    fn with_machine(machine: abi::Functions, options: Options) -> Self {
+        let properties = Properties {
+            name: "simt (CPU)".to_string(),
+            compute_capability: (9, 0),
+            multiprocessors: options.multiprocessors,
+            memory_bytes: host_memory::total_bytes(),
+            l2_bytes: 0,
+            shared_bytes_per_block: 232_448, // these four as an H100
+            shared_bytes_per_multiprocessor: 233_472,
+            max_threads_per_block: 1024,
+            max_threads_per_multiprocessor: 2048,
+            clock_mhz: 0,
+            driver_version: "none".to_string(),
+        };
+        Host {
+            kernels: kernels_of(&machine),
+            machine,
+            options,
+            properties,
+            memory: Ledger::default(),
+            streams: 1,
+            events: vec![],
+            capture: Capture::default(),
+            recorded: vec![],
+            graphs: vec![],
+        }
+    }
+
+    pub fn options(&self) -> Options {
+        self.options
+    }
+
+    /// Another schedule for the launches from here on; the number of multiprocessors stays.
+    pub fn set_options(&mut self, options: Options) {
+        self.options = Options { multiprocessors: self.properties.multiprocessors, ..options };
+    }
+
+    /// Switches from one GPU thread to another so far, in the whole process.
+    pub fn switches(&self) -> u64 {
+        // SAFETY: takes and changes nothing.
+        unsafe { (self.machine.switches)() }
+    }
+
+    fn find(&self, kernel: KernelId) -> Result<&Kernel> {
+        self.kernels.get(kernel.0 as usize).ok_or_else(|| foreign(DEVICE, "kernel"))
+    }
+
+    fn check_stream(&self, stream: StreamId) -> Result<()> {
+        if stream.0 < self.streams { Ok(()) } else { Err(foreign(DEVICE, "stream")) }
+    }
+
+    /// Runs it, or records it if its stream is being captured.
+    fn enqueue(&mut self, stream: StreamId, work: Recorded) -> Result<()> {
+        self.check_stream(stream)?;
+        if self.capture.records(DEVICE, stream)? {
+            self.recorded.push(work);
+            return Ok(());
+        }
+        self.execute(&work)
+    }
+
+    fn execute(&self, work: &Recorded) -> Result<()> {
+        match work {
+            Recorded::Launch(launch, arguments) => {
+                // Again, because a buffer may have been released since it was recorded.
+                let info = &self.find(launch.kernel)?.info;
+                check_arguments(DEVICE, info, arguments, &self.memory)?;
+                self.run(launch, arguments)
+            }
+            Recorded::Copy { from, to, bytes } => {
+                self.memory.check(DEVICE, "copy", *from, *bytes)?;
+                self.memory.check(DEVICE, "copy", *to, *bytes)?;
+                // SAFETY: both ranges lie in live buffers of ours (just checked); they may
+                // overlap. No kernel runs now: a launch returns when it has ended.
+                unsafe { ptr::copy(from.0 as *const u8, to.0 as *mut u8, *bytes as usize) };
+                Ok(())
+            }
+            Recorded::Fill { to, bytes, value } => {
+                self.memory.check(DEVICE, "fill", *to, *bytes)?;
+                // SAFETY: as above.
+                unsafe { ptr::write_bytes(to.0 as *mut u8, *value, *bytes as usize) };
+                Ok(())
+            }
+        }
+    }
+
+    fn run(&self, launch: &Launch, arguments: &Arguments) -> Result<()> {
+        let kernel = self.find(launch.kernel)?;
+        let shape = abi::Launch {
+            grid: launch.grid,
+            block: launch.block,
+            cluster: launch.cluster,
+            dynamic_shared_bytes: launch.dynamic_shared_bytes,
+            cooperative: u32::from(launch.cooperative),
+        };
+        let pointers = arguments.pointers();
+        let mut fault = ptr::null_mut();
+        // SAFETY: the name is null-terminated; there are as many pointers as parameters, each to a
+        // value of the parameter's size (check_arguments) that outlives the call; the machine
+        // copies the values and writes one fault pointer.
+        let failed = unsafe {
+            (self.machine.launch)(
+                kernel.name.as_ptr(),
+                &shape,
+                pointers.as_ptr(),
+                pointers.len() as u32,
+                &self.options.abi(),
+                &mut fault,
+            )
+        };
+        if failed == 0 {
+            return Ok(());
+        }
+        Err(Error::Launch {
+            kernel: kernel.info.name.clone(),
+            device: DEVICE.to_string(),
+            what: self.take_fault(fault),
+            remedy: format!(
+                "mend the kernel; the same schedule again: {}",
+                self.options.variables()
+            ),
+        })
+    }
+
+    /// The text of a fault, its code addresses resolved; frees it.
+    fn take_fault(&self, fault: *mut abi::Fault) -> String {
+        if fault.is_null() {
+            return "the machine gave no reason".to_string();
+        }
+        // SAFETY: the fault is ours, not null, and not used behind `fault_free`; its text is
+        // null-terminated and lives as long as it.
+        unsafe {
+            let text = CStr::from_ptr((self.machine.fault_text)(fault)).to_string_lossy();
+            let resolved = resolve_addresses(&text);
+            (self.machine.fault_free)(fault);
+            resolved
+        }
+    }
+}
+
+fn kernels_of(machine: &abi::Functions) -> Vec<Kernel> {
+    let mut kernels = vec![];
+    for index in 0.. {
+        // SAFETY: the machine's kernels are static: registered before main and never removed. Their
+        // strings are null-terminated, and there are `arguments` sizes.
+        let Some(info) = (unsafe { (machine.kernel)(index).as_ref() }) else { break };
+        let (name, sizes) = unsafe {
+            let sizes = match info.arguments {
+                0 => &[],
+                count => std::slice::from_raw_parts(info.argument_bytes, count as usize),
+            };
+            (CStr::from_ptr(info.name).to_owned(), sizes)
+        };
+        let info = KernelInfo {
+            name: name.to_string_lossy().into_owned(),
+            parameter_bytes: Some(sizes.to_vec()),
+            max_threads: info.max_threads,
+            registers: None,
+            local_bytes: 0,
+            static_shared_bytes: 0, // the machine adds them up itself, as blocks declare them
+        };
+        kernels.push(Kernel { info, name });
+    }
+    kernels
+}
+
+// ------------------------------------------------------------------ code addresses
+
+/// Replaces each "\x01<hex>\x02", a return address, by the line that it returns to.
+fn resolve_addresses(text: &str) -> String {
+    let mut resolved = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, marked)) = rest.split_once('\x01') {
+        resolved.push_str(before);
+        let (hex, behind) = marked.split_once('\x02').unwrap_or((marked, ""));
+        match usize::from_str_radix(hex.trim_start_matches("0x"), 16) {
+            Ok(address) => resolved.push_str(&line_of(address)),
+            Err(_) => resolved.push_str(hex),
+        }
+        rest = behind;
+    }
+    resolved + rest
+}
+
+/// "kernels/norm.cu:71", or the address itself where the debug information is missing.
+///
+/// Of inlined calls, the innermost outside the machine's own headers: a person wrote that line.
+fn line_of(address: usize) -> String {
+    let mut innermost = None;
+    let mut outside = None;
+    backtrace::resolve(address as *mut c_void, |symbol| {
+        let (Some(file), Some(line)) = (symbol.filename(), symbol.lineno()) else { return };
+        let file = file.to_string_lossy();
+        let file = shortened(&file);
+        let place = format!("{file}:{line}");
+        if outside.is_none() && !file.contains("kernels/host/") {
+            outside = Some(place.clone());
+        }
+        innermost.get_or_insert(place);
+    });
+    outside.or(innermost).unwrap_or_else(|| format!("{address:#x}"))
+}
+
+/// From kernels/ on, wherever the repository was built.
+fn shortened(file: &str) -> &str {
+    file.rfind("/kernels/").map_or(file, |slash| &file[slash + 1..])
+}
+
+// ------------------------------------------------------------------ the driver
+
+impl Driver for Host {
+    fn device(&self) -> &'static str {
+        DEVICE
+    }
+
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.capture.forbid(DEVICE, "an allocation")?;
+        let name = CString::new(label.replace('\0', " ")).expect("null bytes were replaced");
+        let address = match bytes {
+            0 => ptr::null_mut(),
+            // SAFETY: the label is null-terminated and copied.
+            _ => unsafe { (self.machine.allocate)(bytes, name.as_ptr()) },
+        };
+        if address.is_null() {
+            return Err(no_memory(DEVICE, label, bytes, self.free_bytes()?));
+        }
+        let buffer = Allocation { address: DevicePointer(address as u64), bytes };
+        self.memory.add(buffer, label);
+        Ok(buffer)
+    }
+
+    fn release(&mut self, buffer: Allocation) -> Result<()> {
+        self.capture.forbid(DEVICE, "a release")?;
+        if !self.memory.remove(buffer) {
+            return Err(foreign(DEVICE, "buffer"));
+        }
+        // SAFETY: the ledger had it, so it came from `allocate` and was not freed; no kernel runs.
+        match unsafe { (self.machine.free)(buffer.address.0 as *mut c_void) } {
+            0 => Ok(()),
+            _ => Err(foreign(DEVICE, "buffer")),
+        }
+    }
+
+    fn free_bytes(&self) -> Result<u64> {
+        Ok(host_memory::available_bytes())
+    }
+
+    fn kernel(&mut self, name: &str) -> Result<KernelId> {
+        match self.kernels.iter().position(|kernel| kernel.info.name == name) {
+            Some(index) => Ok(KernelId(index as u32)),
+            None => Err(no_such_kernel(DEVICE, name, &self.kernel_names())),
+        }
+    }
+
+    fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo> {
+        Ok(&self.find(kernel)?.info)
+    }
+
+    fn kernel_names(&self) -> Vec<String> {
+        self.kernels.iter().map(|kernel| kernel.info.name.clone()).collect()
+    }
+
+    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let extent = spec.extent_bytes()?;
+        self.memory.check(DEVICE, "map a tensor of", spec.address, extent)?;
+        let mut map = TensorMap([0; 16]);
+        let element_strides = [1u32; 5];
+        let mut why = [0u8; 256];
+        // SAFETY: `extent_bytes` has checked that there are 1 to 5 dimensions, as many box
+        // dimensions and one stride fewer; the map is 128 bytes, aligned to 128; the reason is cut
+        // to `why`.
+        let failed = unsafe {
+            (self.machine.tensor_map)(
+                (&raw mut map).cast(),
+                spec.data_type as u32,
+                spec.dimensions.len() as u32,
+                spec.address.0 as *mut c_void,
+                spec.dimensions.as_ptr(),
+                spec.stride_bytes.as_ptr(),
+                spec.box_dimensions.as_ptr(),
+                element_strides.as_ptr(),
+                0,
+                spec.swizzle as u32,
+                spec.l2_promotion as u32,
+                spec.fill as u32,
+                why.as_mut_ptr().cast::<c_char>(),
+                why.len(),
+            )
+        };
+        if failed == 0 {
+            return Ok(map);
+        }
+        let why = CStr::from_bytes_until_nul(&why).unwrap_or_default().to_string_lossy();
+        Err(Error::TensorMap {
+            what: why.into_owned(),
+            remedy: "keep the rules of cuTensorMapEncodeTiled".to_string(),
+        })
+    }
+
+    fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
+        let info = &self.find(launch.kernel)?.info;
+        check_launch(DEVICE, &self.properties, info, launch)?;
+        check_arguments(DEVICE, info, arguments, &self.memory)?;
+        self.check_stream(launch.stream)?;
+        if !self.capture.records(DEVICE, launch.stream)? {
+            return self.run(launch, arguments);
+        }
+        self.recorded.push(Recorded::Launch(*launch, arguments.clone()));
+        Ok(())
+    }
+
+    fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.forbid(DEVICE, "a copy from host memory")?;
+        self.memory.check(DEVICE, "write", to, from.len() as u64)?;
+        // SAFETY: the target lies in a live buffer of ours, which no Rust reference points into.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.0 as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.forbid(DEVICE, "a copy to host memory")?;
+        self.memory.check(DEVICE, "read", from, to.len() as u64)?;
+        // SAFETY: the source lies in a live buffer of ours, written whole when it was allocated.
+        unsafe { ptr::copy_nonoverlapping(from.0 as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    fn on_device(
+        &mut self,
+        stream: StreamId,
+        from: DevicePointer,
+        to: DevicePointer,
+        bytes: u64,
+    ) -> Result<()> {
+        self.memory.check_copy(DEVICE, from, to, bytes)?;
+        self.enqueue(stream, Recorded::Copy { from, to, bytes })
+    }
+
+    fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
+        self.memory.check(DEVICE, "fill", to, bytes)?;
+        self.enqueue(stream, Recorded::Fill { to, bytes, value })
+    }
+
+    fn new_stream(&mut self) -> Result<StreamId> {
+        self.streams += 1;
+        Ok(StreamId(self.streams - 1))
+    }
+
+    fn new_event(&mut self) -> Result<EventId> {
+        self.events.push(None);
+        Ok(EventId(self.events.len() as u32 - 1))
+    }
+
+    fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.forbid(DEVICE, "an event")?;
+        let slot = self.events.get_mut(event.0 as usize).ok_or_else(|| foreign(DEVICE, "event"))?;
+        *slot = Some(Instant::now());
+        Ok(())
+    }
+
+    fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.forbid(DEVICE, "a wait")?;
+        match self.events.get(event.0 as usize) {
+            Some(_) => Ok(()), // work runs at once: it is over already
+            None => Err(foreign(DEVICE, "event")),
+        }
+    }
+
+    fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
+        let at = |event: EventId| match self.events.get(event.0 as usize) {
+            Some(Some(instant)) => Ok(*instant),
+            Some(None) => Err(not_recorded(DEVICE)),
+            None => Err(foreign(DEVICE, "event")),
+        };
+        let (from, to) = (at(from)?, at(to)?);
+        let milliseconds = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
+        Ok(if from <= to { milliseconds(from, to) } else { -milliseconds(to, from) })
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.capture.forbid(DEVICE, "waiting for the device")
+    }
+
+    fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.begin(DEVICE, stream)
+    }
+
+    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
+        self.capture.end(DEVICE, stream)?;
+        self.graphs.push(std::mem::take(&mut self.recorded));
+        Ok(GraphId(self.graphs.len() as u32 - 1))
+    }
+
+    fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
+        self.check_stream(stream)?;
+        self.capture.forbid(DEVICE, "a graph")?;
+        let work = self.graphs.get(graph.0 as usize).ok_or_else(|| foreign(DEVICE, "graph"))?;
+        work.iter().try_for_each(|work| self.execute(work))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for address in self.memory.addresses() {
+            // SAFETY: the ledger's buffers came from `allocate` and were not freed; no kernel runs.
+            unsafe { (self.machine.free)(address.0 as *mut c_void) };
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! The CUDA backend: kernels/ on a GPU, or on the CPU as device `simt`.
+//!
+//! [`Driver`] is the machine below; [`open`] gives the one that a person asked for.
+
+pub mod binaries;
+mod driver;
+pub mod gemm;
+pub mod host;
+pub mod norm;
+pub mod nvidia;
+
+pub use driver::*;
+
+use crate::config::DeviceKind;
+use crate::error::{Error, Result};
+
+/// The machine for kernels that `kind` names; `auto`: a GPU if there is one, else simt.
+///
+/// Errors: why it cannot be used here.
+pub fn open(kind: DeviceKind, simt: host::Options) -> Result<Box<dyn Driver>> {
+    let gpu = || Ok(Box::new(nvidia::Nvidia::open(0)?) as Box<dyn Driver>);
+    let cpu = || Ok(Box::new(host::Host::new(simt)?) as Box<dyn Driver>);
+    match kind {
+        DeviceKind::Cuda => gpu(),
+        DeviceKind::Simt => cpu(),
+        DeviceKind::Auto if nvidia::present().is_ok() => gpu(),
+        DeviceKind::Auto => cpu(),
+        DeviceKind::Cpu => Err(Error::Device {
+            device: kind.to_string(),
+            what: "the device `cpu` has no kernels of its own".to_string(),
+            remedy: "use --device simt to run CUDA kernels on the CPU".to_string(),
+        }),
+    }
+}
+
+/// Whether `kind` can be asked for kernels here. Starts nothing. Errors: why not.
+pub fn present(kind: DeviceKind) -> Result<()> {
+    match kind {
+        DeviceKind::Auto | DeviceKind::Cpu => Ok(()),
+        DeviceKind::Cuda => nvidia::present(),
+        DeviceKind::Simt => host::present(),
+    }
+}

@@ -1,0 +1,823 @@
+//! The driver whose machine is an NVIDIA GPU, through cudarc's bindings of libcuda.
+//!
+//! libcuda is opened when it is first needed: the program builds, starts and explains itself where
+//! it is missing. cudarc panics on a missing library or symbol, so both are looked for before. The
+//! machine code of every kernel file comes with the program (binaries.rs); a file without code for
+//! this GPU is an error only for those who ask for its kernels.
+
+use std::ffi::{CStr, CString, c_int, c_uint};
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
+
+use super::binaries;
+use super::driver::*;
+use crate::error::{Error, Result};
+
+const DEVICE: &str = "cuda";
+
+/// cuTensorMapEncodeTiled and cuLaunchKernelEx are there from here on.
+const OLDEST_DRIVER: i32 = 12_000;
+const OLDEST_GPU: (u32, u32) = (8, 0);
+/// Dynamic shared memory that a kernel may use without asking.
+const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+/// How many launches an error names that came out of a later call.
+const NAMED_LAUNCHES: usize = 8;
+
+fn absent(what: impl Into<String>, remedy: impl Into<String>) -> Error {
+    Error::Device { device: DEVICE.to_string(), what: what.into(), remedy: remedy.into() }
+}
+
+/// Whether a GPU can be asked for at all: a driver, and kernels in this build. Errors: what is
+/// missing. Starts nothing.
+pub fn present() -> Result<()> {
+    library_present()?;
+    kernels_present(binaries::FATBINS, binaries::NVCC)
+}
+
+/// Whether a build with these fatbins has kernels. Errors: why `nvcc` made none.
+pub fn kernels_present(
+    fatbins: &[(&str, &[u8])],
+    nvcc: std::result::Result<&str, &str>,
+) -> Result<()> {
+    if !fatbins.is_empty() {
+        return Ok(());
+    }
+    let why = nvcc.err().unwrap_or("it was built for no architecture");
+    Err(absent(
+        format!("this build has no kernels for GPUs: {why}"),
+        "run tools/fetch-nvcc (or install the CUDA toolkit 13.0), touch build.rs, and build again",
+    ))
+}
+
+/// Whether libcuda is installed.
+pub fn library_present() -> Result<()> {
+    // SAFETY: loads libcuda, whose initialisers touch nothing of ours, if it is there.
+    if unsafe { sys::is_culib_present() } {
+        return Ok(());
+    }
+    Err(absent(
+        "no NVIDIA driver: libcuda.so was not found",
+        "install the NVIDIA driver, or start the container with its GPUs (--gpus all)",
+    ))
+}
+
+/// Whether the installed libcuda has a function; cudarc panics when it calls a missing one.
+fn has_function(name: &str) -> bool {
+    // SAFETY: only called behind `library_present`; the symbol is not called, nor kept.
+    unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() }
+}
+
+/// "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
+fn text_of(error: DriverError) -> String {
+    let text = |text: Result<&CStr, DriverError>| {
+        text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+    };
+    format!("{}: {}", text(error.error_name()), text(error.error_string()))
+}
+
+// ------------------------------------------------------------------ opening
+
+struct Module {
+    file: &'static str,
+    module: sys::CUmodule,
+}
+
+struct Kernel {
+    info: KernelInfo,
+    function: sys::CUfunction,
+    /// Dynamic shared memory that was asked for so far.
+    shared_bytes_allowed: u32,
+}
+
+struct Graph {
+    graph: CudaGraph,
+    kernels: Vec<KernelId>,
+}
+
+struct Event {
+    event: CudaEvent,
+    recorded: bool,
+}
+
+pub struct Nvidia {
+    properties: Properties,
+    kernels: Vec<Kernel>,
+    /// Names that the modules list; empty where the driver cannot list them (CUDA before 12.4).
+    names: Vec<String>,
+    /// Kernel files without code for this GPU.
+    unusable: Vec<&'static str>,
+    /// Launched since the device was last known to be well: one of them caused a late error.
+    pending: Vec<KernelId>,
+    memory: Ledger,
+    capture: Capture,
+    captured: Vec<KernelId>,
+    // In the order in which they are given back; the context goes last.
+    graphs: Vec<Graph>,
+    events: Vec<Event>,
+    streams: Vec<Arc<CudaStream>>,
+    modules: Vec<Module>,
+    context: Arc<CudaContext>,
+}
+
+impl Nvidia {
+    /// The `ordinal`-th GPU that CUDA_VISIBLE_DEVICES leaves. Errors: whatever is missing.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        present()?;
+        let driver_version = driver_version()?;
+        if driver_version < OLDEST_DRIVER {
+            return Err(absent(
+                format!("the driver offers CUDA {}", version_text(driver_version)),
+                "install a driver with CUDA 13.0 (580 or newer)",
+            ));
+        }
+        let context = CudaContext::new(ordinal).map_err(cannot_open)?;
+        // SAFETY: no memory has been allocated; every order between streams is made by `wait`.
+        unsafe { context.disable_event_tracking() };
+        let properties = properties_of(&context, driver_version).map_err(cannot_open)?;
+        let (major, minor) = properties.compute_capability;
+        if properties.compute_capability < OLDEST_GPU {
+            return Err(absent(
+                format!("{} has compute capability {major}.{minor}", properties.name),
+                "use a GPU of compute capability 8.0 or newer (A100, RTX 30)",
+            ));
+        }
+        // The default stream cannot be captured.
+        let stream = context.new_stream().map_err(cannot_open)?;
+        let mut driver = Nvidia {
+            properties,
+            kernels: vec![],
+            names: vec![],
+            unusable: vec![],
+            pending: vec![],
+            memory: Ledger::default(),
+            capture: Capture::default(),
+            captured: vec![],
+            graphs: vec![],
+            events: vec![],
+            streams: vec![stream],
+            modules: vec![],
+            context,
+        };
+        for (file, fatbin) in binaries::FATBINS {
+            driver.load(file, fatbin)?;
+        }
+        driver.names.sort();
+        Ok(driver)
+    }
+
+    fn load(&mut self, file: &'static str, fatbin: &[u8]) -> Result<()> {
+        // Bytes of the program are aligned to one byte, a fatbin wants eight.
+        let mut aligned = vec![0u64; fatbin.len().div_ceil(8)];
+        bytemuck::cast_slice_mut(&mut aligned)[..fatbin.len()].copy_from_slice(fatbin);
+        // SAFETY: a fatbin that nvcc wrote says itself how long it is; the driver copies it.
+        let module = match unsafe { result::module::load_data(aligned.as_ptr().cast()) } {
+            Ok(module) => module,
+            Err(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
+                self.unusable.push(file);
+                return Ok(());
+            }
+            Err(error) => return Err(self.cannot_load(file, error)),
+        };
+        self.modules.push(Module { file, module });
+        if has_function("cuModuleEnumerateFunctions") && has_function("cuFuncGetName") {
+            let names = names_in(module).map_err(|error| self.cannot_load(file, error))?;
+            self.names.extend(names);
+        }
+        Ok(())
+    }
+
+    fn cannot_load(&self, file: &str, error: DriverError) -> Error {
+        absent(
+            format!(
+                "cannot load the kernels of {file}.cu (compiled by nvcc {}, the driver offers \
+                 CUDA {}): {}",
+                binaries::NVCC.unwrap_or("unknown"),
+                self.properties.driver_version,
+                text_of(error)
+            ),
+            "update the driver, or build with an nvcc that is not newer than it",
+        )
+    }
+
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|error| self.failed(error))
+    }
+
+    fn stream(&self, stream: StreamId) -> Result<&Arc<CudaStream>> {
+        self.streams.get(stream.0 as usize).ok_or_else(|| foreign(DEVICE, "stream"))
+    }
+
+    fn find(&self, kernel: KernelId) -> Result<&Kernel> {
+        self.kernels.get(kernel.0 as usize).ok_or_else(|| foreign(DEVICE, "kernel"))
+    }
+
+    fn event(&self, event: EventId) -> Result<&Event> {
+        self.events.get(event.0 as usize).ok_or_else(|| foreign(DEVICE, "event"))
+    }
+
+    /// What an error of the driver means: mostly that a kernel that was launched before failed.
+    fn failed(&self, error: DriverError) -> Error {
+        if !is_kernel_fault(error.0) || self.pending.is_empty() {
+            return absent(text_of(error), "see dmesg and nvidia-smi; start the program again");
+        }
+        let mut names: Vec<&str> = vec![];
+        for kernel in self.pending.iter().rev().filter_map(|&kernel| self.find(kernel).ok()) {
+            if !names.contains(&kernel.info.name.as_str()) && names.len() < NAMED_LAUNCHES {
+                names.push(&kernel.info.name);
+            }
+        }
+        let what = match names.len() {
+            1 => text_of(error),
+            _ => format!("{}; one of these, the latest first", text_of(error)),
+        };
+        Error::Launch {
+            kernel: names.join(", "),
+            device: DEVICE.to_string(),
+            what,
+            remedy: "run it with --device simt --race, or with CUDA_LAUNCH_BLOCKING=1 to see which"
+                .to_string(),
+        }
+    }
+
+    fn launched(&mut self, kernels: &[KernelId]) {
+        // Enough to name the last few distinct ones; a training step launches hundreds.
+        const KEPT: usize = 1024;
+        self.pending.extend_from_slice(kernels);
+        if self.pending.len() > 2 * KEPT {
+            self.pending.drain(..self.pending.len() - KEPT);
+        }
+    }
+
+    /// Asks for dynamic shared memory beyond what every kernel may use.
+    fn allow_shared(&mut self, id: KernelId, bytes: u32) -> Result<()> {
+        let device_error = {
+            let kernel = self.find(id)?;
+            if bytes <= kernel.shared_bytes_allowed {
+                return Ok(());
+            }
+            // SAFETY: the function belongs to a module that lives as long as `self`.
+            unsafe {
+                result::function::set_function_attribute(
+                    kernel.function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    bytes as c_int,
+                )
+            }
+        };
+        device_error.map_err(|error| self.refused(id, error))?;
+        self.kernels[id.0 as usize].shared_bytes_allowed = bytes;
+        Ok(())
+    }
+
+    /// The driver did not take a launch.
+    fn refused(&self, kernel: KernelId, error: DriverError) -> Error {
+        if is_kernel_fault(error.0) {
+            return self.failed(error);
+        }
+        let remedy = match error.0 {
+            CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE => {
+                "launch as many blocks as fit at once, and let each take several tiles"
+            }
+            CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES => {
+                "use fewer threads, or lower the kernel's registers by its launch bounds"
+            }
+            CUresult::CUDA_ERROR_INVALID_CLUSTER_SIZE => "use smaller clusters",
+            _ => "check grid, block, cluster and shared memory",
+        };
+        Error::Launch {
+            kernel: self.find(kernel).map(|it| it.info.name.clone()).unwrap_or_default(),
+            device: DEVICE.to_string(),
+            what: text_of(error),
+            remedy: remedy.to_string(),
+        }
+    }
+}
+
+/// Errors that end the context: a kernel did something wrong while it ran.
+fn is_kernel_fault(error: CUresult) -> bool {
+    matches!(
+        error,
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUresult::CUDA_ERROR_ASSERT
+            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUresult::CUDA_ERROR_INVALID_PC
+            | CUresult::CUDA_ERROR_LAUNCH_FAILED
+    )
+}
+
+fn cannot_open(error: DriverError) -> Error {
+    let remedy = match error.0 {
+        CUresult::CUDA_ERROR_NO_DEVICE | CUresult::CUDA_ERROR_INVALID_DEVICE => {
+            "check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it"
+        }
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            "libcuda.so and the kernel module are of different versions: reboot, or reinstall"
+        }
+        CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE | CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            "another process has the GPU: see nvidia-smi"
+        }
+        _ => "check the driver with nvidia-smi",
+    };
+    absent(format!("cannot open the GPU: {}", text_of(error)), remedy)
+}
+
+/// 13000 for CUDA 13.0.
+fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: writes one integer; may be called before cuInit.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(cannot_open)?;
+    Ok(version)
+}
+
+fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+fn properties_of(
+    context: &Arc<CudaContext>,
+    driver_version: i32,
+) -> Result<Properties, DriverError> {
+    let attribute = |attribute| context.attribute(attribute).map(|value| value.max(0) as u32);
+    let (major, minor) = context.compute_capability()?;
+    Ok(Properties {
+        name: context.name()?,
+        compute_capability: (major as u32, minor as u32),
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        memory_bytes: context.total_mem()? as u64,
+        l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
+        shared_bytes_per_block: attribute(
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?
+        .into(),
+        shared_bytes_per_multiprocessor: attribute(
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+        )?
+        .into(),
+        max_threads_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+        max_threads_per_multiprocessor: attribute(
+            Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
+        )?,
+        clock_mhz: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)? / 1000,
+        driver_version: version_text(driver_version),
+    })
+}
+
+// ------------------------------------------------------------------ kernels
+
+fn names_in(module: sys::CUmodule) -> Result<Vec<String>, DriverError> {
+    let mut count: c_uint = 0;
+    // SAFETY: the module is loaded; `functions` has room for `count` handles, and as many are
+    // written; their names live as long as the module.
+    unsafe {
+        sys::cuModuleGetFunctionCount(&mut count, module).result()?;
+        let mut functions = vec![ptr::null_mut(); count as usize];
+        sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module).result()?;
+        let name = |function: &sys::CUfunction| {
+            let mut name = ptr::null();
+            sys::cuFuncGetName(&mut name, *function).result()?;
+            Ok(CStr::from_ptr(name).to_string_lossy().into_owned())
+        };
+        functions.iter().map(name).collect()
+    }
+}
+
+/// Bytes of each parameter; `None` where the driver has no cuFuncGetParamInfo (CUDA 12.4).
+fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
+    if !has_function("cuFuncGetParamInfo") {
+        return None;
+    }
+    let mut parameters = vec![];
+    loop {
+        let (mut offset, mut bytes) = (0, 0);
+        // SAFETY: a live function; writes two numbers. Behind the last parameter it is an error.
+        let found =
+            unsafe { sys::cuFuncGetParamInfo(function, parameters.len(), &mut offset, &mut bytes) };
+        if found.result().is_err() {
+            return Some(parameters);
+        }
+        parameters.push(bytes as u32);
+    }
+}
+
+fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverError> {
+    use sys::CUfunction_attribute as Of;
+    let attribute = |attribute| {
+        // SAFETY: the function belongs to a loaded module.
+        unsafe { result::function::get_function_attribute(function, attribute) }
+            .map(|value| value.max(0) as u32)
+    };
+    Ok(KernelInfo {
+        name: name.to_string(),
+        parameter_bytes: parameters_of(function),
+        max_threads: attribute(Of::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+        registers: Some(attribute(Of::CU_FUNC_ATTRIBUTE_NUM_REGS)?),
+        local_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
+        static_shared_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
+    })
+}
+
+/// What a launch asks for beyond grid and block.
+fn attributes_of(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
+    use sys::CUlaunchAttributeID as Id;
+    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let mut attributes = vec![];
+    if launch.cluster != [1; 3] {
+        let [x, y, z] = launch.cluster;
+        let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
+        let value = sys::CUlaunchAttributeValue { clusterDim: cluster };
+        attributes.push(attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
+    }
+    if launch.cooperative {
+        let value = sys::CUlaunchAttributeValue { cooperative: 1 };
+        attributes.push(attribute(Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value));
+    }
+    if launch.dependent {
+        let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+        let id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes.push(attribute(id, value));
+    }
+    attributes
+}
+
+// ------------------------------------------------------------------ tensor maps
+
+fn data_type(kind: TensorType) -> sys::CUtensorMapDataType {
+    use sys::CUtensorMapDataType as To;
+    match kind {
+        TensorType::U8 => To::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        TensorType::U16 => To::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        TensorType::U32 => To::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+        TensorType::I32 => To::CU_TENSOR_MAP_DATA_TYPE_INT32,
+        TensorType::U64 => To::CU_TENSOR_MAP_DATA_TYPE_UINT64,
+        TensorType::I64 => To::CU_TENSOR_MAP_DATA_TYPE_INT64,
+        TensorType::F16 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        TensorType::F32 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        TensorType::F64 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+        TensorType::Bf16 => To::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    }
+}
+
+fn swizzle(swizzle: Swizzle) -> sys::CUtensorMapSwizzle {
+    use sys::CUtensorMapSwizzle as To;
+    match swizzle {
+        Swizzle::None => To::CU_TENSOR_MAP_SWIZZLE_NONE,
+        Swizzle::Bytes32 => To::CU_TENSOR_MAP_SWIZZLE_32B,
+        Swizzle::Bytes64 => To::CU_TENSOR_MAP_SWIZZLE_64B,
+        Swizzle::Bytes128 => To::CU_TENSOR_MAP_SWIZZLE_128B,
+    }
+}
+
+fn l2_promotion(promotion: L2Promotion) -> sys::CUtensorMapL2promotion {
+    use sys::CUtensorMapL2promotion as To;
+    match promotion {
+        L2Promotion::None => To::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        L2Promotion::Bytes64 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
+        L2Promotion::Bytes128 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        L2Promotion::Bytes256 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    }
+}
+
+fn fill(fill: Fill) -> sys::CUtensorMapFloatOOBfill {
+    use sys::CUtensorMapFloatOOBfill as To;
+    match fill {
+        Fill::Zeros => To::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        Fill::Nans => To::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA,
+    }
+}
+
+// ------------------------------------------------------------------ the driver
+
+impl Driver for Nvidia {
+    fn device(&self) -> &'static str {
+        DEVICE
+    }
+
+    fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.capture.forbid(DEVICE, "an allocation")?;
+        self.bind()?;
+        if bytes == 0 {
+            return Err(no_memory(DEVICE, label, 0, self.free_bytes()?));
+        }
+        // SAFETY: the context is bound; nobody takes the contents for values before they are
+        // written.
+        let address = match unsafe { result::malloc_sync(bytes as usize) } {
+            Ok(address) => address,
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(no_memory(DEVICE, label, bytes, self.free_bytes()?));
+            }
+            Err(error) => return Err(self.failed(error)),
+        };
+        let buffer = Allocation { address: DevicePointer(address), bytes };
+        self.memory.add(buffer, label);
+        Ok(buffer)
+    }
+
+    fn release(&mut self, buffer: Allocation) -> Result<()> {
+        self.capture.forbid(DEVICE, "a release")?;
+        self.bind()?;
+        if !self.memory.remove(buffer) {
+            return Err(foreign(DEVICE, "buffer"));
+        }
+        // SAFETY: the ledger had it, so it came from `malloc_sync` and was not freed; cuMemFree
+        // waits for the work that uses it.
+        unsafe { result::free_sync(buffer.address.0) }.map_err(|error| self.failed(error))
+    }
+
+    fn free_bytes(&self) -> Result<u64> {
+        let (free, _) = self.context.mem_get_info().map_err(|error| self.failed(error))?;
+        Ok(free as u64)
+    }
+
+    fn kernel(&mut self, name: &str) -> Result<KernelId> {
+        if let Some(index) = self.kernels.iter().position(|kernel| kernel.info.name == name) {
+            return Ok(KernelId(index as u32));
+        }
+        self.bind()?;
+        let symbol = CString::new(name).map_err(|_| no_such_kernel(DEVICE, name, &self.names))?;
+        for Module { file, module } in &self.modules {
+            // SAFETY: the module is loaded; the name is null-terminated.
+            let function = match unsafe { result::module::get_function(*module, symbol.clone()) } {
+                Ok(function) => function,
+                Err(DriverError(CUresult::CUDA_ERROR_NOT_FOUND)) => continue,
+                Err(error) => return Err(self.cannot_load(file, error)),
+            };
+            let info = info_of(name, function).map_err(|error| self.cannot_load(file, error))?;
+            let shared_bytes_allowed =
+                SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes);
+            self.kernels.push(Kernel { info, function, shared_bytes_allowed });
+            return Ok(KernelId(self.kernels.len() as u32 - 1));
+        }
+        if self.unusable.is_empty() {
+            return Err(no_such_kernel(DEVICE, name, &self.names));
+        }
+        let (major, minor) = self.properties.compute_capability;
+        Err(absent(
+            format!(
+                "no kernel `{name}` for {} (compute capability {major}.{minor}); {}.cu has no code \
+                 for it, this build is for {}",
+                self.properties.name,
+                self.unusable.join(".cu, "),
+                binaries::ARCHITECTURES
+            ),
+            "use the kernels for sm_80, or build for this GPU's architecture",
+        ))
+    }
+
+    fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo> {
+        Ok(&self.find(kernel)?.info)
+    }
+
+    fn kernel_names(&self) -> Vec<String> {
+        self.names.clone()
+    }
+
+    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let extent = spec.extent_bytes()?;
+        self.memory.check(DEVICE, "map a tensor of", spec.address, extent)?;
+        let (major, minor) = self.properties.compute_capability;
+        if major < 9 {
+            return Err(absent(
+                format!(
+                    "{} has compute capability {major}.{minor}, TMA needs 9.0",
+                    self.properties.name
+                ),
+                "use the kernels for sm_80",
+            ));
+        }
+        self.bind()?;
+        let rank = spec.dimensions.len();
+        let mut strides = [0; 5];
+        strides[..rank - 1].copy_from_slice(spec.stride_bytes);
+        let element_strides = [1; 5];
+        let mut map = MaybeUninit::<sys::CUtensorMap>::uninit();
+        // SAFETY: `extent_bytes` has checked that there are 1 to 5 dimensions and as many box
+        // dimensions; the map is written whole on success, and only read then.
+        let encoded = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                data_type(spec.data_type),
+                rank as u32,
+                spec.address.0 as *mut _,
+                spec.dimensions.as_ptr(),
+                strides.as_ptr(),
+                spec.box_dimensions.as_ptr(),
+                element_strides.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle(spec.swizzle),
+                l2_promotion(spec.l2_promotion),
+                fill(spec.fill),
+            )
+            .result()
+            .map(|()| map.assume_init())
+        };
+        match encoded {
+            Ok(map) => Ok(TensorMap(map.opaque)),
+            Err(error) => Err(Error::TensorMap {
+                what: format!("{spec:?}: {}", text_of(error)),
+                remedy: "keep the rules of cuTensorMapEncodeTiled".to_string(),
+            }),
+        }
+    }
+
+    fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
+        let info = &self.find(launch.kernel)?.info;
+        check_launch(DEVICE, &self.properties, info, launch)?;
+        check_arguments(DEVICE, info, arguments, &self.memory)?;
+        let stream = self.stream(launch.stream)?.cu_stream();
+        let recorded = self.capture.records(DEVICE, launch.stream)?;
+        self.bind()?;
+        self.allow_shared(launch.kernel, launch.dynamic_shared_bytes)?;
+        let mut attributes = attributes_of(launch);
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block[0],
+            blockDimY: launch.block[1],
+            blockDimZ: launch.block[2],
+            sharedMemBytes: launch.dynamic_shared_bytes,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as c_uint,
+        };
+        let mut pointers = arguments.pointers();
+        let function = self.find(launch.kernel)?.function;
+        // SAFETY: function and stream are live and of this context; there is one pointer for each
+        // parameter, to a value of its size (check_arguments); the driver copies the values, and
+        // the attributes, before it returns.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), ptr::null_mut())
+        };
+        launched.result().map_err(|error| self.refused(launch.kernel, error))?;
+        if recorded {
+            self.captured.push(launch.kernel);
+        } else {
+            self.launched(&[launch.kernel]);
+        }
+        Ok(())
+    }
+
+    fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.capture.forbid(DEVICE, "a copy from host memory")?;
+        self.memory.check(DEVICE, "write", to, from.len() as u64)?;
+        self.bind()?;
+        let stream = self.stream(stream)?;
+        // SAFETY: the target lies in a live buffer of ours; `from` outlives the copy, because the
+        // stream is waited for.
+        unsafe { result::memcpy_htod_async(to.0, from, stream.cu_stream()) }
+            .and_then(|()| stream.synchronize())
+            .map_err(|error| self.failed(error))
+    }
+
+    fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.capture.forbid(DEVICE, "a copy to host memory")?;
+        self.memory.check(DEVICE, "read", from, to.len() as u64)?;
+        self.bind()?;
+        let stream = self.stream(stream)?;
+        // SAFETY: as in `to_device`.
+        unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }
+            .and_then(|()| stream.synchronize())
+            .map_err(|error| self.failed(error))
+    }
+
+    fn on_device(
+        &mut self,
+        stream: StreamId,
+        from: DevicePointer,
+        to: DevicePointer,
+        bytes: u64,
+    ) -> Result<()> {
+        self.capture.records(DEVICE, stream)?;
+        self.memory.check_copy(DEVICE, from, to, bytes)?;
+        self.bind()?;
+        let stream = self.stream(stream)?.cu_stream();
+        // SAFETY: both ranges lie in live buffers of ours and do not overlap.
+        unsafe { result::memcpy_dtod_async(to.0, from.0, bytes as usize, stream) }
+            .map_err(|error| self.failed(error))
+    }
+
+    fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
+        self.capture.records(DEVICE, stream)?;
+        self.memory.check(DEVICE, "fill", to, bytes)?;
+        self.bind()?;
+        let stream = self.stream(stream)?.cu_stream();
+        // SAFETY: the range lies in a live buffer of ours.
+        unsafe { result::memset_d8_async(to.0, value, bytes as usize, stream) }
+            .map_err(|error| self.failed(error))
+    }
+
+    fn new_stream(&mut self) -> Result<StreamId> {
+        let stream = self.context.new_stream().map_err(|error| self.failed(error))?;
+        self.streams.push(stream);
+        Ok(StreamId(self.streams.len() as u32 - 1))
+    }
+
+    fn new_event(&mut self) -> Result<EventId> {
+        let with_timing = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = self.context.new_event(with_timing).map_err(|error| self.failed(error))?;
+        self.events.push(Event { event, recorded: false });
+        Ok(EventId(self.events.len() as u32 - 1))
+    }
+
+    fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.capture.forbid(DEVICE, "an event")?;
+        let recorded = self.event(event)?.event.record(self.stream(stream)?);
+        recorded.map_err(|error| self.failed(error))?;
+        self.events[event.0 as usize].recorded = true;
+        Ok(())
+    }
+
+    fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
+        self.capture.forbid(DEVICE, "a wait")?;
+        let waiting = self.stream(stream)?.wait(&self.event(event)?.event);
+        waiting.map_err(|error| self.failed(error))
+    }
+
+    fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
+        self.capture.forbid(DEVICE, "waiting for an event")?;
+        let (from, to) = (self.event(from)?, self.event(to)?);
+        if !from.recorded || !to.recorded {
+            return Err(not_recorded(DEVICE));
+        }
+        let elapsed = from.event.elapsed_ms(&to.event).map_err(|error| self.failed(error))?;
+        Ok(f64::from(elapsed))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.capture.forbid(DEVICE, "waiting for the device")?;
+        let done = self.context.synchronize().and_then(|()| self.context.check_err());
+        done.map_err(|error| self.failed(error))?;
+        self.pending.clear();
+        Ok(())
+    }
+
+    fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
+        self.stream(stream)?;
+        self.capture.begin(DEVICE, stream)?;
+        self.captured.clear();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let begun = self.stream(stream)?.begin_capture(mode);
+        begun.map_err(|error| {
+            let failed = self.failed(error);
+            self.capture = Capture::default();
+            failed
+        })
+    }
+
+    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
+        self.capture.end(DEVICE, stream)?;
+        let ended = self.stream(stream)?.end_capture(sys::CUgraphInstantiate_flags(0));
+        let Some(graph) = ended.map_err(|error| self.failed(error))? else {
+            return Err(absent("the capture gave no graph", "record at least one launch"));
+        };
+        let kernels = std::mem::take(&mut self.captured);
+        self.graphs.push(Graph { graph, kernels });
+        Ok(GraphId(self.graphs.len() as u32 - 1))
+    }
+
+    fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
+        self.capture.forbid(DEVICE, "a graph")?;
+        self.bind()?;
+        let Some(recorded) = self.graphs.get(graph.0 as usize) else {
+            return Err(foreign(DEVICE, "graph"));
+        };
+        let stream = self.stream(stream)?.cu_stream();
+        // SAFETY: the graph was instantiated in this context and lives as long as `self`.
+        unsafe { result::graph::launch(recorded.graph.cu_graph_exec(), stream) }
+            .map_err(|error| self.failed(error))?;
+        let kernels = recorded.kernels.clone();
+        self.launched(&kernels);
+        Ok(())
+    }
+}
+
+impl Drop for Nvidia {
+    /// Waits for all work, then gives back memory and modules. Errors have nowhere to go: after a
+    /// kernel fault the context is gone, and with it everything in it.
+    fn drop(&mut self) {
+        let _ = self.context.synchronize();
+        self.graphs.clear();
+        for address in self.memory.addresses() {
+            // SAFETY: the ledger's buffers came from `malloc_sync` and were not freed; no work
+            // is left that could use them.
+            let _ = unsafe { result::free_sync(address.0) };
+        }
+        for Module { module, .. } in &self.modules {
+            // SAFETY: loaded in `open`, unloaded only here; graphs that hold its kernels are gone.
+            let _ = unsafe { result::module::unload(*module) };
+        }
+    }
+}
