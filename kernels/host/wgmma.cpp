@@ -11,8 +11,6 @@
 #include "fault.h"
 #include "machine.h"
 
-#define EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-
 namespace simt {
 
 static constexpr int M = 64, K_STEP = 16, MOST_STEPS = 4, MOST_K = K_STEP * MOST_STEPS, MOST_N = 256;
