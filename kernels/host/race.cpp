@@ -326,6 +326,11 @@ static void check_anywhere(const void* p, uint32_t bytes, const Access& access) 
   else check_global(p, bytes, access);
 }
 
+void race_prefetch(const Block& block, uint32_t address) {
+  if (address < WINDOW_BYTES)
+    __builtin_prefetch(&worker->race_team.shared[block.rank][address / Line::BYTES], 1);
+}
+
 void race_thread(Fiber& fiber, const void* p, uint32_t bytes, uint8_t flags, Place place) {
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   check_anywhere(p, bytes, {clock, flags, place});

@@ -123,6 +123,9 @@ void race_clock(const Clock&, const void* p, uint32_t bytes, uint8_t flags, Plac
 // A load or store of a kernel, from the hooks: any address.
 void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc);
 
+// Brings the line of a shared address, which will be checked soon, near.
+void race_prefetch(const Block&, uint32_t address);
+
 // ---------------------------------------------------------------- order
 inline Clock clock_of(const Actor actor, const Tick tick, const Known& known) {
   return {actor, tick, known};
