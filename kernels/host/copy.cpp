@@ -199,12 +199,14 @@ static void move_row(const AsyncCopy& copy, uint32_t shared_address, uint8_t* gl
     uint8_t* chunk = window + swizzled(shared_address + offset, span);
     const uint32_t first = max(offset, skip), last = min(offset + CHUNK, skip + inside);
     const bool whole = first == offset && last == offset + CHUNK;
+    if (whole && copy.kind == Copy::TensorLoad) {
+      std::memcpy(chunk, global + offset, CHUNK);
+      continue;
+    }
     switch (copy.kind) {
       case Copy::TensorLoad:
-        if (!whole) {
-          // All bits set is a NaN in every floating-point type.
-          std::memset(chunk, copy.map.nan_fill ? 0xff : 0, CHUNK);
-        }
+        // All bits set is a NaN in every floating-point type.
+        std::memset(chunk, copy.map.nan_fill ? 0xff : 0, CHUNK);
         if (last > first) std::memcpy(chunk + (first - offset), global + first, last - first);
         break;
       case Copy::TensorStore:

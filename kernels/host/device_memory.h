@@ -35,7 +35,7 @@ struct ShadowPage {
   Line lines[4096 / Line::BYTES];
   void start(uint32_t launch_generation) {
     generation = launch_generation;
-    for (Line& line : lines) line.slots.clear();
+    for (Line& line : lines) line.clear();
   }
 };
 // Of the page of global memory that holds `address`, made at its first use.

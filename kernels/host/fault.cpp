@@ -99,7 +99,7 @@ static std::string describe_wait(const Fiber& fiber) {
                     barrier->phase & 1);
     }
     case Wait::Wgmma: {
-      const auto* group = static_cast<const WarpgroupWait*>(fiber.wait_for);
+      const auto* group = static_cast<const Warpgroup*>(fiber.wait_for);
       return format("wgmma_wait, where %u of 128 threads arrived", group->arrived);
     }
     case Wait::Cluster:

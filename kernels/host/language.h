@@ -57,6 +57,11 @@ struct ThreadIndices {
   dim3 block_dim, grid_dim;
 };
 extern __thread ThreadIndices* current __attribute__((tls_model("initial-exec")));
+// For a thread they never change; out of line, so that no access hook sees the machine's memory.
+uint3 thread_index() __attribute__((const));
+uint3 block_index() __attribute__((const));
+dim3 block_size() __attribute__((const));
+dim3 grid_size() __attribute__((const));
 
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 void* dynamic_shared();
@@ -106,10 +111,10 @@ struct Registration {
 
 }  // namespace simt
 
-#define threadIdx (::simt::current->thread)
-#define blockIdx (::simt::current->block)
-#define blockDim (::simt::current->block_dim)
-#define gridDim (::simt::current->grid_dim)
+#define threadIdx (::simt::thread_index())
+#define blockIdx (::simt::block_index())
+#define blockDim (::simt::block_size())
+#define gridDim (::simt::grid_size())
 constexpr int warpSize = 32;
 
 // Kernels share one section, so that the watchdog knows a spinning kernel from a busy machine.
@@ -120,7 +125,7 @@ constexpr int warpSize = 32;
   static ::simt::Registration<&name> name##_registration{#name, __FILE__, name##_bounds[0], \
                                                          SIMT_HOOKED};
 // SHARED(float, rows, 32): `rows` is a float[32] in static shared memory.
-#define SHARED(T, name, n)         \
+#define SHARED(T, name, n)          \
   static const char name##_key = 0; \
   T(&name)[n] = *static_cast<T(*)[n]>(::simt::static_shared(&name##_key, sizeof(T) * (n), alignof(T)))
 // `name` is a uint8_t*, aligned to 1024 bytes.

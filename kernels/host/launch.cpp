@@ -99,6 +99,10 @@ bool Worker::reserve(uint32_t block_count, uint32_t thread_count) {
 
 Worker::~Worker() {
   unwatch(this);
+  for (Product* product : free_products) delete product;
+  for (const Block& block : blocks)
+    for (const Warpgroup& group : block.warpgroups)
+      for (Product* product : group.products) delete product;
   if (windows) munmap(windows, window_count * WINDOW_BYTES);
 }
 

@@ -53,17 +53,17 @@ struct CpAsync {
   Site site;
 };
 
-// One wgmma of one thread: 128 of them make the instruction.
+// A wgmma: what its 128 threads agree on, and what each brings.
 struct Product {
-  float* d;
-  uint64_t a, b;          // descriptors; `a` unused if it came in registers
-  uint32_t registers[4];
-  const uint32_t* register_source;
+  uint64_t a, b;  // descriptors; `a` unused if it came in registers
   int n;
   bool scale_d, in_registers, trans_a, trans_b;
   uint32_t group;
   Site site;
-  Known known;
+  float* d[128];
+  const uint32_t* source[128];  // where the registers were
+  uint32_t registers[128][4];
+  Known known[4];  // race detector: by warp, what one of its lanes knew
 };
 
 struct Fiber : ThreadIndices {
@@ -82,7 +82,7 @@ struct Fiber : ThreadIndices {
   std::vector<CpAsync> copies;
   uint32_t copy_group = 0;  // the one that is open
   uint32_t bulk_group = 0;
-  std::vector<Product> products;
+  uint32_t products = 0;  // wgmmas so far
   uint32_t product_group = 0;
   int product_wait = 0;
   bool product_fenced = false;
@@ -126,10 +126,12 @@ struct NamedBarrier {
   Collected released;
 };
 
-struct WarpgroupWait {
-  Actor actor = 0;  // of its first warp, the other three follow; 0: none yet
-  uint32_t arrived = 0;
+struct Warpgroup {
+  std::deque<Product*> products;  // issued by at least one thread, oldest first
+  uint32_t retired = 0;           // products before those
+  uint32_t arrived = 0;           // at wgmma_wait
   std::vector<Fiber*> waiting;
+  Actor actor = 0;  // of its first warp, the other three follow; 0: none yet
 };
 
 struct Mbarrier {
@@ -165,7 +167,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<uint32_t> warp_registers;
   NamedBarrier barriers[NAMED_BARRIERS];
-  std::vector<WarpgroupWait> warpgroups;
+  std::vector<Warpgroup> warpgroups;
   std::vector<StaticVariable> statics;
   std::deque<Mbarrier> mbarriers;  // addresses stay
 };
@@ -218,6 +220,7 @@ struct Worker {
   uint32_t ready_head = 0, ready_count = 0, ready_mask = 0;
   std::vector<AsyncCopy> copies;  // in flight, oldest first
   size_t copies_head = 0;
+  std::vector<Product*> free_products;
   NamedBarrier cluster_barrier;
   uint64_t random = 1;
   bool race = false;
@@ -256,18 +259,29 @@ void progress();  // something happened that a spinning thread may wait for
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
-inline bool in_team(const Worker& w, const void* p) {
-  return size_t(static_cast<const uint8_t*>(p) - w.windows) <
-         w.launch->team_blocks * WINDOW_BYTES;
-}
 
 // ---------------------------------------------------------------- shared memory (shared.cpp)
 // The block of the team in whose window `p` lies, or null.
-Block* block_of(const void* p);
-// Checks that [address, address + bytes) is shared memory that this launch asked for.
-uint8_t* checked_shared(Block*, uint32_t address, uint32_t bytes, const char* what, Site);
+inline Block* block_of(const void* p) {
+  Worker& w = *worker;
+  const size_t offset = size_t(static_cast<const uint8_t*>(p) - w.windows);
+  return offset < w.launch->team_blocks * WINDOW_BYTES ? &w.blocks[offset / WINDOW_BYTES] : nullptr;
+}
+[[noreturn]] void out_of_shared(const Block&, uint32_t address, uint32_t bytes, const char* what,
+                                Site);
+// [address, address + bytes), if it is shared memory that this launch asked for; else a fault.
+inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, const char* what,
+                               Site site) {
+  const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
+  const bool in_static =
+      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
+  if (!dynamic && !in_static) [[unlikely]] out_of_shared(*block, address, bytes, what, site);
+  return block->window + address;
+}
 void checked_shared(const void* p, uint32_t bytes, const char* what, Site);
-uint32_t offset_in(const Block*, const void* p);
+inline uint32_t offset_in(const Block* block, const void* p) {
+  return uint32_t(static_cast<const uint8_t*>(p) - block->window);
+}
 void poison(Block&);
 void check_gaps(const Block&);
 
@@ -276,6 +290,13 @@ Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);
 void complete_bytes(Mbarrier&, uint32_t bytes);
 void run_copy(AsyncCopy&);
 bool run_one_copy();  // the oldest, or any; false: none in flight
+
+// ---------------------------------------------------------------- wgmma.cpp
+inline Warpgroup& warpgroup_of(const Fiber& fiber) {
+  return fiber.block->warpgroups[fiber.id / WARPGROUP_THREADS];
+}
+// The oldest wgmma of this thread that it has not waited for, or null.
+const Product* pending_product(const Fiber&);
 
 // ---------------------------------------------------------------- warp.cpp
 using Act = void (*)(Warp&, uint32_t mask, void** arguments);

@@ -2,7 +2,6 @@
 #include "race.h"
 
 #include <mutex>
-#include <unordered_map>
 
 #include "device_memory.h"
 #include "fault.h"
@@ -16,25 +15,26 @@ static constexpr Place SITE = 0x80000000u;
 static std::mutex places_mutex;
 static std::vector<Site> places;
 
+static Place new_place(Site site) {
+  std::lock_guard lock(places_mutex);
+  for (size_t i = 0; i < places.size(); i++)
+    if (places[i].file == site.file && places[i].line == site.line) return SITE | Place(i);
+  places.push_back(site);
+  return SITE | Place(places.size() - 1);
+}
+
 Place place_of(Site site) {
-  struct Key {
-    const char* file;
-    int line;
-    bool operator==(const Key&) const = default;
+  // Kernels use few sites, each very often.
+  struct Known {
+    Site site;
+    Place place;
   };
-  struct Hash {
-    size_t operator()(const Key& key) const {
-      return reinterpret_cast<uintptr_t>(key.file) * 31 + size_t(key.line);
-    }
-  };
-  static thread_local std::unordered_map<Key, Place, Hash> known;
-  auto [entry, is_new] = known.try_emplace({site.file, site.line}, 0);
-  if (is_new) {
-    std::lock_guard lock(places_mutex);
-    entry->second = SITE | Place(places.size());
-    places.push_back(site);
-  }
-  return entry->second;
+  constexpr size_t ENTRIES = 256;
+  static thread_local Known cache[ENTRIES];
+  Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
+  if (entry.site.line != site.line || entry.site.file != site.file)
+    entry = {site, new_place(site)};
+  return entry.place;
 }
 
 Place place_of_code(uintptr_t pc) {
@@ -129,11 +129,66 @@ static bool fenced(const Slot& slot, bool shared) {
   return (shared ? writer->shared_fence : writer->global_fence) >= slot.tick;
 }
 
+static Slot slot_of(const Readers& readers, Actor actor) {
+  const Readers::Read& read = readers.by_thread[actor];
+  return {readers.team, read.tick, read.place, actor, read.mask, READ};
+}
+
+// Another team's table shrinks to one read for each byte: any of them is unordered for us.
+static void shrink_readers(Line& line) {
+  uint16_t covered = 0;
+  const Readers& readers = *line.readers;
+  for (Actor actor = 0; actor < readers.by_thread.size(); actor++) {
+    Slot slot = slot_of(readers, actor);
+    slot.mask &= ~covered;
+    if (!slot.mask) continue;
+    covered |= slot.mask;
+    line.slots.push_back(slot);
+  }
+  line.readers.reset();
+}
+
+// The reads of threads move into a table once there are many.
+static void record_read(Line& line, const Slot& slot) {
+  constexpr size_t MANY = 8;
+  RaceTeam& team = worker->race_team;
+  const bool plain = slot.flags == READ && slot.actor < team.thread_actors;
+  if (plain && !line.readers && line.slots.size() >= MANY) {
+    line.readers = std::make_unique<Readers>();
+    line.readers->team = slot.team;
+    line.readers->by_thread.resize(team.thread_actors, Readers::Read{0, 0, 0});
+  }
+  if (!plain || !line.readers) {
+    line.slots.push_back(slot);
+    return;
+  }
+  Readers::Read& read = line.readers->by_thread[slot.actor];
+  read = {slot.tick, slot.place, uint16_t(read.mask | slot.mask)};
+}
+
+static Conflict check_readers(Line& line, const Access& access, uint16_t mask) {
+  if (!(access.flags & WRITE)) return {};
+  for (Actor actor = 0; actor < line.readers->by_thread.size(); actor++) {
+    Readers::Read& read = line.readers->by_thread[actor];
+    if (!(read.mask & mask)) continue;
+    const Slot slot = slot_of(*line.readers, actor);
+    if (!ordered(slot, access.clock)) return {Verdict::Race, slot, uint16_t(slot.mask & mask)};
+    read.mask &= ~mask;
+  }
+  return {};
+}
+
 static Conflict check(Line& line, const Access& access, uint16_t mask, bool shared) {
   const bool write = access.flags & WRITE;
-  size_t kept = 0;
+  if (line.readers) {
+    if (line.readers->team != worker->team) shrink_readers(line);
+    else if (Conflict found = check_readers(line, access, mask); found.verdict != Verdict::Fine)
+      return found;
+  }
+  uint32_t kept = 0;
   bool recorded = false;
-  for (size_t i = 0; i < line.slots.size(); i++) {
+  uint64_t other_team = worker->team;  // one that has read all of these bytes
+  for (uint32_t i = 0; i < line.slots.size(); i++) {
     Slot& slot = line.slots[i];
     const uint16_t common = slot.mask & mask;
     if (common) {
@@ -147,8 +202,14 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
         if (access.flags & ASYNC && slot.flags & WRITE && !fenced(slot, shared))
           return {Verdict::NoProxyFence, slot, common};
       }
+      const bool earlier_read = !write && !(slot.flags & WRITE);
+      if (earlier_read && slot.team != worker->team && slot.mask == (slot.mask | mask)) {
+        // Reads of two other teams: whoever writes here is unordered with one of them.
+        if (other_team != worker->team && other_team != slot.team) recorded = true;
+        other_team = slot.team;
+      }
       // What this access replaces: all that a write is ordered after, the earlier reads of a read.
-      if (write ? !both_atomic : !(slot.flags & WRITE) && ordered(slot, access.clock)) {
+      if (write ? !both_atomic : earlier_read && ordered(slot, access.clock)) {
         slot.mask &= ~mask;
         if (!slot.mask) continue;
       } else if (both_atomic && slot.actor == access.clock.actor && slot.team == worker->team &&
@@ -160,14 +221,15 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
     if (kept != i) line.slots[kept] = slot;
     kept++;
   }
-  line.slots.resize(kept);
+  line.slots.shrink(kept);
   if (write) line.initialised |= mask;
   else if (shared && (line.initialised & mask) != mask)
     return {Verdict::Uninitialised, {}, uint16_t(mask & ~line.initialised)};
-  if (!recorded) {
-    line.slots.push_back({worker->team, access.clock.tick, access.place, access.clock.actor, mask,
-                          uint8_t(access.flags & ~COMPLETES)});
-  }
+  if (recorded) return {};
+  const Slot slot{worker->team,      access.clock.tick, access.place,
+                  access.clock.actor, mask,             uint8_t(access.flags & ~COMPLETES)};
+  if (write) line.slots.push_back(slot);
+  else record_read(line, slot);
   return {};
 }
 
@@ -207,8 +269,7 @@ static void check_shared(Block& block, uint32_t address, uint32_t bytes, const A
     Line& line = lines[address / Line::BYTES];
     if (line.generation != worker->race_team.generation) {
       line.generation = worker->race_team.generation;
-      line.initialised = 0;
-      line.slots.clear();
+      line.clear();
     }
     const auto mask = uint16_t(((1u << count) - 1) << first);
     const Conflict conflict = check(line, access, mask, true);
@@ -274,12 +335,15 @@ void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_
   const auto* byte = static_cast<const uint8_t*>(p);
   if (size_t(byte - fiber.stack_bottom) < STACK_BYTES) {
     // Registers of the GPU. Those of a running wgmma belong to it.
-    for (const Product& product : fiber.products) {
-      const auto* d = reinterpret_cast<const uint8_t*>(product.d);
-      const auto* a = reinterpret_cast<const uint8_t*>(product.register_source);
+    if (!pending_product(fiber)) return;
+    const Warpgroup& group = warpgroup_of(fiber);
+    const uint32_t thread = fiber.id % WARPGROUP_THREADS;
+    for (size_t i = 0; i < fiber.products - group.retired; i++) {
+      const Product& product = *group.products[i];
+      const auto* d = reinterpret_cast<const uint8_t*>(product.d[thread]);
+      const auto* a = reinterpret_cast<const uint8_t*>(product.source[thread]);
       const bool accumulator = byte + bytes > d && byte < d + size_t(product.n) * 2;
-      const bool operand =
-          product.in_registers && write && byte + bytes > a && byte < a + sizeof product.registers;
+      const bool operand = product.in_registers && write && byte + bytes > a && byte < a + 16;
       if (accumulator || operand) {
         fail(format("%s: the %s of the wgmma at %s is %s at %s before wgmma_wait",
                     describe(fiber).c_str(), accumulator ? "accumulator" : "register operand",

@@ -54,11 +54,47 @@ struct Slot {
   uint8_t flags;
 };
 
+// The reads of a line that many threads of one team read: by thread, so that each costs O(1).
+struct Readers {
+  struct Read {
+    Tick tick;
+    Place place;
+    uint16_t mask;
+  };
+  uint64_t team;
+  std::vector<Read> by_thread;
+};
+
+// Slots in no particular order; most lines never have more than two.
+class Slots {
+ public:
+  uint32_t size() const { return size_; }
+  Slot& operator[](uint32_t i) { return i < INLINE ? first_[i] : more_[i - INLINE]; }
+  void push_back(const Slot& slot) {
+    if (size_ >= INLINE) more_.resize(size_ + 1 - INLINE);
+    (*this)[size_++] = slot;
+  }
+  void shrink(uint32_t size) { size_ = size; }
+  void clear() { size_ = 0; }
+
+ private:
+  static constexpr uint32_t INLINE = 2;
+  Slot first_[INLINE];
+  std::vector<Slot> more_;
+  uint32_t size_ = 0;
+};
+
 struct Line {
   static constexpr uint32_t BYTES = 16;
   uint32_t generation = 0;
   uint16_t initialised = 0;
-  std::vector<Slot> slots;
+  Slots slots;
+  std::unique_ptr<Readers> readers;
+  void clear() {
+    initialised = 0;
+    slots.clear();
+    readers.reset();
+  }
 };
 
 // What is kept for the team that runs.

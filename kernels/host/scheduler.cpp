@@ -132,10 +132,15 @@ void yield(const char* what, Site site) {
 }
 
 // ---------------------------------------------------------------- a thread's life
+uint3 thread_index() { return current->thread; }
+uint3 block_index() { return current->block; }
+dim3 block_size() { return current->block_dim; }
+dim3 grid_size() { return current->grid_dim; }
+
 static void check_nothing_pending(const Fiber& fiber) {
-  if (!fiber.products.empty()) {
+  if (const Product* product = pending_product(fiber)) {
     fail(format("%s exits although it never waited for the wgmma at %s", describe(fiber).c_str(),
-                describe(fiber.products.front().site).c_str()));
+                describe(product->site).c_str()));
   }
   if (!fiber.copies.empty()) {
     fail(format("%s exits although it never waited for the cp.async at %s",
@@ -176,7 +181,10 @@ static void prepare_block(Worker& w, uint32_t rank) {
   block.statics.clear();
   block.mbarriers.clear();
   for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier{};
-  block.warpgroups.assign((threads + WARPGROUP_THREADS - 1) / WARPGROUP_THREADS, {});
+  for (const Warpgroup& group : block.warpgroups)
+    w.free_products.insert(w.free_products.end(), group.products.begin(), group.products.end());
+  block.warpgroups.clear();
+  block.warpgroups.resize(threads / WARPGROUP_THREADS);
   block.warps.resize(warps);
   for (Warp& warp : block.warps) {
     warp.exists = 0;

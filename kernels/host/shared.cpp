@@ -9,29 +9,12 @@ namespace simt {
 // A byte that no kernel writes by chance, behind dynamic and static memory.
 static constexpr uint8_t GAP = 0xca;
 
-Block* block_of(const void* p) {
-  Worker& w = *worker;
-  const size_t offset = size_t(static_cast<const uint8_t*>(p) - w.windows);
-  if (offset >= w.launch->team_blocks * WINDOW_BYTES) return nullptr;
-  return &w.blocks[offset / WINDOW_BYTES];
-}
-
-uint32_t offset_in(const Block* block, const void* p) {
-  return uint32_t(static_cast<const uint8_t*>(p) - block->window);
-}
-
-uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, const char* what,
-                        Site site) {
-  const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
-  const bool in_static =
-      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
-  if (!dynamic && !in_static) {
-    fail_at(*self(), what, site,
-            format("%u bytes at shared address 0x%x are out of bounds: the launch gave %u bytes of "
-                   "dynamic shared memory, from 0x%x on",
-                   bytes, address, block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
-  }
-  return block->window + address;
+void out_of_shared(const Block& block, uint32_t address, uint32_t bytes, const char* what,
+                   Site site) {
+  fail_at(*self(), what, site,
+          format("%u bytes at shared address 0x%x are out of bounds: the launch gave %u bytes of "
+                 "dynamic shared memory, from 0x%x on",
+                 bytes, address, block.dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
 }
 
 void checked_shared(const void* p, uint32_t bytes, const char* what, Site site) {

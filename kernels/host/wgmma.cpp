@@ -5,6 +5,7 @@
 // so that four consecutive registers want a row pair of A as (r, r, r+8, r+8) and a column pair of
 // B as (c, c+1, c, c+1): both operands are laid out so, and the inner loop is whole vectors. (PTX
 // ISA, "Register Fragments for wgmma"; the reference "Hopper kernels" has the checked formulas.)
+#include <algorithm>
 #include <cstring>
 
 #include "fault.h"
@@ -108,11 +109,12 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
 }
 
 static void load_registers(const Product& product, uint32_t thread, int k0) {
+  const uint32_t(&registers)[4] = product.registers[thread];
   for (int r = 0; r < 4; r++) {
     const int row = int(thread / 32 * 16 + thread % 32 / 4) + r % 2 * 8;
     const int k = k0 + int(thread % 4) * 2 + r / 2 * 8;
-    put_a(row, k, value_of(uint16_t(product.registers[r])));
-    put_a(row, k + 1, value_of(uint16_t(product.registers[r] >> 16)));
+    put_a(row, k, value_of(uint16_t(registers[r])));
+    put_a(row, k + 1, value_of(uint16_t(registers[r] >> 16)));
   }
 }
 
@@ -201,80 +203,92 @@ EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
 }
 
 // ---------------------------------------------------------------- issue
-static void record(Product product) {
+const Product* pending_product(const Fiber& fiber) {
+  if (!fiber.products) return nullptr;
+  const Warpgroup& group = warpgroup_of(fiber);
+  return fiber.products > group.retired ? group.products.front() : nullptr;
+}
+
+namespace {
+
+// What a thread passes to a wgmma.
+struct Call {
+  float* d;
+  const uint32_t* registers;  // null: A lies in shared memory
+  uint64_t a, b;
+  int n, scale_d;
+  bool trans_a, trans_b;
+};
+
+}  // namespace
+
+static bool agrees(const Product& product, const Call& call, uint32_t group, Site site) {
+  return product.a == call.a && product.b == call.b && product.n == call.n &&
+         product.scale_d == (call.scale_d != 0) && product.trans_a == call.trans_a &&
+         product.trans_b == call.trans_b && product.in_registers == (call.registers != nullptr) &&
+         product.group == group && product.site.line == site.line;
+}
+
+static void issue(const Call& call, Site site) {
   Fiber& fiber = *self();
   if (!fiber.product_fenced)
-    fail_at(fiber, "wgmma", product.site, "no wgmma_fence came after the last wgmma_wait");
+    fail_at(fiber, "wgmma", site, "no wgmma_fence came after the last wgmma_wait");
   if ((fiber.id / WARPGROUP_THREADS + 1) * WARPGROUP_THREADS > fiber.block->threads)
-    fail_at(fiber, "wgmma", product.site, "the thread belongs to no whole warpgroup");
-  product.group = fiber.product_group;
-  if (worker->race) product.known = raised(fiber.known, fiber.actor, fiber.now);
-  fiber.products.push_back(std::move(product));
+    fail_at(fiber, "wgmma", site, "the thread belongs to no whole warpgroup");
+  Warpgroup& group = warpgroup_of(fiber);
+  const uint32_t index = fiber.products++ - group.retired;
+  if (index == group.products.size()) {
+    std::vector<Product*>& unused = worker->free_products;
+    Product* fresh = unused.empty() ? new Product : unused.back();
+    if (!unused.empty()) unused.pop_back();
+    fresh->a = call.a;
+    fresh->b = call.b;
+    fresh->n = call.n;
+    fresh->scale_d = call.scale_d != 0;
+    fresh->in_registers = call.registers != nullptr;
+    fresh->trans_a = call.trans_a;
+    fresh->trans_b = call.trans_b;
+    fresh->group = fiber.product_group;
+    fresh->site = site;
+    for (Known& known : fresh->known) known.reset();
+    group.products.push_back(fresh);
+  }
+  Product& product = *group.products[index];
+  if (!agrees(product, call, fiber.product_group, site))
+    fail_at(fiber, "wgmma", site,
+            format("another thread of the warpgroup has the wgmma of %s in its place, or other "
+                   "operands: all 128 must agree",
+                   describe(product.site).c_str()));
+  const uint32_t thread = fiber.id % WARPGROUP_THREADS;
+  product.d[thread] = call.d;
+  if (call.registers) {
+    product.source[thread] = call.registers;
+    std::memcpy(product.registers[thread], call.registers, sizeof product.registers[thread]);
+  }
+  if (worker->race) {
+    Known& known = product.known[thread / WARP_THREADS];
+    known = joined(known, raised(fiber.known, fiber.actor, fiber.now));
+  }
 }
 
 void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool trans_a, bool trans_b,
                   Site site) {
-  Product product{};
-  product.d = d;
-  product.n = n;
-  product.a = a;
-  product.b = b;
-  product.scale_d = scale_d != 0;
-  product.trans_a = trans_a;
-  product.trans_b = trans_b;
-  product.site = site;
-  record(std::move(product));
+  issue({d, nullptr, a, b, n, scale_d, trans_a, trans_b}, site);
 }
 
 void wgmma_registers(float* d, int n, const uint32_t* a, uint64_t b, int scale_d, bool trans_b,
                      Site site) {
-  Product product{};
-  product.d = d;
-  product.n = n;
-  product.register_source = a;
-  std::memcpy(product.registers, a, sizeof product.registers);
-  product.in_registers = true;
-  product.b = b;
-  product.scale_d = scale_d != 0;
-  product.trans_b = trans_b;
-  product.site = site;
-  record(std::move(product));
+  issue({d, a, 0, b, n, scale_d, false, trans_b}, site);
 }
 
 // ---------------------------------------------------------------- wait
-static void check_agreement(const Fiber* first, Site site) {
-  for (uint32_t t = 1; t < WARPGROUP_THREADS; t++) {
-    const Fiber& fiber = first[t];
-    if (fiber.product_wait != first->product_wait ||
-        fiber.products.size() != first->products.size() ||
-        fiber.product_group != first->product_group)
-      fail_at(fiber, "wgmma_wait", site,
-              format("the warpgroup has diverged: thread %u issued %zu wgmmas and waits for all but "
-                     "%d groups, this one %zu and %d",
-                     first->id, first->products.size(), first->product_wait,
-                     fiber.products.size(), fiber.product_wait));
-    for (size_t i = 0; i < fiber.products.size(); i++) {
-      const Product &mine = fiber.products[i], &its = first->products[i];
-      if (mine.a != its.a || mine.b != its.b || mine.scale_d != its.scale_d || mine.n != its.n ||
-          mine.group != its.group || mine.site.line != its.site.line)
-        fail_at(fiber, "wgmma", mine.site,
-                format("its operands differ from those of thread %u", first->id));
-    }
-  }
-}
-
-// What the whole warpgroup knows at issue: what one lane of each warp knows.
-static Known known_by_all(const Fiber* first, size_t index) {
-  static thread_local std::vector<Known> before;
-  static thread_local Known result;
-  std::vector<Known> now(WARPGROUP_THREADS / WARP_THREADS);
-  for (uint32_t warp = 0; warp < now.size(); warp++)
-    for (uint32_t lane = 0; lane < WARP_THREADS; lane++)
-      now[warp] = joined(now[warp], first[warp * WARP_THREADS + lane].products[index].known);
-  if (now == before) return result;
-  before = now;
-  auto least = std::make_shared<Vector>(*now[0]);
-  for (const Known& other : now) {
+// What the whole warpgroup knows at issue: the least of what its warps know.
+static Known known_by_all(const Product& product) {
+  static thread_local Known before[4], result;
+  if (std::equal(before, before + 4, product.known)) return result;
+  std::copy(product.known, product.known + 4, before);
+  auto least = std::make_shared<Vector>(*before[0]);
+  for (const Known& other : before) {
     if (least->ticks.size() > other->ticks.size()) least->ticks.resize(other->ticks.size());
     for (size_t i = 0; i < least->ticks.size(); i++)
       least->ticks[i] = std::min(least->ticks[i], other->ticks[i]);
@@ -284,55 +298,47 @@ static Known known_by_all(const Fiber* first, size_t index) {
 }
 
 // Its warps' actors, four in a row.
-static Actor warpgroup_actor(Fiber* first) {
-  Actor& actor = first->block->warpgroups[first->id / WARPGROUP_THREADS].actor;
-  if (!actor) {
-    for (int warp = 0; warp < 4; warp++) {
-      const Actor made = new_agent("the wgmma of " + describe(*first) + " and the 127 after it");
-      if (warp == 0) actor = made;
-    }
-  }
-  return actor;
+static Actor actor_of(Warpgroup& group, const Fiber& first) {
+  if (group.actor) return group.actor;
+  const std::string name = "the wgmma of " + describe(first) + " and the 127 after it";
+  group.actor = new_agent(name);
+  for (int warp = 1; warp < 4; warp++) new_agent(name);
+  return group.actor;
 }
 
-// Computes the products [0, count) of the warpgroup.
-static void compute(Fiber* first, size_t count) {
-  Block* block = first->block;
-  const std::vector<Product>& all = first->products;
+// Computes the first `count` products.
+static void compute(Warpgroup& group, const Fiber& first, size_t count) {
   std::vector<bool> done(count);
   for (size_t i = 0; i < count; i++) {
     if (done[i]) continue;
-    const Product& head = all[i];
+    const Product& head = *group.products[i];
     int steps = 0;
     for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
-      const Product& product = all[j];
-      if (done[j] || product.d != head.d || product.n != head.n) continue;
+      const Product& product = *group.products[j];
+      if (done[j] || product.d[0] != head.d[0] || product.n != head.n) continue;
       if (steps && !product.scale_d) break;
       Clock clock;
-      if (worker->race) clock = {warpgroup_actor(first), product.group + 1, known_by_all(first, j)};
+      if (worker->race) clock = {actor_of(group, first), product.group + 1, known_by_all(product)};
       if (product.in_registers) {
         for (uint32_t t = 0; t < WARPGROUP_THREADS; t++)
-          load_registers(first[t].products[j], t, steps * K_STEP);
+          load_registers(product, t, steps * K_STEP);
       } else {
-        load_a(block, product, steps * K_STEP, clock);
+        load_a(first.block, product, steps * K_STEP, clock);
       }
-      load_b(block, product, steps * K_STEP, clock);
+      load_b(first.block, product, steps * K_STEP, clock);
       done[j] = true;
       steps++;
     }
-    float* d[WARPGROUP_THREADS];
-    for (uint32_t t = 0; t < WARPGROUP_THREADS; t++) d[t] = first[t].products[i].d;
-    multiply_all(d, head.n, steps * K_STEP, head.scale_d);
+    multiply_all(head.d, head.n, steps * K_STEP, head.scale_d);
   }
 }
 
 void wgmma_wait(int groups, Site site) {
   Fiber& fiber = *self();
   Block& block = *fiber.block;
-  const uint32_t index = fiber.id / WARPGROUP_THREADS;
-  if ((index + 1) * WARPGROUP_THREADS > block.threads)
+  if ((fiber.id / WARPGROUP_THREADS + 1) * WARPGROUP_THREADS > block.threads)
     fail_at(fiber, "wgmma_wait", site, "the thread belongs to no whole warpgroup");
-  WarpgroupWait& group = block.warpgroups[index];
+  Warpgroup& group = warpgroup_of(fiber);
   fiber.product_wait = groups;
   fiber.product_fenced = false;
   if (++group.arrived < WARPGROUP_THREADS) {
@@ -341,21 +347,30 @@ void wgmma_wait(int groups, Site site) {
     return;
   }
   group.arrived = 0;
-  Fiber* first = &block.fibers[index * WARPGROUP_THREADS];
-  check_agreement(first, site);
-  size_t count = 0;
-  while (count < first->products.size() &&
-         first->products[count].group + uint32_t(groups) < first->product_group)
-    count++;
-  compute(first, count);
-  const bool race = worker->race && count;
-  const Tick upto = race ? first->products[count - 1].group + 1 : 0;
-  for (uint32_t t = 0; t < WARPGROUP_THREADS; t++) {
-    Fiber& member = first[t];
-    member.products.erase(member.products.begin(), member.products.begin() + long(count));
-    // A thread waits for the part of its own warp only.
-    if (race) member.known = raised(member.known, warpgroup_actor(first) + t / WARP_THREADS, upto);
+  Fiber* first = &block.fibers[fiber.id / WARPGROUP_THREADS * WARPGROUP_THREADS];
+  for (uint32_t t = 1; t < WARPGROUP_THREADS; t++) {
+    if (first[t].products != first->products || first[t].product_wait != first->product_wait)
+      fail_at(first[t], "wgmma_wait", site,
+              format("the warpgroup has diverged: thread %u issued %u wgmmas and waits for all but "
+                     "%d groups, this one %u and %d",
+                     first->id, first->products, first->product_wait, first[t].products,
+                     first[t].product_wait));
   }
+  size_t count = 0;
+  while (count < group.products.size() &&
+         group.products[count]->group + uint32_t(groups) < first->product_group)
+    count++;
+  compute(group, *first, count);
+  if (worker->race && count) {
+    // A thread waits for the part of its own warp only.
+    const Tick upto = group.products[count - 1]->group + 1;
+    const Actor actor = actor_of(group, *first);
+    for (uint32_t t = 0; t < WARPGROUP_THREADS; t++)
+      first[t].known = raised(first[t].known, actor + t / WARP_THREADS, upto);
+  }
+  for (size_t i = 0; i < count; i++) worker->free_products.push_back(group.products[i]);
+  group.products.erase(group.products.begin(), group.products.begin() + long(count));
+  group.retired += uint32_t(count);
   for (Fiber* waiting : group.waiting) make_ready(waiting);
   group.waiting.clear();
 }
