@@ -93,14 +93,11 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
     }
     let said = jobs::run(jobs).map_err(|message| refused(&message))?;
 
+    let named = || fatbins.iter().map(|fatbin| format!("kernels/{}.cu", fatbin.stem)).zip(&said);
     let mut objections = vec![];
-    for (fatbin, said) in fatbins.iter().zip(&said) {
-        let source = format!("kernels/{}.cu", fatbin.stem);
+    for (fatbin, (source, said)) in fatbins.iter().zip(named()) {
         let codes = fatbin.code.matches("sm_").count();
         objections.extend(ptxas::objections(&source, said, codes, ptxas::EXCEPTIONS));
-        for line in said.lines().filter(|line| line.contains("warning")) {
-            warn(&format!("{source}: {line}"));
-        }
     }
     if !objections.is_empty() {
         return Err(Stop::Error(format!(
@@ -108,6 +105,11 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
              tile; or an entry, with its reason, in EXCEPTIONS of build/ptxas.rs",
             objections.join("\n  ")
         )));
+    }
+    for (source, said) in named() {
+        for line in said.lines().filter(|line| line.contains("warning")) {
+            warn(&format!("{source}: {line}"));
+        }
     }
     Ok(Built { nvcc: format!("{} at {}", nvcc.version, nvcc.path.display()), fatbins })
 }
@@ -123,10 +125,9 @@ fn refused(message: &str) -> Stop {
     let remedy = if message.contains("unsupported GNU version") {
         "this nvcc does not know your g++: name an older one in NVCC_CCBIN (NVCC_CCBIN=g++-14), or \
          take the nvcc of tools/fetch-nvcc"
-    } else if message.contains("is not supported on .target")
-        || message.contains("not supported on")
-    {
-        "a kernel file for one architecture says so in its header: // Architectures: sm_90a"
+    } else if message.contains(".target") {
+        "a kernel file for one architecture says so in its name, as gemm_sm90.cu does, or in its \
+         header: // Architectures: sm_90a"
     } else {
         "correct the file, or build without GPU kernels: NVCC=none"
     };

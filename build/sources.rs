@@ -1,7 +1,8 @@
 //! What kernels/ holds: kernel files, the CPU machine's files, and the headers of both.
 //!
-//! A kernel file is compiled for every architecture of the build, unless a line of its header
-//! comment names those it is for: `// Architectures: sm_90a` (several: `sm_90a, sm_100a`).
+//! A kernel file is compiled for every architecture of the build, unless its name ends in _sm90,
+//! which is sm_90a, or a line of its header comment names what it is for: `// Architectures: sm_90a`
+//! (several: `sm_90a, sm_100a`).
 
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
@@ -62,7 +63,8 @@ impl KernelFile {
     fn new(file: SourceFile) -> Result<Self, String> {
         let header = file.text.lines().take_while(|line| line.starts_with("//"));
         let Some(names) = header.filter_map(|line| line.strip_prefix(MARKER)).next() else {
-            return Ok(KernelFile { file, architectures: None });
+            let architectures = file.stem.ends_with("_sm90").then(|| vec!["90a".to_string()]);
+            return Ok(KernelFile { file, architectures });
         };
         let mut architectures = vec![];
         for name in names.split(',').map(str::trim) {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::{Command, Output, Stdio};
 
+use isobath::cuda::binaries;
 use serde_json::Value;
 
 use crate::config::PAPER;
@@ -107,11 +108,47 @@ fn info_shows_this_build_and_machine() {
     assert_eq!(presets.len(), 14);
     assert!(presets.contains(&"350m".into()) && presets.contains(&"demo".into()));
     assert_eq!(info["texts"], serde_json::json!(["bundled:austen"]));
+    let features: &[&str] = if cfg!(feature = "require-cuda") { &["require-cuda"] } else { &[] };
+    assert_eq!(info["build"]["features"], serde_json::json!(features));
 
     let people = isobath(&["info"]);
     for part in [env!("CARGO_PKG_VERSION"), profile, "cpu ", "cuda ", "simt ", "350m", "austen"] {
         assert!(text(&people.stdout).contains(part), "no {part:?} in {}", text(&people.stdout));
     }
+}
+
+#[test]
+fn info_lists_the_kernels_and_says_what_a_machine_lacks() {
+    let info = json(&["info", "--json"]);
+    let people = isobath(&["info"]);
+    let people = text(&people.stdout);
+    let kernels = &info["build"]["kernels"];
+    assert_eq!(kernels["nvcc"].as_str(), binaries::NVCC.ok());
+    assert_eq!(kernels["cxx"].as_str(), binaries::CXX.ok());
+    assert_eq!(kernels["architectures"], binaries::ARCHITECTURES);
+    let files = kernels["gpu"].as_array().unwrap();
+    assert_eq!(files.len(), binaries::FATBINS.len());
+    for (file, (stem, bytes)) in files.iter().zip(binaries::FATBINS) {
+        assert_eq!((&file["name"], &file["bytes"]), (&(*stem).into(), &bytes.len().into()));
+        let code = file["code"].as_str().unwrap();
+        assert!(code.contains("sm_"), "{stem}: {code}");
+        assert!(people.contains(stem) && people.contains(code), "{stem}: {code}: {people}");
+    }
+
+    for (name, built) in [("cuda", binaries::NVCC), ("simt", binaries::CXX)] {
+        let device = &info["devices"][name];
+        if device["available"] == true {
+            assert!(built.is_ok() && device["why"].is_null(), "{device}");
+            continue;
+        }
+        let why = device["why"].as_str().unwrap();
+        assert!(!device["remedy"].as_str().unwrap().is_empty());
+        assert!(people.contains(why), "{why}: {people}");
+        if let Err(reason) = built {
+            assert!(why.contains(reason), "{reason} is not in {why}");
+        }
+    }
+    assert_eq!(info["devices"]["simt"]["available"], binaries::CXX.is_ok());
 }
 
 #[cfg(target_os = "linux")]

@@ -1,10 +1,12 @@
 //! The one integration test binary; its modules mirror src/.
 
+mod build;
 mod checkpoint;
 mod cli;
 mod commands;
 mod config;
 mod cpu;
+mod cuda;
 mod data;
 mod evaluate;
 mod generate;

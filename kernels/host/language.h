@@ -4,6 +4,8 @@
 // anonymous namespace, once plain and once with access hooks, so nothing here may define a symbol
 // with external linkage: functions are declared (the machine defines them) or DEVICE.
 #pragma once
+#include <math.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +17,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
@@ -56,6 +57,11 @@ struct ThreadIndices {
   dim3 block_dim, grid_dim;
 };
 extern __thread ThreadIndices* current __attribute__((tls_model("initial-exec")));
+// For a thread they never change; out of line, so that no access hook sees the machine's memory.
+uint3 thread_index() __attribute__((const));
+uint3 block_index() __attribute__((const));
+dim3 block_size() __attribute__((const));
+dim3 grid_size() __attribute__((const));
 
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 void* dynamic_shared();
@@ -79,11 +85,14 @@ template <class... A, void (*F)(A...)>
 struct Trampoline<F> {
   static constexpr uint32_t count = sizeof...(A);
   static constexpr uint32_t bytes[count + 1] = {uint32_t(sizeof(A))..., 0};
+  // Not hooked: the arguments lie in the caller's memory, on a GPU in constant memory.
   template <size_t... I>
-  static void unpack([[maybe_unused]] void* const* arguments, std::index_sequence<I...>) {
+  __attribute__((no_sanitize("thread"), noinline)) static void unpack([[maybe_unused]] void* const* arguments, std::index_sequence<I...>) {
     F(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
   }
-  static void call(void* const* arguments) { unpack(arguments, std::index_sequence_for<A...>{}); }
+  __attribute__((no_sanitize("thread"))) static void call(void* const* arguments) {
+    unpack(arguments, std::index_sequence_for<A...>{});
+  }
 };
 template <auto F>
 struct Registration {
@@ -102,10 +111,10 @@ struct Registration {
 
 }  // namespace simt
 
-#define threadIdx (::simt::current->thread)
-#define blockIdx (::simt::current->block)
-#define blockDim (::simt::current->block_dim)
-#define gridDim (::simt::current->grid_dim)
+#define threadIdx (::simt::thread_index())
+#define blockIdx (::simt::block_index())
+#define blockDim (::simt::block_size())
+#define gridDim (::simt::grid_size())
 constexpr int warpSize = 32;
 
 // Kernels share one section, so that the watchdog knows a spinning kernel from a busy machine.
@@ -116,7 +125,7 @@ constexpr int warpSize = 32;
   static ::simt::Registration<&name> name##_registration{#name, __FILE__, name##_bounds[0], \
                                                          SIMT_HOOKED};
 // SHARED(float, rows, 32): `rows` is a float[32] in static shared memory.
-#define SHARED(T, name, n)         \
+#define SHARED(T, name, n)          \
   static const char name##_key = 0; \
   T(&name)[n] = *static_cast<T(*)[n]>(::simt::static_shared(&name##_key, sizeof(T) * (n), alignof(T)))
 // `name` is a uint8_t*, aligned to 1024 bytes.
@@ -128,8 +137,9 @@ DEVICE float __uint_as_float(uint32_t u) { float x; std::memcpy(&x, &u, 4); retu
 DEVICE int __float_as_int(float x) { return int(__float_as_uint(x)); }
 DEVICE float __int_as_float(int i) { return __uint_as_float(uint32_t(i)); }
 DEVICE float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-DEVICE float __expf(float x) { return std::exp(x); }
-DEVICE float __logf(float x) { return std::log(x); }
+// The C library has functions of these names.
+#define __expf(x) ::expf(x)
+#define __logf(x) ::logf(x)
 DEVICE float __fdividef(float x, float y) { return x / y; }
 DEVICE float __frcp_rn(float x) { return 1.0f / x; }
 DEVICE float __fdiv_rn(float x, float y) { return x / y; }
@@ -139,8 +149,6 @@ DEVICE int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 DEVICE int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }
-using std::exp2f; using std::expf; using std::fabsf; using std::fmaf; using std::fmaxf;
-using std::fminf; using std::log2f; using std::logf; using std::sqrtf; using std::tanhf;
 
 // ---------------------------------------------------------------- loads and stores with a hint
 template <class T> DEVICE T __ldg(const T* p) { return *p; }

@@ -4,7 +4,11 @@ use std::fmt;
 use std::thread;
 
 use clap::Args;
-use isobath::config::preset_names;
+use isobath::config::{DeviceKind, preset_names};
+use isobath::cuda::binaries::{ARCHITECTURES, CODE, CXX, FATBINS, NVCC};
+use isobath::cuda::nvidia::Nvidia;
+use isobath::cuda::{self, Driver, Properties};
+use isobath::{Error, Result};
 use serde::Serialize;
 
 use super::output;
@@ -38,14 +42,36 @@ struct Build {
     /// "x86_64-linux"
     target: String,
     /// Cargo features that are on.
-    features: &'static [&'static str],
+    features: Vec<&'static str>,
+    kernels: Kernels,
+}
+
+/// What build.rs made of kernels/.
+#[derive(Serialize)]
+struct Kernels {
+    /// Version and place; `None`: devices.cuda says why not.
+    nvcc: Option<&'static str>,
+    /// ISOBATH_ARCHITECTURES
+    architectures: &'static str,
+    gpu: Vec<KernelFile>,
+    /// Version and place of the compiler of device simt; `None`: devices.simt says why not.
+    cxx: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct KernelFile {
+    /// "norm"
+    name: &'static str,
+    /// "sm_80 sm_90a compute_80"; compute_ is PTX.
+    code: &'static str,
+    bytes: usize,
 }
 
 #[derive(Serialize)]
 struct Devices {
     cpu: Cpu,
-    cuda: Absent,
-    simt: Absent,
+    cuda: Machine,
+    simt: Machine,
 }
 
 #[derive(Serialize)]
@@ -60,13 +86,27 @@ struct Cpu {
     free_memory_bytes: Option<u64>,
 }
 
+/// A machine for kernels.
 #[derive(Serialize)]
-struct Absent {
+struct Machine {
     available: bool,
-    why: &'static str,
+    /// What is missing; `None` where nothing is.
+    why: Option<String>,
+    remedy: Option<String>,
+    gpu: Option<Gpu>,
 }
 
-const NOT_BUILT: Absent = Absent { available: false, why: "not in this build" };
+#[derive(Serialize)]
+struct Gpu {
+    /// "NVIDIA H200"
+    name: String,
+    /// "9.0"
+    compute_capability: String,
+    multiprocessors: u32,
+    memory_bytes: u64,
+    /// The CUDA version that the driver offers.
+    driver: String,
+}
 
 impl Info {
     fn collect() -> Self {
@@ -75,11 +115,67 @@ impl Info {
             build: Build {
                 profile: if cfg!(debug_assertions) { "debug" } else { "release" },
                 target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
-                features: &[],
+                features: if cfg!(feature = "require-cuda") {
+                    vec!["require-cuda"]
+                } else {
+                    vec![]
+                },
+                kernels: Kernels::of_this_build(),
             },
-            devices: Devices { cpu: Cpu::find(), cuda: NOT_BUILT, simt: NOT_BUILT },
+            devices: Devices { cpu: Cpu::find(), cuda: Machine::cuda(), simt: Machine::simt() },
             presets: preset_names(),
             texts: &["bundled:austen"],
+        }
+    }
+}
+
+impl Kernels {
+    fn of_this_build() -> Self {
+        let file = |&(name, bytes): &(&'static str, &'static [u8])| {
+            let code = CODE.iter().find(|(stem, _)| *stem == name).map_or("", |(_, code)| *code);
+            KernelFile { name, code, bytes: bytes.len() }
+        };
+        Kernels {
+            nvcc: NVCC.ok(),
+            architectures: ARCHITECTURES,
+            gpu: FATBINS.iter().map(file).collect(),
+            cxx: CXX.ok(),
+        }
+    }
+}
+
+impl Machine {
+    /// Opens the first GPU: only the driver knows whether it works.
+    fn cuda() -> Self {
+        match Nvidia::open(0) {
+            Ok(gpu) => Machine { gpu: Some(Gpu::of(gpu.properties())), ..Machine::found(Ok(())) },
+            Err(error) => Machine::found(Err(error)),
+        }
+    }
+
+    fn simt() -> Self {
+        Machine::found(cuda::present(DeviceKind::Simt))
+    }
+
+    fn found(found: Result<()>) -> Self {
+        let (why, remedy) = match found {
+            Ok(()) => (None, None),
+            Err(Error::Device { what, remedy, .. }) => (Some(what), Some(remedy)),
+            Err(other) => (Some(other.to_string()), None),
+        };
+        Machine { available: why.is_none(), why, remedy, gpu: None }
+    }
+}
+
+impl Gpu {
+    fn of(properties: &Properties) -> Self {
+        let (major, minor) = properties.compute_capability;
+        Gpu {
+            name: properties.name.clone(),
+            compute_capability: format!("{major}.{minor}"),
+            multiprocessors: properties.multiprocessors,
+            memory_bytes: properties.memory_bytes,
+            driver: properties.driver_version.clone(),
         }
     }
 }
@@ -147,7 +243,7 @@ fn vector_extensions() -> Vec<&'static str> {
 /// The lines that people read.
 impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Build { profile, target, features } = &self.build;
+        let Build { profile, target, features, kernels } = &self.build;
         writeln!(f, "isobath {}, {profile} build for {target}", self.version)?;
         writeln!(f, "features  {}", listed(features))?;
         let cpu = &self.devices.cpu;
@@ -160,10 +256,39 @@ impl fmt::Display for Info {
             gibibytes(cpu.memory_bytes),
             gibibytes(cpu.free_memory_bytes),
         )?;
-        writeln!(f, "cuda      {}", self.devices.cuda.why)?;
-        writeln!(f, "simt      {}", self.devices.simt.why)?;
+        writeln!(f, "cuda      {}", self.devices.cuda)?;
+        writeln!(f, "simt      {}", self.devices.simt)?;
+        match kernels.nvcc {
+            Some(nvcc) => writeln!(f, "nvcc      {nvcc}, for {}", kernels.architectures)?,
+            None => writeln!(f, "nvcc      none in this build")?,
+        }
+        for file in &kernels.gpu {
+            writeln!(f, "          {:18} {}, {} bytes", file.name, file.code, file.bytes)?;
+        }
+        writeln!(f, "c++       {}", kernels.cxx.unwrap_or("none in this build"))?;
         writeln!(f, "presets   {}", listed(&self.presets))?;
         writeln!(f, "texts     {}", listed(self.texts))
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.why, &self.gpu) {
+            (Some(why), _) => {
+                write!(f, "not available: {why}")?;
+                self.remedy.iter().try_for_each(|it| write!(f, "\n          remedy: {it}"))
+            }
+            (None, None) => f.write_str("available"),
+            (None, Some(gpu)) => {
+                let Gpu { name, compute_capability, multiprocessors, memory_bytes, driver } = gpu;
+                write!(
+                    f,
+                    "{name}, compute capability {compute_capability}, {multiprocessors} \
+                     multiprocessors, memory {}, driver for CUDA {driver}",
+                    gibibytes(Some(*memory_bytes))
+                )
+            }
+        }
     }
 }
 

@@ -33,22 +33,23 @@ pub struct Allocation {
     pub bytes: u64,
 }
 
+/// Ids are places in a driver's own tables; one that it did not give is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct KernelId(pub(super) u32);
+pub struct KernelId(pub u32);
 
 /// Work on one stream runs in order. [`StreamId::MAIN`] always exists.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct StreamId(pub(super) u32);
+pub struct StreamId(pub u32);
 
 impl StreamId {
     pub const MAIN: Self = StreamId(0);
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct EventId(pub(super) u32);
+pub struct EventId(pub u32);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct GraphId(pub(super) u32);
+pub struct GraphId(pub u32);
 
 /// What a machine is and how much it holds.
 #[derive(Clone, PartialEq, Debug, serde::Serialize)]

@@ -32,25 +32,30 @@ fn absent(what: impl Into<String>, remedy: impl Into<String>) -> Error {
     Error::Device { device: DEVICE.to_string(), what: what.into(), remedy: remedy.into() }
 }
 
-/// Whether a GPU can be asked for at all: kernels in this build, and a driver. Errors: what is
+/// Whether a GPU can be asked for at all: a driver, and kernels in this build. Errors: what is
 /// missing. Starts nothing.
 pub fn present() -> Result<()> {
-    kernels_present(binaries::FATBINS, binaries::NVCC)?;
-    library_present()
+    library_present()?;
+    kernels_present(binaries::FATBINS, binaries::NVCC)
 }
 
-fn kernels_present(fatbins: &[(&str, &[u8])], nvcc: Result<&str, &str>) -> Result<()> {
+/// Whether a build with these fatbins has kernels. Errors: why `nvcc` made none.
+pub fn kernels_present(
+    fatbins: &[(&str, &[u8])],
+    nvcc: std::result::Result<&str, &str>,
+) -> Result<()> {
     if !fatbins.is_empty() {
         return Ok(());
     }
     let why = nvcc.err().unwrap_or("it was built for no architecture");
     Err(absent(
         format!("this build has no kernels for GPUs: {why}"),
-        "install the CUDA toolkit 13.0 or run tools/fetch-nvcc, and build again",
+        "run tools/fetch-nvcc (or install the CUDA toolkit 13.0), touch build.rs, and build again",
     ))
 }
 
-fn library_present() -> Result<()> {
+/// Whether libcuda is installed.
+pub fn library_present() -> Result<()> {
     // SAFETY: loads libcuda, whose initialisers touch nothing of ours, if it is there.
     if unsafe { sys::is_culib_present() } {
         return Ok(());

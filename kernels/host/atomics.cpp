@@ -1,0 +1,86 @@
+// Atomics, fences and flags, on shared and global memory. Every one lets other threads run, so that
+// loops over them end.
+#include <sched.h>
+
+#include "device_memory.h"
+#include "fault.h"
+#include "machine.h"
+
+namespace simt {
+
+static void check(const void* p, uint32_t bytes, const char* what, Site site) {
+  Fiber& fiber = *self();
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    fail_at(fiber, what, site, format("the address %p is not a multiple of %u", p, bytes));
+  if (block_of(p)) checked_shared(p, bytes, what, site);
+  else if (!owns(p, bytes))
+    fail_at(fiber, what, site, format("out of bounds: %s", describe_global(p).c_str()));
+}
+
+// The value before, and `update` of it in its place.
+template <class T, class F>
+static T update(T* p, const char* what, Site site, F&& changed) {
+  check(p, sizeof(T), what, site);
+  if (worker->race) race_atomic(*self(), p, sizeof(T), true, true, Order::Relaxed, site);
+  T before;
+  __atomic_load(p, &before, __ATOMIC_RELAXED);
+  for (;;) {
+    T after = changed(before);
+    if (__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+      return before;
+  }
+}
+
+}  // namespace simt
+
+using namespace simt;
+
+float atomicAdd(float* p, float value, Site site) {
+  return update(p, "atomicAdd", site, [&](float x) { return x + value; });
+}
+uint32_t atomicAdd(uint32_t* p, uint32_t value, Site site) {
+  return update(p, "atomicAdd", site, [&](uint32_t x) { return x + value; });
+}
+int atomicAdd(int* p, int value, Site site) {
+  return update(p, "atomicAdd", site, [&](int x) { return int(uint32_t(x) + uint32_t(value)); });
+}
+uint32_t atomicMax(uint32_t* p, uint32_t value, Site site) {
+  return update(p, "atomicMax", site, [&](uint32_t x) { return x < value ? value : x; });
+}
+uint32_t atomicExch(uint32_t* p, uint32_t value, Site site) {
+  const uint32_t before = update(p, "atomicExch", site, [&](uint32_t) { return value; });
+  yield("atomicExch", site);
+  return before;
+}
+uint32_t atomicCAS(uint32_t* p, uint32_t compare, uint32_t value, Site site) {
+  const uint32_t before =
+      update(p, "atomicCAS", site, [&](uint32_t x) { return x == compare ? value : x; });
+  if (before != compare) yield("atomicCAS", site);
+  else progress();
+  return before;
+}
+
+uint32_t load_acquire(const uint32_t* p, Site site) {
+  check(p, sizeof *p, "load_acquire", site);
+  yield("load_acquire", site);
+  if (worker->race) race_atomic(*self(), p, sizeof *p, true, false, Order::Acquire, site);
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+void store_release(uint32_t* p, uint32_t value, Site site) {
+  check(p, sizeof *p, "store_release", site);
+  if (worker->race) race_atomic(*self(), p, sizeof *p, false, true, Order::Release, site);
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  progress();
+}
+
+void __threadfence(Site) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  if (worker->race) race_threadfence(*self());
+}
+
+void __threadfence_block(Site site) { __threadfence(site); }
+
+void __nanosleep(uint32_t, Site site) { yield("__nanosleep", site); }
+
+void __trap(Site site) { fail_at(*self(), "__trap", site, "the kernel gave up"); }

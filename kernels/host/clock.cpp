@@ -1,0 +1,88 @@
+// Joins of vectors. The one-entry caches serve the usual case: a warpgroup's threads, one after
+// the other, join the same two vectors.
+#include "clock.h"
+
+#include <algorithm>
+
+namespace simt {
+
+bool knows(const Known& known, Actor actor, Tick tick) {
+  return known && known->at(actor) >= tick;
+}
+
+bool knows_foreign(const Known& known, uint64_t team, Actor actor, Tick tick) {
+  if (!known) return false;
+  const auto other = known->foreign.find(team);
+  return other != known->foreign.end() && knows(other->second, actor, tick);
+}
+
+static void join_into(Vector& sum, const Vector& other) {
+  if (sum.ticks.size() < other.ticks.size()) sum.ticks.resize(other.ticks.size());
+  Tick* to = sum.ticks.data();
+  const Tick* from = other.ticks.data();
+  for (size_t i = 0; i < other.ticks.size(); i++) to[i] = std::max(to[i], from[i]);
+  for (const auto& [team, known] : other.foreign) {
+    Known& mine = sum.foreign[team];
+    mine = joined(mine, known);
+  }
+}
+
+Known joined(const Known& a, const Known& b) {
+  if (a == b || !b) return a;
+  if (!a) return b;
+  static thread_local Known left, right, result;
+  if (left == a && right == b) return result;
+  auto sum = std::make_shared<Vector>(*a);
+  join_into(*sum, *b);
+  left = a, right = b, result = sum;
+  return sum;
+}
+
+Known raised(const Known& known, Actor actor, Tick tick) {
+  if (knows(known, actor, tick)) return known;
+  static thread_local Known from, result;
+  static thread_local Actor cached_actor;
+  static thread_local Tick cached_tick;
+  if (from == known && cached_actor == actor && cached_tick == tick && result) return result;
+  auto sum = known ? std::make_shared<Vector>(*known) : std::make_shared<Vector>();
+  if (sum->ticks.size() <= actor) sum->ticks.resize(actor + 1);
+  sum->ticks[actor] = tick;
+  from = known, cached_actor = actor, cached_tick = tick, result = sum;
+  return sum;
+}
+
+Known joined_foreign(const Known& known, uint64_t team, const Known& other) {
+  auto sum = known ? std::make_shared<Vector>(*known) : std::make_shared<Vector>();
+  if (other) {
+    Known& of_team = sum->foreign[team];
+    of_team = joined(of_team, other);
+    for (const auto& [third, its] : other->foreign) {
+      Known& mine = sum->foreign[third];
+      mine = joined(mine, its);
+    }
+  }
+  return sum;
+}
+
+void Collected::add(const Known& known) {
+  if (!sum_) sum_ = std::make_shared<Vector>();
+  if (known && known != last_) {
+    join_into(*sum_, *known);
+    last_ = known;
+  }
+}
+
+void Collected::add(const Known& known, Actor actor, Tick tick) {
+  add(known);
+  if (sum_->ticks.size() <= actor) sum_->ticks.resize(actor + 1);
+  sum_->ticks[actor] = std::max(sum_->ticks[actor], tick);
+}
+
+Known Collected::take() {
+  last_.reset();
+  Known taken = std::move(sum_);
+  sum_.reset();
+  return taken;
+}
+
+}  // namespace simt

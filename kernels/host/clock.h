@@ -1,0 +1,50 @@
+// Logical time for the race detector: what each actor knows of every other one.
+//
+// An actor is a thread or something that works on its own: a TMA load's mbarrier, a thread's bulk
+// stores, a warp's part of wgmma. Each counts ticks; `Known` says up to which tick of every actor
+// the holder is ordered after. A known vector never changes once it is shared, so that all threads
+// behind one barrier share one vector and the usual join is the comparison of two pointers.
+// Vector clocks: Fidge 1988, Mattern 1989; epochs: Flanagan & Freund, "FastTrack", PLDI 2009.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+namespace simt {
+
+using Tick = uint32_t;
+using Actor = uint32_t;
+
+struct Vector;
+using Known = std::shared_ptr<const Vector>;
+
+struct Vector {
+  std::vector<Tick> ticks;             // by actor of this team; missing ones are 0
+  std::map<uint64_t, Known> foreign;   // by team: what came over atomics from other teams
+  Tick at(Actor actor) const { return actor < ticks.size() ? ticks[actor] : 0; }
+};
+
+bool knows(const Known&, Actor, Tick);
+bool knows_foreign(const Known&, uint64_t team, Actor, Tick);
+
+// The union of two vectors; `raised` also reaches `tick` of `actor`. Both return one of their
+// arguments where nothing is added.
+Known joined(const Known&, const Known&);
+Known raised(const Known&, Actor, Tick);
+// `known` and all that `other` holds of `team`.
+Known joined_foreign(const Known&, uint64_t team, const Known& other);
+
+// Where releases are collected until someone acquires them: a barrier, a phase of an mbarrier.
+class Collected {
+ public:
+  void add(const Known& known, Actor actor, Tick tick);
+  void add(const Known& known);
+  Known take();  // and starts anew
+
+ private:
+  std::shared_ptr<Vector> sum_;
+  Known last_;  // already in the sum
+};
+
+}  // namespace simt

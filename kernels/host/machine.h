@@ -1,0 +1,305 @@
+// The machine inside: what a thread, a warp, a block and a worker are while a kernel runs.
+//
+// A launch is cut into teams: the blocks that must be resident together, which is a cluster, or
+// the whole grid of a cooperative launch. A worker (an OS thread) runs one team at a time; each
+// CUDA thread of it is a fiber, and a fiber runs until it has to wait for another. So within a team
+// nothing is concurrent, and every order of events is one that the options chose.
+//
+// scheduler.cpp runs teams; launch.cpp hands them to workers; warp, barrier, mbarrier, copy, wgmma,
+// memory and cluster implement the wrappers; race.h checks each access; fault.h ends a launch.
+#pragma once
+#include <pthread.h>
+
+#include <atomic>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../isobath.cuh"
+#include "abi.h"
+#include "clock.h"
+#include "fiber.h"
+#include "race.h"
+#include "tensor_map.h"
+
+namespace simt {
+
+// ---------------------------------------------------------------- limits of an sm_90
+constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128, MAX_BLOCK_THREADS = 1024;
+constexpr uint32_t NAMED_BARRIERS = 16, MAX_CLUSTER_BLOCKS = 16;
+constexpr uint32_t SHARED_LIMIT = 232448;       // dynamic and static bytes of a block
+constexpr size_t WINDOW_BYTES = 256 * 1024;     // of shared addresses, per block
+constexpr uint32_t DYNAMIC_BASE = 1024;         // as on the device, which keeps the first KiB
+constexpr uint32_t GAP_BYTES = 256;             // behind dynamic and static memory: never valid
+constexpr uint32_t REGISTERS = 65536;           // of a multiprocessor
+
+struct Block;
+struct Warp;
+struct Mbarrier;
+struct Fiber;
+
+// ---------------------------------------------------------------- a thread
+enum class Wait : uint8_t { Nothing, Barrier, Collective, Mbarrier, Wgmma, Cluster };
+
+struct CpAsync {
+  uint8_t* to;          // shared
+  const uint8_t* from;  // global
+  uint8_t bytes, zeros;
+  bool copied;
+  uint32_t group;
+  Site site;
+};
+
+// A wgmma: what its 128 threads agree on, and what each brings.
+struct Product {
+  uint64_t a, b;  // descriptors; `a` unused if it came in registers
+  int n;
+  bool scale_d, in_registers, trans_a, trans_b;
+  uint32_t group;
+  Site site;
+  float* d[128];
+  const uint32_t* source[128];  // where the registers were
+  uint32_t registers[128][4];
+  Known known[4];  // race detector: by warp, what one of its lanes knew
+};
+
+struct Fiber : ThreadIndices {
+  void* stack_pointer = nullptr;
+  const uint8_t* stack_bottom = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  uint32_t id = 0;  // in its block
+  bool done = false;
+
+  Wait wait = Wait::Nothing;
+  const void* wait_for = nullptr;
+  uint64_t wait_detail = 0;
+  Site wait_site{};
+
+  std::vector<CpAsync> copies;
+  uint32_t copy_group = 0;  // the one that is open
+  uint32_t bulk_group = 0;
+  uint32_t products = 0;  // wgmmas so far
+  uint32_t product_group = 0;
+  int product_wait = 0;
+  bool product_fenced = false;
+  uint32_t cluster_phase = 0;  // cluster barriers it has arrived at
+  bool cluster_arrived = false;
+
+  // Race detector.
+  Actor actor = 0;
+  Tick now = 1;
+  Known known;
+  Tick shared_fence = 0, global_fence = 0;  // fence.proxy.async came after all earlier ticks
+  Known released;   // what a __threadfence put before later relaxed atomics
+  Tick released_now = 0;
+  Known pending_cluster;  // what the last phase of the cluster barrier released
+  Known pending;    // what relaxed atomics read, until a __threadfence acquires it
+  Actor bulk_reader = 0, bulk_writer = 0;  // 0: none yet
+  std::vector<std::pair<uint32_t, Tick>> bulk_ticks;  // of its groups
+};
+
+// ---------------------------------------------------------------- a warp, a block
+enum class Collective : uint8_t {
+  Shuffle, Vote, Syncwarp, Elect, Ldmatrix, Stmatrix, Mma, Setmaxnreg,
+};
+
+struct Meeting {
+  uint32_t mask = 0, arrived = 0;
+  Collective kind{};
+  Site site{};
+  void* argument[WARP_THREADS];
+};
+
+struct Warp {
+  Fiber* lanes[WARP_THREADS];
+  uint32_t exists = 0;
+  std::vector<Meeting> meetings;
+};
+
+struct NamedBarrier {
+  uint32_t expected = 0, arrived = 0;
+  std::vector<Fiber*> waiting;
+  Collected released;
+};
+
+struct Warpgroup {
+  std::deque<Product*> products;  // issued by at least one thread, oldest first
+  uint32_t retired = 0;           // products before those
+  uint32_t arrived = 0;           // at wgmma_wait
+  std::vector<Fiber*> waiting;
+  Actor actor = 0;  // of its first warp, the other three follow; 0: none yet
+};
+
+struct Mbarrier {
+  uint64_t* address;
+  Block* block;
+  uint32_t count, pending;
+  int64_t bytes;  // expected and not yet arrived
+  uint32_t phase;
+  std::vector<Fiber*> waiting;
+  Collected arriving;
+  Known completed;
+  Actor actor;
+  Tick tick, init_tick;
+  Actor init_actor;
+  Tick init_fence;  // shared_fence of the initialising thread is compared with init_tick
+  Fiber* init_fiber;
+};
+
+struct StaticVariable {
+  const void* key;
+  uint8_t* address;
+};
+
+struct Block {
+  uint3 index;
+  uint32_t rank;  // in its team
+  uint32_t threads;
+  uint8_t* window;
+  uint32_t dynamic_end, static_end;  // shared addresses
+  uint32_t free_registers;
+  uint32_t finished;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<uint32_t> warp_registers;
+  NamedBarrier barriers[NAMED_BARRIERS];
+  std::vector<Warpgroup> warpgroups;
+  std::vector<StaticVariable> statics;
+  std::deque<Mbarrier> mbarriers;  // addresses stay
+};
+
+// ---------------------------------------------------------------- asynchronous copies
+enum class Copy : uint8_t { TensorLoad, TensorStore, TensorAdd, Load, Store, AddF32, AddBf16, Peer };
+
+struct AsyncCopy {
+  Copy kind;
+  TensorMapFields map;
+  int at[5];
+  uint8_t* shared;
+  Block* block;      // whose shared memory `shared` is
+  uint8_t* global;   // bulk copies; the source of Copy::Peer
+  uint32_t bytes;
+  Mbarrier* barrier;
+  Fiber* issuer;
+  uint32_t group;
+  Site site;
+  Clock clock;       // race detector: as whom it acts
+  Clock write_clock; // stores: as whom it writes global memory
+};
+
+// ---------------------------------------------------------------- a launch, a worker
+struct Launch {
+  const Kernel* kernel;
+  SimtLaunch shape;
+  void* const* arguments;
+  SimtOptions options;
+  uint64_t team_count;
+  uint32_t team_blocks, block_threads;
+  std::atomic<uint64_t> next_team{0};
+  std::atomic<uint32_t> running{0};  // workers inside a team
+  std::atomic<bool> aborted{false};
+  std::mutex mutex;
+  std::string fault;                                      // under the mutex
+  std::unordered_map<uintptr_t, std::pair<uint64_t, Known>> atomics;  // under the mutex: last release
+  uint32_t generation;                                    // of the global shadow
+  uint3 block_index(uint64_t team, uint32_t rank) const;
+};
+
+struct Worker {
+  // The team that runs.
+  Launch* launch = nullptr;
+  uint64_t team = 0;
+  std::vector<Block> blocks;  // the first `launch->team_blocks` of them
+  uint32_t finished = 0, threads = 0;
+  bool dead = false;
+  std::vector<Fiber*> ready;  // a ring
+  uint32_t ready_head = 0, ready_count = 0, ready_mask = 0;
+  std::vector<AsyncCopy> copies;  // in flight, oldest first
+  size_t copies_head = 0;
+  std::vector<Product*> free_products;
+  NamedBarrier cluster_barrier;
+  uint64_t random = 1;
+  bool race = false;
+  uint32_t order = 0, asynchronous = 0;
+  uint32_t idle_yields = 0;
+  int64_t idle_since_ms = 0;
+  RaceTeam race_team;
+
+  // The worker itself.
+  void* main_stack = nullptr;
+  uint8_t* windows = nullptr;
+  size_t window_count = 0;
+  Stacks stacks;
+  Stacks service;  // 0: checks at the end of a team; 1: reports of faults
+  pthread_t thread{};
+  std::atomic<uint64_t> switches{0};  // written by this worker only
+  std::atomic<bool> in_team{false}, expired{false};
+  std::atomic<uint32_t> watchdog_ms{0};
+  uintptr_t fault_pc = 0, fault_address = 0;
+  int fault_signal = 0;
+
+  bool reserve(uint32_t blocks, uint32_t threads);
+  ~Worker();
+};
+
+extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
+inline Fiber* self() { return static_cast<Fiber*>(current); }
+
+// ---------------------------------------------------------------- scheduler.cpp
+void run_team(Launch&, uint64_t team);
+void make_ready(Fiber*);
+void block_on(Wait, const void* object, uint64_t detail, Site);
+// Lets the others run; a fault if nothing but such yields happens.
+void yield(const char* what, Site);
+void progress();  // something happened that a spinning thread may wait for
+uint64_t random_bits();
+// Calls `function` on a service stack and comes back when it ends or fails.
+void on_service_stack(size_t index, void (*function)());
+
+// ---------------------------------------------------------------- shared memory (shared.cpp)
+// The block of the team in whose window `p` lies, or null.
+inline Block* block_of(const void* p) {
+  Worker& w = *worker;
+  const size_t offset = size_t(static_cast<const uint8_t*>(p) - w.windows);
+  return offset < w.launch->team_blocks * WINDOW_BYTES ? &w.blocks[offset / WINDOW_BYTES] : nullptr;
+}
+[[noreturn]] void out_of_shared(const Block&, uint32_t address, uint32_t bytes, const char* what,
+                                Site);
+// [address, address + bytes), if it is shared memory that this launch asked for; else a fault.
+inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, const char* what,
+                               Site site) {
+  const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
+  const bool in_static =
+      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
+  if (!dynamic && !in_static) [[unlikely]] out_of_shared(*block, address, bytes, what, site);
+  return block->window + address;
+}
+void checked_shared(const void* p, uint32_t bytes, const char* what, Site);
+inline uint32_t offset_in(const Block* block, const void* p) {
+  return uint32_t(static_cast<const uint8_t*>(p) - block->window);
+}
+void poison(Block&);
+void check_gaps(const Block&);
+
+// ---------------------------------------------------------------- mbarrier.cpp, copy.cpp
+Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);
+void complete_bytes(Mbarrier&, uint32_t bytes);
+void run_copy(AsyncCopy&);
+bool run_one_copy();  // the oldest, or any; false: none in flight
+
+// ---------------------------------------------------------------- wgmma.cpp
+inline Warpgroup& warpgroup_of(const Fiber& fiber) {
+  return fiber.block->warpgroups[fiber.id / WARPGROUP_THREADS];
+}
+// The oldest wgmma of this thread that it has not waited for, or null.
+const Product* pending_product(const Fiber&);
+
+// ---------------------------------------------------------------- warp.cpp
+using Act = void (*)(Warp&, uint32_t mask, void** arguments);
+void meet(Collective, uint32_t mask, void* argument, Act, Site);
+
+}  // namespace simt

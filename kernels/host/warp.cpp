@@ -1,0 +1,320 @@
+// What the lanes of a warp do together: shuffles, votes, matrices in fragments.
+//
+// Each lane leaves the address of its arguments; the last one to arrive acts for all. That gives no
+// order between the lanes' other accesses (only __syncwarp does).
+#include <cstring>
+
+#include "fault.h"
+#include "machine.h"
+
+namespace simt {
+
+static const char* name_of(Collective kind) {
+  switch (kind) {
+    case Collective::Shuffle: return "shuffle";
+    case Collective::Vote: return "vote";
+    case Collective::Syncwarp: return "__syncwarp";
+    case Collective::Elect: return "elect_one";
+    case Collective::Ldmatrix: return "ldmatrix";
+    case Collective::Stmatrix: return "stmatrix";
+    case Collective::Mma: return "mma";
+    case Collective::Setmaxnreg: return "setmaxnreg";
+  }
+  return "?";
+}
+
+template <class F>
+static void each_lane(uint32_t mask, F&& f) {
+  for (; mask; mask &= mask - 1) f(uint32_t(__builtin_ctz(mask)));
+}
+
+void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
+  Fiber& fiber = *self();
+  Warp& warp = *fiber.warp;
+  const uint32_t lane = fiber.id % WARP_THREADS, bit = 1u << lane;
+  if (!(mask & bit)) {
+    fail_at(fiber, name_of(kind), site, format("the calling lane is not in the mask %08x", mask));
+  }
+  mask &= warp.exists;  // the last warp of a block may be short
+  Meeting* meeting = nullptr;
+  Meeting* unused = nullptr;
+  for (Meeting& other : warp.meetings) {
+    if (!other.arrived) {
+      unused = &other;
+    } else if (other.mask & mask) {
+      if (other.mask != mask || other.kind != kind || other.site.line != site.line) {
+        fail_at(fiber, name_of(kind), site,
+                format("the warp has diverged: lanes %08x wait in %s (mask %08x) at %s",
+                       other.arrived, name_of(other.kind), other.mask,
+                       describe(other.site).c_str()));
+      }
+      meeting = &other;
+      break;
+    }
+  }
+  if (!meeting) {
+    if (!unused) unused = &warp.meetings.emplace_back();
+    meeting = unused;
+    meeting->mask = mask;
+    meeting->kind = kind;
+    meeting->site = site;
+  }
+  meeting->argument[lane] = argument;
+  meeting->arrived |= bit;
+  if (meeting->arrived != mask) {
+    block_on(Wait::Collective, &warp, uint64_t(kind), site);
+    return;
+  }
+  meeting->arrived = 0;
+  void* arguments[WARP_THREADS];
+  std::memcpy(arguments, meeting->argument, sizeof arguments);
+  if (act) act(warp, mask, arguments);
+  each_lane(mask & ~bit, [&](uint32_t other) { make_ready(warp.lanes[other]); });
+}
+
+// ---------------------------------------------------------------- shuffles, votes
+struct ShuffleArgument {
+  uint32_t value, result;
+  Shuffle kind;
+  int lane, width;
+};
+
+static int source_lane(const ShuffleArgument& argument, int lane) {
+  const int segment = lane & ~(argument.width - 1), end = segment + argument.width;
+  int source = lane;
+  switch (argument.kind) {
+    case Shuffle::Index: return segment + (argument.lane & (argument.width - 1));
+    case Shuffle::Up: source = lane - argument.lane; return source < segment ? lane : source;
+    case Shuffle::Down: source = lane + argument.lane; break;
+    case Shuffle::Xor: source = lane ^ argument.lane; break;
+  }
+  return source >= end ? lane : source;
+}
+
+uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int lane, int width, Site site) {
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail_at(*self(), "shuffle", site, format("width %d is not a power of two up to 32", width));
+  constexpr uint32_t UNDEFINED = 0xdeadbeef;  // the source lane takes no part
+  ShuffleArgument argument{value, UNDEFINED, kind, lane, width};
+  meet(Collective::Shuffle, mask, &argument, [](Warp&, uint32_t mask, void** arguments) {
+    each_lane(mask, [&](uint32_t lane) {
+      auto& mine = *static_cast<ShuffleArgument*>(arguments[lane]);
+      const int source = source_lane(mine, int(lane));
+      if (mask >> source & 1) mine.result = static_cast<ShuffleArgument*>(arguments[source])->value;
+    });
+  }, site);
+  return argument.result;
+}
+
+struct VoteArgument {
+  int predicate;
+  uint32_t result;
+};
+
+uint32_t ballot(uint32_t mask, int predicate, Site site) {
+  VoteArgument argument{predicate, 0};
+  meet(Collective::Vote, mask, &argument, [](Warp&, uint32_t mask, void** arguments) {
+    uint32_t result = 0;
+    each_lane(mask, [&](uint32_t lane) {
+      if (static_cast<VoteArgument*>(arguments[lane])->predicate) result |= 1u << lane;
+    });
+    each_lane(mask, [&](uint32_t lane) {
+      static_cast<VoteArgument*>(arguments[lane])->result = result;
+    });
+  }, site);
+  return argument.result;
+}
+
+// ---------------------------------------------------------------- 8x8 matrices
+struct MatrixArgument {
+  uint32_t* registers;
+  uint8_t* row;
+  int count;
+  bool transposed;
+  Site site;
+};
+
+// Lanes 8j to 8j+7 give the rows of matrix j.
+static uint16_t* matrix_row(Warp& warp, void** arguments, int matrix, int row, bool write) {
+  const uint32_t lane = uint32_t(matrix * 8 + row);
+  auto& argument = *static_cast<MatrixArgument*>(arguments[lane]);
+  const char* what = write ? "stmatrix" : "ldmatrix";
+  constexpr uint32_t ROW_BYTES = 16;
+  if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) {
+    fail_at(*warp.lanes[lane], what, argument.site, "the row's address is not a multiple of 16");
+  }
+  checked_shared(argument.row, ROW_BYTES, what, argument.site);
+  if (worker->race) {
+    race_thread(*warp.lanes[lane], argument.row, ROW_BYTES, write ? WRITE : READ,
+                place_of(argument.site));
+  }
+  return reinterpret_cast<uint16_t*>(argument.row);
+}
+
+static void load_matrices(Warp& warp, uint32_t, void** arguments) {
+  const auto& first = *static_cast<MatrixArgument*>(arguments[0]);
+  for (int matrix = 0; matrix < first.count; matrix++) {
+    const uint16_t* rows[8];
+    for (int row = 0; row < 8; row++) rows[row] = matrix_row(warp, arguments, matrix, row, false);
+    for (int lane = 0; lane < 32; lane++) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      const uint32_t low = first.transposed ? rows[column][row] : rows[row][column];
+      const uint32_t high = first.transposed ? rows[column + 1][row] : rows[row][column + 1];
+      static_cast<MatrixArgument*>(arguments[lane])->registers[matrix] = low | high << 16;
+    }
+  }
+}
+
+static void store_matrices(Warp& warp, uint32_t, void** arguments) {
+  const auto& first = *static_cast<MatrixArgument*>(arguments[0]);
+  for (int matrix = 0; matrix < first.count; matrix++) {
+    uint16_t* rows[8];
+    for (int row = 0; row < 8; row++) rows[row] = matrix_row(warp, arguments, matrix, row, true);
+    for (int lane = 0; lane < 32; lane++) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      const uint32_t pair = static_cast<MatrixArgument*>(arguments[lane])->registers[matrix];
+      (first.transposed ? rows[column][row] : rows[row][column]) = uint16_t(pair);
+      (first.transposed ? rows[column + 1][row] : rows[row][column + 1]) = uint16_t(pair >> 16);
+    }
+  }
+}
+
+static void move_matrices(Collective kind, uint32_t* registers, const void* row, int count,
+                          bool transposed, Site site) {
+  MatrixArgument argument{registers, static_cast<uint8_t*>(const_cast<void*>(row)), count,
+                          transposed, site};
+  meet(kind, ~0u, &argument, kind == Collective::Ldmatrix ? load_matrices : store_matrices, site);
+}
+
+// ---------------------------------------------------------------- mma
+struct MmaArgument {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+static float low(uint32_t pair) { return to_float(bf16{uint16_t(pair)}); }
+static float high(uint32_t pair) { return to_float(bf16{uint16_t(pair >> 16)}); }
+
+static void multiply(Warp&, uint32_t, void** arguments) {
+  float a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const auto& mine = *static_cast<MmaArgument*>(arguments[lane]);
+    const int group = lane / 4, quad = lane % 4;
+    for (int i = 0; i < 4; i++) {
+      const int row = group + i % 2 * 8, k = quad * 2 + i / 2 * 8;
+      a[row][k] = low(mine.a[i]);
+      a[row][k + 1] = high(mine.a[i]);
+      d[group + i / 2 * 8][quad * 2 + i % 2] = mine.d[i];
+    }
+    for (int i = 0; i < 2; i++) {
+      b[quad * 2 + i * 8][group] = low(mine.b[i]);
+      b[quad * 2 + 1 + i * 8][group] = high(mine.b[i]);
+    }
+  }
+  for (int m = 0; m < 16; m++)
+    for (int k = 0; k < 16; k++)
+      for (int n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
+  for (int lane = 0; lane < 32; lane++) {
+    auto& mine = *static_cast<MmaArgument*>(arguments[lane]);
+    for (int i = 0; i < 4; i++) mine.d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+// ---------------------------------------------------------------- setmaxnreg
+struct RegisterArgument {
+  int registers;
+  bool increase, granted;
+  Site site;
+};
+
+static void change_registers(Warp& warp, uint32_t, void** arguments) {
+  const auto& first = *static_cast<RegisterArgument*>(arguments[0]);
+  Fiber& fiber = *warp.lanes[0];
+  Block& block = *fiber.block;
+  uint32_t& now = block.warp_registers[fiber.id / WARP_THREADS];
+  const auto wanted = uint32_t(first.registers);
+  // In a small block the compiler decides how many registers a thread starts with.
+  const bool known = block.threads > REGISTERS / 256;
+  if (known && (first.increase ? wanted < now : wanted > now)) {
+    fail_at(fiber, "setmaxnreg", first.site,
+            format("the warp has %u registers a thread: %s cannot make it %u", now,
+                   first.increase ? "an increase" : "a decrease", wanted));
+  }
+  const bool granted = wanted <= now || (wanted - now) * WARP_THREADS <= block.free_registers;
+  if (granted) {
+    block.free_registers -= (wanted - now) * WARP_THREADS;  // modulo 2^32
+    now = wanted;
+  }
+  for (int lane = 0; lane < 32; lane++)
+    static_cast<RegisterArgument*>(arguments[lane])->granted = granted;
+}
+
+void setmaxnreg(int registers, bool increase, Site site) {
+  for (;;) {
+    RegisterArgument argument{registers, increase, false, site};
+    meet(Collective::Setmaxnreg, ~0u, &argument, change_registers, site);
+    if (argument.granted) return;
+    yield("setmaxnreg: no registers are free;", site);
+  }
+}
+
+}  // namespace simt
+
+using namespace simt;
+
+void __syncwarp(uint32_t mask, Site site) {
+  meet(Collective::Syncwarp, mask, nullptr, [](Warp& warp, uint32_t mask, void**) {
+    if (!worker->race) return;
+    Collected all;
+    each_lane(mask, [&](uint32_t lane) { race_release(*warp.lanes[lane], all); });
+    const Known known = all.take();
+    each_lane(mask, [&](uint32_t lane) { warp.lanes[lane]->known = known; });
+  }, site);
+}
+
+bool elect_one(Site site) {
+  meet(Collective::Elect, ~0u, nullptr, nullptr, site);
+  return self()->id % WARP_THREADS == 0;
+}
+
+void ldmatrix_x1(uint32_t (&d)[1], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 1, false, site);
+}
+void ldmatrix_x2(uint32_t (&d)[2], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 2, false, site);
+}
+void ldmatrix_x4(uint32_t (&d)[4], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 4, false, site);
+}
+void ldmatrix_x1_trans(uint32_t (&d)[1], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 1, true, site);
+}
+void ldmatrix_x2_trans(uint32_t (&d)[2], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 2, true, site);
+}
+void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, Site site) {
+  move_matrices(Collective::Ldmatrix, d, row, 4, true, site);
+}
+void stmatrix_x1(void* row, const uint32_t (&s)[1], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 1, false, site);
+}
+void stmatrix_x2(void* row, const uint32_t (&s)[2], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 2, false, site);
+}
+void stmatrix_x4(void* row, const uint32_t (&s)[4], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 4, false, site);
+}
+void stmatrix_x1_trans(void* row, const uint32_t (&s)[1], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 1, true, site);
+}
+void stmatrix_x2_trans(void* row, const uint32_t (&s)[2], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 2, true, site);
+}
+void stmatrix_x4_trans(void* row, const uint32_t (&s)[4], Site site) {
+  move_matrices(Collective::Stmatrix, const_cast<uint32_t*>(s), row, 4, true, site);
+}
+
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+  MmaArgument argument{d, a, b};
+  meet(Collective::Mma, ~0u, &argument, multiply, site);
+}

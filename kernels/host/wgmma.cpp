@@ -1,0 +1,383 @@
+// wgmma: recorded by each of the 128 threads, computed when they wait, in the order of issue.
+//
+// A thread's accumulators are worked on where they lie. In register i of thread t stands
+//   row 16 (t/32) + (t%32)/4 + 8 (i/2 % 2), column 8 (i/4) + 2 (t%4) + i%2,
+// so that four consecutive registers want a row pair of A as (r, r, r+8, r+8) and a column pair of
+// B as (c, c+1, c, c+1): both operands are laid out so, and the inner loop is whole vectors. (PTX
+// ISA, "Register Fragments for wgmma"; the reference "Hopper kernels" has the checked formulas.)
+#include <algorithm>
+#include <cstring>
+
+#include "fault.h"
+#include "machine.h"
+
+#define EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+
+namespace simt {
+
+static constexpr int M = 64, K_STEP = 16, MOST_STEPS = 4, MOST_K = K_STEP * MOST_STEPS, MOST_N = 256;
+static constexpr int ROW_PAIRS = 32, QUADS = 4;
+
+namespace {
+
+// Operands of up to MOST_STEPS wgmmas that add to the same accumulators.
+struct Operands {
+  float a[MOST_K][ROW_PAIRS][4];     // (r, r, r+8, r+8) of row pair p = 8 warp + group
+  float b[MOST_K][QUADS][MOST_N / 2];  // by register, for the threads of one quad position
+};
+
+typedef float Four __attribute__((vector_size(16)));
+typedef float Sixteen __attribute__((vector_size(64), aligned(4)));
+
+}  // namespace
+
+static thread_local Operands operands;
+
+static inline float value_of(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+
+// ---------------------------------------------------------------- where the operands lie
+namespace {
+
+struct Descriptor {
+  uint32_t start, leading, stride, span;
+  Descriptor(uint64_t bits, Site site) {
+    start = uint32_t(bits & 0x3fff) << 4;
+    leading = uint32_t(bits >> 16 & 0x3fff) << 4;
+    stride = uint32_t(bits >> 32 & 0x3fff) << 4;
+    constexpr uint32_t SPANS[] = {0, 128, 64, 32};
+    span = SPANS[bits >> 62];
+    if (bits >> 49 & 7)
+      fail_at(*self(), "wgmma", site, "descriptors with a base offset are not supported here");
+  }
+  uint32_t swizzled(uint32_t address) const {
+    return span ? address ^ ((address >> 3) & (span - 16)) : address;
+  }
+  // K-major: the 8 values k = 8 half ... of row `row`.
+  uint32_t k_major(uint32_t row, uint32_t half) const {
+    const uint32_t row_bytes = span ? span : 16;
+    return swizzled(start + row / 8 * stride + row % 8 * row_bytes +
+                    half * (span ? 16 : leading));
+  }
+  // MN-major: the 8 values m = 8 eighth ... of k. With a swizzle, rows of `span` bytes hold span/2
+  // values of one k; blocks of them are `leading` bytes apart, groups of 8 k `stride` bytes.
+  // Without one, core matrices are 8 k by 8 m, `stride` apart along m and `leading` along k.
+  uint32_t mn_major(uint32_t eighth, uint32_t k) const {
+    if (!span) return start + eighth * stride + k / 8 * leading + k % 8 * 16;
+    const uint32_t per_row = span / 16;
+    return swizzled(start + eighth / per_row * leading + k / 8 * stride + k % 8 * span +
+                    eighth % per_row * 16);
+  }
+};
+
+}  // namespace
+
+static const uint16_t* eight(Block* block, uint32_t address, const Clock& clock, Site site) {
+  const uint8_t* p = checked_shared(block, address, 16, "wgmma", site);
+  if (worker->race) race_clock(clock, p, 16, READ | ASYNC | WARPGROUP, place_of(site));
+  return reinterpret_cast<const uint16_t*>(p);
+}
+
+static void put_a(int row, int k, float value) {
+  float* four = operands.a[k][row / 16 * 8 + row % 8];
+  four[row / 8 % 2 * 2] = four[row / 8 % 2 * 2 + 1] = value;
+}
+
+static void load_a(Block* block, const Product& product, int k0, const Clock& clock) {
+  const Descriptor descriptor(product.a, product.site);
+  if (product.trans_a) {
+    for (int k = 0; k < K_STEP; k++)
+      for (int m = 0; m < M; m += 8) {
+        const uint16_t* values =
+            eight(block, descriptor.mn_major(uint32_t(m) / 8, uint32_t(k)), clock, product.site);
+        for (int i = 0; i < 8; i++) put_a(m + i, k0 + k, value_of(values[i]));
+      }
+    return;
+  }
+  for (int half = 0; half < 2; half++)
+    for (int pair = 0; pair < ROW_PAIRS; pair++) {
+      const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
+      const uint16_t* upper =
+          eight(block, descriptor.k_major(row, uint32_t(half)), clock, product.site);
+      const uint16_t* lower =
+          eight(block, descriptor.k_major(row + 8, uint32_t(half)), clock, product.site);
+      for (int i = 0; i < 8; i++) {
+        const float u = value_of(upper[i]), l = value_of(lower[i]);
+        const Four four = {u, u, l, l};
+        std::memcpy(operands.a[k0 + half * 8 + i][pair], &four, sizeof four);
+      }
+    }
+}
+
+static void load_registers(const Product& product, uint32_t thread, int k0) {
+  const uint32_t(&registers)[4] = product.registers[thread];
+  for (int r = 0; r < 4; r++) {
+    const int row = int(thread / 32 * 16 + thread % 32 / 4) + r % 2 * 8;
+    const int k = k0 + int(thread % 4) * 2 + r / 2 * 8;
+    put_a(row, k, value_of(uint16_t(registers[r])));
+    put_a(row, k + 1, value_of(uint16_t(registers[r] >> 16)));
+  }
+}
+
+static void load_b(Block* block, const Product& product, int k0, const Clock& clock) {
+  const Descriptor descriptor(product.b, product.site);
+  const int n = product.n;
+  if (product.trans_b) {
+    for (int k = 0; k < K_STEP; k++)
+      for (int column = 0; column < n; column += 8) {
+        const uint16_t* values = eight(
+            block, descriptor.mn_major(uint32_t(column) / 8, uint32_t(k)), clock, product.site);
+        for (int quad = 0; quad < QUADS; quad++) {
+          const float c0 = value_of(values[2 * quad]), c1 = value_of(values[2 * quad + 1]);
+          const Four four = {c0, c1, c0, c1};
+          std::memcpy(&operands.b[k0 + k][quad][column / 2], &four, sizeof four);
+        }
+      }
+    return;
+  }
+  for (int half = 0; half < 2; half++)
+    for (int column = 0; column < n; column += 2) {
+      const uint16_t* first =
+          eight(block, descriptor.k_major(uint32_t(column), uint32_t(half)), clock, product.site);
+      const uint16_t* second = eight(
+          block, descriptor.k_major(uint32_t(column) + 1, uint32_t(half)), clock, product.site);
+      const int quad = column % 8 / 2, at = column / 8 * 4;
+      for (int i = 0; i < 8; i++) {
+        const float c0 = value_of(first[i]), c1 = value_of(second[i]);
+        const Four four = {c0, c1, c0, c1};
+        std::memcpy(&operands.b[k0 + half * 8 + i][quad][at], &four, sizeof four);
+      }
+    }
+}
+
+// ---------------------------------------------------------------- the product
+// d of one thread, registers [first, first + 16 Blocks): all of k for a few vectors at a time.
+template <int Threads, int Blocks>
+static inline __attribute__((always_inline)) void multiply_sixteens(float* const (&d)[Threads],
+                                                                    const int (&pair)[Threads],
+                                                                    int quad, int first, int ks,
+                                                                    bool keep) {
+  Sixteen sum[Threads][Blocks];
+  for (int t = 0; t < Threads; t++)
+    for (int j = 0; j < Blocks; j++)
+      sum[t][j] = keep ? *reinterpret_cast<const Sixteen*>(d[t] + first + 16 * j) : Sixteen{};
+  for (int k = 0; k < ks; k++) {
+    Sixteen b[Blocks];
+    for (int j = 0; j < Blocks; j++)
+      b[j] = *reinterpret_cast<const Sixteen*>(&operands.b[k][quad][first + 16 * j]);
+    for (int t = 0; t < Threads; t++) {
+      const float* four = operands.a[k][pair[t]];
+      const float u = four[0], l = four[2];
+      const Sixteen a = {u, u, l, l, u, u, l, l, u, u, l, l, u, u, l, l};
+      for (int j = 0; j < Blocks; j++) sum[t][j] += a * b[j];
+    }
+  }
+  for (int t = 0; t < Threads; t++)
+    for (int j = 0; j < Blocks; j++)
+      *reinterpret_cast<Sixteen*>(d[t] + first + 16 * j) = sum[t][j];
+}
+
+EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
+  const int registers = n / 2, whole = registers / 16 * 16;
+  constexpr int TOGETHER = 4;
+  for (int quad = 0; quad < QUADS; quad++)
+    for (int group = 0; group < ROW_PAIRS; group += TOGETHER) {
+      float* mine[TOGETHER];
+      int pair[TOGETHER];
+      for (int t = 0; t < TOGETHER; t++) {
+        pair[t] = group + t;
+        mine[t] = d[pair[t] * 4 + quad];
+      }
+      int first = 0;
+      for (; first + 64 <= whole; first += 64)
+        multiply_sixteens<TOGETHER, 4>(mine, pair, quad, first, ks, keep);
+      for (; first < whole; first += 16)
+        multiply_sixteens<TOGETHER, 1>(mine, pair, quad, first, ks, keep);
+      for (int t = 0; t < TOGETHER; t++)
+        for (int i = whole; i < registers; i++) {
+          float sum = keep ? mine[t][i] : 0;
+          for (int k = 0; k < ks; k++)
+            sum += operands.a[k][pair[t]][i % 4] * operands.b[k][quad][i];
+          mine[t][i] = sum;
+        }
+    }
+}
+
+// ---------------------------------------------------------------- issue
+const Product* pending_product(const Fiber& fiber) {
+  if (!fiber.products) return nullptr;
+  const Warpgroup& group = warpgroup_of(fiber);
+  return fiber.products > group.retired ? group.products.front() : nullptr;
+}
+
+namespace {
+
+// What a thread passes to a wgmma.
+struct Call {
+  float* d;
+  const uint32_t* registers;  // null: A lies in shared memory
+  uint64_t a, b;
+  int n, scale_d;
+  bool trans_a, trans_b;
+};
+
+}  // namespace
+
+static bool agrees(const Product& product, const Call& call, uint32_t group, Site site) {
+  return product.a == call.a && product.b == call.b && product.n == call.n &&
+         product.scale_d == (call.scale_d != 0) && product.trans_a == call.trans_a &&
+         product.trans_b == call.trans_b && product.in_registers == (call.registers != nullptr) &&
+         product.group == group && product.site.line == site.line;
+}
+
+static void issue(const Call& call, Site site) {
+  Fiber& fiber = *self();
+  if (!fiber.product_fenced)
+    fail_at(fiber, "wgmma", site, "no wgmma_fence came after the last wgmma_wait");
+  if ((fiber.id / WARPGROUP_THREADS + 1) * WARPGROUP_THREADS > fiber.block->threads)
+    fail_at(fiber, "wgmma", site, "the thread belongs to no whole warpgroup");
+  Warpgroup& group = warpgroup_of(fiber);
+  const uint32_t index = fiber.products++ - group.retired;
+  if (index == group.products.size()) {
+    std::vector<Product*>& unused = worker->free_products;
+    Product* fresh = unused.empty() ? new Product : unused.back();
+    if (!unused.empty()) unused.pop_back();
+    fresh->a = call.a;
+    fresh->b = call.b;
+    fresh->n = call.n;
+    fresh->scale_d = call.scale_d != 0;
+    fresh->in_registers = call.registers != nullptr;
+    fresh->trans_a = call.trans_a;
+    fresh->trans_b = call.trans_b;
+    fresh->group = fiber.product_group;
+    fresh->site = site;
+    for (Known& known : fresh->known) known.reset();
+    group.products.push_back(fresh);
+  }
+  Product& product = *group.products[index];
+  if (!agrees(product, call, fiber.product_group, site))
+    fail_at(fiber, "wgmma", site,
+            format("another thread of the warpgroup has the wgmma of %s in its place, or other "
+                   "operands: all 128 must agree",
+                   describe(product.site).c_str()));
+  const uint32_t thread = fiber.id % WARPGROUP_THREADS;
+  product.d[thread] = call.d;
+  if (call.registers) {
+    product.source[thread] = call.registers;
+    std::memcpy(product.registers[thread], call.registers, sizeof product.registers[thread]);
+  }
+  if (worker->race) {
+    Known& known = product.known[thread / WARP_THREADS];
+    known = joined(known, raised(fiber.known, fiber.actor, fiber.now));
+  }
+}
+
+void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool trans_a, bool trans_b,
+                  Site site) {
+  issue({d, nullptr, a, b, n, scale_d, trans_a, trans_b}, site);
+}
+
+void wgmma_registers(float* d, int n, const uint32_t* a, uint64_t b, int scale_d, bool trans_b,
+                     Site site) {
+  issue({d, a, 0, b, n, scale_d, false, trans_b}, site);
+}
+
+// ---------------------------------------------------------------- wait
+// What the whole warpgroup knows at issue: the least of what its warps know.
+static Known known_by_all(const Product& product) {
+  static thread_local Known before[4], result;
+  if (std::equal(before, before + 4, product.known)) return result;
+  std::copy(product.known, product.known + 4, before);
+  auto least = std::make_shared<Vector>(*before[0]);
+  for (const Known& other : before) {
+    if (least->ticks.size() > other->ticks.size()) least->ticks.resize(other->ticks.size());
+    for (size_t i = 0; i < least->ticks.size(); i++)
+      least->ticks[i] = std::min(least->ticks[i], other->ticks[i]);
+  }
+  result = least;
+  return result;
+}
+
+// Its warps' actors, four in a row.
+static Actor actor_of(Warpgroup& group, const Fiber& first) {
+  if (group.actor) return group.actor;
+  const std::string name = "the wgmma of " + describe(first) + " and the 127 after it";
+  group.actor = new_agent(name);
+  for (int warp = 1; warp < 4; warp++) new_agent(name);
+  return group.actor;
+}
+
+// Computes the first `count` products.
+static void compute(Warpgroup& group, const Fiber& first, size_t count) {
+  std::vector<bool> done(count);
+  for (size_t i = 0; i < count; i++) {
+    if (done[i]) continue;
+    const Product& head = *group.products[i];
+    int steps = 0;
+    for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
+      const Product& product = *group.products[j];
+      if (done[j] || product.d[0] != head.d[0] || product.n != head.n) continue;
+      if (steps && !product.scale_d) break;
+      Clock clock;
+      if (worker->race) clock = {actor_of(group, first), product.group + 1, known_by_all(product)};
+      if (product.in_registers) {
+        for (uint32_t t = 0; t < WARPGROUP_THREADS; t++)
+          load_registers(product, t, steps * K_STEP);
+      } else {
+        load_a(first.block, product, steps * K_STEP, clock);
+      }
+      load_b(first.block, product, steps * K_STEP, clock);
+      done[j] = true;
+      steps++;
+    }
+    multiply_all(head.d, head.n, steps * K_STEP, head.scale_d);
+  }
+}
+
+void wgmma_wait(int groups, Site site) {
+  Fiber& fiber = *self();
+  Block& block = *fiber.block;
+  if ((fiber.id / WARPGROUP_THREADS + 1) * WARPGROUP_THREADS > block.threads)
+    fail_at(fiber, "wgmma_wait", site, "the thread belongs to no whole warpgroup");
+  Warpgroup& group = warpgroup_of(fiber);
+  fiber.product_wait = groups;
+  fiber.product_fenced = false;
+  if (++group.arrived < WARPGROUP_THREADS) {
+    group.waiting.push_back(&fiber);
+    block_on(Wait::Wgmma, &group, uint64_t(groups), site);
+    return;
+  }
+  group.arrived = 0;
+  Fiber* first = &block.fibers[fiber.id / WARPGROUP_THREADS * WARPGROUP_THREADS];
+  for (uint32_t t = 1; t < WARPGROUP_THREADS; t++) {
+    if (first[t].products != first->products || first[t].product_wait != first->product_wait)
+      fail_at(first[t], "wgmma_wait", site,
+              format("the warpgroup has diverged: thread %u issued %u wgmmas and waits for all but "
+                     "%d groups, this one %u and %d",
+                     first->id, first->products, first->product_wait, first[t].products,
+                     first[t].product_wait));
+  }
+  size_t count = 0;
+  while (count < group.products.size() &&
+         group.products[count]->group + uint32_t(groups) < first->product_group)
+    count++;
+  compute(group, *first, count);
+  if (worker->race && count) {
+    // A thread waits for the part of its own warp only.
+    const Tick upto = group.products[count - 1]->group + 1;
+    const Actor actor = actor_of(group, *first);
+    for (uint32_t t = 0; t < WARPGROUP_THREADS; t++)
+      first[t].known = raised(first[t].known, actor + t / WARP_THREADS, upto);
+  }
+  for (size_t i = 0; i < count; i++) worker->free_products.push_back(group.products[i]);
+  group.products.erase(group.products.begin(), group.products.begin() + long(count));
+  group.retired += uint32_t(count);
+  for (Fiber* waiting : group.waiting) make_ready(waiting);
+  group.waiting.clear();
+}
+
+}  // namespace simt
+
+using namespace simt;
+
+void wgmma_fence(Site) { self()->product_fenced = true; }
+void wgmma_commit(Site) { self()->product_group++; }

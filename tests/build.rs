@@ -1,0 +1,276 @@
+//! What build.rs makes of kernels/, and what it must refuse: the rules of a kernel file, the words
+//! of ptxas, and the machine code itself, as the disassembler reads it.
+//!
+//! The disassembler is in ISOBATH_CUDA_TOOLS or where `tools/fetch-nvcc --tools` puts it. Without
+//! it, or without fatbins, the tests of machine code say "skipped"; with
+//! ISOBATH_REQUIRE_CUDA_TOOLS=1 they fail.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use isobath::cuda::binaries::{ARCHITECTURES, CODE, FATBINS, NVCC, fatbin};
+
+#[path = "../build/ptxas.rs"]
+mod ptxas;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn kernel_files() -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join("kernels")).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    files.sort();
+    files
+}
+
+// ---------------------------------------------------------------- the rules of a kernel file
+
+/// Lines that a kernel file must not have, and the include that it must.
+fn broken_rules(text: &str) -> Vec<String> {
+    let mut broken = vec![];
+    let mut includes = 0;
+    for (number, line) in text.lines().enumerate() {
+        let code = line.split("//").next().unwrap().trim();
+        let directive = code.strip_prefix('#').map(str::trim_start).unwrap_or_default();
+        let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+        if directive.starts_with("if") || directive.starts_with("el") {
+            broken.push(format!("line {}: a condition of the preprocessor: {line}", number + 1));
+        } else if words.any(|word| matches!(word, "asm" | "__asm__" | "__asm")) {
+            broken.push(format!("line {}: inline asm: {line}", number + 1));
+        } else if directive.starts_with("include") {
+            includes += 1;
+            if code != "#include \"isobath.cuh\"" {
+                broken.push(format!("line {}: another include: {line}", number + 1));
+            }
+        }
+    }
+    if includes == 0 {
+        broken.push("isobath.cuh is not included".to_string());
+    }
+    broken
+}
+
+#[test]
+fn kernel_files_have_one_include_no_condition_and_no_asm() {
+    let files = kernel_files();
+    assert!(files.len() >= 3, "{files:?}");
+    for path in files {
+        let broken = broken_rules(&fs::read_to_string(&path).unwrap());
+        assert!(broken.is_empty(), "{}:\n{}", path.display(), broken.join("\n"));
+    }
+}
+
+#[test]
+fn a_planted_condition_asm_or_include_is_found() {
+    let clean =
+        "// asm and #if in a comment\n#include \"isobath.cuh\"\n#pragma unroll\nint asm_;\n";
+    assert_eq!(broken_rules(clean), [""; 0]);
+    for planted in [
+        "#if 1",
+        "  # ifdef __CUDACC__",
+        "#ifndef X",
+        "#elif X",
+        "#else",
+        "  asm volatile(\"trap;\");",
+        "asm(\"\");",
+        "{__asm__(\"\");}",
+        "#include <cuda_bf16.h>",
+        "# include \"isobath.cuh\"",
+        "#include \"device/wrappers.cuh\"",
+    ] {
+        let broken = broken_rules(&format!("{clean}{planted} // text\n"));
+        assert_eq!(broken.len(), 1, "{planted}: {broken:?}");
+        assert!(broken[0].starts_with("line 5: "), "{planted}: {broken:?}");
+    }
+    assert_eq!(broken_rules("int x;\n").len(), 1);
+}
+
+// ---------------------------------------------------------------- the words of ptxas
+
+/// What nvcc 13.0.88 printed for four functions, shortened.
+const SAID: &str = "\
+ptxas warning : Registers are spilled to local memory in function 'many', 164 bytes spill stores, 328 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'many' for 'sm_80'
+ptxas info    : Function properties for many
+    168 bytes stack frame, 164 bytes spill stores, 328 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 168 bytes cumulative stack size
+ptxas info    : Function properties for _Z6helperf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function 'plain' for 'sm_90a'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function 'indexed' for 'sm_90a'
+ptxas info    : Function properties for indexed
+    256 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+";
+
+#[test]
+fn spills_and_local_arrays_are_named_with_function_and_architecture() {
+    let found = ptxas::objections("kernels/x.cu", SAID, 2, &[]);
+    assert_eq!(
+        found,
+        [
+            "many: 168 bytes stack frame, 164 bytes spill stores, 328 bytes spill loads (sm_80)",
+            "indexed: 256 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads (sm_90a)",
+        ]
+    );
+    let excepted = ptxas::objections("kernels/x.cu", SAID, 2, &[("many", "a test")]);
+    assert_eq!(excepted, found[1..]);
+}
+
+#[test]
+fn serialized_wgmma_and_an_ignored_setmaxnreg_are_refused() {
+    let line = |what: &str| format!("ptxas info    : {what}\n{SAID}");
+    let serialized = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are \
+                      serialized due to ill formed pipeline stage in the function 'gemm'";
+    let ignored = "(C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum \
+                   register requirements.";
+    for (what, name) in [(serialized, "gemm: "), (ignored, "kernels/x.cu: ")] {
+        let found = ptxas::objections("kernels/x.cu", &line(what), 2, &[]);
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert!(found[0].starts_with(name) && found[0].contains("Performance"), "{found:?}");
+    }
+    let silent = ptxas::objections("kernels/x.cu", "", 2, &[]);
+    assert!(silent.len() == 1 && silent[0].contains("of 0 functions, not of 2"), "{silent:?}");
+}
+
+#[test]
+fn every_exception_has_a_reason() {
+    for (name, reason) in ptxas::EXCEPTIONS {
+        assert!(reason.split_whitespace().count() >= 3, "{name}: {reason:?} is no reason");
+    }
+}
+
+// ---------------------------------------------------------------- the machine code
+
+/// The opcodes of each function of a fatbin, such as "HGMMA.64x128x16.F32.BF16".
+type Code = BTreeMap<String, Vec<String>>;
+
+/// Reads what `cuobjdump -sass` prints.
+fn opcodes(listing: &str) -> Code {
+    let mut code = Code::new();
+    let mut function = None;
+    for line in listing.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("Function : ") {
+            function = Some(code.entry(name.to_string()).or_default());
+        } else if let Some((_, instruction)) =
+            line.strip_prefix("/*").and_then(|line| line.split_once("*/"))
+            && let Some((instruction, _)) = instruction.split_once(';')
+        {
+            // "@!P0 LDL R1, [R2]"
+            let mut words = instruction.split_whitespace();
+            let opcode = words.find(|word| !word.starts_with('@')).unwrap_or_default();
+            function.as_mut().expect("a function before its code").push(opcode.to_string());
+        }
+    }
+    code
+}
+
+fn has(code: &[String], mnemonic: &str) -> bool {
+    code.iter().any(|opcode| opcode.split('.').next() == Some(mnemonic))
+}
+
+/// Functions whose code reads or writes local memory.
+fn in_local_memory(code: &Code) -> Vec<&String> {
+    let local = |code: &[String]| has(code, "LDL") || has(code, "STL");
+    code.iter().filter(|(_, code)| local(code)).map(|(name, _)| name).collect()
+}
+
+/// The folder with cuobjdump and nvdisasm; `None`, after saying so, where the test cannot run.
+fn disassembler() -> Option<PathBuf> {
+    let fetched = root().join(".cuda/tools/nvidia/cu13/bin");
+    let folder = env::var_os("ISOBATH_CUDA_TOOLS").map_or(fetched, PathBuf::from);
+    let missing = ["cuobjdump", "nvdisasm"].into_iter().find(|tool| !folder.join(tool).is_file());
+    let why = match (NVCC, missing) {
+        (Err(why), _) => format!("this build has no machine code: {why}"),
+        (Ok(_), Some(tool)) => {
+            format!("no {tool} in {}; run tools/fetch-nvcc --tools", folder.display())
+        }
+        (Ok(_), None) => return Some(folder),
+    };
+    assert!(env::var_os("ISOBATH_REQUIRE_CUDA_TOOLS").is_none(), "{why}");
+    eprintln!("skipped: {why}");
+    None
+}
+
+/// `architecture` is such as "sm_90a".
+fn disassemble(tools: &Path, stem: &str, architecture: &str) -> Code {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(format!("{stem}.fatbin"));
+    fs::write(&file, fatbin(stem).unwrap()).unwrap();
+    // cuobjdump starts nvdisasm.
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path = [tools.to_path_buf()].into_iter().chain(env::split_paths(&path));
+    let done = Command::new(tools.join("cuobjdump"))
+        .args(["-sass", "-arch", architecture])
+        .arg(&file)
+        .env("PATH", env::join_paths(path).unwrap())
+        .output()
+        .unwrap();
+    let (listing, message) =
+        (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "{stem} for {architecture}: {message}");
+    let code = opcodes(&listing);
+    assert!(!code.is_empty(), "{stem} for {architecture}: no functions in {listing}{message}");
+    code
+}
+
+#[test]
+fn opcodes_are_read_behind_predicates_and_local_memory_is_seen() {
+    let listing = "\t\tFunction : first\n\t.headerflags @\"EF\"\n\
+                   /*0000*/   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */\n\
+                   /* 0x000e220000000800 */\n\
+                   /*0010*/   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], !UPT ;  /* 0x00 */\n\
+                   \t\tFunction : second\n/*0000*/  @!P0 STL.64 [R1], R2 ; /* 0x00 */\n\
+                   \t\tFunction : third\n/*0000*/  @P0 LDL R2, [R1] ; /* 0x00 */\n";
+    let code = opcodes(listing);
+    assert_eq!(code["first"], ["LDC", "HGMMA.64x64x16.F32.BF16"]);
+    assert!(has(&code["first"], "HGMMA") && !has(&code["first"], "LDL"));
+    assert_eq!(in_local_memory(&code), ["second", "third"]);
+}
+
+#[test]
+fn no_kernel_uses_local_memory_in_machine_code() {
+    let Some(tools) = disassembler() else { return };
+    assert!(!CODE.is_empty());
+    for (stem, targets) in CODE {
+        for architecture in targets.split(' ').filter(|target| target.starts_with("sm_")) {
+            let code = disassemble(&tools, stem, architecture);
+            let local = in_local_memory(&code);
+            assert!(local.is_empty(), "{stem} for {architecture}: LDL or STL in {local:?}");
+        }
+    }
+}
+
+#[test]
+fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
+    let Some(tools) = disassembler() else { return };
+    let code = disassemble(&tools, "gemm_sm90", "sm_90a");
+    for (name, code) in &code {
+        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
+            assert!(has(code, mnemonic), "{name} has no {mnemonic}");
+        }
+    }
+}
+
+#[test]
+fn each_kernel_file_is_compiled_for_what_it_says() {
+    if NVCC.is_err() || ARCHITECTURES != "80,90a" {
+        eprintln!("skipped: no fatbins, or for other architectures than 80 and 90a");
+        return;
+    }
+    let stems: Vec<&str> = FATBINS.iter().map(|(stem, _)| *stem).collect();
+    let files = kernel_files();
+    let expected: Vec<&str> =
+        files.iter().map(|path| path.file_stem().unwrap().to_str().unwrap()).collect();
+    assert_eq!(stems, expected);
+    let code: BTreeMap<&str, &str> = CODE.iter().copied().collect();
+    assert_eq!(code["norm"], "sm_80 sm_90a compute_80");
+    assert_eq!(code["gemm_sm90"], "sm_90a", "by its name");
+    assert_eq!(code["conformance"], "sm_90a", "by the line in its header");
+}

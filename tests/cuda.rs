@@ -1,0 +1,8 @@
+//! kernels/ on every machine there is: the CPU machine under several schedules and with its race
+//! detector, and a GPU where one is; and the driver below them.
+
+mod driver;
+mod gemm;
+mod library;
+mod machines;
+mod norm;

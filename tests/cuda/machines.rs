@@ -1,0 +1,136 @@
+//! The machines that a kernel test runs on, and how exact a kernel must be.
+
+use half::bf16;
+use isobath::config::Dtype;
+use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+use isobath::cuda::nvidia::{self, Nvidia};
+use isobath::cuda::{Allocation, Driver, host};
+
+/// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
+/// GPU. What it returns must be the same bits every time on one kind of machine.
+pub fn on_every_machine(mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
+    match host::present() {
+        Ok(()) => {
+            let mut first: Option<Vec<u8>> = None;
+            for options in schedules() {
+                let found = test(&mut Host::new(options).unwrap());
+                let expected = first.get_or_insert_with(|| found.clone());
+                assert!(found == *expected, "{options:?} gives other bits than the first schedule");
+            }
+        }
+        Err(error) => println!("skipped: no simt: {error}"),
+    }
+    on_gpu(|driver| {
+        let first = test(driver);
+        assert!(test(driver) == first, "the GPU gives other bits the second time");
+    });
+}
+
+/// Runs `test` once on each machine, for what no schedule can change.
+pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
+    match host::present() {
+        Ok(()) => test(&mut Host::new(Options::default()).unwrap()),
+        Err(error) => println!("skipped: no simt: {error}"),
+    }
+    on_gpu(test);
+}
+
+fn on_gpu(mut test: impl FnMut(&mut dyn Driver)) {
+    match nvidia::present() {
+        Ok(()) => test(&mut Nvidia::open(0).unwrap()),
+        Err(error) => println!("skipped: no GPU: {error}"),
+    }
+}
+
+fn schedules() -> Vec<Options> {
+    let plain =
+        |order, asynchronous, seed| Options { order, asynchronous, seed, ..Options::default() };
+    let race = |options: Options| Options { race: true, ..options };
+    vec![
+        plain(Order::Fifo, Asynchronous::Late, 0),
+        plain(Order::Lifo, Asynchronous::Early, 0),
+        plain(Order::Random, Asynchronous::Anytime, 1),
+        plain(Order::Random, Asynchronous::Late, 2),
+        race(plain(Order::Fifo, Asynchronous::Late, 0)),
+        race(plain(Order::Random, Asynchronous::Anytime, 3)),
+    ]
+}
+
+// ------------------------------------------------------------------ values of a type
+
+/// The nearest value of this type.
+pub fn rounded(dtype: Dtype, value: f64) -> f64 {
+    match dtype {
+        Dtype::F32 => f64::from(value as f32),
+        Dtype::Bf16 => f64::from(bf16::from_f32(value as f32)),
+    }
+}
+
+/// Half the distance from 1 to the next value: the relative error of one rounding.
+pub fn unit_roundoff(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 2f64.powi(-24),
+        Dtype::Bf16 => 2f64.powi(-8),
+    }
+}
+
+pub fn upload(driver: &mut dyn Driver, label: &str, dtype: Dtype, values: &[f64]) -> Allocation {
+    match dtype {
+        Dtype::F32 => {
+            let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
+            driver.upload(label, &values)
+        }
+        Dtype::Bf16 => {
+            let values: Vec<bf16> =
+                values.iter().map(|&value| bf16::from_f32(value as f32)).collect();
+            driver.upload(label, &values)
+        }
+    }
+    .unwrap()
+}
+
+/// A buffer for `count` values, all NaN.
+pub fn unwritten(driver: &mut dyn Driver, label: &str, dtype: Dtype, count: usize) -> Allocation {
+    upload(driver, label, dtype, &vec![f64::NAN; count])
+}
+
+pub fn download(driver: &mut dyn Driver, dtype: Dtype, from: Allocation) -> Vec<f64> {
+    match dtype {
+        Dtype::F32 => {
+            let values = driver.download::<f32>(from.address, from.bytes as usize / 4).unwrap();
+            values.into_iter().map(f64::from).collect()
+        }
+        Dtype::Bf16 => {
+            let values = driver.download::<bf16>(from.address, from.bytes as usize / 2).unwrap();
+            values.into_iter().map(f64::from).collect()
+        }
+    }
+}
+
+// ------------------------------------------------------------------ how exact
+
+/// Panics unless the largest error of `found` is at most twice that of `plain`, the same
+/// computation by the plain formula in the same type. Both are errors against `exact`. Where the
+/// plain formula happens to be better than one rounding of the largest value, that rounding counts.
+#[track_caller]
+pub fn assert_exact(what: &str, dtype: Dtype, found: &[f64], plain: &[f64], exact: &[f64]) {
+    assert_eq!((found.len(), plain.len()), (exact.len(), exact.len()), "{what}: lengths");
+    let worst = |values: &[f64]| {
+        let errors = values.iter().zip(exact).map(|(value, exact)| (value - exact).abs());
+        // A NaN is larger than everything here.
+        errors.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
+    };
+    let largest = exact.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
+    let (_, plain_error) = worst(plain);
+    let allowed = 2.0 * plain_error.max(largest * unit_roundoff(dtype));
+    let (at, error) = worst(found);
+    println!("{what}: error {error:.3e}, {:.2} of the tolerance", error / allowed);
+    assert!(
+        error <= allowed,
+        "{what}: at {at} found {:e}, expected {:e}: error {error:e}, {:.2} of the tolerance \
+         {allowed:e} (plain formula {plain_error:e})",
+        found[at],
+        exact[at],
+        error / allowed
+    );
+}
