@@ -33,7 +33,9 @@ pub fn objections(
             if line.split(',').any(|part| part.split_whitespace().next() != Some("0")) {
                 object(function, &format!("{} ({architecture})", line.trim()));
             }
-        } else if ["serialized", "warpgroup.wait is injected"].iter().any(|word| line.contains(word))
+        } else if ["serialized", "warpgroup.wait is injected"]
+            .iter()
+            .any(|word| line.contains(word))
             || line.contains("setmaxnreg") && line.contains("ignored")
         {
             object(named_function(line).unwrap_or(file), line.trim());
