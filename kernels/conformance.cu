@@ -134,7 +134,8 @@ KERNEL(conform_cluster, 32)(uint32_t* out, const uint32_t* inp) {
   SHARED(uint32_t, mailbox, 1);
   const uint32_t rank = cluster_rank(), size = cluster_size();
   if (threadIdx.x == 0) own[0] = inp[blockIdx.x];
-  cluster_sync();
+  cluster_arrive();
+  cluster_wait();
   if (threadIdx.x == 0) {
     const uint32_t next = (rank + 1) % size;
     out[4 * blockIdx.x] = rank;
