@@ -233,10 +233,10 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
   return {};
 }
 
-static const char* verb(uint8_t flags) {
-  if (flags & ATOMIC) return "atomic access";
-  if (flags & ASYNC) return flags & WRITE ? "asynchronous write" : "asynchronous read";
-  return flags & WRITE ? "write" : "read";
+static const char* verb(uint8_t flags) {  // with its article
+  if (flags & ATOMIC) return "an atomic access";
+  if (flags & ASYNC) return flags & WRITE ? "an asynchronous write" : "an asynchronous read";
+  return flags & WRITE ? "a write" : "a read";
 }
 
 [[noreturn]] static void report(const Conflict& conflict, const std::string& where,
@@ -253,7 +253,7 @@ static const char* verb(uint8_t flags) {
                           ? "cp.async that was not waited for:"
                           : "no fence.proxy.async between an ordinary write and an asynchronous "
                             "access:";
-  fail(format("%s %s\n  %s by %s at %s\n  after a %s by %s at %s%s", title, where.c_str(),
+  fail(format("%s %s\n  %s by %s at %s\n  after %s by %s at %s%s", title, where.c_str(),
               verb(access.flags), me.c_str(), here.c_str(), verb(other.flags),
               name_of(other.actor, other.team).c_str(), describe(other.place).c_str(),
               conflict.verdict == Verdict::Race ? ", with nothing that orders the two" : ""));
