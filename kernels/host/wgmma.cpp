@@ -7,6 +7,7 @@
 // ISA, "Register Fragments for wgmma"; the reference "Hopper kernels" has the checked formulas.)
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "fault.h"
 #include "machine.h"
@@ -29,7 +30,10 @@ typedef float Sixteen __attribute__((vector_size(64), aligned(4)));
 
 }  // namespace
 
-static thread_local Operands operands;
+// On the heap: a machine in a shared library finds little room for thread-local storage. `operands`
+// is set by whoever uses it first in `compute`.
+static thread_local std::unique_ptr<Operands> own_operands;
+static __thread Operands* operands;
 
 static inline float value_of(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 
@@ -79,7 +83,7 @@ static const uint16_t* eight(Block* block, uint32_t address, const Clock& clock,
 static constexpr uint32_t AHEAD = 8;
 
 static void put_a(int row, int k, float value) {
-  float* four = operands.a[k][row / 16 * 8 + row % 8];
+  float* four = operands->a[k][row / 16 * 8 + row % 8];
   four[row / 8 % 2 * 2] = four[row / 8 % 2 * 2 + 1] = value;
 }
 
@@ -108,7 +112,7 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
       for (int i = 0; i < 8; i++) {
         const float u = value_of(upper[i]), l = value_of(lower[i]);
         const Four four = {u, u, l, l};
-        std::memcpy(operands.a[k0 + half * 8 + i][pair], &four, sizeof four);
+        std::memcpy(operands->a[k0 + half * 8 + i][pair], &four, sizeof four);
       }
     }
   }
@@ -135,7 +139,7 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
         for (int quad = 0; quad < QUADS; quad++) {
           const float c0 = value_of(values[2 * quad]), c1 = value_of(values[2 * quad + 1]);
           const Four four = {c0, c1, c0, c1};
-          std::memcpy(&operands.b[k0 + k][quad][column / 2], &four, sizeof four);
+          std::memcpy(&operands->b[k0 + k][quad][column / 2], &four, sizeof four);
         }
       }
     return;
@@ -154,7 +158,7 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
       for (int i = 0; i < 8; i++) {
         const float c0 = value_of(first[i]), c1 = value_of(second[i]);
         const Four four = {c0, c1, c0, c1};
-        std::memcpy(&operands.b[k0 + half * 8 + i][quad][at], &four, sizeof four);
+        std::memcpy(&operands->b[k0 + half * 8 + i][quad][at], &four, sizeof four);
       }
     }
   }
@@ -174,9 +178,9 @@ static inline __attribute__((always_inline)) void multiply_sixteens(float* const
   for (int k = 0; k < ks; k++) {
     Sixteen b[Blocks];
     for (int j = 0; j < Blocks; j++)
-      b[j] = *reinterpret_cast<const Sixteen*>(&operands.b[k][quad][first + 16 * j]);
+      b[j] = *reinterpret_cast<const Sixteen*>(&operands->b[k][quad][first + 16 * j]);
     for (int t = 0; t < Threads; t++) {
-      const float* four = operands.a[k][pair[t]];
+      const float* four = operands->a[k][pair[t]];
       const float u = four[0], l = four[2];
       const Sixteen a = {u, u, l, l, u, u, l, l, u, u, l, l, u, u, l, l};
       for (int j = 0; j < Blocks; j++) sum[t][j] += a * b[j];
@@ -207,7 +211,7 @@ EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
         for (int i = whole; i < registers; i++) {
           float sum = keep ? mine[t][i] : 0;
           for (int k = 0; k < ks; k++)
-            sum += operands.a[k][pair[t]][i % 4] * operands.b[k][quad][i];
+            sum += operands->a[k][pair[t]][i % 4] * operands->b[k][quad][i];
           mine[t][i] = sum;
         }
     }
@@ -319,6 +323,8 @@ static Actor actor_of(Warpgroup& group, const Fiber& first) {
 
 // Computes the first `count` products.
 static void compute(Warpgroup& group, const Fiber& first, size_t count) {
+  if (!own_operands) own_operands = std::make_unique<Operands>();
+  operands = own_operands.get();
   std::vector<bool> done(count);
   for (size_t i = 0; i < count; i++) {
     if (done[i]) continue;
