@@ -12,8 +12,6 @@
 #include "fault.h"
 #include "machine.h"
 
-#define EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-
 namespace simt {
 
 static constexpr int M = 64, K_STEP = 16, MOST_STEPS = 4, MOST_K = K_STEP * MOST_STEPS, MOST_N = 256;
@@ -81,6 +79,9 @@ static const uint16_t* eight(Block* block, uint32_t address, const Clock& clock,
   return reinterpret_cast<const uint16_t*>(p);
 }
 
+// The lines of an operand lie far apart for the detector: asked for some rows ahead.
+static constexpr uint32_t AHEAD = 8;
+
 static void put_a(int row, int k, float value) {
   float* four = operands->a[k][row / 16 * 8 + row % 8];
   four[row / 8 % 2 * 2] = four[row / 8 % 2 * 2 + 1] = value;
@@ -97,9 +98,13 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
       }
     return;
   }
-  for (int half = 0; half < 2; half++)
-    for (int pair = 0; pair < ROW_PAIRS; pair++) {
-      const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
+  for (int pair = 0; pair < ROW_PAIRS; pair++) {
+    const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
+    if (worker->race) {
+      race_prefetch(*block, descriptor.k_major(row + AHEAD, 0));
+      race_prefetch(*block, descriptor.k_major(row + 8 + AHEAD, 0));
+    }
+    for (int half = 0; half < 2; half++) {
       const uint16_t* upper =
           eight(block, descriptor.k_major(row, uint32_t(half)), clock, product.site);
       const uint16_t* lower =
@@ -110,6 +115,7 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
         std::memcpy(operands->a[k0 + half * 8 + i][pair], &four, sizeof four);
       }
     }
+  }
 }
 
 static void load_registers(const Product& product, uint32_t thread, int k0) {
@@ -138,8 +144,12 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
       }
     return;
   }
-  for (int half = 0; half < 2; half++)
-    for (int column = 0; column < n; column += 2) {
+  for (int column = 0; column < n; column += 2) {
+    if (worker->race) {
+      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD, 0));
+      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD + 1, 0));
+    }
+    for (int half = 0; half < 2; half++) {
       const uint16_t* first =
           eight(block, descriptor.k_major(uint32_t(column), uint32_t(half)), clock, product.site);
       const uint16_t* second = eight(
@@ -151,6 +161,7 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
         std::memcpy(&operands->b[k0 + half * 8 + i][quad][at], &four, sizeof four);
       }
     }
+  }
 }
 
 // ---------------------------------------------------------------- the product

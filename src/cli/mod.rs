@@ -5,6 +5,7 @@
 
 mod bench;
 mod config;
+mod conformance;
 mod data;
 mod eval;
 mod generate;
@@ -42,6 +43,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Time kernels on a GPU, or run and check them on the CPU machine
     Bench(bench::BenchArgs),
+    /// Compare what every kernel wrapper does on a device with its golden output
+    Conformance(conformance::ConformanceArgs),
     /// Show the devices, presets and texts of this build
     Info(info::InfoArgs),
 }
@@ -56,6 +59,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Conformance(args) => conformance::run(args),
         Command::Info(args) => info::run(args),
     }
 }
