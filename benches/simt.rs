@@ -5,7 +5,7 @@
 //! products, elements of a row for norms, switches for the barrier loop. These figures say how long
 //! tests take; they say nothing about a GPU.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
@@ -42,14 +42,15 @@ fn main() {
         return;
     }
     let mut criterion = Criterion::default().configure_from_args();
-    let libraries = tempfile::tempdir().expect("a temporary folder");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let library = benched_kernels(folder.path());
     for race in [false, true] {
         for workers in [1, 2] {
             let mode = if race { "race mode" } else { "plain" };
             let mut group = criterion.benchmark_group(format!("simt, {mode}, {workers} worker(s)"));
             group.sample_size(10);
             let options = Options { race, workers, ..Options::default() };
-            let bench = Bench { options, libraries: libraries.path() };
+            let bench = Bench { options, library: &library };
             bench.run(&mut group).expect("kernels without faults");
             group.finish();
         }
@@ -57,9 +58,16 @@ fn main() {
     criterion.final_summary();
 }
 
+/// The kernels that the program itself does not have: tests/kernels/gemm_mma.cu (cp.async, ldmatrix
+/// and mma.sync) and the barriers.
+fn benched_kernels(folder: &Path) -> PathBuf {
+    let gemm_mma = include_str!("../tests/kernels/gemm_mma.cu");
+    library::compile(folder, "benched", &[("gemm_mma", gemm_mma), ("barriers", BARRIER_KERNEL)])
+}
+
 struct Bench<'a> {
     options: Options,
-    libraries: &'a Path,
+    library: &'a Path,
 }
 
 type Group<'a> = BenchmarkGroup<'a, WallTime>;
@@ -128,20 +136,16 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// tests/kernels/gemm_mma.cu: cp.async, ldmatrix and mma.sync.
     fn mma(&self, group: &mut Group) -> Result<()> {
-        let text = include_str!("../tests/kernels/gemm_mma.cu");
-        let library = library::compile(self.libraries, "gemm_mma", text);
-        let mut host = Host::load(&library, self.options)?;
+        let mut host = Host::load(self.library, self.options)?;
         let driver: &mut dyn Driver = &mut host;
         let count = SMALL_SIDE * SMALL_SIDE;
         let [a, b] = [normals(driver, 1, count)?, normals(driver, 2, count)?];
         let out = driver.allocate("out", (4 * count) as u64)?;
         let arguments = Arguments::new()
-            .with(out)
             .with(a)
             .with(b)
-            .with(SMALL_SIDE as i32)
+            .with(out)
             .with(SMALL_SIDE as i32)
             .with(SMALL_SIDE as i32);
         let blocks = (SMALL_SIDE / 64) as u32;
@@ -155,8 +159,7 @@ impl Bench<'_> {
     }
 
     fn switches(&self, group: &mut Group) -> Result<()> {
-        let library = library::compile(self.libraries, "barriers", BARRIER_KERNEL);
-        let mut host = Host::load(&library, self.options)?;
+        let mut host = Host::load(self.library, self.options)?;
         let launch = Launch::new(host.kernel("barriers")?, [1, 1, 1], [256, 1, 1]);
         let arguments = Arguments::new().with(BARRIERS);
         let before = host.switches();
