@@ -2,7 +2,9 @@
 //! detector, and a GPU where one is; and the driver below them.
 
 mod driver;
+mod faults;
 mod gemm;
 mod library;
 mod machines;
+mod mutants;
 mod norm;

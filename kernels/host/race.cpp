@@ -234,9 +234,9 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
 }
 
 static const char* verb(uint8_t flags) {
-  if (flags & ATOMIC) return "atomic access";
-  if (flags & ASYNC) return flags & WRITE ? "asynchronous write" : "asynchronous read";
-  return flags & WRITE ? "write" : "read";
+  if (flags & ATOMIC) return "an atomic access";
+  if (flags & ASYNC) return flags & WRITE ? "an asynchronous write" : "an asynchronous read";
+  return flags & WRITE ? "a write" : "a read";
 }
 
 [[noreturn]] static void report(const Conflict& conflict, const std::string& where,
@@ -253,7 +253,7 @@ static const char* verb(uint8_t flags) {
                           ? "cp.async that was not waited for:"
                           : "no fence.proxy.async between an ordinary write and an asynchronous "
                             "access:";
-  fail(format("%s %s\n  %s by %s at %s\n  after a %s by %s at %s%s", title, where.c_str(),
+  fail(format("%s %s\n  %s by %s at %s\n  after %s by %s at %s%s", title, where.c_str(),
               verb(access.flags), me.c_str(), here.c_str(), verb(other.flags),
               name_of(other.actor, other.team).c_str(), describe(other.place).c_str(),
               conflict.verdict == Verdict::Race ? ", with nothing that orders the two" : ""));
@@ -318,6 +318,11 @@ static void check_anywhere(const void* p, uint32_t bytes, const Access& access) 
 void race_thread(Fiber& fiber, const void* p, uint32_t bytes, uint8_t flags, Place place) {
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   check_anywhere(p, bytes, {clock, flags, place});
+  if (Block* block = block_of(p); block && block != fiber.block) race_visit(fiber, *block, place);
+}
+
+void race_visit(const Fiber& fiber, Block& block, Place place) {
+  block.visitors[fiber.actor] = {fiber.now, place};
 }
 
 void race_clock(const Clock& clock, const void* p, uint32_t bytes, uint8_t flags, Place place) {
@@ -396,6 +401,7 @@ void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_
                 describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
   check_shared(*block, address, bytes, {clock, flags, place_of_code(pc)});
+  if (block != fiber.block) race_visit(fiber, *block, place_of_code(pc));
 }
 
 // ---------------------------------------------------------------- order

@@ -129,7 +129,7 @@ void race_atomic(Fiber&, const void* p, uint32_t bytes, bool reads, bool writes,
 // What a thread hands to something asynchronous, and a new tick for the thread.
 Clock race_handover(Fiber&, Actor, Tick);
 
-// The device memory of a freed buffer forgets.
-void race_forget(const void* p, uint64_t bytes);
+// A thread uses shared memory of another block, which must not exit before.
+void race_visit(const Fiber&, Block&, Place);
 
 }  // namespace simt
