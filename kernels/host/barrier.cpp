@@ -54,8 +54,7 @@ void barrier_sync(int id, int threads, Site site) { arrive(id, threads, true, si
 void barrier_arrive(int id, int threads, Site site) { arrive(id, threads, false, site); }
 
 // ---------------------------------------------------------------- cluster
-// The blocks of a cluster are consecutive in the team; a cooperative launch with clusters of more
-// than one block is not supported by this machine.
+// A team is one cluster, or the many clusters of one block each of a cooperative launch.
 uint32_t cluster_rank() { return self()->block->rank % cluster_size(); }
 
 uint32_t cluster_size() {

@@ -64,6 +64,8 @@ static std::string refuse(const SimtLaunch& shape, const Kernel& kernel, uint32_
   if (shape.dynamic_shared_bytes > SHARED_LIMIT)
     return format("%u bytes of shared memory, a block has at most %u", shape.dynamic_shared_bytes,
                   SHARED_LIMIT);
+  if (shape.cooperative && cluster > 1)
+    return "this machine runs no cooperative launch with clusters";
   if (shape.cooperative && product(shape.grid) * threads > 32768)
     return "a cooperative launch runs at most 32768 threads on this machine";
   return "";

@@ -233,7 +233,7 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
   return {};
 }
 
-static const char* verb(uint8_t flags) {
+static const char* verb(uint8_t flags) {  // with its article
   if (flags & ATOMIC) return "an atomic access";
   if (flags & ASYNC) return flags & WRITE ? "an asynchronous write" : "an asynchronous read";
   return flags & WRITE ? "a write" : "a read";

@@ -449,10 +449,9 @@ fn mbarriers_are_kept_in_balance() {
             host,
             &["wait at {here} for mbarrier", "(0 of 1 arrivals and 16 bytes are missing"],
         );
-        case("wrong_bytes").n(0).fails(
-            host,
-            &["wait at {here} for mbarrier", "16 bytes more than expected have come"],
-        );
+        case("wrong_bytes")
+            .n(0)
+            .fails(host, &["wait at {here} for mbarrier", "16 bytes more than expected have come"]);
         case("bytes_never_come").fails(
             host,
             &["block (0,0,0) ends while its mbarrier", "out of balance by 16 bytes", "{here}"],
@@ -769,9 +768,7 @@ fn right_cases() -> Vec<(Case, Range<usize>, fn(u32) -> u32)> {
         (case("right_remote_arrival").blocks(8).cluster(4), 0..256, |i| {
             i / 128 * 4 + (i / 32 + 3) % 4
         }),
-        (case("right_grid_barrier").cooperative(2), 576..768, |i| {
-            (i / 64 + 1) * 100 + i % 32
-        }),
+        (case("right_grid_barrier").cooperative(2), 576..768, |i| (i / 64 + 1) * 100 + i % 32),
         (case("right_bulk_copies"), 800..832, |i| 1000 + (i ^ 9)),
         (case("right_reduction").blocks(12).shared(1024), 0..32, |_| 24f32.to_bits()),
         // The tile begins at row 8 of the matrix, which stands behind the buffer.

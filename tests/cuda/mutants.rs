@@ -285,8 +285,8 @@ fn child_mutant() {
     let (Ok(library), Ok(reference)) = (env::var(LIBRARY), env::var(REFERENCE)) else { return };
     let kernels = Kernels::named(&env::var(SUITE).unwrap());
     let (reference, answer) = (PathBuf::from(reference), PathBuf::from(env::var(ANSWER).unwrap()));
-    let mut host = Host::load(Path::new(&library), options(true, Order::Fifo, Asynchronous::Late, 0))
-        .unwrap();
+    let mut host =
+        Host::load(Path::new(&library), options(true, Order::Fifo, Asynchronous::Late, 0)).unwrap();
     for options in schedules() {
         host.set_options(options);
         let schedule = format!(
@@ -411,13 +411,19 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "no barrier between the initialisation of the mbarriers and their use",
-        &[("    fence_mbarrier_init();\n  }\n  __syncthreads();", "    fence_mbarrier_init();\n  }")],
+        &[(
+            "    fence_mbarrier_init();\n  }\n  __syncthreads();",
+            "    fence_mbarrier_init();\n  }",
+        )],
         &["data race: the mbarrier at shared 0x", "was initialised by block (0,0,0) thread 0"],
     ),
     planted(
         Kernels::GemmSm90,
         "a wrong parity at the producer's wait",
-        &[("mbarrier_wait(&empty[at.stage], at.parity ^ 1)", "mbarrier_wait(&empty[at.stage], at.parity)")],
+        &[(
+            "mbarrier_wait(&empty[at.stage], at.parity ^ 1)",
+            "mbarrier_wait(&empty[at.stage], at.parity)",
+        )],
         &["deadlock", "for mbarrier at shared 0x", "(8 of 8 arrivals and 0 bytes are missing"],
     ),
     planted(
@@ -463,7 +469,10 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "ordinary writes are not fenced before the TMA store reads them",
         &[("      fence_proxy_async();\n", "")],
-        &["no fence.proxy.async between an ordinary write and an asynchronous access", "bulk store"],
+        &[
+            "no fence.proxy.async between an ordinary write and an asynchronous access",
+            "bulk store",
+        ],
     ),
     planted(
         Kernels::GemmSm90,
@@ -513,7 +522,10 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::Norm,
         "no barrier before the sums of the warps are read",
-        &[("    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;", "#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;")],
+        &[(
+            "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
+            "#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
+        )],
         &["shared memory 0x", "by block (0,0,0) thread"],
     ),
     planted(
@@ -537,7 +549,10 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::Norm,
         "the tail of a row is not left out",
-        &[("held[i] = at < vectors ? row_of(inp, row, columns)[at] : make_uint4(0, 0, 0, 0);", "held[i] = row_of(inp, row, columns)[at];")],
+        &[(
+            "held[i] = at < vectors ? row_of(inp, row, columns)[at] : make_uint4(0, 0, 0, 0);",
+            "held[i] = row_of(inp, row, columns)[at];",
+        )],
         WRONG,
     ),
     planted(
@@ -852,9 +867,8 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let libraries = ALL.map(|kernels| {
-        (kernels, library::compile(folder.path(), kernels.name(), &kernels.text()))
-    });
+    let libraries = ALL
+        .map(|kernels| (kernels, library::compile(folder.path(), kernels.name(), &kernels.text())));
     const SEEDS: u64 = 200;
     thread::scope(|scope| {
         for (kernels, path) in &libraries {

@@ -1,8 +1,8 @@
 //! kernels/norm.cu against the f64 CPU backend: every variant, type, kind and option.
 
-use isobath::backend::{Backend, NormSpec, Sink};
+use isobath::backend::{Backend, NORM_PARTIAL_ROWS, NormSpec, Sink};
 use isobath::config::{Dtype, NormKind};
-use isobath::cpu::{Cpu, Float};
+use isobath::cpu::Cpu;
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::{Kind, Shape, View};
@@ -62,6 +62,7 @@ impl Inputs {
 }
 
 /// What comes out. `sum` is the input itself where there is no residual.
+#[derive(Default)]
 struct Outputs {
     sum: Vec<f64>,    // [T,C]
     out: Vec<f64>,    // [T,C]
@@ -134,49 +135,99 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
     outputs
 }
 
-// ------------------------------------------------------------------ on the CPU
+// ------------------------------------------------------------------ exact and plain
 
-fn filled<T: Float>(cpu: &mut Cpu<T>, sizes: &[usize], values: &[f64]) -> View {
+fn filled(cpu: &mut Cpu<f64>, sizes: &[usize], values: &[f64]) -> View {
     let shape = Shape::new(sizes);
-    let buffer = cpu.allocate("test", shape.elements() * size_of::<T>()).unwrap();
+    let buffer = cpu.allocate("test", shape.elements() * size_of::<f64>()).unwrap();
     let view = View { buffer, offset: 0, kind: Kind::Activation, shape };
-    cpu.values_mut(view).iter_mut().zip(values).for_each(|(to, &value)| *to = T::of(value));
+    cpu.values_mut(view).iter_mut().zip(values).for_each(|(to, &value)| *to = value);
     view
 }
 
-/// The CPU backend in T; activations are rounded by `round` where they are stored.
-fn on_cpu<T: Float>(case: Case, inputs: &Inputs, round: impl Fn(f64) -> f64) -> Outputs {
+/// The CPU backend in f64; nothing is rounded.
+fn exact(case: Case, inputs: &Inputs) -> Outputs {
     let Case { rows, columns, .. } = case;
-    let cpu = &mut Cpu::<T>::new();
-    let sum: Vec<f64> = match case.residual {
-        true => inputs.inp.iter().zip(&inputs.residual).map(|(a, b)| round(a + b)).collect(),
-        false => inputs.inp.clone(),
-    };
+    let cpu = &mut Cpu::<f64>::new();
     let matrix = [rows, columns];
-    let inp = filled(cpu, &matrix, &sum);
+    let inp = filled(cpu, &matrix, &inputs.inp);
+    let residual = filled(cpu, &matrix, &inputs.residual);
+    let sum = filled(cpu, &matrix, &[]);
     let gain = filled(cpu, &[columns], &inputs.gain);
     let out = filled(cpu, &matrix, &[]);
     let rstd = filled(cpu, &[rows], &[]);
     let mean = case.is_layer().then(|| filled(cpu, &[rows], &[]));
-    cpu.norm_forward(case.spec(), inp, None, gain, out, mean, rstd).unwrap();
+    let added = case.residual.then_some((residual, sum));
+    cpu.norm_forward(case.spec(), inp, added, gain, out, mean, rstd).unwrap();
+    let normalised = if case.residual { sum } else { inp };
     let d_out = filled(cpu, &matrix, &inputs.d_out);
-    let partials = rows.div_ceil(isobath::backend::NORM_PARTIAL_ROWS);
-    let partial = filled(cpu, &[partials, columns], &[]);
+    let partial = filled(cpu, &[rows.div_ceil(NORM_PARTIAL_ROWS), columns], &[]);
     let d_inp = filled(cpu, &matrix, &inputs.d_inp_before);
     let d_gain = filled(cpu, &[columns], &inputs.d_gain_before);
     let sink = Sink { to: d_inp, accumulate: case.accumulate };
-    cpu.norm_backward(case.spec(), inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
-    let mut values =
-        |view: View| -> Vec<f64> { cpu.values(view).iter().map(|value| value.to_f64()).collect() };
-    let stored = |values: Vec<f64>| values.into_iter().map(&round).collect();
+    cpu.norm_backward(case.spec(), normalised, gain, mean, rstd, d_out, partial, sink, d_gain)
+        .unwrap();
+    let mut values = |view: View| cpu.values(view).to_vec();
     Outputs {
-        out: stored(values(out)),
+        sum: values(normalised),
+        out: values(out),
         mean: mean.map(&mut values).unwrap_or_default(),
         rstd: values(rstd),
-        d_inp: stored(values(d_inp)),
+        d_inp: values(d_inp),
         d_gain: values(d_gain),
-        sum,
     }
+}
+
+/// The formulas of kernels/norm.cu in f32, one value after the other; activations are rounded to
+/// the case's type where they are stored.
+fn plain(case: Case, inputs: &Inputs) -> Outputs {
+    let columns = case.columns;
+    let stored = |value: f32| rounded(case.dtype, f64::from(value));
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&it| it as f32).collect() };
+    let mut outputs = Outputs::default();
+    let divisor = (case.depth as f64).sqrt() as f32;
+    let gain: Vec<f32> = inputs.gain.iter().map(|&w| w as f32 / divisor).collect();
+    let mut d_gain = vec![0.0f32; columns];
+    for row in 0..case.rows {
+        let at = row * columns..(row + 1) * columns;
+        let mut sum = inputs.inp[at.clone()].to_vec();
+        if case.residual {
+            let residual = &inputs.residual[at.clone()];
+            sum.iter_mut().zip(residual).for_each(|(sum, b)| *sum = stored((*sum + b) as f32));
+        }
+        let inp = f32s(&sum);
+        let mean = match case.kind {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => inp.iter().sum::<f32>() / columns as f32,
+        };
+        let squares = inp.iter().map(|inp| (inp - mean) * (inp - mean)).sum::<f32>();
+        let rstd = 1.0 / (squares / columns as f32 + EPS as f32).sqrt();
+        let out = inp.iter().zip(&gain).map(|(inp, w)| stored((inp - mean) * rstd * w));
+        outputs.out.extend(out);
+
+        let d_out = f32s(&inputs.d_out[at.clone()]);
+        let x: Vec<f32> = inp.iter().map(|inp| (inp - mean) * rstd).collect();
+        let g: Vec<f32> = d_out.iter().zip(&gain).map(|(d_out, w)| d_out * w).collect();
+        let mean_g = match case.kind {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => g.iter().sum::<f32>() / columns as f32,
+        };
+        let mean_gx = g.iter().zip(&x).map(|(g, x)| g * x).sum::<f32>() / columns as f32;
+        for column in 0..columns {
+            let d = (g[column] - mean_g - x[column] * mean_gx) * rstd;
+            let before = inputs.d_inp_before[at.start + column] as f32;
+            outputs.d_inp.push(stored(if case.accumulate { before + d } else { d }));
+            d_gain[column] += d_out[column] * x[column];
+        }
+        outputs.sum.extend(sum);
+        outputs.rstd.push(f64::from(rstd));
+        if case.is_layer() {
+            outputs.mean.push(f64::from(mean));
+        }
+    }
+    let added = d_gain.iter().zip(&inputs.d_gain_before);
+    outputs.d_gain = added.map(|(d, &before)| f64::from(before as f32 + d / divisor)).collect();
+    outputs
 }
 
 // ------------------------------------------------------------------ comparisons
@@ -184,8 +235,8 @@ fn on_cpu<T: Float>(case: Case, inputs: &Inputs, round: impl Fn(f64) -> f64) -> 
 fn check(driver: &mut dyn Driver, case: Case) -> Vec<u8> {
     let inputs = Inputs::new(case);
     let found = on_device(driver, case, &inputs);
-    let plain = on_cpu::<f32>(case, &inputs, |value| rounded(case.dtype, value));
-    let exact = on_cpu::<f64>(case, &inputs, |value| value);
+    let plain = plain(case, &inputs);
+    let exact = exact(case, &inputs);
     let compare = |name: &str, dtype, of: fn(&Outputs) -> &Vec<f64>| {
         let what = format!("{case:?} {name}");
         assert_exact(&what, dtype, of(&found), of(&plain), of(&exact));
