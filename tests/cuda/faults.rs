@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::{
-    Allocation, Arguments, DevicePointer, Driver, Launch, StreamId, Swizzle, TensorMap,
-    TensorMapSpec, TensorType,
+    Allocation, Arguments, DevicePointer, Driver, Launch, Swizzle, TensorMap, TensorMapSpec,
+    TensorType,
 };
 
 use super::library;
@@ -835,9 +835,10 @@ fn a_fault_harms_no_other_launch() {
                         4 => case("stack_overflow").threads(1).fails(host, &["local memory"]),
                         _ => case("endless_reads").threads(1).fails(host, &["without end"]),
                     }
-                    let (right, words, expected) = right_cases()[(thread + round) as usize % 13];
+                    let rights = right_cases();
+                    let (right, words, expected) = &rights[(thread + round) as usize % 13];
                     let found = right.run(host).unwrap_or_else(|error| panic!("{error}"));
-                    for (i, at) in words.enumerate() {
+                    for (i, at) in words.clone().enumerate() {
                         assert_eq!(found[at], expected(i as u32), "{} word {at}", right.kernel);
                     }
                 }
