@@ -6,9 +6,9 @@
 //! isobath_simt_plain and isobath_simt_hooked, whose registration objects nobody refers to and
 //! which are linked whole, and isobath_simt_machine.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::{env, fs};
 
 use crate::jobs::{self, Job};
 use crate::sources::{SourceFile, Sources};
@@ -101,6 +101,16 @@ fn unit(folder: &Path, stem: &str) -> Result<PathBuf, Stop> {
     Ok(path)
 }
 
+/// Where PATH has a program that was named without a folder.
+fn located(program: &Path) -> PathBuf {
+    if program.components().count() > 1 {
+        return program.to_path_buf();
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&path).map(|folder| folder.join(program));
+    found.into_iter().find(|path| path.is_file()).unwrap_or(program.to_path_buf())
+}
+
 struct Compiler {
     /// "g++ (Debian 12.2.0-14) 12.2.0 at /usr/bin/c++"
     name: String,
@@ -120,7 +130,7 @@ impl Compiler {
         build.flag(format!("-ffile-prefix-map={}/=", root.display()));
         build.include(root.join("kernels"));
         let tool = build.try_get_compiler().map_err(|error| error.to_string())?;
-        let program = tool.path().display().to_string();
+        let program = located(tool.path()).display().to_string();
         let command = tool.to_command();
         let mut line = vec![command.get_program().to_string_lossy().into_owned()];
         line.extend(command.get_args().map(|word| word.to_string_lossy().into_owned()));

@@ -50,10 +50,11 @@ fn run_one(job: Job) -> Result<String, String> {
     let Job { source, mut command, output, fingerprint } = job;
     let (key, log) = (beside(&output, "key"), beside(&output, "log"));
     let fingerprint = format!("{fingerprint:016x}\n");
-    if output.exists() && fs::read_to_string(&key).is_ok_and(|old| old == fingerprint) {
-        if let Ok(said) = fs::read_to_string(&log) {
-            return Ok(said);
-        }
+    if output.exists()
+        && fs::read_to_string(&key).is_ok_and(|old| old == fingerprint)
+        && let Ok(said) = fs::read_to_string(&log)
+    {
+        return Ok(said);
     }
     // Without its key, an output that is only half written is made again.
     let _ = fs::remove_file(&key);

@@ -4,7 +4,6 @@
 //! ISOBATH_ARCHITECTURES (default "80,90a") names the machine code to make; PTX for other GPUs is
 //! made for the lowest one without a suffix. NVCC_CCBIN names nvcc's host compiler.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -21,6 +20,8 @@ const FETCHED: &str = ".cuda/toolkit/nvidia/cu13/bin";
 /// The first with C++20 and sm_90a.
 const OLDEST: u32 = 12;
 const FLAGS: [&str; 5] = ["-fatbin", "-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v,-warn-spills"];
+/// Flags that nvcc takes from its environment.
+const READ_BY_NVCC: [&str; 2] = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"];
 
 pub struct Built {
     /// "13.0.88 at /usr/local/cuda/bin/nvcc"
@@ -35,12 +36,15 @@ pub struct Fatbin {
     pub code: String,
 }
 
+impl Fatbin {
+    fn source(&self) -> String {
+        format!("kernels/{}.cu", self.stem)
+    }
+}
+
 pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> {
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "ISOBATH_ARCHITECTURES"].iter().chain(&[
-        "NVCC_CCBIN",
-        "NVCC_PREPEND_FLAGS",
-        "NVCC_APPEND_FLAGS",
-    ]) {
+    let variables = ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "ISOBATH_ARCHITECTURES"];
+    for name in variables.iter().chain(&READ_BY_NVCC) {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let architectures = architectures().map_err(Stop::Error)?;
@@ -54,64 +58,53 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
 
     let (mut fatbins, mut jobs) = (vec![], vec![]);
     for kernel in &sources.kernels {
-        let file = &kernel.file;
-        let source = format!("kernels/{}.cu", file.stem);
-        let chosen: Vec<&str> = architectures
-            .iter()
-            .map(String::as_str)
-            .filter(|name| {
-                kernel.architectures.as_ref().is_none_or(|a| a.iter().any(|a| a == name))
-            })
-            .collect();
-        if chosen.is_empty() {
-            warn(&format!(
-                "{source} is for none of ISOBATH_ARCHITECTURES={}",
-                architectures_text()
-            ));
+        let targets = targets(&kernel.architectures_of(&architectures));
+        let code = targets.iter().map(|(_, code)| code.as_str()).collect::<Vec<_>>().join(" ");
+        let stem = kernel.file.stem.clone();
+        let path = folder.join(format!("{stem}.fatbin"));
+        let fatbin = Fatbin { stem, path, code };
+        if targets.is_empty() {
+            let text = architectures_text();
+            warn(&format!("{} is for none of ISOBATH_ARCHITECTURES={text}", fatbin.source()));
             continue;
         }
-        let path = folder.join(format!("{}.fatbin", file.stem));
-        let targets = targets(&chosen);
-        let mut command = Command::new(&nvcc.path);
-        command.args(FLAGS).arg("-I").arg(root.join("kernels"));
-        if let Some(compiler) = env::var_os("NVCC_CCBIN") {
-            command.arg("-ccbin").arg(compiler);
-        }
-        for (compute, code) in &targets {
-            command.arg(format!("-gencode=arch={compute},code={code}"));
-        }
-        command.arg("-o").arg(&path).arg(&file.path);
-        // nvcc reads two of its variables itself.
+        let command = nvcc.command(root, &kernel.file.path, &targets, &fatbin.path);
         let mut key = vec![format!("{command:?}"), nvcc.identity.clone()];
-        for name in ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] {
-            key.push(format!("{:?}", env::var_os(name)));
-        }
-        let fingerprint = sources.fingerprint(file, &key);
-        jobs.push(Job { source, command, output: path.clone(), fingerprint });
-        let code = targets.into_iter().map(|(_, code)| code).collect::<Vec<_>>().join(" ");
-        fatbins.push(Fatbin { stem: file.stem.clone(), path, code });
+        key.extend(READ_BY_NVCC.map(|name| format!("{:?}", env::var_os(name))));
+        jobs.push(Job {
+            source: fatbin.source(),
+            command,
+            output: fatbin.path.clone(),
+            fingerprint: sources.fingerprint(&kernel.file, &key),
+        });
+        fatbins.push(fatbin);
     }
     let said = jobs::run(jobs).map_err(|message| refused(&message))?;
+    judge(&fatbins, &said).map_err(Stop::Error)?;
+    Ok(Built { nvcc: format!("{} at {}", nvcc.version, nvcc.path.display()), fatbins })
+}
 
-    let named = || fatbins.iter().map(|fatbin| format!("kernels/{}.cu", fatbin.stem)).zip(&said);
+/// What the compilers said: objections of ptxas.rs, or warnings.
+fn judge(fatbins: &[Fatbin], said: &[String]) -> Result<(), String> {
     let mut objections = vec![];
-    for (fatbin, (source, said)) in fatbins.iter().zip(named()) {
-        let codes = fatbin.code.matches("sm_").count();
-        objections.extend(ptxas::objections(&source, said, codes, ptxas::EXCEPTIONS));
+    for (fatbin, said) in fatbins.iter().zip(said) {
+        let functions = fatbin.code.matches("sm_").count();
+        let file = fatbin.source();
+        objections.extend(ptxas::objections(&file, said, functions, ptxas::EXCEPTIONS));
     }
     if !objections.is_empty() {
-        return Err(Stop::Error(format!(
+        return Err(format!(
             "ptxas makes slow code of these kernels:\n  {}\nremedy: fewer live values or a smaller \
              tile; or an entry, with its reason, in EXCEPTIONS of build/ptxas.rs",
             objections.join("\n  ")
-        )));
+        ));
     }
-    for (source, said) in named() {
+    for (fatbin, said) in fatbins.iter().zip(said) {
         for line in said.lines().filter(|line| line.contains("warning")) {
-            warn(&format!("{source}: {line}"));
+            warn(&format!("{}: {line}", fatbin.source()));
         }
     }
-    Ok(Built { nvcc: format!("{} at {}", nvcc.version, nvcc.path.display()), fatbins })
+    Ok(())
 }
 
 /// A compiler that misses its own host compiler is as good as none; anything else is an error.
@@ -179,6 +172,27 @@ struct Nvcc {
     identity: String,
 }
 
+impl Nvcc {
+    fn command(
+        &self,
+        root: &Path,
+        file: &Path,
+        targets: &[(String, String)],
+        output: &Path,
+    ) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(FLAGS).arg("-I").arg(root.join("kernels"));
+        if let Some(compiler) = env::var_os("NVCC_CCBIN") {
+            command.arg("-ccbin").arg(compiler);
+        }
+        for (compute, code) in targets {
+            command.arg(format!("-gencode=arch={compute},code={code}"));
+        }
+        command.arg("-o").arg(output).arg(file);
+        command
+    }
+}
+
 /// NVCC alone decides if it is set; else the first place that has an nvcc that runs.
 fn find(root: &Path) -> Result<Nvcc, String> {
     if let Some(path) = env::var_os("NVCC") {
@@ -190,7 +204,7 @@ fn find(root: &Path) -> Result<Nvcc, String> {
             places.push((format!("{name}={}", home.display()), Path::new(&home).join("bin")));
         }
     }
-    let search = env::var_os("PATH").unwrap_or(OsString::new());
+    let search = env::var_os("PATH").unwrap_or_default();
     places.extend(env::split_paths(&search).map(|folder| ("PATH".to_string(), folder)));
     places.push(("/usr/local/cuda".to_string(), PathBuf::from("/usr/local/cuda/bin")));
     places.push((FETCHED.to_string(), root.join(FETCHED)));

@@ -1,5 +1,6 @@
 //! Reads what `ptxas -v` says of each function, and objects to what makes a kernel slow: spills,
-//! local memory, serialized wgmma, an ignored setmaxnreg.
+//! local memory, serialized wgmma, an ignored setmaxnreg; and to waits that it injects because the
+//! kernel reads accumulators without its own.
 
 /// Kernels that may be so: the name of the function (or of the file, where ptxas names none), and
 /// why.
@@ -32,7 +33,9 @@ pub fn objections(
             if line.split(',').any(|part| part.split_whitespace().next() != Some("0")) {
                 object(function, &format!("{} ({architecture})", line.trim()));
             }
-        } else if line.contains("serialized")
+        } else if ["serialized", "warpgroup.wait is injected"]
+            .iter()
+            .any(|word| line.contains(word))
             || line.contains("setmaxnreg") && line.contains("ignored")
         {
             object(named_function(line).unwrap_or(file), line.trim());

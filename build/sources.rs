@@ -28,7 +28,7 @@ pub struct SourceFile {
 pub struct KernelFile {
     pub file: SourceFile,
     /// Such as ["90a"]; `None`: all.
-    pub architectures: Option<Vec<String>>,
+    architectures: Option<Vec<String>>,
 }
 
 impl Sources {
@@ -60,6 +60,12 @@ impl Sources {
 }
 
 impl KernelFile {
+    /// Those of the build that the file is for.
+    pub fn architectures_of<'a>(&self, build: &'a [String]) -> Vec<&'a str> {
+        let is_for = |name: &&String| self.architectures.as_ref().is_none_or(|a| a.contains(name));
+        build.iter().filter(is_for).map(String::as_str).collect()
+    }
+
     fn new(file: SourceFile) -> Result<Self, String> {
         let header = file.text.lines().take_while(|line| line.starts_with("//"));
         let Some(names) = header.filter_map(|line| line.strip_prefix(MARKER)).next() else {

@@ -134,7 +134,8 @@ KERNEL(conform_cluster, 32)(uint32_t* out, const uint32_t* inp) {
   SHARED(uint32_t, mailbox, 1);
   const uint32_t rank = cluster_rank(), size = cluster_size();
   if (threadIdx.x == 0) own[0] = inp[blockIdx.x];
-  cluster_sync();
+  cluster_arrive();
+  cluster_wait();
   if (threadIdx.x == 0) {
     const uint32_t next = (rank + 1) % size;
     out[4 * blockIdx.x] = rank;
@@ -419,7 +420,8 @@ EXPORT_KERNEL(conform_grid_dependency)
 // inp: [0] steps of 16 k, [1] scale_d of the first, [2] words of shared memory, [4...] where A lies
 // in it, [9...] where B does, [32...] A's registers [4,4,128] (RS), [2080...] the shared memory.
 // A tile: byte offset, leading bytes, stride bytes, swizzle field, bytes from one step to the next.
-// out [N/2,128]: accumulator i of each thread, which was i - thread.
+// Accumulator i of each thread was i - thread before. out [N/2,128]: all of them; or, to keep the
+// goldens of the many other shapes small, [N/2,4]: accumulator i of lane i mod 32 of each warp.
 constexpr uint32_t STEPS = 0, SCALE_D = 1, SHARED_WORDS = 2, TILE_A = 4, TILE_B = 9,
                    A_REGISTERS = 32, SHARED_IMAGE = 2080;
 
@@ -442,7 +444,14 @@ DEVICE void end(uint32_t* out, const float (&d)[Count]) {
   for (int i = 0; i < Count; ++i) out[128 * i + threadIdx.x] = __float_as_uint(d[i]);
 }
 
-template <int N, int TransA, int TransB>
+template <int Count>
+DEVICE void end_sampled(uint32_t* out, const float (&d)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i)
+    if (int(threadIdx.x % 32) == i % 32) out[4 * i + threadIdx.x / 32] = __float_as_uint(d[i]);
+}
+
+template <int N, int TransA, int TransB, bool Sampled>
 DEVICE void shared_times_shared(uint32_t* out, const uint32_t* inp) {
   SHARED_DYNAMIC(image);
   load_image(image, inp);
@@ -457,9 +466,13 @@ DEVICE void shared_times_shared(uint32_t* out, const uint32_t* inp) {
   }
   wgmma_commit();
   wgmma_wait<0>();
-  end(out, d);
+  if constexpr (Sampled) {
+    end_sampled(out, d);
+  } else {
+    end(out, d);
+  }
 }
-template <int N, int TransB>
+template <int N, int TransB, bool Sampled>
 DEVICE void registers_times_shared(uint32_t* out, const uint32_t* inp) {
   SHARED_DYNAMIC(image);
   load_image(image, inp);
@@ -475,41 +488,66 @@ DEVICE void registers_times_shared(uint32_t* out, const uint32_t* inp) {
     wgmma<N, TransB>(d, a[step], descriptor(image, inp + TILE_B, step), step ? 1 : scale_d);
   wgmma_commit();
   wgmma_wait<0>();
-  end(out, d);
+  if constexpr (Sampled) {
+    end_sampled(out, d);
+  } else {
+    end(out, d);
+  }
 }
 
-#define CONFORM_WGMMA_SHARED(N, TransA, TransB)                                                \
+#define CONFORM_WGMMA_SHARED(N, TransA, TransB, Sampled)                                        \
   KERNEL(conform_wgmma_n##N##_a##TransA##_b##TransB, 128)(uint32_t* out, const uint32_t* inp) { \
-    shared_times_shared<N, TransA, TransB>(out, inp);                                          \
-  }                                                                                            \
+    shared_times_shared<N, TransA, TransB, Sampled>(out, inp);                                  \
+  }                                                                                             \
   EXPORT_KERNEL(conform_wgmma_n##N##_a##TransA##_b##TransB)
-#define CONFORM_WGMMA_REGISTERS(N, TransB)                                                     \
+#define CONFORM_WGMMA_REGISTERS(N, TransB, Sampled)                                            \
   KERNEL(conform_wgmma_n##N##_registers_b##TransB, 128)(uint32_t* out, const uint32_t* inp) {  \
-    registers_times_shared<N, TransB>(out, inp);                                               \
+    registers_times_shared<N, TransB, Sampled>(out, inp);                                      \
   }                                                                                            \
   EXPORT_KERNEL(conform_wgmma_n##N##_registers_b##TransB)
-#define CONFORM_WGMMA(N)           \
-  CONFORM_WGMMA_SHARED(N, 0, 0)    \
-  CONFORM_WGMMA_SHARED(N, 0, 1)    \
-  CONFORM_WGMMA_SHARED(N, 1, 0)    \
-  CONFORM_WGMMA_SHARED(N, 1, 1)    \
-  CONFORM_WGMMA_REGISTERS(N, 0)    \
-  CONFORM_WGMMA_REGISTERS(N, 1)
-CONFORM_WGMMA(8)
-CONFORM_WGMMA(64)
-CONFORM_WGMMA(96)
-CONFORM_WGMMA(128)
-CONFORM_WGMMA(192)
-CONFORM_WGMMA(256)
-// The other shapes in the form that most kernels use.
-#define CONFORM_WGMMA_ODD(N) CONFORM_WGMMA_SHARED(N, 0, 0) CONFORM_WGMMA_REGISTERS(N, 1)
-CONFORM_WGMMA_ODD(16) CONFORM_WGMMA_ODD(24) CONFORM_WGMMA_ODD(32) CONFORM_WGMMA_ODD(40)
-CONFORM_WGMMA_ODD(48) CONFORM_WGMMA_ODD(56) CONFORM_WGMMA_ODD(72) CONFORM_WGMMA_ODD(80)
-CONFORM_WGMMA_ODD(88) CONFORM_WGMMA_ODD(104) CONFORM_WGMMA_ODD(112) CONFORM_WGMMA_ODD(120)
-CONFORM_WGMMA_ODD(136) CONFORM_WGMMA_ODD(144) CONFORM_WGMMA_ODD(152) CONFORM_WGMMA_ODD(160)
-CONFORM_WGMMA_ODD(168) CONFORM_WGMMA_ODD(176) CONFORM_WGMMA_ODD(184) CONFORM_WGMMA_ODD(200)
-CONFORM_WGMMA_ODD(208) CONFORM_WGMMA_ODD(216) CONFORM_WGMMA_ODD(224) CONFORM_WGMMA_ODD(232)
-CONFORM_WGMMA_ODD(240) CONFORM_WGMMA_ODD(248)
+#define CONFORM_WGMMA(N, Sampled)           \
+  CONFORM_WGMMA_SHARED(N, 0, 0, Sampled)    \
+  CONFORM_WGMMA_SHARED(N, 0, 1, Sampled)    \
+  CONFORM_WGMMA_SHARED(N, 1, 0, Sampled)    \
+  CONFORM_WGMMA_SHARED(N, 1, 1, Sampled)    \
+  CONFORM_WGMMA_REGISTERS(N, 0, Sampled)    \
+  CONFORM_WGMMA_REGISTERS(N, 1, Sampled)
+CONFORM_WGMMA(8, false)
+CONFORM_WGMMA(64, false)
+CONFORM_WGMMA(96, false)
+CONFORM_WGMMA(128, true)
+CONFORM_WGMMA(192, true)
+CONFORM_WGMMA(256, true)
+// Every other shape, in two forms.
+#define CONFORM_WGMMA_TWO(N)             \
+  CONFORM_WGMMA_SHARED(N, 0, 0, true)    \
+  CONFORM_WGMMA_REGISTERS(N, 1, true)
+CONFORM_WGMMA_TWO(16)
+CONFORM_WGMMA_TWO(24)
+CONFORM_WGMMA_TWO(32)
+CONFORM_WGMMA_TWO(40)
+CONFORM_WGMMA_TWO(48)
+CONFORM_WGMMA_TWO(56)
+CONFORM_WGMMA_TWO(72)
+CONFORM_WGMMA_TWO(80)
+CONFORM_WGMMA_TWO(88)
+CONFORM_WGMMA_TWO(104)
+CONFORM_WGMMA_TWO(112)
+CONFORM_WGMMA_TWO(120)
+CONFORM_WGMMA_TWO(136)
+CONFORM_WGMMA_TWO(144)
+CONFORM_WGMMA_TWO(152)
+CONFORM_WGMMA_TWO(160)
+CONFORM_WGMMA_TWO(168)
+CONFORM_WGMMA_TWO(176)
+CONFORM_WGMMA_TWO(184)
+CONFORM_WGMMA_TWO(200)
+CONFORM_WGMMA_TWO(208)
+CONFORM_WGMMA_TWO(216)
+CONFORM_WGMMA_TWO(224)
+CONFORM_WGMMA_TWO(232)
+CONFORM_WGMMA_TWO(240)
+CONFORM_WGMMA_TWO(248)
 
 // Two groups in flight: the first is read while the second may still run. out [2,32,128].
 KERNEL(conform_wgmma_groups, 128)(uint32_t* out, const uint32_t* inp) {

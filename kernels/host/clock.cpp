@@ -6,11 +6,7 @@
 
 namespace simt {
 
-bool knows(const Known& known, Actor actor, Tick tick) {
-  return known && known->at(actor) >= tick;
-}
-
-bool knows_foreign(const Known& known, uint64_t team, Actor actor, Tick tick) {
+bool knows_foreign(const Known& known, uint32_t team, Actor actor, Tick tick) {
   if (!known) return false;
   const auto other = known->foreign.find(team);
   return other != known->foreign.end() && knows(other->second, actor, tick);
@@ -51,7 +47,7 @@ Known raised(const Known& known, Actor actor, Tick tick) {
   return sum;
 }
 
-Known joined_foreign(const Known& known, uint64_t team, const Known& other) {
+Known joined_foreign(const Known& known, uint32_t team, const Known& other) {
   auto sum = known ? std::make_shared<Vector>(*known) : std::make_shared<Vector>();
   if (other) {
     Known& of_team = sum->foreign[team];

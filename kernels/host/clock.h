@@ -21,19 +21,21 @@ using Known = std::shared_ptr<const Vector>;
 
 struct Vector {
   std::vector<Tick> ticks;             // by actor of this team; missing ones are 0
-  std::map<uint64_t, Known> foreign;   // by team: what came over atomics from other teams
+  std::map<uint32_t, Known> foreign;   // by team: what came over atomics from other teams
   Tick at(Actor actor) const { return actor < ticks.size() ? ticks[actor] : 0; }
 };
 
-bool knows(const Known&, Actor, Tick);
-bool knows_foreign(const Known&, uint64_t team, Actor, Tick);
+inline bool knows(const Known& known, Actor actor, Tick tick) {
+  return known && known->at(actor) >= tick;
+}
+bool knows_foreign(const Known&, uint32_t team, Actor, Tick);
 
 // The union of two vectors; `raised` also reaches `tick` of `actor`. Both return one of their
 // arguments where nothing is added.
 Known joined(const Known&, const Known&);
 Known raised(const Known&, Actor, Tick);
 // `known` and all that `other` holds of `team`.
-Known joined_foreign(const Known&, uint64_t team, const Known& other);
+Known joined_foreign(const Known&, uint32_t team, const Known& other);
 
 // Where releases are collected until someone acquires them: a barrier, a phase of an mbarrier.
 class Collected {

@@ -9,6 +9,7 @@ namespace {
 inline __attribute__((always_inline)) void access(const void* p, size_t bytes, bool write,
                                                   bool aligned, void* return_address) {
   if (!simt::worker || !simt::worker->race || !simt::current) return;
+  if (p == &simt::current) return;  // threadIdx and its like are registers of the GPU
   simt::race_hook(p, uint32_t(bytes), write, aligned, reinterpret_cast<uintptr_t>(return_address));
 }
 

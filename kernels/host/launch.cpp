@@ -31,7 +31,7 @@ static const Kernel* find_kernel(const char* name, bool hooked) {
 
 // ---------------------------------------------------------------- geometry
 // Teams of a plain launch are clusters; the one team of a cooperative launch is the grid.
-uint3 Launch::block_index(uint64_t team, uint32_t rank) const {
+uint3 Launch::block_index(uint32_t team, uint32_t rank) const {
   const uint32_t *grid = shape.grid, *cluster = shape.cluster;
   const uint32_t cluster_blocks = cluster[0] * cluster[1] * cluster[2];
   const uint64_t index = shape.cooperative ? rank / cluster_blocks : team;
@@ -61,6 +61,8 @@ static std::string refuse(const SimtLaunch& shape, const Kernel& kernel, uint32_
     if (shape.grid[i] % shape.cluster[i])
       return format("grid dimension %d (%u blocks) is not a multiple of the cluster's (%u)", i,
                     shape.grid[i], shape.cluster[i]);
+  if (product(shape.grid) / cluster > UINT32_MAX)
+    return "a grid of more than 2^32 clusters";
   if (shape.dynamic_shared_bytes > SHARED_LIMIT)
     return format("%u bytes of shared memory, a block has at most %u", shape.dynamic_shared_bytes,
                   SHARED_LIMIT);
@@ -135,7 +137,7 @@ static void work(Launch& launch) {
   while (!launch.aborted) {
     const uint64_t team = launch.next_team.fetch_add(1);
     if (team >= launch.team_count) break;
-    run_team(launch, team);
+    run_team(launch, uint32_t(team));
   }
   all_switches += w.switches - switches;
 }

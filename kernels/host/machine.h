@@ -25,6 +25,10 @@
 #include "race.h"
 #include "tensor_map.h"
 
+// A function of inner loops, compiled for each generation of vector instructions; the processor at
+// hand decides.
+#define EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+
 namespace simt {
 
 // ---------------------------------------------------------------- limits of an sm_90
@@ -215,15 +219,15 @@ struct Launch {
   std::atomic<bool> aborted{false};
   std::mutex mutex;
   std::string fault;                                      // under the mutex
-  std::unordered_map<uintptr_t, std::pair<uint64_t, Known>> atomics;  // under the mutex: last release
+  std::unordered_map<uintptr_t, std::pair<uint32_t, Known>> atomics;  // under the mutex: last release
   uint32_t generation;                                    // of the global shadow
-  uint3 block_index(uint64_t team, uint32_t rank) const;
+  uint3 block_index(uint32_t team, uint32_t rank) const;
 };
 
 struct Worker {
   // The team that runs.
   Launch* launch = nullptr;
-  uint64_t team = 0;
+  uint32_t team = 0;
   std::vector<Block> blocks;  // the first `launch->team_blocks` of them
   uint32_t finished = 0, threads = 0;
   bool dead = false;
@@ -261,7 +265,7 @@ extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 inline Fiber* self() { return static_cast<Fiber*>(current); }
 
 // ---------------------------------------------------------------- scheduler.cpp
-void run_team(Launch&, uint64_t team);
+void run_team(Launch&, uint32_t team);
 void make_ready(Fiber*);
 void block_on(Wait, const void* object, uint64_t detail, Site);
 // Lets the others run; a fault if nothing but such yields happens.

@@ -69,7 +69,7 @@ Actor new_agent(std::string name) {
   return team.thread_actors + Actor(team.agents.size()) - 1;
 }
 
-std::string name_of(Actor actor, uint64_t team) {
+std::string name_of(Actor actor, uint32_t team) {
   const Launch& launch = *worker->launch;
   const uint32_t threads = launch.block_threads;
   if (actor < worker->race_team.thread_actors) {
@@ -94,6 +94,8 @@ struct Access {
   const Clock& clock;
   uint8_t flags;
   Place place;
+  // The last slot that it was found to be ordered after: the lines of one copy often have the same.
+  mutable Slot ordered_after{};
 };
 
 enum class Verdict : uint8_t { Fine, Race, NotWaited, NoProxyFence, Uninitialised };
@@ -106,7 +108,12 @@ struct Conflict {
 
 }  // namespace
 
-static bool ordered(const Slot& slot, const Clock& me) {
+static bool ordered(const Slot& slot, const Access& access) {
+  const Slot& last = access.ordered_after;
+  if (slot.tick == last.tick && slot.actor == last.actor && slot.team == last.team &&
+      slot.flags == last.flags)
+    return true;
+  const Clock& me = access.clock;
   const uint32_t actors = slot.flags & WARPGROUP ? 4 : 1;
   const bool foreign = slot.team != worker->team;
   for (Actor actor = slot.actor; actor < slot.actor + actors; actor++) {
@@ -119,6 +126,7 @@ static bool ordered(const Slot& slot, const Clock& me) {
       return false;
     }
   }
+  access.ordered_after = slot;
   return true;
 }
 
@@ -137,15 +145,15 @@ static Slot slot_of(const Readers& readers, Actor actor) {
 // Another team's table shrinks to one read for each byte: any of them is unordered for us.
 static void shrink_readers(Line& line) {
   uint16_t covered = 0;
-  const Readers& readers = *line.readers;
+  const Readers& readers = *line.readers();
   for (Actor actor = 0; actor < readers.by_thread.size(); actor++) {
     Slot slot = slot_of(readers, actor);
     slot.mask &= ~covered;
     if (!slot.mask) continue;
     covered |= slot.mask;
-    line.slots.push_back(slot);
+    line.push_back(slot);
   }
-  line.readers.reset();
+  line.readers_slot().reset();
 }
 
 // The reads of threads move into a table once there are many.
@@ -153,26 +161,26 @@ static void record_read(Line& line, const Slot& slot) {
   constexpr size_t MANY = 8;
   RaceTeam& team = worker->race_team;
   const bool plain = slot.flags == READ && slot.actor < team.thread_actors;
-  if (plain && !line.readers && line.slots.size() >= MANY) {
-    line.readers = std::make_unique<Readers>();
-    line.readers->team = slot.team;
-    line.readers->by_thread.resize(team.thread_actors, Readers::Read{0, 0, 0});
+  if (plain && line.size() >= MANY && !line.readers()) {
+    line.readers_slot() = std::make_unique<Readers>();
+    line.readers()->team = slot.team;
+    line.readers()->by_thread.resize(team.thread_actors, Readers::Read{0, 0, 0});
   }
-  if (!plain || !line.readers) {
-    line.slots.push_back(slot);
+  if (!plain || !line.readers()) {
+    line.push_back(slot);
     return;
   }
-  Readers::Read& read = line.readers->by_thread[slot.actor];
+  Readers::Read& read = line.readers()->by_thread[slot.actor];
   read = {slot.tick, slot.place, uint16_t(read.mask | slot.mask)};
 }
 
 static Conflict check_readers(Line& line, const Access& access, uint16_t mask) {
   if (!(access.flags & WRITE)) return {};
-  for (Actor actor = 0; actor < line.readers->by_thread.size(); actor++) {
-    Readers::Read& read = line.readers->by_thread[actor];
+  for (Actor actor = 0; actor < line.readers()->by_thread.size(); actor++) {
+    Readers::Read& read = line.readers()->by_thread[actor];
     if (!(read.mask & mask)) continue;
-    const Slot slot = slot_of(*line.readers, actor);
-    if (!ordered(slot, access.clock)) return {Verdict::Race, slot, uint16_t(slot.mask & mask)};
+    const Slot slot = slot_of(*line.readers(), actor);
+    if (!ordered(slot, access)) return {Verdict::Race, slot, uint16_t(slot.mask & mask)};
     read.mask &= ~mask;
   }
   return {};
@@ -180,16 +188,16 @@ static Conflict check_readers(Line& line, const Access& access, uint16_t mask) {
 
 static Conflict check(Line& line, const Access& access, uint16_t mask, bool shared) {
   const bool write = access.flags & WRITE;
-  if (line.readers) {
-    if (line.readers->team != worker->team) shrink_readers(line);
+  if (line.readers()) {
+    if (line.readers()->team != worker->team) shrink_readers(line);
     else if (Conflict found = check_readers(line, access, mask); found.verdict != Verdict::Fine)
       return found;
   }
   uint32_t kept = 0;
   bool recorded = false;
-  uint64_t other_team = worker->team;  // one that has read all of these bytes
-  for (uint32_t i = 0; i < line.slots.size(); i++) {
-    Slot& slot = line.slots[i];
+  uint32_t other_team = worker->team;  // one that has read all of these bytes
+  for (uint32_t i = 0; i < line.size(); i++) {
+    Slot& slot = line[i];
     const uint16_t common = slot.mask & mask;
     if (common) {
       const bool conflicting = write || slot.flags & WRITE;
@@ -198,7 +206,7 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
         const bool own_pending =
             slot.flags & PENDING && access.flags & COMPLETES && slot.actor == access.clock.actor;
         if (slot.flags & PENDING && !own_pending) return {Verdict::NotWaited, slot, common};
-        if (!ordered(slot, access.clock)) return {Verdict::Race, slot, common};
+        if (!ordered(slot, access)) return {Verdict::Race, slot, common};
         if (access.flags & ASYNC && slot.flags & WRITE && !fenced(slot, shared))
           return {Verdict::NoProxyFence, slot, common};
       }
@@ -209,7 +217,7 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
         other_team = slot.team;
       }
       // What this access replaces: all that a write is ordered after, the earlier reads of a read.
-      if (write ? !both_atomic : earlier_read && ordered(slot, access.clock)) {
+      if (write ? !both_atomic : earlier_read && ordered(slot, access)) {
         slot.mask &= ~mask;
         if (!slot.mask) continue;
       } else if (both_atomic && slot.actor == access.clock.actor && slot.team == worker->team &&
@@ -218,18 +226,21 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
         recorded = true;
       }
     }
-    if (kept != i) line.slots[kept] = slot;
+    if (kept != i) line[kept] = slot;
     kept++;
   }
-  line.slots.shrink(kept);
+  line.shrink(kept);
   if (write) line.initialised |= mask;
   else if (shared && (line.initialised & mask) != mask)
     return {Verdict::Uninitialised, {}, uint16_t(mask & ~line.initialised)};
   if (recorded) return {};
-  const Slot slot{worker->team,      access.clock.tick, access.place,
-                  access.clock.actor, mask,             uint8_t(access.flags & ~COMPLETES)};
-  if (write) line.slots.push_back(slot);
-  else record_read(line, slot);
+  const Slot slot{worker->team,       access.clock.tick, access.place,
+                  access.clock.actor, mask,              uint8_t(access.flags & ~COMPLETES)};
+  if (write) {
+    line.push_back(slot);
+  } else {
+    record_read(line, slot);
+  }
   return {};
 }
 
@@ -313,6 +324,11 @@ static void check_global(const void* p, uint32_t bytes, const Access& access) {
 static void check_anywhere(const void* p, uint32_t bytes, const Access& access) {
   if (Block* block = block_of(p)) check_shared(*block, offset_in(block, p), bytes, access);
   else check_global(p, bytes, access);
+}
+
+void race_prefetch(const Block& block, uint32_t address) {
+  if (address < WINDOW_BYTES)
+    __builtin_prefetch(&worker->race_team.shared[block.rank][address / Line::BYTES], 1);
 }
 
 void race_thread(Fiber& fiber, const void* p, uint32_t bytes, uint8_t flags, Place place) {

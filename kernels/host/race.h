@@ -46,7 +46,7 @@ enum AccessFlags : uint8_t {
 };
 
 struct Slot {
-  uint64_t team;
+  uint32_t team;
   Tick tick;
   Place place;
   Actor actor;
@@ -61,41 +61,49 @@ struct Readers {
     Place place;
     uint16_t mask;
   };
-  uint64_t team;
+  uint32_t team;
   std::vector<Read> by_thread;
 };
 
-// Slots in no particular order; most lines never have more than two.
-class Slots {
+// 16 bytes of memory and the slots of what touched them, in no particular order. Most lines never
+// have more than two, and then fill one line of the processor's cache.
+class alignas(64) Line {
  public:
-  uint32_t size() const { return size_; }
-  Slot& operator[](uint32_t i) { return i < INLINE ? first_[i] : more_[i - INLINE]; }
-  void push_back(const Slot& slot) {
-    if (size_ >= INLINE) more_.resize(size_ + 1 - INLINE);
-    (*this)[size_++] = slot;
-  }
-  void shrink(uint32_t size) { size_ = size; }
-  void clear() { size_ = 0; }
-
- private:
-  static constexpr uint32_t INLINE = 2;
-  Slot first_[INLINE];
-  std::vector<Slot> more_;
-  uint32_t size_ = 0;
-};
-
-struct Line {
   static constexpr uint32_t BYTES = 16;
   uint32_t generation = 0;
   uint16_t initialised = 0;
-  Slots slots;
-  std::unique_ptr<Readers> readers;
+
+  uint32_t size() const { return size_; }
+  Slot& operator[](uint32_t i) { return i < INLINE ? first_[i] : more_->slots[i - INLINE]; }
+  void push_back(const Slot& slot) {
+    if (size_ >= INLINE) more().slots.resize(size_ + 1 - INLINE);
+    size_++;
+    (*this)[size_ - 1u] = slot;
+  }
+  void shrink(uint32_t size) { size_ = uint16_t(size); }
   void clear() {
     initialised = 0;
-    slots.clear();
-    readers.reset();
+    size_ = 0;
+    if (more_) more_->readers.reset();
   }
+  Readers* readers() { return more_ ? more_->readers.get() : nullptr; }
+  std::unique_ptr<Readers>& readers_slot() { return more().readers; }
+
+ private:
+  struct More {
+    std::vector<Slot> slots;
+    std::unique_ptr<Readers> readers;
+  };
+  More& more() {
+    if (!more_) more_ = std::make_unique<More>();
+    return *more_;
+  }
+  static constexpr uint32_t INLINE = 2;
+  uint16_t size_ = 0;
+  Slot first_[INLINE];
+  std::unique_ptr<More> more_;
 };
+static_assert(sizeof(Line) == 64);
 
 // What is kept for the team that runs.
 struct RaceTeam {
@@ -107,13 +115,16 @@ struct RaceTeam {
 
 void race_begin(Worker&);
 Actor new_agent(std::string name);
-std::string name_of(Actor, uint64_t team);
+std::string name_of(Actor, uint32_t team);
 
 // ---------------------------------------------------------------- accesses
 void race_thread(Fiber&, const void* p, uint32_t bytes, uint8_t flags, Place);
 void race_clock(const Clock&, const void* p, uint32_t bytes, uint8_t flags, Place);
 // A load or store of a kernel, from the hooks: any address.
 void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc);
+
+// Brings the line of a shared address, which will be checked soon, near.
+void race_prefetch(const Block&, uint32_t address);
 
 // ---------------------------------------------------------------- order
 inline Clock clock_of(const Actor actor, const Tick tick, const Known& known) {

@@ -274,7 +274,7 @@ void on_service_stack(size_t index, void (*function)()) {
   simt_switch_stack(&worker->main_stack, prepare_stack(worker->service.top(index), service_main));
 }
 
-void run_team(Launch& launch, uint64_t team) {
+void run_team(Launch& launch, uint32_t team) {
   Worker& w = *worker;
   w.launch = &launch;
   w.team = team;

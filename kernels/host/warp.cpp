@@ -140,7 +140,7 @@ static uint16_t* matrix_row(Warp& warp, void** arguments, int matrix, int row, b
   auto& argument = *static_cast<MatrixArgument*>(arguments[lane]);
   const char* what = write ? "stmatrix" : "ldmatrix";
   constexpr uint32_t ROW_BYTES = 16;
-  if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) {
+  if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) [[unlikely]] {
     fail_at(*warp.lanes[lane], what, argument.site, "the row's address is not a multiple of 16");
   }
   checked_shared(argument.row, ROW_BYTES, what, argument.site);
@@ -195,7 +195,7 @@ struct MmaArgument {
 static float low(uint32_t pair) { return to_float(bf16{uint16_t(pair)}); }
 static float high(uint32_t pair) { return to_float(bf16{uint16_t(pair >> 16)}); }
 
-static void multiply(Warp&, uint32_t, void** arguments) {
+EVERY_X86 static void multiply_all(void** arguments) {
   float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; lane++) {
     const auto& mine = *static_cast<MmaArgument*>(arguments[lane]);
@@ -219,6 +219,8 @@ static void multiply(Warp&, uint32_t, void** arguments) {
     for (int i = 0; i < 4; i++) mine.d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
+
+static void multiply(Warp&, uint32_t, void** arguments) { multiply_all(arguments); }
 
 // ---------------------------------------------------------------- setmaxnreg
 struct RegisterArgument {

@@ -7,11 +7,10 @@
 // ISA, "Register Fragments for wgmma"; the reference "Hopper kernels" has the checked formulas.)
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "fault.h"
 #include "machine.h"
-
-#define EVERY_X86 __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 
 namespace simt {
 
@@ -31,7 +30,10 @@ typedef float Sixteen __attribute__((vector_size(64), aligned(4)));
 
 }  // namespace
 
-static thread_local Operands operands;
+// On the heap: a machine in a shared library finds little room for thread-local storage. `operands`
+// is set by whoever uses it first in `compute`.
+static thread_local std::unique_ptr<Operands> own_operands;
+static __thread Operands* operands;
 
 static inline float value_of(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 
@@ -77,8 +79,11 @@ static const uint16_t* eight(Block* block, uint32_t address, const Clock& clock,
   return reinterpret_cast<const uint16_t*>(p);
 }
 
+// The lines of an operand lie far apart for the detector: asked for some rows ahead.
+static constexpr uint32_t AHEAD = 8;
+
 static void put_a(int row, int k, float value) {
-  float* four = operands.a[k][row / 16 * 8 + row % 8];
+  float* four = operands->a[k][row / 16 * 8 + row % 8];
   four[row / 8 % 2 * 2] = four[row / 8 % 2 * 2 + 1] = value;
 }
 
@@ -93,9 +98,13 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
       }
     return;
   }
-  for (int half = 0; half < 2; half++)
-    for (int pair = 0; pair < ROW_PAIRS; pair++) {
-      const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
+  for (int pair = 0; pair < ROW_PAIRS; pair++) {
+    const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
+    if (worker->race) {
+      race_prefetch(*block, descriptor.k_major(row + AHEAD, 0));
+      race_prefetch(*block, descriptor.k_major(row + 8 + AHEAD, 0));
+    }
+    for (int half = 0; half < 2; half++) {
       const uint16_t* upper =
           eight(block, descriptor.k_major(row, uint32_t(half)), clock, product.site);
       const uint16_t* lower =
@@ -103,9 +112,10 @@ static void load_a(Block* block, const Product& product, int k0, const Clock& cl
       for (int i = 0; i < 8; i++) {
         const float u = value_of(upper[i]), l = value_of(lower[i]);
         const Four four = {u, u, l, l};
-        std::memcpy(operands.a[k0 + half * 8 + i][pair], &four, sizeof four);
+        std::memcpy(operands->a[k0 + half * 8 + i][pair], &four, sizeof four);
       }
     }
+  }
 }
 
 static void load_registers(const Product& product, uint32_t thread, int k0) {
@@ -129,13 +139,17 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
         for (int quad = 0; quad < QUADS; quad++) {
           const float c0 = value_of(values[2 * quad]), c1 = value_of(values[2 * quad + 1]);
           const Four four = {c0, c1, c0, c1};
-          std::memcpy(&operands.b[k0 + k][quad][column / 2], &four, sizeof four);
+          std::memcpy(&operands->b[k0 + k][quad][column / 2], &four, sizeof four);
         }
       }
     return;
   }
-  for (int half = 0; half < 2; half++)
-    for (int column = 0; column < n; column += 2) {
+  for (int column = 0; column < n; column += 2) {
+    if (worker->race) {
+      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD, 0));
+      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD + 1, 0));
+    }
+    for (int half = 0; half < 2; half++) {
       const uint16_t* first =
           eight(block, descriptor.k_major(uint32_t(column), uint32_t(half)), clock, product.site);
       const uint16_t* second = eight(
@@ -144,9 +158,10 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
       for (int i = 0; i < 8; i++) {
         const float c0 = value_of(first[i]), c1 = value_of(second[i]);
         const Four four = {c0, c1, c0, c1};
-        std::memcpy(&operands.b[k0 + half * 8 + i][quad][at], &four, sizeof four);
+        std::memcpy(&operands->b[k0 + half * 8 + i][quad][at], &four, sizeof four);
       }
     }
+  }
 }
 
 // ---------------------------------------------------------------- the product
@@ -163,9 +178,9 @@ static inline __attribute__((always_inline)) void multiply_sixteens(float* const
   for (int k = 0; k < ks; k++) {
     Sixteen b[Blocks];
     for (int j = 0; j < Blocks; j++)
-      b[j] = *reinterpret_cast<const Sixteen*>(&operands.b[k][quad][first + 16 * j]);
+      b[j] = *reinterpret_cast<const Sixteen*>(&operands->b[k][quad][first + 16 * j]);
     for (int t = 0; t < Threads; t++) {
-      const float* four = operands.a[k][pair[t]];
+      const float* four = operands->a[k][pair[t]];
       const float u = four[0], l = four[2];
       const Sixteen a = {u, u, l, l, u, u, l, l, u, u, l, l, u, u, l, l};
       for (int j = 0; j < Blocks; j++) sum[t][j] += a * b[j];
@@ -196,7 +211,7 @@ EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
         for (int i = whole; i < registers; i++) {
           float sum = keep ? mine[t][i] : 0;
           for (int k = 0; k < ks; k++)
-            sum += operands.a[k][pair[t]][i % 4] * operands.b[k][quad][i];
+            sum += operands->a[k][pair[t]][i % 4] * operands->b[k][quad][i];
           mine[t][i] = sum;
         }
     }
@@ -308,6 +323,8 @@ static Actor actor_of(Warpgroup& group, const Fiber& first) {
 
 // Computes the first `count` products.
 static void compute(Warpgroup& group, const Fiber& first, size_t count) {
+  if (!own_operands) own_operands = std::make_unique<Operands>();
+  operands = own_operands.get();
   std::vector<bool> done(count);
   for (size_t i = 0; i < count; i++) {
     if (done[i]) continue;

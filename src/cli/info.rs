@@ -4,11 +4,11 @@ use std::fmt;
 use std::thread;
 
 use clap::Args;
+use isobath::Error;
 use isobath::config::{DeviceKind, preset_names};
 use isobath::cuda::binaries::{ARCHITECTURES, CODE, CXX, FATBINS, NVCC};
-use isobath::cuda::nvidia::Nvidia;
+use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{self, Driver, Properties};
-use isobath::{Error, Result};
 use serde::Serialize;
 
 use super::output;
@@ -147,23 +147,32 @@ impl Kernels {
 impl Machine {
     /// Opens the first GPU: only the driver knows whether it works.
     fn cuda() -> Self {
+        let built = nvidia::kernels_present(FATBINS, NVCC);
         match Nvidia::open(0) {
-            Ok(gpu) => Machine { gpu: Some(Gpu::of(gpu.properties())), ..Machine::found(Ok(())) },
-            Err(error) => Machine::found(Err(error)),
+            Ok(gpu) => Machine { gpu: Some(Gpu::of(gpu.properties())), ..Machine::lacking([]) },
+            Err(error) => Machine::lacking(built.err().into_iter().chain([error])),
         }
     }
 
     fn simt() -> Self {
-        Machine::found(cuda::present(DeviceKind::Simt))
+        Machine::lacking(cuda::present(DeviceKind::Simt).err())
     }
 
-    fn found(found: Result<()>) -> Self {
-        let (why, remedy) = match found {
-            Ok(()) => (None, None),
-            Err(Error::Device { what, remedy, .. }) => (Some(what), Some(remedy)),
-            Err(other) => (Some(other.to_string()), None),
-        };
-        Machine { available: why.is_none(), why, remedy, gpu: None }
+    /// What is missing, all of it; what is told twice is said once.
+    fn lacking(errors: impl IntoIterator<Item = Error>) -> Self {
+        let (mut whys, mut remedies) = (vec![], vec![]);
+        for error in errors {
+            let (why, remedy) = match error {
+                Error::Device { what, remedy, .. } => (what, Some(remedy)),
+                other => (other.to_string(), None),
+            };
+            if !whys.contains(&why) {
+                whys.push(why);
+                remedies.extend(remedy);
+            }
+        }
+        let told = |parts: Vec<String>| (!parts.is_empty()).then(|| parts.join("; "));
+        Machine { available: whys.is_empty(), why: told(whys), remedy: told(remedies), gpu: None }
     }
 }
 

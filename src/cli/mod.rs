@@ -4,6 +4,7 @@
 //! anything. What a command was asked for goes to stdout; everything else goes to stderr.
 
 mod config;
+mod conformance;
 mod data;
 mod eval;
 mod generate;
@@ -39,6 +40,8 @@ enum Command {
     Data(data::DataCommand),
     /// Count parameters, FLOPs and bytes of a configuration, without data or device
     Plan(plan::PlanArgs),
+    /// Compare what every kernel wrapper does on a device with its golden output
+    Conformance(conformance::ConformanceArgs),
     /// Show the devices, presets and texts of this build
     Info(info::InfoArgs),
 }
@@ -52,6 +55,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Conformance(args) => conformance::run(args),
         Command::Info(args) => info::run(args),
     }
 }

@@ -296,7 +296,11 @@ impl Host {
     pub fn load(library: &Path, options: Options) -> Result<Self> {
         let refuse = |error: libloading::Error| Error::Device {
             device: DEVICE.to_string(),
-            what: format!("cannot load {}: {error}", library.display()),
+            what: match std::error::Error::source(&error) {
+                // The linker's own words; the path is in them.
+                Some(cause) => format!("cannot load it: {cause}"),
+                None => format!("cannot load {}: {error}", library.display()),
+            },
             remedy: "link the kernels and the whole machine into a shared library".to_string(),
         };
         // SAFETY: its initialisers only register kernels; it is never unloaded (`leak`), and its

@@ -3,6 +3,7 @@
 //! [`Driver`] is the machine below; [`open`] gives the one that a person asked for.
 
 pub mod binaries;
+pub mod conformance;
 mod driver;
 pub mod gemm;
 pub mod host;

@@ -1,0 +1,165 @@
+//! The golden outputs on disk: tests/goldens/conformance.json, one case a line.
+//!
+//! `out` holds the words as hexadecimal text, eight digits each; a long one is "zstd:" and the
+//! hexadecimal text of its zstd-compressed little-endian bytes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::cases;
+use crate::error::{Error, Result};
+
+const FILE: &str = "conformance.json";
+/// Longer outputs are compressed.
+const PLAIN_WORDS: usize = 128;
+
+/// What a case must give.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Golden {
+    /// [`Golden::FORMULA`], or the GPU, its driver and the date.
+    pub source: String,
+    pub out: Vec<u32>,
+}
+
+impl Golden {
+    pub const FORMULA: &str = "formula";
+
+    /// Whether a GPU gave it.
+    pub fn is_recorded(&self) -> bool {
+        self.source != Self::FORMULA
+    }
+}
+
+/// The goldens of all cases, by name.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Goldens(BTreeMap<String, Golden>);
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    name: String,
+    source: String,
+    out: String,
+}
+
+impl Goldens {
+    /// Those of this build.
+    pub fn compiled_in() -> Result<Self> {
+        let text = include_str!("../../../tests/goldens/conformance.json");
+        Self::parse(text, Path::new("tests/goldens").join(FILE).as_path())
+    }
+
+    /// `path` is for messages. Errors: no such JSON, a name twice.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let broken = |what: String| Error::Data {
+            path: path.to_path_buf(),
+            what,
+            remedy: "write it again: isobath conformance --formulas FOLDER, or --record"
+                .to_string(),
+        };
+        let lines: Vec<Line> =
+            serde_json::from_str(text).map_err(|error| broken(error.to_string()))?;
+        let mut goldens = Goldens::default();
+        for Line { name, source, out } in lines {
+            let out = decode(&out).map_err(|what| broken(format!("case {name}: {what}")))?;
+            if goldens.0.insert(name.clone(), Golden { source, out }).is_some() {
+                return Err(broken(format!("case {name} stands there twice")));
+            }
+        }
+        Ok(goldens)
+    }
+
+    /// Errors: no golden of this name.
+    pub fn of(&self, name: &str) -> Result<&Golden> {
+        self.0.get(name).ok_or_else(|| Error::Usage {
+            what: format!("the case {name} has no golden output"),
+            remedy: "write it: isobath conformance --formulas tests/goldens".to_string(),
+        })
+    }
+
+    pub fn insert(&mut self, name: &str, golden: Golden) {
+        self.0.insert(name.to_string(), golden);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &Golden)> {
+        self.0.iter()
+    }
+
+    /// Formulas for every case that no GPU has recorded; nothing for cases that are gone.
+    pub fn with_formulas(mut self) -> Self {
+        let golden = |case: super::Case| {
+            let recorded = self.0.remove(&case.name).filter(Golden::is_recorded);
+            let formula = || Golden { source: Golden::FORMULA.to_string(), out: case.expected };
+            (case.name, recorded.unwrap_or_else(formula))
+        };
+        Goldens(cases().into_iter().map(golden).collect())
+    }
+
+    /// Writes the file into this folder. Errors: those of the operating system.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let path = folder.join(FILE);
+        let text = self.to_text().map_err(Error::io("compress", &path))?;
+        std::fs::write(&path, text).map_err(Error::io("write", &path))
+    }
+
+    fn to_text(&self) -> std::io::Result<String> {
+        let mut lines = vec![];
+        for (name, Golden { source, out }) in &self.0 {
+            let line = Line { name: name.clone(), source: source.clone(), out: encode(out)? };
+            lines.push(serde_json::to_string(&line)?);
+        }
+        Ok(format!("[\n{}\n]\n", lines.join(",\n")))
+    }
+}
+
+const COMPRESSED: &str = "zstd:";
+
+fn encode(words: &[u32]) -> std::io::Result<String> {
+    if words.len() <= PLAIN_WORDS {
+        return Ok(words.iter().map(|word| format!("{word:08x}")).collect());
+    }
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let packed = zstd::encode_all(bytes.as_slice(), 19)?;
+    Ok(packed.iter().fold(COMPRESSED.to_string(), |text, byte| text + &format!("{byte:02x}")))
+}
+
+fn decode(text: &str) -> Result<Vec<u32>, String> {
+    let Some(packed) = text.strip_prefix(COMPRESSED) else {
+        let word = |digits: &[u8]| number(digits, 8);
+        return text.as_bytes().chunks(8).map(word).collect();
+    };
+    let byte = |digits: &[u8]| number(digits, 2).map(|byte| byte as u8);
+    let packed: Vec<u8> = packed.as_bytes().chunks(2).map(byte).collect::<Result<_, _>>()?;
+    let bytes = zstd::decode_all(packed.as_slice()).map_err(|error| error.to_string())?;
+    let (words, []) = bytes.as_chunks::<4>() else {
+        return Err(format!("{} bytes are no whole words", bytes.len()));
+    };
+    Ok(words.iter().map(|&word| u32::from_le_bytes(word)).collect())
+}
+
+fn number(digits: &[u8], length: usize) -> Result<u32, String> {
+    let number = std::str::from_utf8(digits).ok().filter(|text| text.len() == length);
+    number
+        .and_then(|text| u32::from_str_radix(text, 16).ok())
+        .ok_or_else(|| format!("{:?} are not {length} digits", String::from_utf8_lossy(digits)))
+}
+
+/// "2026-11-24", in UTC, so long after 1970-01-01.
+pub fn utc_date(since_1970: Duration) -> String {
+    // Years begin in March here, so that the leap day is the last; 400 years are 146,097 days.
+    let day = since_1970.as_secs() / 86_400 + 719_468; // since 0000-03-01
+    let (era, day) = (day / 146_097, day % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153; // 0: March
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = match month {
+        0..=9 => (400 * era + year, month + 3),
+        _ => (400 * era + year + 1, month - 9),
+    };
+    format!("{year}-{month:02}-{day:02}")
+}

@@ -1,0 +1,223 @@
+//! Every wrapper of kernels/: the goldens against the formulas, the machines against the goldens.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use isobath::Error;
+use isobath::cuda::conformance::{
+    Case, Golden, Goldens, Mismatch, Needs, Tolerance, cases, record, replay, utc_date,
+};
+use isobath::cuda::host::{Host, Options};
+use isobath::cuda::{Driver, host};
+
+use super::machines::on_every_machine;
+
+/// Every launch on every machine and schedule; the bits are the same on all schedules of one.
+#[test]
+fn every_case_gives_its_golden_output() {
+    let goldens = Goldens::compiled_in().unwrap();
+    on_every_machine(|driver| {
+        let report = replay(driver, &goldens).unwrap();
+        assert!(report.failed.is_empty(), "{report}");
+        assert_eq!(report.passed + report.skipped.len(), cases().len(), "{report}");
+        let capability = driver.properties().compute_capability;
+        let outputs = cases().into_iter().filter(|case| case.runs_on(capability));
+        let words = outputs.flat_map(|case| case.run(driver).unwrap());
+        words.flat_map(u32::to_le_bytes).collect()
+    });
+}
+
+/// One golden for each case and no other; a recorded one must not contradict the formula, and one
+/// that says "formula" must be it.
+#[test]
+fn each_golden_agrees_with_the_formula() {
+    let goldens = Goldens::compiled_in().unwrap();
+    let mut names = BTreeSet::new();
+    for case in cases() {
+        let golden = goldens.of(&case.name).unwrap();
+        if golden.is_recorded() {
+            if let Err(mismatch) = case.compare(&case.expected, &golden.out) {
+                panic!("{} ({}): {mismatch}", case.name, golden.source);
+            }
+        } else {
+            assert_eq!(golden.out, case.expected, "{}: the formula has changed", case.name);
+        }
+        assert!(names.insert(case.name.clone()), "two cases are named {}", case.name);
+    }
+    let known: BTreeSet<String> = goldens.iter().map(|(name, _)| name.clone()).collect();
+    assert_eq!(known, names);
+}
+
+/// A kernel without a case proves nothing.
+#[test]
+fn every_kernel_of_the_two_files_has_a_case() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let driver = Host::new(Options::default()).unwrap();
+    let is_ours = |name: &String| name.starts_with("conform_");
+    let kernels: BTreeSet<String> = driver.kernel_names().into_iter().filter(is_ours).collect();
+    let with_case: BTreeSet<String> = cases().into_iter().map(|case| case.kernel).collect();
+    assert_eq!(kernels, with_case);
+}
+
+/// Every wrapper that host/wrappers.h declares is called in one of the two files.
+#[test]
+fn every_wrapper_has_a_kernel() {
+    let read = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let header = read("host/wrappers.h");
+    // What is in namespace simt is the machine's own; what a macro makes, the TMA wrappers of
+    // each rank, has indented lines.
+    let mut wrappers = BTreeSet::new();
+    let mut own = false;
+    for line in header.lines() {
+        own |= line.starts_with("namespace simt") && !line.contains('}');
+        own &= !line.starts_with("}  // namespace");
+        let declares = line.contains('(') && !line.starts_with([' ', '/', '#', '}', 'n', 'S']);
+        if declares && !own {
+            let name = line.split('(').next().and_then(|text| text.split_whitespace().last());
+            wrappers.extend(name.map(|name| name.trim_start_matches('*').to_string()));
+        }
+    }
+    for rank in 1..=5 {
+        let families = ["tma_load", "tma_load_multicast", "tma_store", "tma_reduce_add"];
+        wrappers.extend(families.map(|family| format!("{family}_{rank}d")));
+    }
+    assert!(wrappers.len() > 100, "only {} found: {wrappers:?}", wrappers.len());
+
+    // The kernel file makes the TMA kernels by rank too.
+    let kernels = [read("conformance.cu"), read("conformance_sm80.cu")].concat();
+    let by_rank = |rank: usize| kernels.replace("##rank##", &rank.to_string());
+    let all: String = (1..=5).map(by_rank).collect();
+    let called: BTreeSet<&str> = all.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    // __trap ends the launch with an error: it has no output.
+    wrappers.retain(|name| name != "__trap" && !called.contains(name.as_str()));
+    assert!(wrappers.is_empty(), "no kernel calls {wrappers:?}");
+}
+
+/// A golden that is off by one bit is found, and the message tells where.
+#[test]
+fn a_wrong_output_is_found() {
+    let by_name = |name: &str| cases().into_iter().find(|case| case.name == name).unwrap();
+    for name in ["ldmatrix_x4_trans", "tma_load_3d", "wgmma_n64_a1_b1", "atomic_cas_u32"] {
+        let case = by_name(name);
+        let mut found = case.expected.clone();
+        found[7] ^= 1;
+        match case.compare(&case.expected, &found) {
+            Err(Mismatch::Word { word: 7, wrong: 1, .. }) => {}
+            other => panic!("{name}: {other:?}"),
+        }
+        found.pop();
+        assert!(matches!(case.compare(&case.expected, &found), Err(Mismatch::Length { .. })));
+    }
+    let case = by_name("tanh_approx");
+    let Tolerance::Float { relative, .. } = case.tolerance else { panic!("{:?}", case.tolerance) };
+    let changed = |factor: f64| -> Vec<u32> {
+        let change = |&word: &u32| (f64::from(f32::from_bits(word)) * (1.0 + factor)) as f32;
+        case.expected.iter().map(|word| change(word).to_bits()).collect()
+    };
+    case.compare(&case.expected, &changed(0.9 * relative)).unwrap();
+    let Err(Mismatch::Word { used_tolerance, .. }) =
+        case.compare(&case.expected, &changed(1.5 * relative))
+    else {
+        panic!("an error of 1.5 tolerances passes");
+    };
+    assert!((used_tolerance - 1.5).abs() < 0.01, "{used_tolerance}");
+    let nan = vec![f32::NAN.to_bits(); case.expected.len()];
+    assert!(case.compare(&case.expected, &nan).is_err());
+}
+
+/// A kernel that does nothing fails every case.
+#[test]
+fn every_expected_output_differs_from_what_was_there() {
+    for Case { name, initial, expected, .. } in cases() {
+        assert_eq!(initial.len(), expected.len(), "{name}");
+        assert!(initial != expected, "{name}");
+    }
+}
+
+#[test]
+fn goldens_survive_the_file_and_damage_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("conformance.json");
+    let goldens = Goldens::compiled_in().unwrap();
+    goldens.save(folder.path()).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(Goldens::parse(&text, &path).unwrap(), goldens);
+
+    let line = |out: &str| format!(r#"{{"name":"a","source":"formula","out":"{out}"}}"#);
+    let twice = format!("[{0},{0}]", line("00000001"));
+    let damaged = [
+        ("[", "EOF"),
+        (r#"[{"name":"a"}]"#, "source"),
+        (&twice, "twice"),
+        (&format!("[{}]", line("0000000")), "8 digits"),
+        (&format!("[{}]", line("0000000g")), "8 digits"),
+        (&format!("[{}]", line("zstd:12")), "case a"),
+        (&format!("[{}]", line("zstd:1")), "2 digits"),
+    ];
+    for (text, says) in damaged {
+        let error = Goldens::parse(text, &path).unwrap_err().to_string();
+        assert!(error.contains(says) && error.contains("remedy"), "{text}: {error}");
+    }
+    assert!(matches!(Goldens::default().of("bf16_bits"), Err(Error::Usage { .. })));
+}
+
+/// A recorded golden stays when the formulas are written anew; one of a case that is gone goes.
+#[test]
+fn formulas_never_replace_what_a_gpu_recorded() {
+    let recorded = Golden { source: "NVIDIA H200, today".to_string(), out: vec![1, 2] };
+    let stale = Golden { source: Golden::FORMULA.to_string(), out: vec![3] };
+    let mut goldens = Goldens::default();
+    goldens.insert("bf16_bits", recorded.clone());
+    goldens.insert("ldmatrix_x1", stale);
+    goldens.insert("no such case", recorded.clone());
+    let goldens = goldens.with_formulas();
+    assert_eq!(*goldens.of("bf16_bits").unwrap(), recorded);
+    let formula = cases().into_iter().find(|case| case.name == "ldmatrix_x1").unwrap().expected;
+    assert_eq!(goldens.of("ldmatrix_x1").unwrap().out, formula);
+    assert!(goldens.of("no such case").is_err());
+    assert_eq!(goldens.iter().count(), cases().len());
+}
+
+#[test]
+fn only_a_gpu_records() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let mut driver = Host::new(Options::default()).unwrap();
+    let error = record(&mut driver, &Goldens::default(), "2026-01-01").unwrap_err();
+    assert!(error.to_string().contains("recorded on a GPU"), "{error}");
+}
+
+#[test]
+fn an_older_gpu_runs_what_it_has() {
+    let old = cases().into_iter().filter(|case| case.runs_on((8, 0)));
+    assert!(old.clone().all(|case| case.needs == Needs::Sm80));
+    assert!(old.count() > 30);
+    assert!(cases().iter().all(|case| case.runs_on((9, 0))));
+    // sm_90a code does not run on what came after it.
+    assert!(cases().iter().all(|case| case.runs_on((10, 0)) == (case.needs == Needs::Sm80)));
+}
+
+/// Against `date -u -d @...`.
+#[test]
+fn dates_are_those_of_the_calendar() {
+    for (seconds, date) in [
+        (0, "1970-01-01"),
+        (951_782_399, "2000-02-28"),
+        (951_782_400, "2000-02-29"),
+        (951_868_800, "2000-03-01"),
+        (1_735_689_599, "2024-12-31"),
+        (1_735_689_600, "2025-01-01"),
+        (4_107_542_400, "2100-03-01"),
+    ] {
+        assert_eq!(utc_date(Duration::from_secs(seconds)), date);
+    }
+}
