@@ -194,17 +194,18 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Worker* w = worker;
   const bool ours = w && w->in_team && current;
-  if (signal == watchdog_signal()) {
-    if (!ours) return;
+  if (signal == watchdog_signal() && ours) {
     w->expired = true;  // the hooks look at it
     const auto pc = static_cast<uintptr_t>(registers[REG_RIP]);
     const bool in_kernel = pc >= reinterpret_cast<uintptr_t>(__start_simt_kernels) &&
                            pc < reinterpret_cast<uintptr_t>(__stop_simt_kernels);
     if (!in_kernel) return;  // the machine may hold a lock; the watchdog tries again
   } else if (!ours) {
+    // Perhaps it is for another machine of this process, in a shared library.
     const struct sigaction& old = previous[signal];
     if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
     if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(signal);
+    if (signal == watchdog_signal()) return;
     struct sigaction standard {};
     standard.sa_handler = SIG_DFL;
     sigaction(signal, &standard, nullptr);

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <sys/mman.h>
 #include <thread>
 
@@ -113,10 +114,10 @@ Worker::~Worker() {
 // The calling thread's worker, made at its first launch.
 static Worker* this_worker() {
   static thread_local Worker* const mine = [] {
-    static thread_local Worker own;
-    own.thread = pthread_self();
-    watch(&own);
-    return &own;
+    static thread_local const auto own = std::make_unique<Worker>();  // large: see place_of
+    own->thread = pthread_self();
+    watch(own.get());
+    return own.get();
   }();
   worker = mine;
   return mine;

@@ -1,6 +1,7 @@
 // Lines and slots: where accesses are remembered, and the rules that make two of them a fault.
 #include "race.h"
 
+#include <memory>
 #include <mutex>
 
 #include "device_memory.h"
@@ -30,7 +31,9 @@ Place place_of(Site site) {
     Place place;
   };
   constexpr size_t ENTRIES = 256;
-  static thread_local Known cache[ENTRIES];
+  // On the heap, as all that is large: a machine in a shared library finds little room in the
+  // static block of thread-local memory.
+  static thread_local const auto cache = std::make_unique<Known[]>(ENTRIES);
   Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
   if (entry.site.line != site.line || entry.site.file != site.file)
     entry = {site, new_place(site)};
