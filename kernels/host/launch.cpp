@@ -104,6 +104,7 @@ bool Worker::reserve(uint32_t block_count, uint32_t thread_count) {
 
 Worker::~Worker() {
   unwatch(this);
+  worker = nullptr;
   for (Product* product : free_products) delete product;
   for (const Block& block : blocks)
     for (const Warpgroup& group : block.warpgroups)

@@ -838,13 +838,14 @@ EXPORT_KERNEL(multicast_mask)
 // ---------------------------------------------------------------- time and arithmetic
 TEST_KERNEL(endless_reads) {
   const volatile uint32_t* flag = global;
-  while (*flag == 0) {}  // here
+  while (*flag == 0) {  // here
+  }
 }
 EXPORT_KERNEL(endless_reads)
 
 TEST_KERNEL(endless_arithmetic) {
-  uint32_t x = uint32_t(n) * 2;
-  while (x != 1) x = x * 5 + 2;  // here
+  uint32_t x = uint32_t(n);
+  while (x != 1) x = x * x + uint32_t(n);  // here
   global[0] = x;
 }
 EXPORT_KERNEL(endless_arithmetic)
