@@ -195,7 +195,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   Worker* w = worker;
   const bool ours = w && w->in_team && current;
   if (signal == watchdog_signal() && ours) {
-    w->expired = true;  // the hooks look at it
+    if (!w->expired()) return;
     const auto pc = static_cast<uintptr_t>(registers[REG_RIP]);
     const bool in_kernel = pc >= reinterpret_cast<uintptr_t>(__start_simt_kernels) &&
                            pc < reinterpret_cast<uintptr_t>(__stop_simt_kernels);
@@ -225,6 +225,9 @@ void install_fault_handlers() {
     struct sigaction action {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    // The watchdog's signals queue up while a thread does not run; nested in each other they would
+    // overflow the small stack for signals.
+    sigaddset(&action.sa_mask, watchdog_signal());
     for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, watchdog_signal()})
       sigaction(signal, &action, &previous[signal]);
     return true;
@@ -279,6 +282,7 @@ struct Watchdog {
           watched.switches = switches;
           watched.since_ms = now;
         } else if (now - watched.since_ms > w.watchdog_ms) {
+          w.expired_at = switches + 1;  // the hooks look at it
           pthread_kill(w.thread, watchdog_signal());
         }
       }

@@ -252,7 +252,14 @@ struct Worker {
   Stacks service;  // 0: checks at the end of a team; 1: reports of faults
   pthread_t thread{};
   std::atomic<uint64_t> switches{0};  // written by this worker only
-  std::atomic<bool> in_team{false}, expired{false};
+  std::atomic<bool> in_team{false};
+  // The watchdog's verdict: 1 + the switches at which the worker stood still. A verdict that comes
+  // late, after a switch, means nothing, so that it cannot hit the next launch.
+  std::atomic<uint64_t> expired_at{0};
+  bool expired() const {
+    return expired_at.load(std::memory_order_relaxed) ==
+           switches.load(std::memory_order_relaxed) + 1;
+  }
   std::atomic<uint32_t> watchdog_ms{0};
   uintptr_t fault_pc = 0, fault_address = 0;
   int fault_signal = 0;

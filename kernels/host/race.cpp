@@ -348,10 +348,18 @@ void race_clock(const Clock& clock, const void* p, uint32_t bytes, uint8_t flags
   check_anywhere(p, bytes, {clock, flags, place});
 }
 
-void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc) {
+void report_misaligned(const void* p, uint32_t alignment, Site site) {
+  const Block* block = block_of(p);
+  fail(format("misaligned access by %s at %s: a multiple of %u bytes is needed, not %s",
+              describe(*self()).c_str(), describe(site).c_str(), alignment,
+              block ? format("shared address 0x%x", offset_in(block, p)).c_str()
+                    : describe_global(p).c_str()));
+}
+
+void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   Worker& w = *worker;
   Fiber& fiber = *self();
-  if (w.expired.load(std::memory_order_relaxed)) {
+  if (w.expired()) {
     fail(format("%s runs without end: no wrapper was called for %u ms\n  it was at %s",
                 describe(fiber).c_str(), w.launch->options.watchdog_ms,
                 describe_code(pc - 1).c_str()));
@@ -387,12 +395,6 @@ void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_
                 write ? "write" : "read", bytes, describe(fiber).c_str(),
                 describe_code(pc - 1).c_str(), p, p < reinterpret_cast<void*>(PAGE_BYTES)
                     ? " (a null pointer)" : ""));
-  }
-  if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) {
-    fail(format("misaligned %s of %u bytes by %s at %s: %s", write ? "write" : "read", bytes,
-                describe(fiber).c_str(), describe_code(pc - 1).c_str(),
-                block ? format("shared address 0x%x", offset_in(block, p)).c_str()
-                      : describe_global(p).c_str()));
   }
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   if (global) {

@@ -121,7 +121,8 @@ std::string name_of(Actor, uint32_t team);
 void race_thread(Fiber&, const void* p, uint32_t bytes, uint8_t flags, Place);
 void race_clock(const Clock&, const void* p, uint32_t bytes, uint8_t flags, Place);
 // A load or store of a kernel, from the hooks: any address.
-void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc);
+[[noreturn]] void report_misaligned(const void* p, uint32_t alignment, Site);
+void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc);
 
 // Brings the line of a shared address, which will be checked soon, near.
 void race_prefetch(const Block&, uint32_t address);

@@ -285,7 +285,6 @@ void run_team(Launch& launch, uint32_t team) {
   w.asynchronous = launch.options.async;
   w.race = launch.options.race;
   w.watchdog_ms = launch.options.watchdog_ms;
-  w.expired = false;
   w.idle_yields = 0;
   w.copies.clear();
   w.copies_head = 0;

@@ -845,8 +845,9 @@ EXPORT_KERNEL(endless_reads)
 
 TEST_KERNEL(endless_arithmetic) {
   uint32_t x = uint32_t(n);
-  while (x != 1) x = x * x + uint32_t(n);  // here
-  global[0] = x;
+  uint32_t steps = 0;
+  while (x != 1) x = x * x + ++steps * 2;  // here
+  global[0] = steps;
 }
 EXPORT_KERNEL(endless_arithmetic)
 
