@@ -14,8 +14,10 @@ use crate::jobs::{self, Job};
 use crate::sources::{SourceFile, Sources};
 use crate::{Stop, variable, warn};
 
-/// The accesses of a kernel become calls; its function entries do not.
-const HOOKS: [&str; 3] = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"];
+/// The accesses of a kernel become calls, and so do pointers that are less aligned than their type
+/// asks; its function entries do not.
+const HOOKS: [&str; 3] =
+    ["-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0"];
 
 /// Compiles only where the three libraries can be compiled.
 const PROBE: &str = "#include <version>\n\

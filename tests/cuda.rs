@@ -3,7 +3,9 @@
 
 mod conformance;
 mod driver;
+mod faults;
 mod gemm;
 mod library;
 mod machines;
+mod mutants;
 mod norm;

@@ -37,6 +37,7 @@ static void arrive(int id, int threads, bool wait, Site site) {
                    expected, barrier.arrived, barrier.expected));
   barrier.expected = expected;
   barrier.arrived++;
+  barrier.last = site;
   if (worker->race) race_release(fiber, barrier.released);
   if (barrier.arrived == expected) return open(barrier, fiber, wait);
   if (!wait) return;
@@ -69,6 +70,7 @@ static void arrive_at_cluster(bool release, Site site) {
     fail_at(fiber, "cluster_arrive", site, "the thread has arrived already and did not wait");
   fiber.cluster_arrived = true;
   barrier.arrived++;
+  barrier.last = site;
   if (w.race && release) race_release(fiber, barrier.released);
   if (barrier.arrived < w.threads) return;
   barrier.arrived = 0;

@@ -3,6 +3,7 @@
 // A cp.async happens at its wait at the latest, a TMA operation when the schedule lets it: when no
 // thread can go on (late), at once (early), or at any time. What a kernel may rely on is only what
 // it waited for.
+#include <algorithm>
 #include <cstring>
 
 #include "device_memory.h"
@@ -115,6 +116,11 @@ static void issue(AsyncCopy copy) {
     if (copy.kind == Copy::Peer) checked_shared(copy.global, copy.bytes, what, copy.site);
     else check_global_read(fiber, copy.global, copy.bytes, what, copy.site);
   }
+  if (writes_global(copy.kind)) {
+    fiber.bulk_last = copy.group + 1;
+    fiber.bulk_site = copy.site;
+    fiber.bulk_kind = copy.kind;
+  }
   Worker& w = *worker;
   if (w.race) {
     if (writes_global(copy.kind)) {
@@ -129,12 +135,15 @@ static void issue(AsyncCopy copy) {
       fiber.bulk_ticks.emplace_back(copy.group, tick);
     } else {
       Mbarrier& barrier = *copy.barrier;
-      if (barrier.init_fiber->shared_fence < barrier.init_tick)
+      const Fiber& init = *barrier.init_fiber;
+      if (max(init.mbarrier_fence, init.shared_fence) < barrier.init_tick)
         fail_at(fiber, what, copy.site,
                 format("no fence_mbarrier_init followed the initialisation of the mbarrier at "
                        "shared 0x%x",
                        offset_in(barrier.block, barrier.address)));
       copy.clock = race_handover(fiber, barrier.actor, ++barrier.tick);
+      barrier.last_copy = copy.kind;
+      barrier.copy_site = copy.site;
     }
   }
   w.copies.push_back(std::move(copy));
@@ -291,6 +300,11 @@ static AsyncCopy tensor_copy(Copy kind, const TensorMap* map, const void* shared
   std::memcpy(&copy.map, map, sizeof copy.map);
   if (copy.map.magic != TensorMapFields::MAGIC)
     fail_at(*self(), name_of(kind), site, "the argument is not a tensor map of this machine");
+  if (!owns(reinterpret_cast<const void*>(copy.map.address), 1))
+    fail_at(*self(), name_of(kind), site,
+            "the map's tensor begins at " +
+                describe_global(reinterpret_cast<const void*>(copy.map.address)) +
+                ": was its buffer released?");
   if (copy.map.rank != rank)
     fail_at(*self(), name_of(kind), site,
             format("%d coordinates for a tensor map of rank %d", rank, copy.map.rank));
@@ -352,6 +366,7 @@ void bulk_wait(int groups, bool read_only, Site) {
   Worker& w = *worker;
   const uint32_t all = fiber.bulk_group;
   const uint32_t upto = all > uint32_t(groups) ? all - uint32_t(groups) : 0;  // groups below it
+  fiber.bulk_read = max(fiber.bulk_read, upto);
   for (size_t i = w.copies_head; i < w.copies.size();) {
     AsyncCopy& candidate = w.copies[i];
     if (candidate.issuer != &fiber || !writes_global(candidate.kind) || candidate.group >= upto) {
@@ -370,6 +385,36 @@ void bulk_wait(int groups, bool read_only, Site) {
   if (!tick) return;
   fiber.known = raised(fiber.known, fiber.bulk_reader, tick);
   if (!read_only) fiber.known = raised(fiber.known, fiber.bulk_writer, tick);
+}
+
+// ---------------------------------------------------------------- the end of a thread, of a block
+void check_copies_at_exit(const Fiber& fiber) {
+  if (fiber.bulk_last <= fiber.bulk_read) return;
+  fail(format("%s exits although it never waited for the %s at %s to read its source",
+              describe(fiber).c_str(), name_of(fiber.bulk_kind),
+              describe(fiber.bulk_site).c_str()));
+}
+
+void check_copies_at_exit(const Block& block) {
+  const Worker& w = *worker;
+  for (size_t i = w.copies_head; i < w.copies.size(); i++) {
+    const AsyncCopy& copy = w.copies[i];
+    if (copy.block != &block || writes_global(copy.kind)) continue;
+    fail(format("block %s exits while the %s at %s by %s is under way to its shared memory",
+                describe(block.index).c_str(), name_of(copy.kind), describe(copy.site).c_str(),
+                describe(*copy.issuer).c_str()));
+  }
+  if (!w.race) return;
+  for (const Mbarrier& barrier : block.mbarriers) {
+    const auto waited = [&](const Fiber& fiber) {
+      return knows(fiber.known, barrier.actor, barrier.tick);
+    };
+    if (!barrier.tick || std::any_of(block.fibers.begin(), block.fibers.end(), waited)) continue;
+    fail(format("block %s exits although no thread of it waited for the %s at %s, which completes on "
+                "its mbarrier at shared 0x%x",
+                describe(block.index).c_str(), name_of(barrier.last_copy),
+                describe(barrier.copy_site).c_str(), offset_in(&block, barrier.address)));
+  }
 }
 
 }  // namespace simt

@@ -92,10 +92,14 @@ static std::string describe_wait(const Fiber& fiber) {
     }
     case Wait::Mbarrier: {
       const auto* barrier = static_cast<const Mbarrier*>(fiber.wait_for);
+      const auto bytes = static_cast<long long>(barrier->bytes);
       return format("mbarrier at shared 0x%x to complete its phase of parity %u (%u of %u arrivals "
-                    "and %lld bytes are missing in the current one, of parity %u)",
+                    "%s in the current one, of parity %u)",
                     offset_in(barrier->block, barrier->address), unsigned(fiber.wait_detail),
-                    barrier->pending, barrier->count, static_cast<long long>(barrier->bytes),
+                    barrier->pending, barrier->count,
+                    bytes >= 0 ? format("and %lld bytes are missing", bytes).c_str()
+                               : format("are missing, and %lld bytes more than expected have come",
+                                        -bytes).c_str(),
                     barrier->phase & 1);
     }
     case Wait::Wgmma: {
@@ -136,12 +140,14 @@ void report_deadlock() {
       group->second.push_back(fiber.id);
     }
     for (const auto& [what, ids] : groups) {
-      text += format("\n  block %s: %s %s waits %s", describe(block.index).c_str(),
-                     ids.size() == 1 ? "thread" : "threads", ranges(ids).c_str(), what.c_str());
+      text += format("\n  block %s: %s %s %s", describe(block.index).c_str(),
+                     ids.size() == 1 ? "thread" : "threads", ranges(ids).c_str(),
+                     ids.size() == 1 ? "waits" : "wait");
+      text += " " + what;
     }
     if (block.finished && block.finished < block.threads)
-      text += format("\n  block %s: %u threads have exited", describe(block.index).c_str(),
-                     block.finished);
+      text += format("\n  block %s: %u %s exited", describe(block.index).c_str(), block.finished,
+                     block.finished == 1 ? "thread has" : "threads have");
     if (rank == 7 && launch.team_blocks > 8) {
       text += format("\n  and %u more blocks", launch.team_blocks - 8);
       break;
@@ -168,6 +174,10 @@ static void report_signal() {
   const auto* address = reinterpret_cast<const void*>(w.fault_address);
   if (w.fault_signal == SIGFPE)
     fail(format("%s divides an integer by zero at %s", describe(fiber).c_str(), where.c_str()));
+  if (w.fault_signal == SIGILL)
+    fail(format("%s does at %s what C++ leaves undefined, and the compiler put a trap in its place: "
+                "an access to a null pointer, for example",
+                describe(fiber).c_str(), where.c_str()));
   if (w.stacks.overflowed(address) >= 0)
     fail(format("%s uses more than %zu KiB of local memory at %s", describe(fiber).c_str(),
                 STACK_BYTES / 1024, where.c_str()));
@@ -184,17 +194,18 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Worker* w = worker;
   const bool ours = w && w->in_team && current;
-  if (signal == watchdog_signal()) {
-    if (!ours) return;
-    w->expired = true;  // the hooks look at it
+  if (signal == watchdog_signal() && ours) {
+    if (!w->expired()) return;
     const auto pc = static_cast<uintptr_t>(registers[REG_RIP]);
     const bool in_kernel = pc >= reinterpret_cast<uintptr_t>(__start_simt_kernels) &&
                            pc < reinterpret_cast<uintptr_t>(__stop_simt_kernels);
     if (!in_kernel) return;  // the machine may hold a lock; the watchdog tries again
   } else if (!ours) {
+    // Perhaps it is for another machine of this process, in a shared library.
     const struct sigaction& old = previous[signal];
     if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
     if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(signal);
+    if (signal == watchdog_signal()) return;
     struct sigaction standard {};
     standard.sa_handler = SIG_DFL;
     sigaction(signal, &standard, nullptr);
@@ -214,7 +225,10 @@ void install_fault_handlers() {
     struct sigaction action {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int signal : {SIGSEGV, SIGBUS, SIGFPE, watchdog_signal()})
+    // The watchdog's signals queue up while a thread does not run; nested in each other they would
+    // overflow the small stack for signals.
+    sigaddset(&action.sa_mask, watchdog_signal());
+    for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, watchdog_signal()})
       sigaction(signal, &action, &previous[signal]);
     return true;
   }();
@@ -268,6 +282,7 @@ struct Watchdog {
           watched.switches = switches;
           watched.since_ms = now;
         } else if (now - watched.since_ms > w.watchdog_ms) {
+          w.expired_at = switches + 1;  // the hooks look at it
           pthread_kill(w.thread, watchdog_signal());
         }
       }

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <sys/mman.h>
 #include <thread>
 
@@ -103,6 +104,7 @@ bool Worker::reserve(uint32_t block_count, uint32_t thread_count) {
 
 Worker::~Worker() {
   unwatch(this);
+  worker = nullptr;
   for (Product* product : free_products) delete product;
   for (const Block& block : blocks)
     for (const Warpgroup& group : block.warpgroups)
@@ -113,10 +115,10 @@ Worker::~Worker() {
 // The calling thread's worker, made at its first launch.
 static Worker* this_worker() {
   static thread_local Worker* const mine = [] {
-    static thread_local Worker own;
-    own.thread = pthread_self();
-    watch(&own);
-    return &own;
+    static thread_local const auto own = std::make_unique<Worker>();  // large: see place_of
+    own->thread = pthread_self();
+    watch(own.get());
+    return own.get();
   }();
   worker = mine;
   return mine;

@@ -48,6 +48,9 @@ struct Fiber;
 // ---------------------------------------------------------------- a thread
 enum class Wait : uint8_t { Nothing, Barrier, Collective, Mbarrier, Wgmma, Cluster };
 
+// Bulk copies, those by tensor map first.
+enum class Copy : uint8_t { TensorLoad, TensorStore, TensorAdd, Load, Store, AddF32, AddBf16, Peer };
+
 struct CpAsync {
   uint8_t* to;          // shared
   const uint8_t* from;  // global
@@ -86,6 +89,10 @@ struct Fiber : ThreadIndices {
   std::vector<CpAsync> copies;
   uint32_t copy_group = 0;  // the one that is open
   uint32_t bulk_group = 0;
+  uint32_t bulk_read = 0;     // the sources of groups below it have been read
+  Copy bulk_kind{};           // of the last store
+  Site bulk_site{};
+  uint32_t bulk_last = 0;     // 1 + the group of the last store; 0: none
   uint32_t products = 0;  // wgmmas so far
   uint32_t product_group = 0;
   int product_wait = 0;
@@ -98,6 +105,7 @@ struct Fiber : ThreadIndices {
   Tick now = 1;
   Known known;
   Tick shared_fence = 0, global_fence = 0;  // fence.proxy.async came after all earlier ticks
+  Tick mbarrier_fence = 0;  // the same of fence.mbarrier_init, which is for mbarriers only
   Known released;   // what a __threadfence put before later relaxed atomics
   Tick released_now = 0;
   Known pending_cluster;  // what the last phase of the cluster barrier released
@@ -128,6 +136,7 @@ struct NamedBarrier {
   uint32_t expected = 0, arrived = 0;
   std::vector<Fiber*> waiting;
   Collected released;
+  Site last;  // where a thread arrived last
 };
 
 struct Warpgroup {
@@ -150,8 +159,10 @@ struct Mbarrier {
   Actor actor;
   Tick tick, init_tick;
   Actor init_actor;
-  Tick init_fence;  // shared_fence of the initialising thread is compared with init_tick
   Fiber* init_fiber;
+  Copy last_copy;
+  Site copy_site;               // of the last copy that completes on it
+  Site init_site, expect_site;  // where it was initialised and bytes were expected last
 };
 
 struct StaticVariable {
@@ -174,11 +185,11 @@ struct Block {
   std::vector<Warpgroup> warpgroups;
   std::vector<StaticVariable> statics;
   std::deque<Mbarrier> mbarriers;  // addresses stay
+  // Race detector: the last access of each thread of another block to this one's shared memory.
+  std::unordered_map<Actor, std::pair<Tick, Place>> visitors;
 };
 
 // ---------------------------------------------------------------- asynchronous copies
-enum class Copy : uint8_t { TensorLoad, TensorStore, TensorAdd, Load, Store, AddF32, AddBf16, Peer };
-
 struct AsyncCopy {
   Copy kind;
   TensorMapFields map;
@@ -241,7 +252,14 @@ struct Worker {
   Stacks service;  // 0: checks at the end of a team; 1: reports of faults
   pthread_t thread{};
   std::atomic<uint64_t> switches{0};  // written by this worker only
-  std::atomic<bool> in_team{false}, expired{false};
+  std::atomic<bool> in_team{false};
+  // The watchdog's verdict: 1 + the switches at which the worker stood still. A verdict that comes
+  // late, after a switch, means nothing, so that it cannot hit the next launch.
+  std::atomic<uint64_t> expired_at{0};
+  bool expired() const {
+    return expired_at.load(std::memory_order_relaxed) ==
+           switches.load(std::memory_order_relaxed) + 1;
+  }
   std::atomic<uint32_t> watchdog_ms{0};
   uintptr_t fault_pc = 0, fault_address = 0;
   int fault_signal = 0;
@@ -294,6 +312,9 @@ Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);
 void complete_bytes(Mbarrier&, uint32_t bytes);
 void run_copy(AsyncCopy&);
 bool run_one_copy();  // the oldest, or any; false: none in flight
+// The thread, or the whole block, has ended: nothing may be under way that needs it.
+void check_copies_at_exit(const Fiber&);
+void check_copies_at_exit(const Block&);
 
 // ---------------------------------------------------------------- wgmma.cpp
 inline Warpgroup& warpgroup_of(const Fiber& fiber) {

@@ -28,9 +28,10 @@ Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site site) {
   if (worker->race && fiber.actor != barrier.init_actor &&
       !knows(fiber.known, barrier.init_actor, barrier.init_tick)) {
     fail_at(fiber, what, site,
-            format("data race: the mbarrier at shared 0x%x was initialised by %s, with nothing "
-                   "that orders the two",
-                   offset_in(block, address), describe(*barrier.init_fiber).c_str()));
+            format("data race: the mbarrier at shared 0x%x was initialised by %s at %s, with "
+                   "nothing that orders the two",
+                   offset_in(block, address), describe(*barrier.init_fiber).c_str(),
+                   describe(barrier.init_site).c_str()));
   }
   return barrier;
 }
@@ -65,6 +66,7 @@ void complete_bytes(Mbarrier& barrier, uint32_t bytes) {
 
 static void expect(Mbarrier& barrier, int64_t bytes, const char* what, Site site) {
   barrier.bytes += bytes;
+  barrier.expect_site = site;
   if (barrier.bytes > MOST_BYTES)
     fail_at(*self(), what, site,
             format("a phase expects at most %lld bytes, this one %lld",
@@ -129,6 +131,7 @@ void mbarrier_init(uint64_t* address, uint32_t count, Site site) {
   barrier.init_fiber = &fiber;
   barrier.init_actor = fiber.actor;
   barrier.init_tick = fiber.now;
+  barrier.init_site = site;
   if (worker->race) {
     barrier.actor = new_agent(format("a copy that completes on the mbarrier at shared 0x%x of block "
                                      "%s",
@@ -167,6 +170,7 @@ void mbarrier_arrive_cluster(uint64_t* address, uint32_t rank, Site site) {
   if (block->finished == block->threads)
     fail_at(*self(), "mbarrier_arrive_cluster", site,
             format("block %s has exited", describe(block->index).c_str()));
+  if (worker->race) race_visit(*self(), *block_of(there), place_of(site));
   arrive(mbarrier_at(there, "mbarrier_arrive_cluster", site), "mbarrier_arrive_cluster", site);
 }
 
@@ -190,7 +194,9 @@ void mbarrier_wait_cluster(uint64_t* address, uint32_t parity, Site site) {
 
 // ---------------------------------------------------------------- fences between proxies
 void fence_mbarrier_init(Site) {
-  if (worker->race) race_fence(*self(), false);
+  if (!worker->race) return;
+  Fiber& fiber = *self();
+  fiber.mbarrier_fence = fiber.now++;
 }
 void fence_proxy_async(Site) {
   if (worker->race) race_fence(*self(), false);

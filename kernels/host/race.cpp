@@ -31,8 +31,9 @@ Place place_of(Site site) {
     Place place;
   };
   constexpr size_t ENTRIES = 256;
-  // On the heap: in a shared library there is little room for thread-local storage.
-  static thread_local const std::unique_ptr<Known[]> cache(new Known[ENTRIES]());
+  // On the heap, as all that is large: a machine in a shared library finds little room in the
+  // static block of thread-local memory.
+  static thread_local const auto cache = std::make_unique<Known[]>(ENTRIES);
   Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
   if (entry.site.line != site.line || entry.site.file != site.file)
     entry = {site, new_place(site)};
@@ -336,16 +337,29 @@ void race_prefetch(const Block& block, uint32_t address) {
 void race_thread(Fiber& fiber, const void* p, uint32_t bytes, uint8_t flags, Place place) {
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   check_anywhere(p, bytes, {clock, flags, place});
+  if (Block* block = block_of(p); block && block != fiber.block) race_visit(fiber, *block, place);
+}
+
+void race_visit(const Fiber& fiber, Block& block, Place place) {
+  block.visitors[fiber.actor] = {fiber.now, place};
 }
 
 void race_clock(const Clock& clock, const void* p, uint32_t bytes, uint8_t flags, Place place) {
   check_anywhere(p, bytes, {clock, flags, place});
 }
 
-void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc) {
+void report_misaligned(const void* p, uint32_t alignment, Site site) {
+  const Block* block = block_of(p);
+  fail(format("misaligned access by %s at %s: a multiple of %u bytes is needed, not %s",
+              describe(*self()).c_str(), describe(site).c_str(), alignment,
+              block ? format("shared address 0x%x", offset_in(block, p)).c_str()
+                    : describe_global(p).c_str()));
+}
+
+void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   Worker& w = *worker;
   Fiber& fiber = *self();
-  if (w.expired.load(std::memory_order_relaxed)) {
+  if (w.expired()) {
     fail(format("%s runs without end: no wrapper was called for %u ms\n  it was at %s",
                 describe(fiber).c_str(), w.launch->options.watchdog_ms,
                 describe_code(pc - 1).c_str()));
@@ -382,12 +396,6 @@ void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_
                 describe_code(pc - 1).c_str(), p, p < reinterpret_cast<void*>(PAGE_BYTES)
                     ? " (a null pointer)" : ""));
   }
-  if (aligned && reinterpret_cast<uintptr_t>(p) % bytes) {
-    fail(format("misaligned %s of %u bytes by %s at %s: %s", write ? "write" : "read", bytes,
-                describe(fiber).c_str(), describe_code(pc - 1).c_str(),
-                block ? format("shared address 0x%x", offset_in(block, p)).c_str()
-                      : describe_global(p).c_str()));
-  }
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   if (global) {
     if (!owns(p, bytes)) {
@@ -414,6 +422,7 @@ void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_
                 describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
   check_shared(*block, address, bytes, {clock, flags, place_of_code(pc)});
+  if (block != fiber.block) race_visit(fiber, *block, place_of_code(pc));
 }
 
 // ---------------------------------------------------------------- order

@@ -121,7 +121,8 @@ std::string name_of(Actor, uint32_t team);
 void race_thread(Fiber&, const void* p, uint32_t bytes, uint8_t flags, Place);
 void race_clock(const Clock&, const void* p, uint32_t bytes, uint8_t flags, Place);
 // A load or store of a kernel, from the hooks: any address.
-void race_hook(const void* p, uint32_t bytes, bool write, bool aligned, uintptr_t pc);
+[[noreturn]] void report_misaligned(const void* p, uint32_t alignment, Site);
+void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc);
 
 // Brings the line of a shared address, which will be checked soon, near.
 void race_prefetch(const Block&, uint32_t address);
@@ -140,7 +141,7 @@ void race_atomic(Fiber&, const void* p, uint32_t bytes, bool reads, bool writes,
 // What a thread hands to something asynchronous, and a new tick for the thread.
 Clock race_handover(Fiber&, Actor, Tick);
 
-// The device memory of a freed buffer forgets.
-void race_forget(const void* p, uint64_t bytes);
+// A thread uses shared memory of another block, which must not exit before.
+void race_visit(const Fiber&, Block&, Place);
 
 }  // namespace simt

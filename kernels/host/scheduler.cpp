@@ -146,6 +146,25 @@ static void check_nothing_pending(const Fiber& fiber) {
     fail(format("%s exits although it never waited for the cp.async at %s",
                 describe(fiber).c_str(), describe(fiber.copies.front().site).c_str()));
   }
+  if (fiber.cluster_arrived) {
+    fail(format("%s exits although it arrived at the cluster's barrier and never called cluster_wait"
+                "\n  the last arrival was at %s",
+                describe(fiber).c_str(), describe(worker->cluster_barrier.last).c_str()));
+  }
+  check_copies_at_exit(fiber);
+}
+
+// Its shared memory is now another block's.
+static void check_end_of_block(const Block& block) {
+  check_copies_at_exit(block);
+  for (const auto& [actor, visit] : block.visitors) {
+    const auto ordered = [&](const Fiber& fiber) { return knows(fiber.known, actor, visit.first); };
+    if (std::any_of(block.fibers.begin(), block.fibers.end(), ordered)) continue;
+    fail(format("%s at %s uses shared memory of block %s, which may have exited: nothing orders the "
+                "exit after the access",
+                name_of(actor, worker->team).c_str(), describe(visit.second).c_str(),
+                describe(block.index).c_str()));
+  }
 }
 
 static void fiber_main() {
@@ -153,7 +172,8 @@ static void fiber_main() {
   Fiber& fiber = *self();
   check_nothing_pending(fiber);
   fiber.done = true;
-  fiber.block->finished++;
+  Block& block = *fiber.block;
+  if (++block.finished == block.threads) check_end_of_block(block);
   worker->finished++;
   progress();
   void* abandoned;
@@ -180,6 +200,7 @@ static void prepare_block(Worker& w, uint32_t rank) {
   block.free_registers = REGISTERS - warps * WARP_THREADS * registers;
   block.statics.clear();
   block.mbarriers.clear();
+  block.visitors.clear();
   for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier{};
   for (const Warpgroup& group : block.warpgroups)
     w.free_products.insert(w.free_products.end(), group.products.begin(), group.products.end());
@@ -222,20 +243,22 @@ static void check_end_of_team() {
     for (const Mbarrier& barrier : block.mbarriers) {
       if (!barrier.bytes) continue;
       fail(format("block %s ends while its mbarrier at shared 0x%x is out of balance by %lld bytes: "
-                  "what was expected (expect_tx) and what the copies brought differ",
+                  "what was expected (expect_tx, last at %s) and what the copies brought differ",
                   describe(block.index).c_str(), offset_in(&block, barrier.address),
-                  static_cast<long long>(barrier.bytes)));
+                  static_cast<long long>(barrier.bytes),
+                  barrier.expect_site.line ? describe(barrier.expect_site).c_str() : "no place"));
     }
     for (uint32_t id = 0; id < NAMED_BARRIERS; id++) {
       const NamedBarrier& barrier = block.barriers[id];
       if (!barrier.arrived) continue;
-      fail(format("block %s ends with %u of %u threads arrived at barrier %u",
-                  describe(block.index).c_str(), barrier.arrived, barrier.expected, id));
+      fail(format("block %s ends with %u of %u threads arrived at barrier %u, the last one at %s",
+                  describe(block.index).c_str(), barrier.arrived, barrier.expected, id,
+                  describe(barrier.last).c_str()));
     }
   }
   if (w.cluster_barrier.arrived) {
-    fail(format("the cluster ends with %u of %u threads arrived at its barrier",
-                w.cluster_barrier.arrived, w.threads));
+    fail(format("the cluster ends with %u of %u threads arrived at its barrier, the last one at %s",
+                w.cluster_barrier.arrived, w.threads, describe(w.cluster_barrier.last).c_str()));
   }
 }
 
@@ -262,7 +285,6 @@ void run_team(Launch& launch, uint32_t team) {
   w.asynchronous = launch.options.async;
   w.race = launch.options.race;
   w.watchdog_ms = launch.options.watchdog_ms;
-  w.expired = false;
   w.idle_yields = 0;
   w.copies.clear();
   w.copies_head = 0;

@@ -238,11 +238,20 @@ struct RegisterArgument {
   Site site;
 };
 
+// Whether the warp has that many now.
+static bool take_registers(Block& block, uint32_t warp, uint32_t wanted) {
+  uint32_t& now = block.warp_registers[warp];
+  if (wanted > now && (wanted - now) * WARP_THREADS > block.free_registers) return false;
+  block.free_registers -= (wanted - now) * WARP_THREADS;  // modulo 2^32
+  now = wanted;
+  return true;
+}
+
 static void change_registers(Warp& warp, uint32_t, void** arguments) {
   const auto& first = *static_cast<RegisterArgument*>(arguments[0]);
   Fiber& fiber = *warp.lanes[0];
   Block& block = *fiber.block;
-  uint32_t& now = block.warp_registers[fiber.id / WARP_THREADS];
+  const uint32_t now = block.warp_registers[fiber.id / WARP_THREADS];
   const auto wanted = uint32_t(first.registers);
   // In a small block the compiler decides how many registers a thread starts with.
   const bool known = block.threads > REGISTERS / 256;
@@ -251,22 +260,19 @@ static void change_registers(Warp& warp, uint32_t, void** arguments) {
             format("the warp has %u registers a thread: %s cannot make it %u", now,
                    first.increase ? "an increase" : "a decrease", wanted));
   }
-  const bool granted = wanted <= now || (wanted - now) * WARP_THREADS <= block.free_registers;
-  if (granted) {
-    block.free_registers -= (wanted - now) * WARP_THREADS;  // modulo 2^32
-    now = wanted;
-  }
+  const bool granted = take_registers(block, fiber.id / WARP_THREADS, wanted);
   for (int lane = 0; lane < 32; lane++)
     static_cast<RegisterArgument*>(arguments[lane])->granted = granted;
 }
 
 void setmaxnreg(int registers, bool increase, Site site) {
-  for (;;) {
-    RegisterArgument argument{registers, increase, false, site};
-    meet(Collective::Setmaxnreg, ~0u, &argument, change_registers, site);
-    if (argument.granted) return;
+  RegisterArgument argument{registers, increase, false, site};
+  meet(Collective::Setmaxnreg, ~0u, &argument, change_registers, site);
+  if (argument.granted) return;
+  // Each lane looks on its own: a second meeting would look like progress, for ever.
+  const Fiber& fiber = *self();
+  while (!take_registers(*fiber.block, fiber.id / WARP_THREADS, uint32_t(registers)))
     yield("setmaxnreg: no registers are free;", site);
-  }
 }
 
 }  // namespace simt

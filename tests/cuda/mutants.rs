@@ -1,0 +1,892 @@
+//! Mutation tests of the CPU machine: real kernels with one thing broken must be found out.
+//!
+//! Two sets: planted bugs, each with what the machine has to say about it; and every line with a
+//! barrier, fence, wait, arrival, commit or swizzle, found by scanning the kernels, removed or
+//! altered in turn. Each mutant is compiled and runs in a process of its own (`child_mutant`): in
+//! race mode first, then plain under several schedules, until a fault or other bits than those of
+//! the true kernel give it away. At least 95% must be caught, and all that are not must stand in
+//! [`EQUIVALENT`] with a reason or fail the test.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use isobath::backend::NormSpec;
+use isobath::config::{Dtype, NormKind};
+use isobath::cuda::gemm::{Gemm, Product, Tile};
+use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+use isobath::cuda::norm::{Norm, NormBackward, NormForward};
+use isobath::cuda::{Arguments, Driver, Launch, StreamId};
+
+use super::library;
+use super::machines::{download, unwritten, upload};
+use crate::support::normals;
+
+// ------------------------------------------------------------------ the kernels
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Kernels {
+    Norm,
+    GemmSm90,
+    GemmMma,
+}
+
+const ALL: [Kernels; 3] = [Kernels::Norm, Kernels::GemmSm90, Kernels::GemmMma];
+
+impl Kernels {
+    fn name(self) -> &'static str {
+        match self {
+            Kernels::Norm => "norm",
+            Kernels::GemmSm90 => "gemm_sm90",
+            Kernels::GemmMma => "gemm_mma",
+        }
+    }
+
+    fn named(name: &str) -> Self {
+        ALL.into_iter().find(|it| it.name() == name).unwrap()
+    }
+
+    /// The kernel file, with no more of its variants than the mutants run: they are compiled often.
+    fn text(self) -> String {
+        match self {
+            Kernels::Norm => patched(
+                include_str!("../../kernels/norm.cu"),
+                &[
+                    (
+                        "NORM_KERNELS_OF(bf16)\nNORM_KERNELS_OF(f32)\n",
+                        "NORM_KERNELS(bf16, 32, 1, 8, 4)\nNORM_KERNELS(bf16, 256, 1, 8, 4)\n",
+                    ),
+                    ("NORM_KERNELS(f32, 512, 4, 2, 1)\n", ""),
+                ],
+            ),
+            // src/cuda/gemm.rs wants to find both tiles.
+            Kernels::GemmSm90 => patched(
+                include_str!("../../kernels/gemm_sm90.cu"),
+                &[(
+                    "GEMM_KERNEL(256, 4)\n",
+                    "KERNEL(gemm_sm90_128x256, 1)() {} EXPORT_KERNEL(gemm_sm90_128x256)\n",
+                )],
+            ),
+            Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
+        }
+    }
+
+    /// Runs every path of the kernels on a few small shapes: several rows and tiles for each block,
+    /// more steps than stages, tails, with and without a residual. All bits that come out.
+    fn run(self, driver: &mut dyn Driver) -> Result<Vec<u8>, String> {
+        let found = match self {
+            Kernels::Norm => run_norm(driver),
+            Kernels::GemmSm90 => run_gemm_sm90(driver),
+            Kernels::GemmMma => run_gemm_mma(driver),
+        };
+        found.map_err(|error| error.to_string())
+    }
+}
+
+/// Replaces each old text, which must be there once.
+fn patched(text: &str, edits: &[(&str, &str)]) -> String {
+    let mut text = text.to_string();
+    for (old, new) in edits {
+        assert_eq!(text.matches(old).count(), 1, "this must occur once: {old}");
+        text = text.replace(old, new);
+    }
+    text
+}
+
+fn bytes(values: &[f64], all: &mut Vec<u8>) {
+    // NaNs of all kinds are one kind.
+    all.extend(values.iter().flat_map(|value| match value.is_nan() {
+        true => f64::NAN.to_bits().to_le_bytes(),
+        false => value.to_bits().to_le_bytes(),
+    }));
+}
+
+fn run_norm(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let dtype = Dtype::Bf16;
+    for (rows, columns, kind, residual) in [
+        (70, 248, NormKind::Layer, false),
+        (35, 2040, NormKind::Layer, true),
+        (21, 2048, NormKind::Rms, false),
+    ] {
+        let norm = Norm::new(driver, dtype, columns)?;
+        let spec = NormSpec { kind, eps: 1e-6, depth: 3 };
+        let inp = upload(driver, "inp", dtype, &normals(1, rows * columns));
+        let added = upload(driver, "residual", dtype, &normals(2, rows * columns));
+        let gain = upload(driver, "gain", Dtype::F32, &normals(3, columns));
+        let d_out = upload(driver, "d_out", dtype, &normals(4, rows * columns));
+        let d_inp = upload(driver, "d_inp", dtype, &normals(5, rows * columns));
+        let d_gain = upload(driver, "d_gain", Dtype::F32, &normals(6, columns));
+        let sum = unwritten(driver, "sum", dtype, rows * columns);
+        let out = unwritten(driver, "out", dtype, rows * columns);
+        let mean = unwritten(driver, "mean", Dtype::F32, rows);
+        let rstd = unwritten(driver, "rstd", Dtype::F32, rows);
+        let partials = norm.partials(rows);
+        let partial = unwritten(driver, "partial", Dtype::F32, partials * columns);
+        let of_layer = (kind == NormKind::Layer).then_some(mean.address);
+        let forward = NormForward {
+            inp: inp.address,
+            residual: residual.then_some((added.address, sum.address)),
+            gain: gain.address,
+            out: out.address,
+            mean: of_layer,
+            rstd: rstd.address,
+        };
+        norm.forward(driver, StreamId::MAIN, spec, rows, &forward)?;
+        let backward = NormBackward {
+            inp: if residual { sum.address } else { inp.address },
+            gain: gain.address,
+            mean: of_layer,
+            rstd: rstd.address,
+            d_out: d_out.address,
+            partial: partial.address,
+            d_inp: d_inp.address,
+            accumulate: residual,
+            d_gain: d_gain.address,
+        };
+        norm.backward(driver, StreamId::MAIN, spec, rows, &backward)?;
+        for (dtype, buffer) in
+            [(dtype, sum), (dtype, out), (Dtype::F32, rstd), (dtype, d_inp), (Dtype::F32, d_gain)]
+        {
+            bytes(&download(driver, dtype, buffer), &mut all);
+        }
+        for buffer in [inp, added, gain, d_out, d_inp, d_gain, sum, out, mean, rstd, partial] {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
+fn run_gemm_sm90(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let dtype = Dtype::Bf16;
+    for (m, n, k, with_residual) in [(200, 200, 456, true), (130, 136, 40, false)] {
+        let a = upload(driver, "a", dtype, &normals(1, m * k));
+        let b = upload(driver, "b", dtype, &normals(2, n * k));
+        let residual = upload(driver, "residual", dtype, &normals(3, m * n));
+        let out = unwritten(driver, "out", dtype, m * n);
+        let product = Product {
+            m,
+            n,
+            k,
+            a: a.address,
+            b: b.address,
+            residual: with_residual.then_some(residual.address),
+            out: out.address,
+        };
+        let plan = Gemm::new(driver)?.plan_with(driver, Tile::Columns128, &product)?;
+        plan.launch(driver, StreamId::MAIN)?;
+        bytes(&download(driver, dtype, out), &mut all);
+        for buffer in [a, b, residual, out] {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
+fn run_gemm_mma(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    for (m, n, k) in [(64, 128, 160), (64, 64, 32)] {
+        let (_, out) = gemm_mma(driver, m, n, k)?;
+        bytes(&out, &mut all);
+    }
+    Ok(all)
+}
+
+/// The exact product of whole numbers, and what the kernel makes of it.
+fn gemm_mma(
+    driver: &mut dyn Driver,
+    m: usize,
+    n: usize,
+    k: usize,
+) -> isobath::error::Result<(Vec<f64>, Vec<f64>)> {
+    let ramp = |count: usize, step: usize| -> Vec<f64> {
+        (0..count).map(|i| ((i * step + i / k * 7) % 31) as f64 - 15.0).collect()
+    };
+    let (values_a, values_b) = (ramp(m * k, 5), ramp(n * k, 3));
+    let element = |i: usize| -> f64 {
+        let (a, b) = (&values_a[i / n * k..][..k], &values_b[i % n * k..][..k]);
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    };
+    let exact = (0..m * n).map(element).collect();
+    let a = upload(driver, "a", Dtype::Bf16, &values_a);
+    let b = upload(driver, "b", Dtype::Bf16, &values_b);
+    let out = unwritten(driver, "out", Dtype::F32, m * n);
+    let kernel = driver.kernel("gemm_mma")?;
+    let grid = [n as u32 / 64, m as u32 / 64, 1];
+    let launch = Launch::new(kernel, grid, [128, 1, 1]).shared_bytes(2 * 2 * 64 * 64);
+    let (n, k) = (n as i32, k as i32);
+    let arguments = Arguments::new().with(a).with(b).with(out).with(n).with(k);
+    driver.launch(&launch, &arguments)?;
+    let found = download(driver, Dtype::F32, out);
+    for buffer in [a, b, out] {
+        driver.release(buffer)?;
+    }
+    Ok((exact, found))
+}
+
+// ------------------------------------------------------------------ schedules
+
+/// One block after the other, and each takes as many rows and tiles as a small machine makes it.
+fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
+    let watchdog = Duration::from_secs(2);
+    Options { race, order, asynchronous, seed, workers: 1, watchdog, multiprocessors: 1 }
+}
+
+/// What a mutant has to pass, the most telling first.
+fn schedules() -> Vec<Options> {
+    use Asynchronous::*;
+    use Order::*;
+    let mut all = vec![];
+    for race in [true, false] {
+        all.push(options(race, Fifo, Late, 0));
+        all.push(options(race, Lifo, Early, 0));
+        all.extend((1..=3).map(|seed| options(race, Random, Anytime, seed)));
+    }
+    all
+}
+
+// ------------------------------------------------------------------ a mutant and its process
+
+/// A kernel file with something changed.
+struct Mutant {
+    kernels: Kernels,
+    /// "kernels/gemm_sm90.cu:112 `wgmma_commit();`: removed"
+    name: String,
+    text: String,
+}
+
+/// What became of one.
+#[derive(Clone, Debug, PartialEq)]
+enum Verdict {
+    /// The machine's words.
+    Fault(String),
+    /// Other bits, and under which schedule.
+    Wrong(String),
+    NotCompiled(String),
+    /// Nothing was noticed, or the process died of it: the machine failed.
+    Survived,
+    Died(String),
+}
+
+const LIBRARY: &str = "ISOBATH_MUTANT_LIBRARY";
+const SUITE: &str = "ISOBATH_MUTANT_KERNELS";
+/// The bits of the true kernel: written if it is not there.
+const REFERENCE: &str = "ISOBATH_MUTANT_REFERENCE";
+const ANSWER: &str = "ISOBATH_MUTANT_ANSWER";
+
+#[test]
+#[ignore = "child process of other tests"]
+fn child_mutant() {
+    let (Ok(library), Ok(reference)) = (env::var(LIBRARY), env::var(REFERENCE)) else { return };
+    let kernels = Kernels::named(&env::var(SUITE).unwrap());
+    let (reference, answer) = (PathBuf::from(reference), PathBuf::from(env::var(ANSWER).unwrap()));
+    let mut host =
+        Host::load(Path::new(&library), options(true, Order::Fifo, Asynchronous::Late, 0)).unwrap();
+    for options in schedules() {
+        host.set_options(options);
+        let schedule = format!(
+            "{}{} {} {}",
+            if options.race { "race " } else { "" },
+            options.order,
+            options.asynchronous,
+            options.seed
+        );
+        match kernels.run(&mut host) {
+            Err(error) => return fs::write(answer, format!("fault\n{schedule}: {error}")).unwrap(),
+            Ok(bits) if !reference.exists() => fs::write(&reference, bits).unwrap(),
+            Ok(bits) if fs::read(&reference).unwrap() != bits => {
+                return fs::write(answer, format!("wrong\n{schedule}")).unwrap();
+            }
+            Ok(_) => {}
+        }
+    }
+    fs::write(answer, "survived\n").unwrap();
+}
+
+/// Compiles and runs one. `folder` also holds the references.
+fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
+    let name = format!("mutant{index}");
+    let compiled = std::panic::catch_unwind(|| library::compile(folder, &name, &mutant.text));
+    let library = match compiled {
+        Ok(library) => library,
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+            return Verdict::NotCompiled(said);
+        }
+    };
+    let answer = folder.join(format!("{name}.answer"));
+    let mut child = Command::new(env::current_exe().unwrap());
+    child.args(["--exact", "cuda::mutants::child_mutant", "--ignored", "--nocapture"]);
+    child.env(LIBRARY, &library).env(SUITE, mutant.kernels.name()).env(ANSWER, &answer);
+    child.env(REFERENCE, folder.join(format!("{}.reference", mutant.kernels.name())));
+    child.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = child.spawn().unwrap();
+    let limit = Instant::now() + Duration::from_secs(120);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break Some(status);
+        }
+        if Instant::now() > limit {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            break None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    fs::remove_file(library).unwrap();
+    let text = match (status, fs::read_to_string(&answer)) {
+        (Some(_), Ok(text)) => text,
+        (status, _) => return Verdict::Died(format!("{status:?}")),
+    };
+    match text.split_once('\n').unwrap() {
+        ("fault", said) => Verdict::Fault(said.to_string()),
+        ("wrong", schedule) => Verdict::Wrong(schedule.to_string()),
+        _ => Verdict::Survived,
+    }
+}
+
+/// All of them, several at once, after the true kernels have written the references.
+fn judge_all(mutants: &[Mutant]) -> Vec<Verdict> {
+    let folder = tempfile::tempdir().unwrap();
+    for (index, kernels) in ALL.into_iter().enumerate() {
+        let name = format!("{} unchanged", kernels.name());
+        let same = Mutant { kernels, name, text: kernels.text() };
+        let verdict = judge(folder.path(), index, &same);
+        assert_eq!(verdict, Verdict::Survived, "{}", same.name);
+    }
+    let verdicts: Vec<OnceLock<Verdict>> = mutants.iter().map(|_| OnceLock::new()).collect();
+    let next = AtomicUsize::new(0);
+    let lines = Mutex::new(());
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, |it| it.get()) {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(mutant) = mutants.get(index) else { break };
+                    let verdict = judge(folder.path(), ALL.len() + index, mutant);
+                    let line = lines.lock().unwrap();
+                    println!("{}: {verdict:?}", mutant.name);
+                    drop(line);
+                    verdicts[index].set(verdict).unwrap();
+                }
+            });
+        }
+    });
+    verdicts.into_iter().map(|verdict| verdict.into_inner().unwrap()).collect()
+}
+
+// ------------------------------------------------------------------ planted bugs
+
+/// A bug as people make it, and words of what must be said; "wrong": other bits, no fault.
+struct Planted {
+    kernels: Kernels,
+    what: &'static str,
+    edits: &'static [(&'static str, &'static str)],
+    said: &'static [&'static str],
+}
+
+const fn planted(
+    kernels: Kernels,
+    what: &'static str,
+    edits: &'static [(&'static str, &'static str)],
+    said: &'static [&'static str],
+) -> Planted {
+    Planted { kernels, what, edits, said }
+}
+
+const WRONG: &[&str] = &[];
+
+const PLANTED: &[Planted] = &[
+    planted(
+        Kernels::GemmSm90,
+        "a wrong step of K inside the swizzle atom",
+        &[("uint64_t(k) * sizeof(bf16) / 16", "uint64_t(k) * sizeof(bf16) / 32")],
+        WRONG,
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "no barrier between the initialisation of the mbarriers and their use",
+        &[(
+            "    fence_mbarrier_init();\n  }\n  __syncthreads();",
+            "    fence_mbarrier_init();\n  }",
+        )],
+        &["data race: the mbarrier at shared 0x", "was initialised by block (0,0,0) thread 0"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a wrong parity at the producer's wait",
+        &[(
+            "mbarrier_wait(&empty[at.stage], at.parity ^ 1)",
+            "mbarrier_wait(&empty[at.stage], at.parity)",
+        )],
+        &["deadlock", "for mbarrier at shared 0x", "(8 of 8 arrivals and 0 bytes are missing"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a parity that never blocks in the first rounds: the producer overruns the consumers",
+        &[(
+            "mbarrier_wait(&empty[at.stage], at.parity ^ 1);",
+            "if (step >= STAGES) mbarrier_wait(&empty[at.stage], at.parity);",
+        )],
+        &["mbarrier"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "too few expected bytes",
+        &[(
+            "mbarrier_arrive_expect_tx(&full[at.stage], STAGE_BYTES<TILE_N>)",
+            "mbarrier_arrive_expect_tx(&full[at.stage], TILE_M * ROW_BYTES)",
+        )],
+        &["of shared 0x"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a stage is handed back before the wgmma that reads it has finished",
+        &[("wgmma_wait<1>();", "wgmma_wait<2>();")],
+        &["data race on shared memory", "the wgmma of block (0,0,0) thread", "asynchronous read"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "one thread releases a stage for four warps",
+        &[
+            ("threadIdx.x % 32 == 0;\n  int prev", "threadIdx.x % 128 == 0;\n  int prev"),
+            ("CONSUMERS * WARPGROUP / 32", "CONSUMERS"),
+        ],
+        &["data race on shared memory", "the wgmma of block (0,0,0) thread", "asynchronous read"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the store tile is written without its swizzle",
+        &[("swizzle<SWIZZLE_SPAN>(offset)", "offset")],
+        WRONG,
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "ordinary writes are not fenced before the TMA store reads them",
+        &[("      fence_proxy_async();\n", "")],
+        &[
+            "no fence.proxy.async between an ordinary write and an asynchronous access",
+            "bulk store",
+        ],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "no barrier between the writes of the tile and its TMA store",
+        &[(
+            "fence_proxy_async();\n      barrier_sync(own_barrier, WARPGROUP);",
+            "fence_proxy_async();",
+        )],
+        &["data race on shared memory", "bulk store of block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "accumulators are used before the last group is complete",
+        &[("  wgmma_wait<0>();\n  if (first_lane) mbarrier_arrive(&empty[previous_stage]);\n", "")],
+        &["accumulator of the wgmma at", "is read at", "before wgmma_wait"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a store tile is written while the store before the last one still reads it",
+        &[("if (storing) bulk_wait_read<STORES - 1>();", "")],
+        &["data race on shared memory", "bulk store of block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the consumers share one barrier",
+        &[("own_barrier = 1 + consumer;", "own_barrier = 1;")],
+        &["data race on shared memory"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the last stores are not waited for",
+        &[("  if (storing) bulk_wait<0>();\n", "")],
+        &["exits although it never waited for the tma_store at"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the producers keep their registers",
+        &[("    setmaxnreg_dec<PRODUCER_REGISTERS>();\n", "")],
+        &["setmaxnreg: no registers are free"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a whole warp produces",
+        &[("threadIdx.x < 32 && elect_one()", "threadIdx.x < 32")],
+        &["mbarrier"],
+    ),
+    planted(
+        Kernels::Norm,
+        "no barrier before the sums of the warps are read",
+        &[(
+            "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
+            "#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
+        )],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::Norm,
+        "one half for all sums: the next one is written while the last one is read",
+        &[("    turn ^= 1;\n", "")],
+        &["data race on shared memory", "write by block (0,0,0) thread", "after a read by"],
+    ),
+    planted(
+        Kernels::Norm,
+        "no barrier behind the gains",
+        &[("gain, four * 4, sqrt_depth);\n  __syncthreads();", "gain, four * 4, sqrt_depth);")],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::Norm,
+        "no barrier between the rows that add up",
+        &[("    if (row_slot < ROWS - 1) __syncthreads();\n", "")],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::Norm,
+        "the tail of a row is not left out",
+        &[(
+            "held[i] = at < vectors ? row_of(inp, row, columns)[at] : make_uint4(0, 0, 0, 0);",
+            "held[i] = row_of(inp, row, columns)[at];",
+        )],
+        WRONG,
+    ),
+    planted(
+        Kernels::GemmMma,
+        "a stage is read before its copies are complete",
+        &[("cp_async_wait<1>();", "cp_async_wait<2>();")],
+        &["cp.async that was not waited for: shared memory 0x", "write by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmMma,
+        "a stage is loaded while it is read",
+        &[("    __syncthreads();\n  }\n  cp_async_wait<0>();", "  }\n  cp_async_wait<0>();")],
+        &["data race on shared memory", "after a read by block"],
+    ),
+];
+
+#[test]
+fn planted_bugs_are_found_and_named() {
+    if !library::AVAILABLE {
+        println!("skipped: this build has no simt");
+        return;
+    }
+    let mutants: Vec<Mutant> = PLANTED
+        .iter()
+        .map(|bug| Mutant {
+            kernels: bug.kernels,
+            name: format!("{}: {}", bug.kernels.name(), bug.what),
+            text: patched(&bug.kernels.text(), bug.edits),
+        })
+        .collect();
+    let mut missed = String::new();
+    for (bug, verdict) in PLANTED.iter().zip(judge_all(&mutants)) {
+        let named = match &verdict {
+            Verdict::Fault(said) => {
+                !bug.said.is_empty() && bug.said.iter().all(|part| said.contains(part))
+            }
+            Verdict::Wrong(_) => bug.said.is_empty(),
+            _ => false,
+        };
+        if !named {
+            let _ = writeln!(missed, "{:?}: {}: {verdict:?}", bug.kernels, bug.what);
+        }
+    }
+    assert!(missed.is_empty(), "{missed}");
+}
+
+// ------------------------------------------------------------------ every line in turn
+
+/// A call in a kernel file that is worth breaking: its name with "(" or "<" behind it.
+const BREAKABLE: &[&str] = &[
+    "__syncthreads",
+    "__syncwarp",
+    "barrier_sync",
+    "barrier_arrive",
+    "mbarrier_init",
+    "mbarrier_wait",
+    "mbarrier_wait_cluster",
+    "mbarrier_arrive",
+    "mbarrier_arrive_cluster",
+    "mbarrier_arrive_expect_tx",
+    "mbarrier_expect_tx",
+    "fence_mbarrier_init",
+    "fence_proxy_async",
+    "fence_proxy_async_global",
+    "wgmma_fence",
+    "wgmma_commit",
+    "wgmma_wait",
+    "bulk_commit",
+    "bulk_wait",
+    "bulk_wait_read",
+    "cp_async_commit",
+    "cp_async_wait",
+    "cluster_sync",
+    "cluster_arrive",
+    "cluster_arrive_relaxed",
+    "cluster_wait",
+    "elect_one",
+    "swizzle",
+    "__threadfence",
+    "load_acquire",
+    "store_release",
+];
+
+/// name<template>(arguments), and where in the text it stands.
+struct Call<'a> {
+    name: &'a str,
+    template: Option<&'a str>,
+    arguments: Vec<&'a str>,
+    start: usize,
+    end: usize,
+}
+
+/// The text from an opening bracket to the one that closes it, and what is behind.
+fn bracketed(text: &str, open: char, close: char) -> Option<(&str, usize)> {
+    let inner = text.strip_prefix(open)?;
+    let mut depth = 1;
+    for (at, c) in inner.char_indices() {
+        depth += i32::from(c == open) - i32::from(c == close);
+        if depth == 0 {
+            return Some((&inner[..at], at + 2));
+        }
+    }
+    None
+}
+
+/// Splits at the commas that are in no bracket.
+fn split_arguments(text: &str) -> Vec<&str> {
+    let (mut depth, mut start, mut parts) = (0, 0, vec![]);
+    for (at, c) in text.char_indices() {
+        depth += i32::from("([{".contains(c)) - i32::from(")]}".contains(c));
+        if c == ',' && depth == 0 {
+            parts.push(text[start..at].trim());
+            start = at + 1;
+        }
+    }
+    if !text.trim().is_empty() {
+        parts.push(text[start..].trim());
+    }
+    parts
+}
+
+/// Every breakable call of a kernel file, comments left out.
+fn calls(text: &str) -> Vec<Call<'_>> {
+    let mut found = vec![];
+    let mut line_start = 0;
+    for line in text.split_inclusive('\n') {
+        let code = line.split("//").next().unwrap();
+        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        for &name in BREAKABLE {
+            for (at, _) in code.match_indices(name) {
+                let before = code[..at].chars().next_back();
+                let rest = &text[line_start + at + name.len()..];
+                if before.is_some_and(word) || rest.starts_with(word) {
+                    continue;
+                }
+                let (template, template_end) = match bracketed(rest, '<', '>') {
+                    Some((inner, end)) => (Some(inner), end),
+                    None => (None, 0),
+                };
+                let Some((inner, end)) = bracketed(&rest[template_end..], '(', ')') else {
+                    continue;
+                };
+                let start = line_start + at;
+                found.push(Call {
+                    name,
+                    template,
+                    arguments: split_arguments(inner),
+                    start,
+                    end: start + name.len() + template_end + end,
+                });
+            }
+        }
+        line_start += line.len();
+    }
+    found.sort_by_key(|call| call.start);
+    found
+}
+
+/// What is done to a call: a word for it, and what stands in its place.
+fn alterations(call: &Call) -> Vec<(&'static str, String)> {
+    let Call { name, ref arguments, .. } = *call;
+    let argument = |i: usize| arguments[i];
+    let removed = ("removed", "((void)0)".to_string());
+    match name {
+        "swizzle" => vec![("identity", format!("({})", argument(0)))],
+        "elect_one" => vec![("true", "true".to_string())],
+        "load_acquire" => vec![("an ordinary load", format!("(*{})", argument(0)))],
+        "store_release" => {
+            vec![removed, ("an ordinary store", format!("(*({}) = {})", argument(0), argument(1)))]
+        }
+        "__syncthreads" => vec![
+            removed,
+            ("of the warp only", "__syncwarp()".to_string()),
+            ("of half the block", "barrier_sync(0, int(blockDim.x) / 2)".to_string()),
+        ],
+        "barrier_sync" | "barrier_arrive" => {
+            let (id, count) = (argument(0), argument(1));
+            vec![
+                removed,
+                ("barrier 1", format!("{name}(1, {count})")),
+                ("another barrier for odd warps", {
+                    format!("{name}(({id}) + 8 * (int(threadIdx.x) / 32 % 2), {count})")
+                }),
+                ("count + 32", format!("{name}({id}, ({count}) + 32)")),
+                ("count - 32", format!("{name}({id}, ({count}) - 32)")),
+                ("of the warp only", "__syncwarp()".to_string()),
+            ]
+        }
+        "mbarrier_init" => {
+            let (barrier, count) = (argument(0), argument(1));
+            vec![
+                removed,
+                ("count + 1", format!("mbarrier_init({barrier}, ({count}) + 1)")),
+                ("count - 1", format!("mbarrier_init({barrier}, ({count}) - 1)")),
+            ]
+        }
+        "mbarrier_wait" | "mbarrier_wait_cluster" => {
+            vec![removed, ("parity", format!("{name}({}, ({}) ^ 1)", argument(0), argument(1)))]
+        }
+        "mbarrier_arrive" => vec![
+            removed,
+            ("twice", format!("(mbarrier_arrive({0}), mbarrier_arrive({0}))", argument(0))),
+        ],
+        "mbarrier_arrive_expect_tx" | "mbarrier_expect_tx" => {
+            let (barrier, bytes) = (argument(0), argument(1));
+            vec![
+                removed,
+                ("bytes - 16", format!("{name}({barrier}, ({bytes}) - 16)")),
+                ("bytes + 16", format!("{name}({barrier}, ({bytes}) + 16)")),
+                ("no bytes", format!("mbarrier_arrive({barrier})")),
+            ]
+        }
+        "wgmma_wait" | "bulk_wait" | "bulk_wait_read" | "cp_async_wait" => {
+            let groups = call.template.expect("a number of groups");
+            let mut all = vec![removed, ("groups + 1", format!("{name}<({groups}) + 1>()"))];
+            if name == "bulk_wait" {
+                all.push(("sources only", format!("bulk_wait_read<{groups}>()")));
+            }
+            all
+        }
+        _ => vec![removed],
+    }
+}
+
+/// Mutants that are no bugs: kernel file, the line, the alteration, and why nothing can come of it.
+/// They do not count.
+const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[];
+
+fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
+    let text = kernels.text();
+    let mut all = vec![];
+    for call in calls(&text) {
+        let number = text[..call.start].lines().count();
+        let line = text.lines().nth(number.max(1) - 1).unwrap().trim().to_string();
+        for (what, replacement) in alterations(&call) {
+            let mutated = format!("{}{replacement}{}", &text[..call.start], &text[call.end..]);
+            let name = format!("{}.cu:{number} `{line}`: {} {what}", kernels.name(), call.name);
+            all.push((Mutant { kernels, name, text: mutated }, line.clone(), what));
+        }
+    }
+    all
+}
+
+#[test]
+fn every_synchronisation_that_is_broken_is_caught() {
+    if !library::AVAILABLE {
+        println!("skipped: this build has no simt");
+        return;
+    }
+    let (mut mutants, mut keys) = (vec![], vec![]);
+    for kernels in ALL {
+        for (mutant, line, what) in mutants_of(kernels) {
+            mutants.push(mutant);
+            keys.push((kernels, line, what));
+        }
+    }
+    let verdicts = judge_all(&mutants);
+    let (mut faults, mut wrong, mut survivors) = (0, 0, vec![]);
+    let mut equivalent = 0;
+    for ((mutant, (kernels, line, what)), verdict) in mutants.iter().zip(&keys).zip(&verdicts) {
+        let justified = EQUIVALENT.iter().any(|(its_kernels, its_line, its_what, _)| {
+            its_kernels == kernels && its_line == line && its_what == what
+        });
+        match verdict {
+            Verdict::Fault(_) => faults += 1,
+            Verdict::Wrong(_) => wrong += 1,
+            Verdict::Survived if justified => equivalent += 1,
+            other => survivors.push(format!("{}: {other:?}", mutant.name)),
+        }
+        if justified {
+            assert_eq!(*verdict, Verdict::Survived, "{} is no equivalent", mutant.name);
+        }
+    }
+    for (kernels, line, what, _) in EQUIVALENT {
+        let known = keys.iter().any(|key| key.0 == *kernels && key.1 == *line && key.2 == *what);
+        assert!(known, "no mutant `{what}` of `{line}`: remove it from EQUIVALENT");
+    }
+    let counted = mutants.len() - equivalent;
+    println!(
+        "{counted} mutants: {faults} found by a fault, {wrong} by wrong results, {} survived; \
+         {equivalent} are equivalent",
+        survivors.len()
+    );
+    for survivor in &survivors {
+        println!("survived: {survivor}");
+    }
+    assert!(counted > 100, "the scan finds too little");
+    assert!(survivors.iter().all(|it| !it.contains("NotCompiled") && !it.contains("Died")));
+    let share = (faults + wrong) as f64 / counted as f64;
+    assert!(share >= 0.95, "{share:.3} of the mutants were caught, 0.95 are needed");
+}
+
+#[test]
+fn the_scan_finds_calls_and_not_comments() {
+    let text = "  // __syncthreads();\n  if (x) bulk_wait_read<STORES - 1>();  // wgmma_commit()\n  \
+                mbarrier_wait(&full[f(a, b)], at.parity ^ 1);\n  my__syncwarp();\n";
+    let found = calls(text);
+    let names: Vec<&str> = found.iter().map(|call| call.name).collect();
+    assert_eq!(names, ["bulk_wait_read", "mbarrier_wait"]);
+    assert_eq!(&text[found[0].start..found[0].end], "bulk_wait_read<STORES - 1>()");
+    assert_eq!(found[0].template, Some("STORES - 1"));
+    assert_eq!(found[1].arguments, ["&full[f(a, b)]", "at.parity ^ 1"]);
+}
+
+// ------------------------------------------------------------------ no false alarms
+
+/// The true kernels under 200 random schedules each, every access checked: the same bits each time.
+#[test]
+fn random_schedules_of_the_true_kernels_are_clean() {
+    if !library::AVAILABLE {
+        println!("skipped: this build has no simt");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let libraries = ALL
+        .map(|kernels| (kernels, library::compile(folder.path(), kernels.name(), &kernels.text())));
+    const SEEDS: u64 = 200;
+    thread::scope(|scope| {
+        for (kernels, path) in &libraries {
+            let first = options(true, Order::Fifo, Asynchronous::Late, 0);
+            let mut host = Host::load(path, first).unwrap();
+            scope.spawn(move || {
+                if *kernels == Kernels::GemmMma {
+                    let (exact, found) = gemm_mma(&mut host, 128, 64, 96).unwrap();
+                    assert_eq!(exact, found);
+                }
+                let expected = kernels.run(&mut host).unwrap();
+                for seed in 0..SEEDS {
+                    let random = options(true, Order::Random, Asynchronous::Anytime, seed);
+                    host.set_options(random);
+                    let found = kernels.run(&mut host).unwrap_or_else(|error| panic!("{error}"));
+                    assert!(found == expected, "{}: other bits, {random:?}", kernels.name());
+                }
+            });
+        }
+    });
+}
