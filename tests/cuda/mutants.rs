@@ -311,7 +311,8 @@ fn child_mutant() {
 /// Compiles and runs one. `folder` also holds the references.
 fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
     let name = format!("mutant{index}");
-    let compiled = std::panic::catch_unwind(|| library::compile(folder, &name, &[(&name, &mutant.text)]));
+    let compiled =
+        std::panic::catch_unwind(|| library::compile(folder, &name, &[(&name, &mutant.text)]));
     let library = match compiled {
         Ok(library) => library,
         Err(panic) => {
@@ -867,8 +868,12 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let libraries = ALL
-        .map(|kernels| (kernels, library::compile(folder.path(), kernels.name(), &kernels.text())));
+    let libraries = ALL.map(|kernels| {
+        (
+            kernels,
+            library::compile(folder.path(), kernels.name(), &[(kernels.name(), &kernels.text())]),
+        )
+    });
     const SEEDS: u64 = 200;
     thread::scope(|scope| {
         for (kernels, path) in &libraries {
