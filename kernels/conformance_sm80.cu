@@ -83,12 +83,12 @@ EXPORT_KERNEL(conform_cache_hints)
     const uint64_t wide = shuffle(all, uint64_t(value) << 32 | i, by, 8);                     \
     out[320 + i] = uint32_t(wide);                                                            \
     out[384 + i] = uint32_t(wide >> 32);                                                      \
-    out[512 + i] = __float_as_uint(shuffle(all, float(i), by, 32));                           \
     if (i % 32 < 16) {                                                                        \
       out[448 + i] = shuffle(0x0000ffffu, value, by % 16, 16);                                \
     } else {                                                                                  \
       out[448 + i] = shuffle(0xffff0000u, value, by % 16, 16);                                \
     }                                                                                         \
+    out[512 + i] = __float_as_uint(shuffle(all, float(i), by, 32));                           \
   }                                                                                           \
   EXPORT_KERNEL(conform_##shuffle)
 CONFORM_SHUFFLE(__shfl_sync)

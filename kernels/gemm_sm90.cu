@@ -196,6 +196,8 @@ DEVICE void gemm(const TensorMap* map_a, const TensorMap* map_b, const TensorMap
   const int steps = (k + TILE_K - 1) / TILE_K;
 
   if (threadIdx.x == 0) {
+    // Swizzles take bits of the address itself; that the ring is aligned so is not in the language.
+    if (shared_address(ring) % (8 * SWIZZLE_SPAN)) __trap();
     tma_prefetch(map_a);
     tma_prefetch(map_b);
     tma_prefetch(map_out);

@@ -1,5 +1,6 @@
 //! The one integration test binary; its modules mirror src/.
 
+mod bench;
 mod build;
 mod checkpoint;
 mod cli;

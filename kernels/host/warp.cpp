@@ -41,13 +41,8 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   for (Meeting& other : warp.meetings) {
     if (!other.arrived) {
       unused = &other;
-    } else if (other.mask & mask) {
-      if (other.mask != mask || other.kind != kind || other.site.line != site.line) {
-        fail_at(fiber, name_of(kind), site,
-                format("the warp has diverged: lanes %08x wait in %s (mask %08x) at %s",
-                       other.arrived, name_of(other.kind), other.mask,
-                       describe(other.site).c_str()));
-      }
+    } else if (other.mask == mask && other.kind == kind && other.site.line == site.line &&
+               !(other.arrived & bit)) {
       meeting = &other;
       break;
     }
@@ -58,6 +53,20 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
     meeting->mask = mask;
     meeting->kind = kind;
     meeting->site = site;
+  }
+  // Halves of a warp may be at different places, as long as neither waits for the other.
+  for (const Meeting& other : warp.meetings) {
+    if (&other == meeting || !other.arrived) continue;
+    const uint32_t together = meeting->arrived | bit;
+    const bool waits_for_other = mask & ~together & other.arrived;
+    const bool awaited_by_other = other.mask & ~other.arrived & together;
+    if (waits_for_other && awaited_by_other) {
+      fail_at(fiber, name_of(kind), site,
+              format("the warp has diverged: lanes %08x wait in %s (mask %08x) at %s, each side for "
+                     "the other",
+                     other.arrived, name_of(other.kind), other.mask,
+                     describe(other.site).c_str()));
+    }
   }
   meeting->argument[lane] = argument;
   meeting->arrived |= bit;

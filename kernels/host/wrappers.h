@@ -16,11 +16,15 @@ DEVICE uint32_t bf16x2_bits(float low, float high) {
 }
 
 // ---------------------------------------------------------------- approximate arithmetic
-// Correctly rounded here; the device's error is a few units in the last place.
-DEVICE float exp2_approx(float x) { return std::exp2(x); }
-DEVICE float log2_approx(float x) { return std::log2(x); }
-DEVICE float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
-DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
+// Correctly rounded here, the device's error is a few units in the last place. Both take subnormal
+// numbers for zeros and give none (.ftz).
+namespace simt {
+DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+}  // namespace simt
+DEVICE float exp2_approx(float x) { return simt::flushed(std::exp2(simt::flushed(x))); }
+DEVICE float log2_approx(float x) { return std::log2(simt::flushed(x)); }
+DEVICE float rsqrt_approx(float x) { return 1.0f / std::sqrt(simt::flushed(x)); }
+DEVICE float reciprocal_approx(float x) { return simt::flushed(1.0f / simt::flushed(x)); }
 DEVICE float tanh_approx(float x) { return std::tanh(x); }
 
 // ---------------------------------------------------------------- warp

@@ -3,6 +3,7 @@
 //! Raw arguments are what clap parsed; each command turns them into checked values before it does
 //! anything. What a command was asked for goes to stdout; everything else goes to stderr.
 
+mod bench;
 mod config;
 mod conformance;
 mod data;
@@ -40,6 +41,8 @@ enum Command {
     Data(data::DataCommand),
     /// Count parameters, FLOPs and bytes of a configuration, without data or device
     Plan(plan::PlanArgs),
+    /// Time kernels on a GPU, or run and check them on the CPU machine
+    Bench(bench::BenchArgs),
     /// Compare what every kernel wrapper does on a device with its golden output
     Conformance(conformance::ConformanceArgs),
     /// Show the devices, presets and texts of this build
@@ -55,6 +58,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Conformance(args) => conformance::run(args),
         Command::Info(args) => info::run(args),
     }

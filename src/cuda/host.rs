@@ -482,7 +482,7 @@ fn kernels_of(machine: &abi::Functions) -> Vec<Kernel> {
 
 // ------------------------------------------------------------------ code addresses
 
-/// Replaces each "\x01<hex>\x02", a return address, by the line that it returns to.
+/// Replaces each "\x01<hex>\x02", an address inside an instruction, by that instruction's line.
 fn resolve_addresses(text: &str) -> String {
     let mut resolved = String::with_capacity(text.len());
     let mut rest = text;
@@ -504,7 +504,9 @@ fn resolve_addresses(text: &str) -> String {
 fn line_of(address: usize) -> String {
     let mut innermost = None;
     let mut outside = None;
-    backtrace::resolve(address as *mut c_void, |symbol| {
+    // `resolve` takes what it is given for a return address, and looks one byte before it.
+    let behind = address.wrapping_add(1);
+    backtrace::resolve(behind as *mut c_void, |symbol| {
         let (Some(file), Some(line)) = (symbol.filename(), symbol.lineno()) else { return };
         let file = file.to_string_lossy();
         let file = shortened(&file);

@@ -26,7 +26,7 @@ fn library() -> &'static Path {
     static LIBRARY: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let (_, path) = LIBRARY.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let path = library::compile(folder.path(), "faults", KERNELS);
+        let path = library::compile(folder.path(), "faults", &[("faults", KERNELS)]);
         (folder, path)
     });
     path

@@ -311,7 +311,7 @@ fn child_mutant() {
 /// Compiles and runs one. `folder` also holds the references.
 fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
     let name = format!("mutant{index}");
-    let compiled = std::panic::catch_unwind(|| library::compile(folder, &name, &mutant.text));
+    let compiled = std::panic::catch_unwind(|| library::compile(folder, &name, &[(&name, &mutant.text)]));
     let library = match compiled {
         Ok(library) => library,
         Err(panic) => {
