@@ -120,7 +120,7 @@ constexpr int warpSize = 32;
 // Kernels share one section, so that the watchdog knows a spinning kernel from a busy machine.
 #define KERNEL(name, ...)                                    \
   static constexpr uint32_t name##_bounds[] = {__VA_ARGS__}; \
-  __attribute__((section("simt_kernels"))) static void name
+  __attribute__((section("simt_kernels"), noinline)) static void name
 #define EXPORT_KERNEL(name)                                                                \
   static ::simt::Registration<&name> name##_registration{#name, __FILE__, name##_bounds[0], \
                                                          SIMT_HOOKED};
