@@ -905,16 +905,6 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         println!("skipped: this build has no simt");
         return;
     }
-<<<<<<< ours
-    let folder = tempfile::tempdir().unwrap();
-    let libraries = ALL.map(|kernels| {
-        (
-            kernels,
-            library::compile(folder.path(), kernels.name(), &[(kernels.name(), &kernels.text())]),
-        )
-    });
-=======
->>>>>>> theirs
     const SEEDS: u64 = 200;
     let first = options(true, Order::Fifo, Asynchronous::Late, 0);
     let folder = tempfile::tempdir().unwrap();
