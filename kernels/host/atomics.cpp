@@ -1,5 +1,5 @@
-// Atomics, fences and flags, on shared and global memory. Every one lets other threads run, so that
-// loops over them end.
+// Atomics, fences and flags, on shared and global memory. Those that loops wait with (load_acquire,
+// atomicCAS, atomicExch, __nanosleep) let other threads run.
 #include <sched.h>
 
 #include "device_memory.h"
@@ -12,7 +12,8 @@ static void check(const void* p, uint32_t bytes, const char* what, Site site) {
   Fiber& fiber = *self();
   if (reinterpret_cast<uintptr_t>(p) % bytes)
     fail_at(fiber, what, site, format("the address %p is not a multiple of %u", p, bytes));
-  if (block_of(p)) checked_shared(p, bytes, what, site);
+  if (block_of(p))
+    checked_shared(p, bytes, what, site);
   else if (!owns(p, bytes))
     fail_at(fiber, what, site, format("out of bounds: %s", describe_global(p).c_str()));
 }
@@ -21,14 +22,19 @@ static void check(const void* p, uint32_t bytes, const char* what, Site site) {
 template <class T, class F>
 static T update(T* p, const char* what, Site site, F&& changed) {
   check(p, sizeof(T), what, site);
-  if (worker->race) race_atomic(*self(), p, sizeof(T), true, true, Order::Relaxed, site);
   T before;
-  __atomic_load(p, &before, __ATOMIC_RELAXED);
-  for (;;) {
+  const auto exchange = [&] {
+    __atomic_load(p, &before, __ATOMIC_RELAXED);
     T after = changed(before);
-    if (__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
-      return before;
-  }
+    while (
+        !__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+      after = changed(before);
+  };
+  if (worker->race)
+    race_atomic(*self(), p, sizeof(T), true, true, Order::Relaxed, site, exchange);
+  else
+    exchange();
+  return before;
 }
 
 }  // namespace simt
@@ -55,22 +61,32 @@ uint32_t atomicExch(uint32_t* p, uint32_t value, Site site) {
 uint32_t atomicCAS(uint32_t* p, uint32_t compare, uint32_t value, Site site) {
   const uint32_t before =
       update(p, "atomicCAS", site, [&](uint32_t x) { return x == compare ? value : x; });
-  if (before != compare) yield("atomicCAS", site);
-  else progress();
+  if (before != compare)
+    yield("atomicCAS", site);
+  else
+    progress();
   return before;
 }
 
 uint32_t load_acquire(const uint32_t* p, Site site) {
   check(p, sizeof *p, "load_acquire", site);
   yield("load_acquire", site);
-  if (worker->race) race_atomic(*self(), p, sizeof *p, true, false, Order::Acquire, site);
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  uint32_t value;
+  const auto load = [&] { value = __atomic_load_n(p, __ATOMIC_ACQUIRE); };
+  if (worker->race)
+    race_atomic(*self(), p, sizeof *p, true, false, Order::Acquire, site, load);
+  else
+    load();
+  return value;
 }
 
 void store_release(uint32_t* p, uint32_t value, Site site) {
   check(p, sizeof *p, "store_release", site);
-  if (worker->race) race_atomic(*self(), p, sizeof *p, false, true, Order::Release, site);
-  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  const auto store = [&] { __atomic_store_n(p, value, __ATOMIC_RELEASE); };
+  if (worker->race)
+    race_atomic(*self(), p, sizeof *p, false, true, Order::Release, site, store);
+  else
+    store();
   progress();
 }
 

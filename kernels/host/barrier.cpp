@@ -65,6 +65,8 @@ uint32_t cluster_size() {
 static void arrive_at_cluster(bool release, Site site) {
   Worker& w = *worker;
   Fiber& fiber = *self();
+  if (w.launch->shape.cooperative)
+    fail_at(fiber, "cluster_arrive", site, "this machine has no clusters in a cooperative launch");
   NamedBarrier& barrier = w.cluster_barrier;
   if (fiber.cluster_arrived)
     fail_at(fiber, "cluster_arrive", site, "the thread has arrived already and did not wait");

@@ -34,15 +34,19 @@ static void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t 
     fail_at(fiber, what, site, format("both addresses must be multiples of %u", size));
   checked_shared(shared, size, what, site);
   if (bytes) check_global_read(fiber, global, bytes, what, site);
-  CpAsync copy{static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), uint8_t(bytes),
-               uint8_t(size - bytes), false, fiber.copy_group, site};
+  CpAsync copy{static_cast<uint8_t*>(shared),
+               static_cast<const uint8_t*>(global),
+               uint8_t(bytes),
+               uint8_t(size - bytes),
+               false,
+               fiber.copy_group,
+               site};
   Worker& w = *worker;
   if (w.race) {
     if (bytes) race_thread(fiber, global, bytes, READ, place_of(site));
     race_thread(fiber, shared, size, WRITE | PENDING, place_of(site));
   }
-  if (w.asynchronous == SIMT_EARLY ||
-      (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
+  if (w.asynchronous == SIMT_EARLY || (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
     do_copy(copy);
     copy.copied = true;
   }
@@ -57,6 +61,8 @@ void cp_async_wait(int groups, Site) {
     if (copy.group + uint32_t(groups) >= fiber.copy_group) break;
     if (!copy.copied) do_copy(copy);
     if (worker->race) {
+      // The source may be read until now.
+      if (copy.bytes) race_thread(fiber, copy.from, copy.bytes, READ, place_of(copy.site));
       race_thread(fiber, copy.to, copy.bytes + copy.zeros, WRITE | COMPLETES, place_of(copy.site));
     }
   }
@@ -113,8 +119,10 @@ static void issue(AsyncCopy copy) {
       fail_at(fiber, what, copy.site,
               format("%u bytes to or from %p: both must be multiples of 16", copy.bytes,
                      static_cast<void*>(copy.global)));
-    if (copy.kind == Copy::Peer) checked_shared(copy.global, copy.bytes, what, copy.site);
-    else check_global_read(fiber, copy.global, copy.bytes, what, copy.site);
+    if (copy.kind == Copy::Peer)
+      checked_shared(copy.global, copy.bytes, what, copy.site);
+    else
+      check_global_read(fiber, copy.global, copy.bytes, what, copy.site);
   }
   if (writes_global(copy.kind)) {
     fiber.bulk_last = copy.group + 1;
@@ -136,7 +144,8 @@ static void issue(AsyncCopy copy) {
     } else {
       Mbarrier& barrier = *copy.barrier;
       const Fiber& init = *barrier.init_fiber;
-      if (max(init.mbarrier_fence, init.shared_fence) < barrier.init_tick)
+      const Tick proxy_fence = init.shared_fences.empty() ? 0 : init.shared_fences.back();
+      if (max(init.mbarrier_fence, proxy_fence) < barrier.init_tick)
         fail_at(fiber, what, copy.site,
                 format("no fence_mbarrier_init followed the initialisation of the mbarrier at "
                        "shared 0x%x",
@@ -157,28 +166,33 @@ static uint32_t swizzled(uint32_t address, uint32_t span) {
 
 static float bf16_sum(uint16_t a, uint16_t b) { return to_float(bf16{a}) + to_float(bf16{b}); }
 
+// Each addition is atomic by itself, also against other workers and atomicAdd.
+template <class T, class F>
+static void add_atomically(uint8_t* at, F&& sum) {
+  auto* p = reinterpret_cast<T*>(at);
+  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  T after = sum(before);
+  while (!__atomic_compare_exchange_n(p, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    after = sum(before);
+}
+
 static void add(uint8_t* to, const uint8_t* from, uint32_t bytes, uint8_t data_type) {
   if (data_type == TENSOR_FLOAT32) {
     for (uint32_t i = 0; i < bytes; i += 4) {
-      float a, b;
-      std::memcpy(&a, to + i, 4);
-      std::memcpy(&b, from + i, 4);
-      a += b;
-      std::memcpy(to + i, &a, 4);
+      float added;
+      std::memcpy(&added, from + i, 4);
+      add_atomically<uint32_t>(
+          to + i, [&](uint32_t x) { return __float_as_uint(__uint_as_float(x) + added); });
     }
   } else {
     for (uint32_t i = 0; i < bytes; i += 2) {
-      uint16_t a, b;
-      std::memcpy(&a, to + i, 2);
-      std::memcpy(&b, from + i, 2);
-      a = to_bf16(bf16_sum(a, b)).bits;
-      std::memcpy(to + i, &a, 2);
+      uint16_t added;
+      std::memcpy(&added, from + i, 2);
+      add_atomically<uint16_t>(to + i,
+                               [&](uint16_t x) { return to_bf16(bf16_sum(x, added)).bits; });
     }
   }
 }
-
-// Reductions of several workers into the same bytes are atomic, each by itself.
-static std::mutex reductions;
 
 static void race_on(const AsyncCopy& copy, const void* global, uint32_t bytes) {
   if (!worker->race || !bytes) return;
@@ -271,19 +285,17 @@ void run_copy(AsyncCopy& copy) {
   Block& block = *copy.block;
   const bool store = writes_global(copy.kind);
   if (block.finished == block.threads && worker->finished < worker->threads) {
-    fail(format("%s at %s: block %s exited while the copy was under way",
-                name_of(copy.kind), describe(copy.site).c_str(), describe(block.index).c_str()));
+    fail(format("%s at %s: block %s exited while the copy was under way", name_of(copy.kind),
+                describe(copy.site).c_str(), describe(block.index).c_str()));
   }
   if (worker->race) {
     race_clock(copy.clock, copy.shared, copy.bytes, (store ? READ : WRITE) | ASYNC,
                place_of(copy.site));
   }
-  const bool reduction = store && copy.kind != Copy::TensorStore && copy.kind != Copy::Store;
-  std::unique_lock<std::mutex> lock(reductions, std::defer_lock);
-  if (reduction && worker->launch->running > 1 && !worker->race) lock.lock();
-  if (copy.kind <= Copy::TensorAdd) run_tensor(copy);
-  else run_bulk(copy);
-  if (lock.owns_lock()) lock.unlock();
+  if (copy.kind <= Copy::TensorAdd)
+    run_tensor(copy);
+  else
+    run_bulk(copy);
   if (store) return;
   if (worker->race) {
     copy.barrier->arriving.add(copy.clock.known, copy.clock.actor, copy.clock.tick);
@@ -410,10 +422,11 @@ void check_copies_at_exit(const Block& block) {
       return knows(fiber.known, barrier.actor, barrier.tick);
     };
     if (!barrier.tick || std::any_of(block.fibers.begin(), block.fibers.end(), waited)) continue;
-    fail(format("block %s exits although no thread of it waited for the %s at %s, which completes on "
-                "its mbarrier at shared 0x%x",
-                describe(block.index).c_str(), name_of(barrier.last_copy),
-                describe(barrier.copy_site).c_str(), offset_in(&block, barrier.address)));
+    fail(format(
+        "block %s exits although no thread of it waited for the %s at %s, which completes on "
+        "its mbarrier at shared 0x%x",
+        describe(block.index).c_str(), name_of(barrier.last_copy),
+        describe(barrier.copy_site).c_str(), offset_in(&block, barrier.address)));
   }
 }
 
@@ -421,8 +434,12 @@ void check_copies_at_exit(const Block& block) {
 
 using namespace simt;
 
-void cp_async_4(void* shared, const void* global, Site site) { cp_async(shared, global, 4, 4, site); }
-void cp_async_8(void* shared, const void* global, Site site) { cp_async(shared, global, 8, 8, site); }
+void cp_async_4(void* shared, const void* global, Site site) {
+  cp_async(shared, global, 4, 4, site);
+}
+void cp_async_8(void* shared, const void* global, Site site) {
+  cp_async(shared, global, 8, 8, site);
+}
 void cp_async_16(void* shared, const void* global, Site site) {
   cp_async(shared, global, 16, 16, site);
 }
@@ -460,8 +477,7 @@ void bulk_reduce_add_bf16(bf16* global, const void* shared, uint32_t bytes, Site
 
 void bulk_copy_cluster(void* shared, const void* from, uint32_t bytes, uint64_t* barrier,
                        uint32_t rank, Site site) {
-  AsyncCopy copy =
-      bulk_copy(Copy::Peer, simt::cluster_map(shared, rank, site), from, bytes, site);
+  AsyncCopy copy = bulk_copy(Copy::Peer, simt::cluster_map(shared, rank, site), from, bytes, site);
   auto* there = static_cast<uint64_t*>(simt::cluster_map(barrier, rank, site));
   copy.barrier = &mbarrier_at(there, "bulk_copy_cluster", site);
   issue(std::move(copy));

@@ -1,7 +1,8 @@
 // Faults: how a kernel's mistake becomes the error of its launch.
 //
 // `fail` records the first message of the launch, abandons the team's fibers and goes back to the
-// worker. Kernels and wrappers own nothing on their stacks, so nothing is lost with them.
+// worker. What lies on the abandoned stacks is not destroyed: a leak is accepted, a lock must not
+// be held.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -16,9 +17,9 @@ struct Launch;
 
 [[noreturn]] void fail(const std::string& message);
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
-std::string describe(Site);           // "kernels/norm.cu:71"
-std::string describe(const Fiber&);   // "block (0,1,0) thread 37 (warp 1, lane 5)"
-std::string describe(const uint3&);   // "(0,1,0)"
+std::string describe(Site);               // "kernels/norm.cu:71"
+std::string describe(const Fiber&);       // "block (0,1,0) thread 37 (warp 1, lane 5)"
+std::string describe(const uint3&);       // "(0,1,0)"
 std::string describe_code(uintptr_t pc);  // for the caller of simt_launch to resolve
 
 [[noreturn]] void fail_at(const Fiber&, const char* what, Site, const std::string& message);

@@ -1,6 +1,7 @@
 // Lines and slots: where accesses are remembered, and the rules that make two of them a fault.
 #include "race.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 
@@ -35,8 +36,7 @@ Place place_of(Site site) {
   // static block of thread-local memory.
   static thread_local const auto cache = std::make_unique<Known[]>(ENTRIES);
   Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
-  if (entry.site.line != site.line || entry.site.file != site.file)
-    entry = {site, new_place(site)};
+  if (entry.site.line != site.line || entry.site.file != site.file) entry = {site, new_place(site)};
   return entry.place;
 }
 
@@ -133,11 +133,14 @@ static bool ordered(const Slot& slot, const Access& access) {
   return true;
 }
 
-// An asynchronous access after ordinary stores needs the writer's proxy fence behind them.
-static bool fenced(const Slot& slot, bool shared) {
+// An asynchronous access after an ordinary store needs a proxy fence of the writer behind the
+// store, and has to be ordered after that fence as well.
+static bool fenced(const Slot& slot, const Access& access, bool shared) {
   if (slot.flags & ASYNC || slot.team != worker->team) return true;
-  const Fiber* writer = thread_of(slot.actor);
-  return (shared ? writer->shared_fence : writer->global_fence) >= slot.tick;
+  const Fiber& writer = *thread_of(slot.actor);
+  const std::vector<Tick>& fences = shared ? writer.shared_fences : writer.global_fences;
+  const auto fence = std::lower_bound(fences.begin(), fences.end(), slot.tick);
+  return fence != fences.end() && knows(access.clock.known, slot.actor, *fence + 1);
 }
 
 static Slot slot_of(const Readers& readers, Actor actor) {
@@ -192,7 +195,8 @@ static Conflict check_readers(Line& line, const Access& access, uint16_t mask) {
 static Conflict check(Line& line, const Access& access, uint16_t mask, bool shared) {
   const bool write = access.flags & WRITE;
   if (line.readers()) {
-    if (line.readers()->team != worker->team) shrink_readers(line);
+    if (line.readers()->team != worker->team)
+      shrink_readers(line);
     else if (Conflict found = check_readers(line, access, mask); found.verdict != Verdict::Fine)
       return found;
   }
@@ -210,7 +214,7 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
             slot.flags & PENDING && access.flags & COMPLETES && slot.actor == access.clock.actor;
         if (slot.flags & PENDING && !own_pending) return {Verdict::NotWaited, slot, common};
         if (!ordered(slot, access)) return {Verdict::Race, slot, common};
-        if (access.flags & ASYNC && slot.flags & WRITE && !fenced(slot, shared))
+        if (access.flags & ASYNC && slot.flags & WRITE && !fenced(slot, access, shared))
           return {Verdict::NoProxyFence, slot, common};
       }
       const bool earlier_read = !write && !(slot.flags & WRITE);
@@ -233,12 +237,14 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
     kept++;
   }
   line.shrink(kept);
-  if (write) line.initialised |= mask;
-  else if (shared && (line.initialised & mask) != mask)
+  const bool reads = !write || access.flags & READS_TOO;
+  if (shared && reads && (line.initialised & mask) != mask)
     return {Verdict::Uninitialised, {}, uint16_t(mask & ~line.initialised)};
+  if (write) line.initialised |= mask;
   if (recorded) return {};
-  const Slot slot{worker->team,       access.clock.tick, access.place,
-                  access.clock.actor, mask,              uint8_t(access.flags & ~COMPLETES)};
+  const Slot slot{worker->team, access.clock.tick,
+                  access.place, access.clock.actor,
+                  mask,         uint8_t(access.flags & ~COMPLETES)};
   if (write) {
     line.push_back(slot);
   } else {
@@ -288,10 +294,9 @@ static void check_shared(Block& block, uint32_t address, uint32_t bytes, const A
     const auto mask = uint16_t(((1u << count) - 1) << first);
     const Conflict conflict = check(line, access, mask, true);
     if (conflict.verdict != Verdict::Fine) {
-      const uint32_t at =
-          address - first + uint32_t(__builtin_ctz(conflict.bytes));
-      report(conflict,
-             format("shared memory 0x%x of block %s", at, describe(block.index).c_str()), access);
+      const uint32_t at = address - first + uint32_t(__builtin_ctz(conflict.bytes));
+      report(conflict, format("shared memory 0x%x of block %s", at, describe(block.index).c_str()),
+             access);
     }
     address += count;
   }
@@ -318,15 +323,18 @@ static void check_global(const void* p, uint32_t bytes, const Access& access) {
       } while (conflict.verdict == Verdict::Fine && address < page_end);
     }
     if (conflict.verdict != Verdict::Fine) {
-      const auto* at = reinterpret_cast<const void*>(base + uintptr_t(__builtin_ctz(conflict.bytes)));
+      const auto* at =
+          reinterpret_cast<const void*>(base + uintptr_t(__builtin_ctz(conflict.bytes)));
       report(conflict, describe_global(at), access);
     }
   }
 }
 
 static void check_anywhere(const void* p, uint32_t bytes, const Access& access) {
-  if (Block* block = block_of(p)) check_shared(*block, offset_in(block, p), bytes, access);
-  else check_global(p, bytes, access);
+  if (Block* block = block_of(p))
+    check_shared(*block, offset_in(block, p), bytes, access);
+  else
+    check_global(p, bytes, access);
 }
 
 void race_prefetch(const Block& block, uint32_t address) {
@@ -390,11 +398,11 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   const bool global = !block && in_device_memory(p);
   if (!block && !global) {
     if (in_image(p)) return;  // constants of the kernel file
-    fail(format("%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
-                "buffer%s",
-                write ? "write" : "read", bytes, describe(fiber).c_str(),
-                describe_code(pc - 1).c_str(), p, p < reinterpret_cast<void*>(PAGE_BYTES)
-                    ? " (a null pointer)" : ""));
+    fail(format(
+        "%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
+        "buffer%s",
+        write ? "write" : "read", bytes, describe(fiber).c_str(), describe_code(pc - 1).c_str(), p,
+        p < reinterpret_cast<void*>(PAGE_BYTES) ? " (a null pointer)" : ""));
   }
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   if (global) {
@@ -413,13 +421,14 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
                 describe(block->index).c_str()));
   }
   const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
-  const bool in_static = address >= block->dynamic_end + GAP_BYTES &&
-                         address + bytes <= block->static_end;
+  const bool in_static =
+      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
   if (!dynamic && !in_static) {
-    fail(format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
-                "%u bytes of dynamic shared memory, from 0x%x on",
-                write ? "write" : "read", bytes, address, describe(fiber).c_str(),
-                describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
+    fail(
+        format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
+               "%u bytes of dynamic shared memory, from 0x%x on",
+               write ? "write" : "read", bytes, address, describe(fiber).c_str(),
+               describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
   check_shared(*block, address, bytes, {clock, flags, place_of_code(pc)});
   if (block != fiber.block) race_visit(fiber, *block, place_of_code(pc));
@@ -434,8 +443,7 @@ void race_release(Fiber& fiber, Collected& to) {
 void race_acquire(Fiber& fiber, const Known& known) { fiber.known = joined(fiber.known, known); }
 
 void race_fence(Fiber& fiber, bool global) {
-  (global ? fiber.global_fence : fiber.shared_fence) = fiber.now;
-  fiber.now++;
+  (global ? fiber.global_fences : fiber.shared_fences).push_back(fiber.now++);
 }
 
 void race_threadfence(Fiber& fiber) {
@@ -454,15 +462,19 @@ Clock race_handover(Fiber& fiber, Actor actor, Tick tick) {
 }
 
 void race_atomic(Fiber& fiber, const void* p, uint32_t bytes, bool reads, bool writes, Order order,
-                 Site site) {
-  race_thread(fiber, p, bytes, ATOMIC | (writes ? WRITE : READ), place_of(site));
+                 Site site, const std::function<void()>& act) {
+  const uint8_t reads_too = reads && writes ? READS_TOO : 0;
+  race_thread(fiber, p, bytes, ATOMIC | (writes ? WRITE : READ) | reads_too, place_of(site));
   Launch& launch = *worker->launch;
   std::lock_guard lock(launch.mutex);
+  act();
   auto& [team, last] = launch.atomics[reinterpret_cast<uintptr_t>(p)];
   if (reads && last) {
     const Known seen = team == worker->team ? last : joined_foreign(nullptr, team, last);
-    if (order == Order::Acquire) fiber.known = joined(fiber.known, seen);
-    else fiber.pending = joined(fiber.pending, seen);
+    if (order == Order::Acquire)
+      fiber.known = joined(fiber.known, seen);
+    else
+      fiber.pending = joined(fiber.pending, seen);
   }
   if (writes) {
     Known given = fiber.released;
@@ -471,8 +483,10 @@ void race_atomic(Fiber& fiber, const void* p, uint32_t bytes, bool reads, bool w
       fiber.now++;
     }
     // An atomic read-modify-write continues the release sequence of the one before it.
-    if (reads && last && team == worker->team) given = joined(given, last);
-    else if (reads && last) given = joined_foreign(given, team, last);
+    if (reads && last && team == worker->team)
+      given = joined(given, last);
+    else if (reads && last)
+      given = joined_foreign(given, team, last);
     if (given || !reads) team = worker->team, last = given;
   }
 }

@@ -7,6 +7,8 @@
 // loads and stores, the wrappers everything else.
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -39,9 +41,10 @@ enum AccessFlags : uint8_t {
   READ = 0,
   WRITE = 1,
   ATOMIC = 2,
-  ASYNC = 4,    // through the asynchronous proxy: TMA, bulk copies, wgmma operands
-  PENDING = 8,  // a cp.async that nobody has waited for
+  ASYNC = 4,       // through the asynchronous proxy: TMA, bulk copies, wgmma operands
+  PENDING = 8,     // a cp.async that nobody has waited for
   WARPGROUP = 16,  // four actors, one per warp, beginning with `actor`
+  READS_TOO = 64,  // an atomic that writes what it read
   COMPLETES = 32,  // the thread has waited for its own cp.async: PENDING no more
 };
 
@@ -109,7 +112,7 @@ static_assert(sizeof(Line) == 64);
 struct RaceTeam {
   std::vector<std::vector<Line>> shared;  // by block rank
   uint32_t generation = 0;
-  std::vector<std::string> agents;        // names of the actors behind the threads
+  std::vector<std::string> agents;  // names of the actors behind the threads
   Actor thread_actors = 0;
 };
 
@@ -128,16 +131,15 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc);
 void race_prefetch(const Block&, uint32_t address);
 
 // ---------------------------------------------------------------- order
-inline Clock clock_of(const Actor actor, const Tick tick, const Known& known) {
-  return {actor, tick, known};
-}
 void race_release(Fiber&, Collected&);
 void race_acquire(Fiber&, const Known&);
 void race_fence(Fiber&, bool global);
 void race_threadfence(Fiber&);
-// A relaxed atomic, or an acquiring load or a releasing store, on shared or global memory.
+// A relaxed atomic, or an acquiring load or a releasing store, on shared or global memory. `act`
+// is the access itself: it and what it orders happen together, whatever other workers do.
 enum class Order : uint8_t { Relaxed, Acquire, Release };
-void race_atomic(Fiber&, const void* p, uint32_t bytes, bool reads, bool writes, Order, Site);
+void race_atomic(Fiber&, const void* p, uint32_t bytes, bool reads, bool writes, Order, Site,
+                 const std::function<void()>& act);
 // What a thread hands to something asynchronous, and a new tick for the thread.
 Clock race_handover(Fiber&, Actor, Tick);
 
