@@ -91,6 +91,13 @@ std::string describe_global(const void* p) {
                   bytes);
   }
   const auto offset = static_cast<unsigned long long>(address - buffer->address);
+  // On its guard page, the buffer behind may be nearer.
+  const Buffer* next = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
+  if (next && next != buffer && offset >= bytes && next->address - address < offset - bytes) {
+    return format("%lu bytes before buffer \"%s\" of %llu bytes",
+                  static_cast<unsigned long>(next->address - address), next->label.c_str(),
+                  static_cast<unsigned long long>(next->bytes));
+  }
   return format("global memory at byte %llu of buffer \"%s\" (%llu bytes)", offset,
                 buffer->label.c_str(), bytes);
 }

@@ -246,7 +246,7 @@ fn races_are_named_with_both_lines() {
     );
     case("atomic_and_plain").fails(
         host,
-        &["write by {thread 1} at {here}", "after a atomic access by {thread 0} at {there}"],
+        &["write by {thread 1} at {here}", "after an atomic access by {thread 0} at {there}"],
     );
 }
 
@@ -323,12 +323,14 @@ fn addresses_are_aligned() {
     let vectors =
         ["global_misaligned_vector", "global_misaligned_vector_write", "shared_misaligned_vector"];
     for kernel in vectors {
-        one(kernel).n(4).fails(host, &["misaligned access by {thread 0} at {here}", "of 16 bytes"]);
+        let n = if kernel.starts_with("shared") { 8 } else { 1 }; // bytes, or words
+        one(kernel).n(n).fails(host, &["misaligned access by {thread 0} at {here}", "of 16 bytes"]);
     }
+    // Without the detector, the processor finds what the compiler has left in one piece.
     host.set_options(plain());
-    for kernel in ["global_misaligned_vector_write", "shared_misaligned_vector"] {
-        one(kernel).n(4).fails(host, &["{thread 0} makes a misaligned vector access", "{here}"]);
-    }
+    one("global_misaligned_vector_write")
+        .n(1)
+        .fails(host, &["{thread 0} makes a misaligned vector access", "at {here}"]);
 }
 
 #[test]
@@ -421,7 +423,7 @@ fn warps_and_blocks_stay_together() {
         case("barrier_of_part_of_a_warp")
             .threads(64)
             .fails(host, &["barrier_sync at {here}: 40 threads: a multiple of 32"]);
-        case("barrier_half_full").threads(64).fails(
+        case("barrier_half_full").threads(96).fails(
             host,
             &["block (0,0,0) ends with 32 of 64 threads arrived at barrier 1", "at {here}"],
         );
@@ -560,7 +562,10 @@ fn wgmma_keeps_its_rules() {
     for kernel in ["wgmma_read_early", "wgmma_not_committed"] {
         group(kernel).fails(
             host,
-            &["{thread 127}", "accumulator of the wgmma at {there} is read at {here} before"],
+            &[
+                "block (0,0,0) thread",
+                "accumulator of the wgmma at {there} is read at {here} before",
+            ],
         );
     }
     group("wgmma_operand_overwritten").fails(
@@ -570,7 +575,7 @@ fn wgmma_keeps_its_rules() {
     for options in [race(), plain()] {
         host.set_options(options);
         group("wgmma_at_exit")
-            .fails(host, &["{thread 0} exits although it never waited for the wgmma at {here}"]);
+            .fails(host, &["exits although it never waited for the wgmma at {here}"]);
         group("descriptors_diverge")
             .fails(host, &["wgmma at {here}", "all 128 must agree", "by {thread 64}"]);
         group("warp_skips_a_wgmma")
@@ -800,7 +805,12 @@ fn right_kernels_pass_on_every_schedule() {
     for race in [true, false] {
         for order in [Order::Fifo, Order::Lifo, Order::Random] {
             for asynchronous in [Asynchronous::Late, Asynchronous::Early, Asynchronous::Anytime] {
-                for seed in 0..if order == Order::Random { 5 } else { 1 } {
+                let seeds = match (order, asynchronous) {
+                    (Order::Random, Asynchronous::Anytime) => 200,
+                    (Order::Random, _) => 5,
+                    _ => 1,
+                };
+                for seed in 0..seeds {
                     for workers in [1, 2] {
                         let options =
                             Options { race, order, asynchronous, seed, workers, ..plain() };

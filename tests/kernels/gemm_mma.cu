@@ -42,7 +42,7 @@ KERNEL(gemm_mma, 128)
       load_tile(next, a, row, (step + 1) * DEPTH, k);
       load_tile(next + TILE_BYTES, b, column, (step + 1) * DEPTH, k);
     }
-    cp_async_commit();
+    cp_async_commit();  // of nothing behind the last step, so that the wait is the same
     cp_async_wait<1>();
     __syncthreads();
 #pragma unroll
@@ -61,7 +61,6 @@ KERNEL(gemm_mma, 128)
     }
     __syncthreads();
   }
-  cp_async_wait<0>();
 #pragma unroll
   for (int group = 0; group < TILE / 8; ++group) {
     float* const to = out + size_t(row + warp * 16 + lane / 4) * n + column + group * 8 + lane % 4 * 2;
