@@ -27,18 +27,18 @@ KERNEL(conform_elect_one, 64)(uint32_t* out, const uint32_t*) {
 EXPORT_KERNEL(conform_elect_one)
 
 // inp [count,32]: register r of each lane. Lane l gives row 5 l + 3 (mod 32) of the tile.
-#define CONFORM_STMATRIX(wrapper, count)                                         \
-  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) {            \
-    SHARED(uint4, tile, 32);                                                     \
-    const uint32_t lane = threadIdx.x;                                           \
-    fill(tile, 128);                                                             \
-    __syncthreads();                                                             \
-    uint32_t s[count];                                                           \
-    for (int r = 0; r < count; ++r) s[r] = inp[32 * r + lane];                   \
-    wrapper(tile + (5 * lane + 3) % 32, s);                                      \
-    __syncthreads();                                                             \
-    copy(out, tile, 128);                                                        \
-  }                                                                              \
+#define CONFORM_STMATRIX(wrapper, count)                              \
+  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) { \
+    SHARED(uint4, tile, 32);                                          \
+    const uint32_t lane = threadIdx.x;                                \
+    fill(tile, 128);                                                  \
+    __syncthreads();                                                  \
+    uint32_t s[count];                                                \
+    for (int r = 0; r < count; ++r) s[r] = inp[32 * r + lane];        \
+    wrapper(tile + (5 * lane + 3) % 32, s);                           \
+    __syncthreads();                                                  \
+    copy(out, tile, 128);                                             \
+  }                                                                   \
   EXPORT_KERNEL(conform_##wrapper)
 CONFORM_STMATRIX(stmatrix_x1, 1)
 CONFORM_STMATRIX(stmatrix_x2, 2)
@@ -243,18 +243,18 @@ KERNEL(conform_bulk_copy_cluster, 32)(uint32_t* out, const uint32_t* inp) {
 EXPORT_KERNEL(conform_bulk_copy_cluster)
 
 // 64 bytes of shared memory to the middle of `out`; `inp` [16].
-#define CONFORM_BULK_STORE(name, wrapper, type)                                \
-  KERNEL(name, 32)(uint32_t* out, const uint32_t* inp) {                       \
-    SHARED(uint4, tile, 4);                                                    \
-    copy(tile, inp, 16);                                                       \
-    fence_proxy_async();                                                       \
-    __syncthreads();                                                           \
-    if (threadIdx.x == 0) {                                                    \
-      wrapper(reinterpret_cast<type*>(out + 4), tile, 64);                     \
-      bulk_commit();                                                           \
-      bulk_wait<0>();                                                          \
-    }                                                                          \
-  }                                                                            \
+#define CONFORM_BULK_STORE(name, wrapper, type)            \
+  KERNEL(name, 32)(uint32_t* out, const uint32_t* inp) {   \
+    SHARED(uint4, tile, 4);                                \
+    copy(tile, inp, 16);                                   \
+    fence_proxy_async();                                   \
+    __syncthreads();                                       \
+    if (threadIdx.x == 0) {                                \
+      wrapper(reinterpret_cast<type*>(out + 4), tile, 64); \
+      bulk_commit();                                       \
+      bulk_wait<0>();                                      \
+    }                                                      \
+  }                                                        \
   EXPORT_KERNEL(name)
 CONFORM_BULK_STORE(conform_bulk_store, bulk_store, void)
 CONFORM_BULK_STORE(conform_bulk_reduce_add_f32, bulk_reduce_add_f32, float)
@@ -323,8 +323,7 @@ constexpr uint32_t SHOTS = 0, BOX_WORDS = 1, RANKS = 2, COORDINATES = 4, STORED 
       fence_mbarrier_init();                                                                      \
     }                                                                                             \
     for (uint32_t shot = 0; shot < shots; ++shot) {                                               \
-      [[maybe_unused]] const int* c =                                                             \
-          reinterpret_cast<const int*>(inp + COORDINATES + 5 * shot);                             \
+      [[maybe_unused]] const int* c = reinterpret_cast<const int*>(inp + COORDINATES + 5 * shot); \
       fill(tile, words + MARGIN);                                                                 \
       fence_proxy_async();                                                                        \
       __syncthreads();                                                                            \
@@ -340,54 +339,53 @@ constexpr uint32_t SHOTS = 0, BOX_WORDS = 1, RANKS = 2, COORDINATES = 4, STORED 
   EXPORT_KERNEL(conform_##wrapper)
 
 // One shot, issued by rank 0 of a cluster of 2. out [blocks, box + MARGIN].
-#define CONFORM_TMA_MULTICAST(wrapper, ...)                                                       \
-  KERNEL(conform_##wrapper, 128)(uint32_t* out, const uint32_t* inp,                              \
-                                 const __grid_constant__ TensorMap map) {                         \
-    SHARED_DYNAMIC(tile);                                                                         \
-    SHARED(uint64_t, barrier, 1);                                                                 \
-    const uint32_t words = inp[BOX_WORDS], ranks = inp[RANKS], rank = cluster_rank();             \
-    const bool lands_here = (ranks >> rank & 1) != 0;                                             \
-    const int* c = reinterpret_cast<const int*>(inp + COORDINATES);                               \
-    fill(tile, words + MARGIN);                                                                   \
-    fence_proxy_async();                                                                          \
-    if (threadIdx.x == 0) {                                                                       \
-      mbarrier_init(barrier, 1);                                                                  \
-      fence_mbarrier_init();                                                                      \
-      if (lands_here) mbarrier_arrive_expect_tx(barrier, 4 * words);                              \
-    }                                                                                             \
-    __syncthreads();                                                                              \
-    cluster_sync();                                                                               \
-    if (rank == 0 && threadIdx.x == 0)                                                            \
-      wrapper(tile, &map, barrier, __VA_ARGS__, uint16_t(ranks));                                 \
-    if (lands_here) mbarrier_wait(barrier, 0);                                                    \
-    copy(out + blockIdx.x * (words + MARGIN), tile, words + MARGIN);                              \
-    __syncthreads();                                                                              \
-    cluster_sync();                                                                               \
-  }                                                                                               \
+#define CONFORM_TMA_MULTICAST(wrapper, ...)                                                        \
+  KERNEL(conform_##wrapper, 128)(uint32_t* out, const uint32_t* inp,                               \
+                                 const __grid_constant__ TensorMap map) {                          \
+    SHARED_DYNAMIC(tile);                                                                          \
+    SHARED(uint64_t, barrier, 1);                                                                  \
+    const uint32_t words = inp[BOX_WORDS], ranks = inp[RANKS], rank = cluster_rank();              \
+    const bool lands_here = (ranks >> rank & 1) != 0;                                              \
+    const int* c = reinterpret_cast<const int*>(inp + COORDINATES);                                \
+    fill(tile, words + MARGIN);                                                                    \
+    fence_proxy_async();                                                                           \
+    if (threadIdx.x == 0) {                                                                        \
+      mbarrier_init(barrier, 1);                                                                   \
+      fence_mbarrier_init();                                                                       \
+      if (lands_here) mbarrier_arrive_expect_tx(barrier, 4 * words);                               \
+    }                                                                                              \
+    __syncthreads();                                                                               \
+    cluster_sync();                                                                                \
+    if (rank == 0 && threadIdx.x == 0) wrapper(tile, &map, barrier, __VA_ARGS__, uint16_t(ranks)); \
+    if (lands_here) mbarrier_wait(barrier, 0);                                                     \
+    copy(out + blockIdx.x * (words + MARGIN), tile, words + MARGIN);                               \
+    __syncthreads();                                                                               \
+    cluster_sync();                                                                                \
+  }                                                                                                \
   EXPORT_KERNEL(conform_##wrapper)
 
 // Each shot stores the same tile, or adds it, to `out`, one after the other.
-#define CONFORM_TMA_STORE(wrapper, ...)                                                           \
-  KERNEL(conform_##wrapper, 128)(uint32_t*, const uint32_t* inp,                                  \
-                                 const __grid_constant__ TensorMap map) {                         \
-    SHARED_DYNAMIC(tile);                                                                         \
-    copy(tile, inp + STORED, inp[BOX_WORDS]);                                                     \
-    fence_proxy_async();                                                                          \
-    __syncthreads();                                                                              \
-    if (threadIdx.x != 0) return;                                                                 \
-    for (uint32_t shot = 0; shot < inp[SHOTS]; ++shot) {                                          \
-      const int* c = reinterpret_cast<const int*>(inp + COORDINATES + 5 * shot);                  \
-      wrapper(&map, tile, __VA_ARGS__);                                                           \
-      bulk_commit();                                                                              \
-      bulk_wait<0>();                                                                             \
-    }                                                                                             \
-  }                                                                                               \
+#define CONFORM_TMA_STORE(wrapper, ...)                                          \
+  KERNEL(conform_##wrapper, 128)(uint32_t*, const uint32_t* inp,                 \
+                                 const __grid_constant__ TensorMap map) {        \
+    SHARED_DYNAMIC(tile);                                                        \
+    copy(tile, inp + STORED, inp[BOX_WORDS]);                                    \
+    fence_proxy_async();                                                         \
+    __syncthreads();                                                             \
+    if (threadIdx.x != 0) return;                                                \
+    for (uint32_t shot = 0; shot < inp[SHOTS]; ++shot) {                         \
+      const int* c = reinterpret_cast<const int*>(inp + COORDINATES + 5 * shot); \
+      wrapper(&map, tile, __VA_ARGS__);                                          \
+      bulk_commit();                                                             \
+      bulk_wait<0>();                                                            \
+    }                                                                            \
+  }                                                                              \
   EXPORT_KERNEL(conform_##wrapper)
 
-#define CONFORM_TMA(rank, ...)                                   \
-  CONFORM_TMA_LOAD(tma_load_##rank##d, __VA_ARGS__)              \
+#define CONFORM_TMA(rank, ...)                                     \
+  CONFORM_TMA_LOAD(tma_load_##rank##d, __VA_ARGS__)                \
   CONFORM_TMA_MULTICAST(tma_load_multicast_##rank##d, __VA_ARGS__) \
-  CONFORM_TMA_STORE(tma_store_##rank##d, __VA_ARGS__)            \
+  CONFORM_TMA_STORE(tma_store_##rank##d, __VA_ARGS__)              \
   CONFORM_TMA_STORE(tma_reduce_add_##rank##d, __VA_ARGS__)
 CONFORM_TMA(1, c[0])
 CONFORM_TMA(2, c[0], c[1])
@@ -500,17 +498,17 @@ DEVICE void registers_times_shared(uint32_t* out, const uint32_t* inp) {
     shared_times_shared<N, TransA, TransB, Sampled>(out, inp);                                  \
   }                                                                                             \
   EXPORT_KERNEL(conform_wgmma_n##N##_a##TransA##_b##TransB)
-#define CONFORM_WGMMA_REGISTERS(N, TransB, Sampled)                                            \
-  KERNEL(conform_wgmma_n##N##_registers_b##TransB, 128)(uint32_t* out, const uint32_t* inp) {  \
-    registers_times_shared<N, TransB, Sampled>(out, inp);                                      \
-  }                                                                                            \
+#define CONFORM_WGMMA_REGISTERS(N, TransB, Sampled)                                           \
+  KERNEL(conform_wgmma_n##N##_registers_b##TransB, 128)(uint32_t* out, const uint32_t* inp) { \
+    registers_times_shared<N, TransB, Sampled>(out, inp);                                     \
+  }                                                                                           \
   EXPORT_KERNEL(conform_wgmma_n##N##_registers_b##TransB)
-#define CONFORM_WGMMA(N, Sampled)           \
-  CONFORM_WGMMA_SHARED(N, 0, 0, Sampled)    \
-  CONFORM_WGMMA_SHARED(N, 0, 1, Sampled)    \
-  CONFORM_WGMMA_SHARED(N, 1, 0, Sampled)    \
-  CONFORM_WGMMA_SHARED(N, 1, 1, Sampled)    \
-  CONFORM_WGMMA_REGISTERS(N, 0, Sampled)    \
+#define CONFORM_WGMMA(N, Sampled)        \
+  CONFORM_WGMMA_SHARED(N, 0, 0, Sampled) \
+  CONFORM_WGMMA_SHARED(N, 0, 1, Sampled) \
+  CONFORM_WGMMA_SHARED(N, 1, 0, Sampled) \
+  CONFORM_WGMMA_SHARED(N, 1, 1, Sampled) \
+  CONFORM_WGMMA_REGISTERS(N, 0, Sampled) \
   CONFORM_WGMMA_REGISTERS(N, 1, Sampled)
 CONFORM_WGMMA(8, false)
 CONFORM_WGMMA(64, false)
@@ -519,8 +517,8 @@ CONFORM_WGMMA(128, true)
 CONFORM_WGMMA(192, true)
 CONFORM_WGMMA(256, true)
 // Every other shape, in two forms.
-#define CONFORM_WGMMA_TWO(N)             \
-  CONFORM_WGMMA_SHARED(N, 0, 0, true)    \
+#define CONFORM_WGMMA_TWO(N)          \
+  CONFORM_WGMMA_SHARED(N, 0, 0, true) \
   CONFORM_WGMMA_REGISTERS(N, 1, true)
 CONFORM_WGMMA_TWO(16)
 CONFORM_WGMMA_TWO(24)

@@ -31,11 +31,11 @@ KERNEL(conform_bf16x2_bits, 128)(uint32_t* out, const uint32_t* inp) {
 }
 EXPORT_KERNEL(conform_bf16x2_bits)
 
-#define CONFORM_FUNCTION(function)                                                    \
-  KERNEL(conform_##function, 128)(uint32_t* out, const uint32_t* inp) {               \
-    const uint32_t i = threadIdx.x;                                                   \
-    out[i] = __float_as_uint(function(__uint_as_float(inp[i])));                      \
-  }                                                                                   \
+#define CONFORM_FUNCTION(function)                                      \
+  KERNEL(conform_##function, 128)(uint32_t* out, const uint32_t* inp) { \
+    const uint32_t i = threadIdx.x;                                     \
+    out[i] = __float_as_uint(function(__uint_as_float(inp[i])));        \
+  }                                                                     \
   EXPORT_KERNEL(conform_##function)
 CONFORM_FUNCTION(exp2_approx)
 CONFORM_FUNCTION(log2_approx)
@@ -70,26 +70,26 @@ EXPORT_KERNEL(conform_cache_hints)
 // ---------------------------------------------------------------- shuffles and votes
 // inp: [64] values, [64] lanes or distances. out: [9,64]: widths 32, 16, 8, 4, 2; both halves of a
 // 64-bit value; the two halves of the warp apart; a float.
-#define CONFORM_SHUFFLE(shuffle)                                                              \
-  KERNEL(conform_##shuffle, 64)(uint32_t* out, const uint32_t* inp) {                         \
-    const uint32_t i = threadIdx.x, all = 0xffffffffu;                                        \
-    const uint32_t value = inp[i];                                                            \
-    const int by = int(inp[64 + i]);                                                          \
-    out[i] = shuffle(all, value, by);                                                         \
-    out[64 + i] = shuffle(all, value, by, 16);                                                \
-    out[128 + i] = shuffle(all, value, by, 8);                                                \
-    out[192 + i] = shuffle(all, value, by, 4);                                                \
-    out[256 + i] = shuffle(all, value, by, 2);                                                \
-    const uint64_t wide = shuffle(all, uint64_t(value) << 32 | i, by, 8);                     \
-    out[320 + i] = uint32_t(wide);                                                            \
-    out[384 + i] = uint32_t(wide >> 32);                                                      \
-    if (i % 32 < 16) {                                                                        \
-      out[448 + i] = shuffle(0x0000ffffu, value, by % 16, 16);                                \
-    } else {                                                                                  \
-      out[448 + i] = shuffle(0xffff0000u, value, by % 16, 16);                                \
-    }                                                                                         \
-    out[512 + i] = __float_as_uint(shuffle(all, float(i), by, 32));                           \
-  }                                                                                           \
+#define CONFORM_SHUFFLE(shuffle)                                          \
+  KERNEL(conform_##shuffle, 64)(uint32_t* out, const uint32_t* inp) {     \
+    const uint32_t i = threadIdx.x, all = 0xffffffffu;                    \
+    const uint32_t value = inp[i];                                        \
+    const int by = int(inp[64 + i]);                                      \
+    out[i] = shuffle(all, value, by);                                     \
+    out[64 + i] = shuffle(all, value, by, 16);                            \
+    out[128 + i] = shuffle(all, value, by, 8);                            \
+    out[192 + i] = shuffle(all, value, by, 4);                            \
+    out[256 + i] = shuffle(all, value, by, 2);                            \
+    const uint64_t wide = shuffle(all, uint64_t(value) << 32 | i, by, 8); \
+    out[320 + i] = uint32_t(wide);                                        \
+    out[384 + i] = uint32_t(wide >> 32);                                  \
+    if (i % 32 < 16) {                                                    \
+      out[448 + i] = shuffle(0x0000ffffu, value, by % 16, 16);            \
+    } else {                                                              \
+      out[448 + i] = shuffle(0xffff0000u, value, by % 16, 16);            \
+    }                                                                     \
+    out[512 + i] = __float_as_uint(shuffle(all, float(i), by, 32));       \
+  }                                                                       \
   EXPORT_KERNEL(conform_##shuffle)
 CONFORM_SHUFFLE(__shfl_sync)
 CONFORM_SHUFFLE(__shfl_up_sync)
@@ -179,16 +179,16 @@ EXPORT_KERNEL(conform_shared_address)
 
 // ---------------------------------------------------------------- matrices
 // out [count,32]: register r of each lane. Lane l gives row 5 l + 3 (mod 32) of the tile.
-#define CONFORM_LDMATRIX(wrapper, count)                                        \
-  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) {           \
-    SHARED(uint4, tile, 32);                                                    \
-    const uint32_t lane = threadIdx.x;                                          \
-    copy(tile, inp, 128);                                                       \
-    __syncthreads();                                                            \
-    uint32_t d[count];                                                          \
-    wrapper(d, tile + (5 * lane + 3) % 32);                                     \
-    for (int r = 0; r < count; ++r) out[32 * r + lane] = d[r];                  \
-  }                                                                             \
+#define CONFORM_LDMATRIX(wrapper, count)                              \
+  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) { \
+    SHARED(uint4, tile, 32);                                          \
+    const uint32_t lane = threadIdx.x;                                \
+    copy(tile, inp, 128);                                             \
+    __syncthreads();                                                  \
+    uint32_t d[count];                                                \
+    wrapper(d, tile + (5 * lane + 3) % 32);                           \
+    for (int r = 0; r < count; ++r) out[32 * r + lane] = d[r];        \
+  }                                                                   \
   EXPORT_KERNEL(conform_##wrapper)
 CONFORM_LDMATRIX(ldmatrix_x1, 1)
 CONFORM_LDMATRIX(ldmatrix_x2, 2)
@@ -302,19 +302,19 @@ EXPORT_KERNEL(conform_atomic_cas_u32)
 
 // ---------------------------------------------------------------- cp.async
 // Each lane copies its piece to every second place of its size; out: the shared memory.
-#define CONFORM_CP_ASYNC(wrapper, words)                                              \
-  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) {                 \
-    SHARED(uint4, tile, 16 * words);                                                  \
-    uint32_t* const shared = reinterpret_cast<uint32_t*>(tile);                       \
-    const uint32_t lane = threadIdx.x;                                                \
-    fill(shared, 64 * words);                                                         \
-    __syncthreads();                                                                  \
-    wrapper(shared + 2 * words * lane, inp + words * lane);                           \
-    cp_async_commit();                                                                \
-    cp_async_wait<0>();                                                               \
-    __syncthreads();                                                                  \
-    copy(out, shared, 64 * words);                                                    \
-  }                                                                                   \
+#define CONFORM_CP_ASYNC(wrapper, words)                              \
+  KERNEL(conform_##wrapper, 32)(uint32_t* out, const uint32_t* inp) { \
+    SHARED(uint4, tile, 16 * words);                                  \
+    uint32_t* const shared = reinterpret_cast<uint32_t*>(tile);       \
+    const uint32_t lane = threadIdx.x;                                \
+    fill(shared, 64 * words);                                         \
+    __syncthreads();                                                  \
+    wrapper(shared + 2 * words * lane, inp + words * lane);           \
+    cp_async_commit();                                                \
+    cp_async_wait<0>();                                               \
+    __syncthreads();                                                  \
+    copy(out, shared, 64 * words);                                    \
+  }                                                                   \
   EXPORT_KERNEL(conform_##wrapper)
 CONFORM_CP_ASYNC(cp_async_4, 1)
 CONFORM_CP_ASYNC(cp_async_8, 2)

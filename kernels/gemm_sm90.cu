@@ -13,17 +13,17 @@
 
 // ---------------------------------------------------------------- sizes
 constexpr int WARPGROUP = 128;
-constexpr int CONSUMERS = 2;              // the accumulators of 128 x 256 need two warpgroups
+constexpr int CONSUMERS = 2;  // the accumulators of 128 x 256 need two warpgroups
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int CONSUMER_M = 64;            // rows of one wgmma
+constexpr int CONSUMER_M = 64;  // rows of one wgmma
 constexpr int TILE_M = CONSUMERS * CONSUMER_M;
-constexpr int TILE_K = 64;                // 128 bytes: the span of the swizzle
+constexpr int TILE_K = 64;  // 128 bytes: the span of the swizzle
 constexpr int MMA_K = 16;
-constexpr int STORE_N = 64;               // columns of a store box: the span of the swizzle again
+constexpr int STORE_N = 64;  // columns of a store box: the span of the swizzle again
 constexpr int SWIZZLE_SPAN = 128;
 constexpr int ROW_BYTES = TILE_K * int(sizeof(bf16));
 constexpr int STORE_BYTES = CONSUMER_M * ROW_BYTES;
-constexpr int STORES = 2;                 // store tiles of a consumer: one is written, one is read
+constexpr int STORES = 2;  // store tiles of a consumer: one is written, one is read
 // Tile rows that are visited together: 8 x 128 rows of A and as many of B stay in the L2 cache
 // while the multiprocessors go through them.
 constexpr int GROUP = 8;
@@ -127,8 +127,7 @@ DEVICE void write_store_tile(uint8_t* store_tile, const float (&accumulators)[TI
   for (int group = 0; group < STORE_N / 16; ++group) {
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      values[i] = accumulators[block * (STORE_N / 2) + group * 8 + i];
+    for (int i = 0; i < 8; ++i) values[i] = accumulators[block * (STORE_N / 2) + group * 8 + i];
     if (residual) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
@@ -166,8 +165,7 @@ DEVICE void consume(const TensorMap* map_out, const bf16* residual, const uint8_
 #pragma unroll
     for (int block = 0; block < TILE_N / STORE_N; ++block) {
       const int column = tile.n + block * STORE_N;
-      uint8_t* const store_tile =
-          store_tiles + (consumer * STORES + block % STORES) * STORE_BYTES;
+      uint8_t* const store_tile = store_tiles + (consumer * STORES + block % STORES) * STORE_BYTES;
       // The store before the last one has left this tile; the last one may still read the other.
       if (storing) bulk_wait_read<STORES - 1>();
       barrier_sync(own_barrier, WARPGROUP);
@@ -202,8 +200,8 @@ DEVICE void gemm(const TensorMap* map_a, const TensorMap* map_b, const TensorMap
     tma_prefetch(map_b);
     tma_prefetch(map_out);
     for (int stage = 0; stage < STAGES; ++stage) {
-      mbarrier_init(&full[stage], 1);                             // the producer
-      mbarrier_init(&empty[stage], CONSUMERS * WARPGROUP / 32);   // every consumer warp
+      mbarrier_init(&full[stage], 1);                            // the producer
+      mbarrier_init(&empty[stage], CONSUMERS * WARPGROUP / 32);  // every consumer warp
     }
     fence_mbarrier_init();
   }
@@ -220,12 +218,12 @@ DEVICE void gemm(const TensorMap* map_a, const TensorMap* map_b, const TensorMap
 }
 
 // As many stages as 227 KiB hold beside 32 KiB of store tiles.
-#define GEMM_KERNEL(tile_n, stages)                                                          \
-  KERNEL(gemm_sm90_128x##tile_n, THREADS, 1)                                                 \
-  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,         \
-   const __grid_constant__ TensorMap map_out, const bf16* residual, int m, int n, int k) {   \
-    gemm<tile_n, stages>(&map_a, &map_b, &map_out, residual, m, n, k);                       \
-  }                                                                                          \
+#define GEMM_KERNEL(tile_n, stages)                                                        \
+  KERNEL(gemm_sm90_128x##tile_n, THREADS, 1)                                               \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,       \
+   const __grid_constant__ TensorMap map_out, const bf16* residual, int m, int n, int k) { \
+    gemm<tile_n, stages>(&map_a, &map_b, &map_out, residual, m, n, k);                     \
+  }                                                                                        \
   EXPORT_KERNEL(gemm_sm90_128x##tile_n)
 
 GEMM_KERNEL(256, 4)

@@ -110,13 +110,13 @@ DEVICE float4 to_float4(const float* values) {
 // ---------------------------------------------------------------- forward
 // sum = inp + residual (where there is one); out = (sum - mean) rstd gain_effective
 template <class T, int THREADS, int VECTORS>
-DEVICE void norm_forward(const T* inp,         // [rows,C]
-                         const T* residual,    // [rows,C] or null
-                         const float* gain,    // [C]
-                         T* sum,               // [rows,C], null without a residual
-                         T* out,               // [rows,C]
-                         float* mean,          // [rows], null: RMSNorm
-                         float* rstd,          // [rows]
+DEVICE void norm_forward(const T* inp,       // [rows,C]
+                         const T* residual,  // [rows,C] or null
+                         const float* gain,  // [C]
+                         T* sum,             // [rows,C], null without a residual
+                         T* out,             // [rows,C]
+                         float* mean,        // [rows], null: RMSNorm
+                         float* rstd,        // [rows]
                          int rows, int columns, float eps, float sqrt_depth) {
   const auto [thread, slot, first_row, row_step] = place<THREADS>();
   const int vectors = columns / VALUES<T>;
@@ -329,29 +329,29 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
 // Threads of a row x vectors of a thread: rows of up to 16 threads vectors bytes. The second launch
 // bound is the number of blocks that a multiprocessor shall hold: without it the compiler spends
 // registers on one block and leaves too few loads in flight.
-#define NORM_KERNELS(type, threads, vectors, forward_blocks, backward_blocks)                     \
-  KERNEL(norm_forward_##type##_##threads##x##vectors, Place<threads>::BLOCK, forward_blocks)      \
-  (const type* inp, const type* residual, const float* gain, type* sum, type* out, float* mean,   \
-   float* rstd, int rows, int columns, float eps, float sqrt_depth) {                             \
+#define NORM_KERNELS(type, threads, vectors, forward_blocks, backward_blocks)                      \
+  KERNEL(norm_forward_##type##_##threads##x##vectors, Place<threads>::BLOCK, forward_blocks)       \
+  (const type* inp, const type* residual, const float* gain, type* sum, type* out, float* mean,    \
+   float* rstd, int rows, int columns, float eps, float sqrt_depth) {                              \
     norm_forward<type, threads, vectors>(inp, residual, gain, sum, out, mean, rstd, rows, columns, \
-                                         eps, sqrt_depth);                                        \
-  }                                                                                               \
-  EXPORT_KERNEL(norm_forward_##type##_##threads##x##vectors)                                      \
-  KERNEL(norm_backward_##type##_##threads##x##vectors, Place<threads>::BLOCK, backward_blocks)    \
-  (const type* inp, const float* gain, const float* mean, const float* rstd, const type* d_out,   \
-   float* partial, type* d_inp, int accumulate, int rows, int columns, float sqrt_depth) {        \
-    norm_backward<type, threads, vectors>(inp, gain, mean, rstd, d_out, partial, d_inp,           \
-                                          accumulate, rows, columns, sqrt_depth);                 \
-  }                                                                                               \
+                                         eps, sqrt_depth);                                         \
+  }                                                                                                \
+  EXPORT_KERNEL(norm_forward_##type##_##threads##x##vectors)                                       \
+  KERNEL(norm_backward_##type##_##threads##x##vectors, Place<threads>::BLOCK, backward_blocks)     \
+  (const type* inp, const float* gain, const float* mean, const float* rstd, const type* d_out,    \
+   float* partial, type* d_inp, int accumulate, int rows, int columns, float sqrt_depth) {         \
+    norm_backward<type, threads, vectors>(inp, gain, mean, rstd, d_out, partial, d_inp,            \
+                                          accumulate, rows, columns, sqrt_depth);                  \
+  }                                                                                                \
   EXPORT_KERNEL(norm_backward_##type##_##threads##x##vectors)
 
 // 32: a warp for each row, no barrier. All of them together: up to 8192 columns of either type.
-#define NORM_KERNELS_OF(type)         \
-  NORM_KERNELS(type, 32, 1, 8, 4)     \
-  NORM_KERNELS(type, 32, 2, 4, 3)     \
-  NORM_KERNELS(type, 32, 4, 3, 2)     \
-  NORM_KERNELS(type, 256, 1, 8, 4)    \
-  NORM_KERNELS(type, 256, 2, 4, 3)    \
+#define NORM_KERNELS_OF(type)      \
+  NORM_KERNELS(type, 32, 1, 8, 4)  \
+  NORM_KERNELS(type, 32, 2, 4, 3)  \
+  NORM_KERNELS(type, 32, 4, 3, 2)  \
+  NORM_KERNELS(type, 256, 1, 8, 4) \
+  NORM_KERNELS(type, 256, 2, 4, 3) \
   NORM_KERNELS(type, 256, 4, 3, 2)
 NORM_KERNELS_OF(bf16)
 NORM_KERNELS_OF(f32)
@@ -360,11 +360,11 @@ NORM_KERNELS(f32, 512, 4, 2, 1)
 // d_gain[c] += (sum over b of partial[b,c]) / sqrt_depth. A block has 32 columns; warp w of it adds
 // up the rows w, w + 8, ..., and warp 0 the eight sums.
 constexpr int GAIN_WARPS = 8;
-KERNEL(norm_backward_gain, GAIN_WARPS * WARP)
+KERNEL(norm_backward_gain, GAIN_WARPS* WARP)
 (const float* partial,  // [partials,C]
  float* d_gain,         // [C]
  int partials, int columns, float sqrt_depth) {
-  SHARED(float, sums, GAIN_WARPS * WARP);
+  SHARED(float, sums, GAIN_WARPS* WARP);
   const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP;
   const int column = int(blockIdx.x) * WARP + lane;
   float sum = 0;

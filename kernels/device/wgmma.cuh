@@ -98,27 +98,29 @@ DEVICE void wgmma_wait() {
 
 // ---------------------------------------------------------------- one N
 // Overloads by the number of accumulators. Scales of A and B are 1; scale_d = 0 overwrites d.
-#define WGMMA(N, i0, i1, i2, i3, i4, i5, i6)                                                       \
-  namespace ptx {                                                                                  \
-  template <int TransA, int TransB>                                                                \
-  DEVICE void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b, int scale_d) {               \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES_##N      \
-                 "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";\n}"                          \
-                 : WGMMA_D_##N                                                                     \
-                 : "l"(a), "l"(b), "r"(scale_d), "n"(TransA), "n"(TransB)                          \
-                 : "memory");                                                                      \
-  }                                                                                                \
-  template <int TransB>                                                                            \
-  DEVICE void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,               \
-                              int scale_d) {                                                      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES_##N      \
-                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"    \
-                 : WGMMA_D_##N                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TransB)   \
-                 : "memory");                                                                      \
-  }                                                                                                \
+#define WGMMA(N, i0, i1, i2, i3, i4, i5, i6)                                                     \
+  namespace ptx {                                                                                \
+  template <int TransA, int TransB>                                                              \
+  DEVICE void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b, int scale_d) {             \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                        \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES_##N    \
+                 "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";\n}"                        \
+                 : WGMMA_D_##N                                                                   \
+                 : "l"(a), "l"(b), "r"(scale_d), "n"(TransA), "n"(TransB)                        \
+                 : "memory");                                                                    \
+  }                                                                                              \
+  template <int TransB>                                                                          \
+  DEVICE void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
+                              int scale_d) {                                                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                        \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES_##N    \
+                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"  \
+                 : WGMMA_D_##N                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TransB) \
+                 : "memory");                                                                    \
+  }                                                                                              \
   }
 WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
 WGMMA(16, 8, 9, 10, 11, 12, 13, 14)

@@ -57,26 +57,26 @@ DEVICE uint64_t global_address(const void* p) { return __cvta_generic_to_global(
 
 // ---------------------------------------------------------------- warp
 // Matrices of 8x8 b16; each lane's address is one 16-byte row (PTX ISA, ldmatrix).
-#define PTX_LDMATRIX_1(name, variant)                                                             \
-  DEVICE void name(uint32_t (&d)[1], const void* row) {                                           \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1" variant ".shared.b16 {%0}, [%1];"                \
-                 : "=r"(d[0])                                                                     \
-                 : "r"(shared_address(row))                                                       \
-                 : "memory");                                                                     \
+#define PTX_LDMATRIX_1(name, variant)                                              \
+  DEVICE void name(uint32_t(&d)[1], const void* row) {                             \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1" variant ".shared.b16 {%0}, [%1];" \
+                 : "=r"(d[0])                                                      \
+                 : "r"(shared_address(row))                                        \
+                 : "memory");                                                      \
   }
-#define PTX_LDMATRIX_2(name, variant)                                                             \
-  DEVICE void name(uint32_t (&d)[2], const void* row) {                                           \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" variant ".shared.b16 {%0, %1}, [%2];"            \
-                 : "=r"(d[0]), "=r"(d[1])                                                         \
-                 : "r"(shared_address(row))                                                       \
-                 : "memory");                                                                     \
+#define PTX_LDMATRIX_2(name, variant)                                                  \
+  DEVICE void name(uint32_t(&d)[2], const void* row) {                                 \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" variant ".shared.b16 {%0, %1}, [%2];" \
+                 : "=r"(d[0]), "=r"(d[1])                                              \
+                 : "r"(shared_address(row))                                            \
+                 : "memory");                                                          \
   }
-#define PTX_LDMATRIX_4(name, variant)                                                             \
-  DEVICE void name(uint32_t (&d)[4], const void* row) {                                           \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" variant ".shared.b16 {%0, %1, %2, %3}, [%4];"    \
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                 \
-                 : "r"(shared_address(row))                                                       \
-                 : "memory");                                                                     \
+#define PTX_LDMATRIX_4(name, variant)                                                          \
+  DEVICE void name(uint32_t(&d)[4], const void* row) {                                         \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" variant ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                              \
+                 : "r"(shared_address(row))                                                    \
+                 : "memory");                                                                  \
   }
 PTX_LDMATRIX_1(ldmatrix_x1, "")
 PTX_LDMATRIX_2(ldmatrix_x2, "")
@@ -161,26 +161,26 @@ DEVICE bool elect_one() {
       : "memory");
   return elected != 0;
 }
-#define PTX_STMATRIX_1(name, variant)                                                             \
-  DEVICE void name(void* row, const uint32_t (&s)[1]) {                                           \
-    asm volatile("stmatrix.sync.aligned.m8n8.x1" variant ".shared.b16 [%0], {%1};"                \
-                 :                                                                                \
-                 : "r"(shared_address(row)), "r"(s[0])                                            \
-                 : "memory");                                                                     \
+#define PTX_STMATRIX_1(name, variant)                                              \
+  DEVICE void name(void* row, const uint32_t(&s)[1]) {                             \
+    asm volatile("stmatrix.sync.aligned.m8n8.x1" variant ".shared.b16 [%0], {%1};" \
+                 :                                                                 \
+                 : "r"(shared_address(row)), "r"(s[0])                             \
+                 : "memory");                                                      \
   }
-#define PTX_STMATRIX_2(name, variant)                                                             \
-  DEVICE void name(void* row, const uint32_t (&s)[2]) {                                           \
-    asm volatile("stmatrix.sync.aligned.m8n8.x2" variant ".shared.b16 [%0], {%1, %2};"            \
-                 :                                                                                \
-                 : "r"(shared_address(row)), "r"(s[0]), "r"(s[1])                                 \
-                 : "memory");                                                                     \
+#define PTX_STMATRIX_2(name, variant)                                                  \
+  DEVICE void name(void* row, const uint32_t(&s)[2]) {                                 \
+    asm volatile("stmatrix.sync.aligned.m8n8.x2" variant ".shared.b16 [%0], {%1, %2};" \
+                 :                                                                     \
+                 : "r"(shared_address(row)), "r"(s[0]), "r"(s[1])                      \
+                 : "memory");                                                          \
   }
-#define PTX_STMATRIX_4(name, variant)                                                             \
-  DEVICE void name(void* row, const uint32_t (&s)[4]) {                                           \
-    asm volatile("stmatrix.sync.aligned.m8n8.x4" variant ".shared.b16 [%0], {%1, %2, %3, %4};"    \
-                 :                                                                                \
-                 : "r"(shared_address(row)), "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3])           \
-                 : "memory");                                                                     \
+#define PTX_STMATRIX_4(name, variant)                                                          \
+  DEVICE void name(void* row, const uint32_t(&s)[4]) {                                         \
+    asm volatile("stmatrix.sync.aligned.m8n8.x4" variant ".shared.b16 [%0], {%1, %2, %3, %4};" \
+                 :                                                                             \
+                 : "r"(shared_address(row)), "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3])        \
+                 : "memory");                                                                  \
   }
 PTX_STMATRIX_1(stmatrix_x1, "")
 PTX_STMATRIX_2(stmatrix_x2, "")
@@ -281,7 +281,8 @@ DEVICE void tma_prefetch(const TensorMap* map) {
 #define PTX_TMA(rank, parameters, coordinates, behind_2, behind_3, behind_4)                      \
   DEVICE void tma_load_##rank##d(void* shared, const TensorMap* map, uint64_t* barrier,           \
                                  parameters) {                                                    \
-    asm volatile("cp.async.bulk.tensor." #rank "d.shared::cluster.global.tile"                    \
+    asm volatile("cp.async.bulk.tensor." #rank                                                    \
+                 "d.shared::cluster.global.tile"                                                  \
                  ".mbarrier::complete_tx::bytes [%0], [%1, " behind_3 "], [%2];"                  \
                  :                                                                                \
                  : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)),           \
@@ -290,7 +291,8 @@ DEVICE void tma_prefetch(const TensorMap* map) {
   }                                                                                               \
   DEVICE void tma_load_multicast_##rank##d(void* shared, const TensorMap* map, uint64_t* barrier, \
                                            parameters, uint16_t ranks) {                          \
-    asm volatile("cp.async.bulk.tensor." #rank "d.shared::cluster.global.tile"                    \
+    asm volatile("cp.async.bulk.tensor." #rank                                                    \
+                 "d.shared::cluster.global.tile"                                                  \
                  ".mbarrier::complete_tx::bytes.multicast::cluster"                               \
                  " [%0], [%1, " behind_4 "], [%2], %3;"                                           \
                  :                                                                                \
@@ -299,14 +301,16 @@ DEVICE void tma_prefetch(const TensorMap* map) {
                  : "memory");                                                                     \
   }                                                                                               \
   DEVICE void tma_store_##rank##d(const TensorMap* map, const void* shared, parameters) {         \
-    asm volatile("cp.async.bulk.tensor." #rank "d.global.shared::cta.tile.bulk_group"             \
+    asm volatile("cp.async.bulk.tensor." #rank                                                    \
+                 "d.global.shared::cta.tile.bulk_group"                                           \
                  " [%0, " behind_2 "], [%1];"                                                     \
                  :                                                                                \
                  : "l"(map), "r"(shared_address(shared)), coordinates                             \
                  : "memory");                                                                     \
   }                                                                                               \
   DEVICE void tma_reduce_add_##rank##d(const TensorMap* map, const void* shared, parameters) {    \
-    asm volatile("cp.reduce.async.bulk.tensor." #rank "d.global.shared::cta.add.tile.bulk_group"  \
+    asm volatile("cp.reduce.async.bulk.tensor." #rank                                             \
+                 "d.global.shared::cta.add.tile.bulk_group"                                       \
                  " [%0, " behind_2 "], [%1];"                                                     \
                  :                                                                                \
                  : "l"(map), "r"(shared_address(shared)), coordinates                             \
@@ -314,8 +318,7 @@ DEVICE void tma_prefetch(const TensorMap* map) {
   }
 #define PTX_LIST(...) __VA_ARGS__
 PTX_TMA(1, PTX_LIST(int c0), PTX_LIST("r"(c0)), "{%2}", "{%3}", "{%4}")
-PTX_TMA(2, PTX_LIST(int c0, int c1), PTX_LIST("r"(c0), "r"(c1)), "{%2, %3}", "{%3, %4}",
-        "{%4, %5}")
+PTX_TMA(2, PTX_LIST(int c0, int c1), PTX_LIST("r"(c0), "r"(c1)), "{%2, %3}", "{%3, %4}", "{%4, %5}")
 PTX_TMA(3, PTX_LIST(int c0, int c1, int c2), PTX_LIST("r"(c0), "r"(c1), "r"(c2)), "{%2, %3, %4}",
         "{%3, %4, %5}", "{%4, %5, %6}")
 PTX_TMA(4, PTX_LIST(int c0, int c1, int c2, int c3), PTX_LIST("r"(c0), "r"(c1), "r"(c2), "r"(c3)),
@@ -336,8 +339,8 @@ DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t
         "r"(shared_address(barrier))
       : "memory");
 }
-DEVICE void bulk_load_multicast(void* shared, const void* global, uint32_t bytes,
-                                uint64_t* barrier, uint16_t ranks) {
+DEVICE void bulk_load_multicast(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1], %2, [%3], %4;"

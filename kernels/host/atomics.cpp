@@ -12,7 +12,8 @@ static void check(const void* p, uint32_t bytes, const char* what, Site site) {
   Fiber& fiber = *self();
   if (reinterpret_cast<uintptr_t>(p) % bytes)
     fail_at(fiber, what, site, format("the address %p is not a multiple of %u", p, bytes));
-  if (block_of(p)) checked_shared(p, bytes, what, site);
+  if (block_of(p))
+    checked_shared(p, bytes, what, site);
   else if (!owns(p, bytes))
     fail_at(fiber, what, site, format("out of bounds: %s", describe_global(p).c_str()));
 }
@@ -55,8 +56,10 @@ uint32_t atomicExch(uint32_t* p, uint32_t value, Site site) {
 uint32_t atomicCAS(uint32_t* p, uint32_t compare, uint32_t value, Site site) {
   const uint32_t before =
       update(p, "atomicCAS", site, [&](uint32_t x) { return x == compare ? value : x; });
-  if (before != compare) yield("atomicCAS", site);
-  else progress();
+  if (before != compare)
+    yield("atomicCAS", site);
+  else
+    progress();
   return before;
 }
 

@@ -20,8 +20,8 @@ struct Vector;
 using Known = std::shared_ptr<const Vector>;
 
 struct Vector {
-  std::vector<Tick> ticks;             // by actor of this team; missing ones are 0
-  std::map<uint32_t, Known> foreign;   // by team: what came over atomics from other teams
+  std::vector<Tick> ticks;            // by actor of this team; missing ones are 0
+  std::map<uint32_t, Known> foreign;  // by team: what came over atomics from other teams
   Tick at(Actor actor) const { return actor < ticks.size() ? ticks[actor] : 0; }
 };
 

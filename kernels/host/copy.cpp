@@ -34,15 +34,19 @@ static void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t 
     fail_at(fiber, what, site, format("both addresses must be multiples of %u", size));
   checked_shared(shared, size, what, site);
   if (bytes) check_global_read(fiber, global, bytes, what, site);
-  CpAsync copy{static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), uint8_t(bytes),
-               uint8_t(size - bytes), false, fiber.copy_group, site};
+  CpAsync copy{static_cast<uint8_t*>(shared),
+               static_cast<const uint8_t*>(global),
+               uint8_t(bytes),
+               uint8_t(size - bytes),
+               false,
+               fiber.copy_group,
+               site};
   Worker& w = *worker;
   if (w.race) {
     if (bytes) race_thread(fiber, global, bytes, READ, place_of(site));
     race_thread(fiber, shared, size, WRITE | PENDING, place_of(site));
   }
-  if (w.asynchronous == SIMT_EARLY ||
-      (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
+  if (w.asynchronous == SIMT_EARLY || (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
     do_copy(copy);
     copy.copied = true;
   }
@@ -113,8 +117,10 @@ static void issue(AsyncCopy copy) {
       fail_at(fiber, what, copy.site,
               format("%u bytes to or from %p: both must be multiples of 16", copy.bytes,
                      static_cast<void*>(copy.global)));
-    if (copy.kind == Copy::Peer) checked_shared(copy.global, copy.bytes, what, copy.site);
-    else check_global_read(fiber, copy.global, copy.bytes, what, copy.site);
+    if (copy.kind == Copy::Peer)
+      checked_shared(copy.global, copy.bytes, what, copy.site);
+    else
+      check_global_read(fiber, copy.global, copy.bytes, what, copy.site);
   }
   if (writes_global(copy.kind)) {
     fiber.bulk_last = copy.group + 1;
@@ -271,8 +277,8 @@ void run_copy(AsyncCopy& copy) {
   Block& block = *copy.block;
   const bool store = writes_global(copy.kind);
   if (block.finished == block.threads && worker->finished < worker->threads) {
-    fail(format("%s at %s: block %s exited while the copy was under way",
-                name_of(copy.kind), describe(copy.site).c_str(), describe(block.index).c_str()));
+    fail(format("%s at %s: block %s exited while the copy was under way", name_of(copy.kind),
+                describe(copy.site).c_str(), describe(block.index).c_str()));
   }
   if (worker->race) {
     race_clock(copy.clock, copy.shared, copy.bytes, (store ? READ : WRITE) | ASYNC,
@@ -281,8 +287,10 @@ void run_copy(AsyncCopy& copy) {
   const bool reduction = store && copy.kind != Copy::TensorStore && copy.kind != Copy::Store;
   std::unique_lock<std::mutex> lock(reductions, std::defer_lock);
   if (reduction && worker->launch->running > 1 && !worker->race) lock.lock();
-  if (copy.kind <= Copy::TensorAdd) run_tensor(copy);
-  else run_bulk(copy);
+  if (copy.kind <= Copy::TensorAdd)
+    run_tensor(copy);
+  else
+    run_bulk(copy);
   if (lock.owns_lock()) lock.unlock();
   if (store) return;
   if (worker->race) {
@@ -410,10 +418,11 @@ void check_copies_at_exit(const Block& block) {
       return knows(fiber.known, barrier.actor, barrier.tick);
     };
     if (!barrier.tick || std::any_of(block.fibers.begin(), block.fibers.end(), waited)) continue;
-    fail(format("block %s exits although no thread of it waited for the %s at %s, which completes on "
-                "its mbarrier at shared 0x%x",
-                describe(block.index).c_str(), name_of(barrier.last_copy),
-                describe(barrier.copy_site).c_str(), offset_in(&block, barrier.address)));
+    fail(format(
+        "block %s exits although no thread of it waited for the %s at %s, which completes on "
+        "its mbarrier at shared 0x%x",
+        describe(block.index).c_str(), name_of(barrier.last_copy),
+        describe(barrier.copy_site).c_str(), offset_in(&block, barrier.address)));
   }
 }
 
@@ -421,8 +430,12 @@ void check_copies_at_exit(const Block& block) {
 
 using namespace simt;
 
-void cp_async_4(void* shared, const void* global, Site site) { cp_async(shared, global, 4, 4, site); }
-void cp_async_8(void* shared, const void* global, Site site) { cp_async(shared, global, 8, 8, site); }
+void cp_async_4(void* shared, const void* global, Site site) {
+  cp_async(shared, global, 4, 4, site);
+}
+void cp_async_8(void* shared, const void* global, Site site) {
+  cp_async(shared, global, 8, 8, site);
+}
 void cp_async_16(void* shared, const void* global, Site site) {
   cp_async(shared, global, 16, 16, site);
 }
@@ -460,8 +473,7 @@ void bulk_reduce_add_bf16(bf16* global, const void* shared, uint32_t bytes, Site
 
 void bulk_copy_cluster(void* shared, const void* from, uint32_t bytes, uint64_t* barrier,
                        uint32_t rank, Site site) {
-  AsyncCopy copy =
-      bulk_copy(Copy::Peer, simt::cluster_map(shared, rank, site), from, bytes, site);
+  AsyncCopy copy = bulk_copy(Copy::Peer, simt::cluster_map(shared, rank, site), from, bytes, site);
   auto* there = static_cast<uint64_t*>(simt::cluster_map(barrier, rank, site));
   copy.barrier = &mbarrier_at(there, "bulk_copy_cluster", site);
   issue(std::move(copy));

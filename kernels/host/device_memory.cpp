@@ -32,7 +32,7 @@ struct Buffer {
 
 struct DeviceMemory {
   uint8_t* base = nullptr;
-  uint32_t* buffer_of_page = nullptr;            // index + 1
+  uint32_t* buffer_of_page = nullptr;           // index + 1
   std::atomic<ShadowPage*>* shadows = nullptr;  // by page
   std::mutex mutex;
   std::vector<Buffer> buffers;
@@ -42,7 +42,8 @@ struct DeviceMemory {
 
   DeviceMemory() {
     const auto map = [](size_t bytes, int protection) {
-      void* p = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p =
+          mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       return p == MAP_FAILED ? nullptr : p;
     };
     base = static_cast<uint8_t*>(map(RESERVED_BYTES, PROT_NONE));
@@ -126,7 +127,8 @@ bool in_image(const void* p) {
 }
 
 ShadowPage& shadow_page(uintptr_t address) {
-  std::atomic<ShadowPage*>& slot = memory().shadows[memory().page_of(reinterpret_cast<void*>(address))];
+  std::atomic<ShadowPage*>& slot =
+      memory().shadows[memory().page_of(reinterpret_cast<void*>(address))];
   ShadowPage* page = slot.load(std::memory_order_acquire);
   if (page) return *page;
   auto* made = new ShadowPage;

@@ -93,22 +93,23 @@ static std::string describe_wait(const Fiber& fiber) {
     case Wait::Mbarrier: {
       const auto* barrier = static_cast<const Mbarrier*>(fiber.wait_for);
       const auto bytes = static_cast<long long>(barrier->bytes);
-      return format("mbarrier at shared 0x%x to complete its phase of parity %u (%u of %u arrivals "
-                    "%s in the current one, of parity %u)",
-                    offset_in(barrier->block, barrier->address), unsigned(fiber.wait_detail),
-                    barrier->pending, barrier->count,
-                    bytes >= 0 ? format("and %lld bytes are missing", bytes).c_str()
-                               : format("are missing, and %lld bytes more than expected have come",
-                                        -bytes).c_str(),
-                    barrier->phase & 1);
+      return format(
+          "mbarrier at shared 0x%x to complete its phase of parity %u (%u of %u arrivals "
+          "%s in the current one, of parity %u)",
+          offset_in(barrier->block, barrier->address), unsigned(fiber.wait_detail),
+          barrier->pending, barrier->count,
+          bytes >= 0
+              ? format("and %lld bytes are missing", bytes).c_str()
+              : format("are missing, and %lld bytes more than expected have come", -bytes).c_str(),
+          barrier->phase & 1);
     }
     case Wait::Wgmma: {
       const auto* group = static_cast<const Warpgroup*>(fiber.wait_for);
       return format("wgmma_wait, where %u of 128 threads arrived", group->arrived);
     }
     case Wait::Cluster:
-      return format("cluster_wait, where %u of %u threads arrived",
-                    worker->cluster_barrier.arrived, worker->threads);
+      return format("cluster_wait, where %u of %u threads arrived", worker->cluster_barrier.arrived,
+                    worker->threads);
     default: return name_of_wait(fiber.wait);
   }
 }
@@ -132,8 +133,8 @@ void report_deadlock() {
     std::vector<std::pair<std::string, std::vector<uint32_t>>> groups;
     for (const Fiber& fiber : block.fibers) {
       if (fiber.done) continue;
-      const std::string what = format("at %s for %s", describe(fiber.wait_site).c_str(),
-                                      describe_wait(fiber).c_str());
+      const std::string what =
+          format("at %s for %s", describe(fiber.wait_site).c_str(), describe_wait(fiber).c_str());
       auto group = std::find_if(groups.begin(), groups.end(),
                                 [&](const auto& other) { return other.first == what; });
       if (group == groups.end()) group = groups.insert(groups.end(), {what, {}});
@@ -175,9 +176,10 @@ static void report_signal() {
   if (w.fault_signal == SIGFPE)
     fail(format("%s divides an integer by zero at %s", describe(fiber).c_str(), where.c_str()));
   if (w.fault_signal == SIGILL)
-    fail(format("%s does at %s what C++ leaves undefined, and the compiler put a trap in its place: "
-                "an access to a null pointer, for example",
-                describe(fiber).c_str(), where.c_str()));
+    fail(
+        format("%s does at %s what C++ leaves undefined, and the compiler put a trap in its place: "
+               "an access to a null pointer, for example",
+               describe(fiber).c_str(), where.c_str()));
   if (w.stacks.overflowed(address) >= 0)
     fail(format("%s uses more than %zu KiB of local memory at %s", describe(fiber).c_str(),
                 STACK_BYTES / 1024, where.c_str()));
@@ -206,7 +208,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
     if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
     if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(signal);
     if (signal == watchdog_signal()) return;
-    struct sigaction standard {};
+    struct sigaction standard{};
     standard.sa_handler = SIG_DFL;
     sigaction(signal, &standard, nullptr);
     return;  // and the access happens again
@@ -222,7 +224,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
 
 void install_fault_handlers() {
   static const bool once = [] {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     // The watchdog's signals queue up while a thread does not run; nested in each other they would
@@ -268,7 +270,9 @@ struct Watched {
 struct Watchdog {
   std::mutex mutex;
   std::vector<Watched> all;
-  Watchdog() { std::thread([this] { run(); }).detach(); }
+  Watchdog() {
+    std::thread([this] { run(); }).detach();
+  }
   [[noreturn]] void run() {
     constexpr auto PERIOD = std::chrono::milliseconds(20);
     for (;;) {

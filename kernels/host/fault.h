@@ -16,9 +16,9 @@ struct Launch;
 
 [[noreturn]] void fail(const std::string& message);
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
-std::string describe(Site);           // "kernels/norm.cu:71"
-std::string describe(const Fiber&);   // "block (0,1,0) thread 37 (warp 1, lane 5)"
-std::string describe(const uint3&);   // "(0,1,0)"
+std::string describe(Site);               // "kernels/norm.cu:71"
+std::string describe(const Fiber&);       // "block (0,1,0) thread 37 (warp 1, lane 5)"
+std::string describe(const uint3&);       // "(0,1,0)"
 std::string describe_code(uintptr_t pc);  // for the caller of simt_launch to resolve
 
 [[noreturn]] void fail_at(const Fiber&, const char* what, Site, const std::string& message);

@@ -15,16 +15,14 @@ inline __attribute__((always_inline)) void access(const void* p, size_t bytes, b
 
 }  // namespace
 
-#define HOOK(name, bytes, write)                            \
-  void __tsan_##name(void* p) {                             \
-    access(p, bytes, write, __builtin_return_address(0));   \
-  }
-#define HOOKS(bytes)                                     \
-  HOOK(read##bytes, bytes, false)                  \
-  HOOK(write##bytes, bytes, true)                  \
-  HOOK(volatile_read##bytes, bytes, false)         \
-  HOOK(volatile_write##bytes, bytes, true)         \
-  HOOK(unaligned_read##bytes, bytes, false)       \
+#define HOOK(name, bytes, write) \
+  void __tsan_##name(void* p) { access(p, bytes, write, __builtin_return_address(0)); }
+#define HOOKS(bytes)                        \
+  HOOK(read##bytes, bytes, false)           \
+  HOOK(write##bytes, bytes, true)           \
+  HOOK(volatile_read##bytes, bytes, false)  \
+  HOOK(volatile_write##bytes, bytes, true)  \
+  HOOK(unaligned_read##bytes, bytes, false) \
   HOOK(unaligned_write##bytes, bytes, true)
 
 extern "C" {
@@ -33,12 +31,8 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t n) {
-  access(p, n, false, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t n) {
-  access(p, n, true, __builtin_return_address(0));
-}
+void __tsan_read_range(void* p, size_t n) { access(p, n, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { access(p, n, true, __builtin_return_address(0)); }
 
 // -fsanitize=alignment: a pointer that is less aligned than its type says. The hooks above do not
 // see it where the compiler takes a vector apart, and a GPU would trap.
@@ -50,8 +44,7 @@ struct Mismatch {
 };
 void __ubsan_handle_type_mismatch_v1(const Mismatch* mismatch, const void* p) {
   if (!simt::worker || !simt::worker->race || !simt::current) return;
-  simt::report_misaligned(p, 1u << mismatch->log2_alignment,
-                          {mismatch->file, int(mismatch->line)});
+  simt::report_misaligned(p, 1u << mismatch->log2_alignment, {mismatch->file, int(mismatch->line)});
 }
 
 void __tsan_init() {}

@@ -23,16 +23,36 @@
 #define DEVICE [[maybe_unused]] static inline __attribute__((always_inline))
 
 // ---------------------------------------------------------------- vector types
-struct alignas(4) ushort2 { uint16_t x, y; };
-struct alignas(8) ushort4 { uint16_t x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct uint3 { uint32_t x, y, z; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct dim3 { uint32_t x = 1, y = 1, z = 1; };
+struct alignas(4) ushort2 {
+  uint16_t x, y;
+};
+struct alignas(8) ushort4 {
+  uint16_t x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct uint3 {
+  uint32_t x, y, z;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct dim3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
 DEVICE int2 make_int2(int x, int y) { return {x, y}; }
 DEVICE int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 DEVICE uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -87,7 +107,8 @@ struct Trampoline<F> {
   static constexpr uint32_t bytes[count + 1] = {uint32_t(sizeof(A))..., 0};
   // Not hooked: the arguments lie in the caller's memory, on a GPU in constant memory.
   template <size_t... I>
-  __attribute__((no_sanitize("thread"), noinline)) static void unpack([[maybe_unused]] void* const* arguments, std::index_sequence<I...>) {
+  __attribute__((no_sanitize("thread"), noinline)) static void unpack(
+      [[maybe_unused]] void* const* arguments, std::index_sequence<I...>) {
     F(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
   }
   __attribute__((no_sanitize("thread"))) static void call(void* const* arguments) {
@@ -98,8 +119,14 @@ template <auto F>
 struct Registration {
   Kernel kernel;
   Registration(const char* name, const char* file, uint32_t max_threads, uint32_t hooked)
-      : kernel{name, file, &Trampoline<F>::call, Trampoline<F>::bytes, Trampoline<F>::count,
-               max_threads, hooked, nullptr} {
+      : kernel{name,
+               file,
+               &Trampoline<F>::call,
+               Trampoline<F>::bytes,
+               Trampoline<F>::count,
+               max_threads,
+               hooked,
+               nullptr} {
     register_kernel(&kernel);
   }
 };
@@ -121,19 +148,28 @@ constexpr int warpSize = 32;
 #define KERNEL(name, ...)                                    \
   static constexpr uint32_t name##_bounds[] = {__VA_ARGS__}; \
   __attribute__((section("simt_kernels"), noinline)) static void name
-#define EXPORT_KERNEL(name)                                                                \
+#define EXPORT_KERNEL(name)                                                                 \
   static ::simt::Registration<&name> name##_registration{#name, __FILE__, name##_bounds[0], \
                                                          SIMT_HOOKED};
 // SHARED(float, rows, 32): `rows` is a float[32] in static shared memory.
 #define SHARED(T, name, n)          \
   static const char name##_key = 0; \
-  T(&name)[n] = *static_cast<T(*)[n]>(::simt::static_shared(&name##_key, sizeof(T) * (n), alignof(T)))
+  T(&name)                          \
+  [n] = *static_cast<T(*)[n]>(::simt::static_shared(&name##_key, sizeof(T) * (n), alignof(T)))
 // `name` is a uint8_t*, aligned to 1024 bytes.
 #define SHARED_DYNAMIC(name) uint8_t* const name = static_cast<uint8_t*>(::simt::dynamic_shared())
 
 // ---------------------------------------------------------------- arithmetic
-DEVICE uint32_t __float_as_uint(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
-DEVICE float __uint_as_float(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+DEVICE uint32_t __float_as_uint(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+DEVICE float __uint_as_float(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
 DEVICE int __float_as_int(float x) { return int(__float_as_uint(x)); }
 DEVICE float __int_as_float(int i) { return __uint_as_float(uint32_t(i)); }
 DEVICE float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -147,12 +183,33 @@ DEVICE float __fsqrt_rn(float x) { return std::sqrt(x); }
 DEVICE int __popc(uint32_t x) { return __builtin_popcount(x); }
 DEVICE int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 DEVICE int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
-template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
-template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }
+template <class T>
+DEVICE T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+DEVICE T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 // ---------------------------------------------------------------- loads and stores with a hint
-template <class T> DEVICE T __ldg(const T* p) { return *p; }
-template <class T> DEVICE T __ldcs(const T* p) { return *p; }
-template <class T> DEVICE T __ldcg(const T* p) { return *p; }
-template <class T> DEVICE void __stcs(T* p, T value) { *p = value; }
-template <class T> DEVICE void __stcg(T* p, T value) { *p = value; }
+template <class T>
+DEVICE T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+DEVICE T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+DEVICE T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+DEVICE void __stcs(T* p, T value) {
+  *p = value;
+}
+template <class T>
+DEVICE void __stcg(T* p, T value) {
+  *p = value;
+}

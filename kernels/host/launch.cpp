@@ -44,7 +44,7 @@ uint3 Launch::block_index(uint32_t team, uint32_t rank) const {
 }
 
 static std::string refuse(const SimtLaunch& shape, const Kernel& kernel, uint32_t arguments) {
-  const auto product = [](const uint32_t (&size)[3]) {
+  const auto product = [](const uint32_t(&size)[3]) {
     return uint64_t(size[0]) * size[1] * size[2];
   };
   const uint64_t threads = product(shape.block), cluster = product(shape.cluster);
@@ -62,8 +62,7 @@ static std::string refuse(const SimtLaunch& shape, const Kernel& kernel, uint32_
     if (shape.grid[i] % shape.cluster[i])
       return format("grid dimension %d (%u blocks) is not a multiple of the cluster's (%u)", i,
                     shape.grid[i], shape.cluster[i]);
-  if (product(shape.grid) / cluster > UINT32_MAX)
-    return "a grid of more than 2^32 clusters";
+  if (product(shape.grid) / cluster > UINT32_MAX) return "a grid of more than 2^32 clusters";
   if (shape.dynamic_shared_bytes > SHARED_LIMIT)
     return format("%u bytes of shared memory, a block has at most %u", shape.dynamic_shared_bytes,
                   SHARED_LIMIT);
@@ -86,8 +85,8 @@ bool Worker::reserve(uint32_t block_count, uint32_t thread_count) {
     window_count = 0;
     if (mapped == MAP_FAILED) return false;
     auto* start = static_cast<uint8_t*>(mapped);
-    const size_t skip = (WINDOW_BYTES - reinterpret_cast<uintptr_t>(start) % WINDOW_BYTES) %
-                        WINDOW_BYTES;
+    const size_t skip =
+        (WINDOW_BYTES - reinterpret_cast<uintptr_t>(start) % WINDOW_BYTES) % WINDOW_BYTES;
     if (skip) munmap(start, skip);
     munmap(start + skip + bytes, WINDOW_BYTES - skip);
     windows = start + skip;

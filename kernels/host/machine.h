@@ -34,11 +34,11 @@ namespace simt {
 // ---------------------------------------------------------------- limits of an sm_90
 constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128, MAX_BLOCK_THREADS = 1024;
 constexpr uint32_t NAMED_BARRIERS = 16, MAX_CLUSTER_BLOCKS = 16;
-constexpr uint32_t SHARED_LIMIT = 232448;       // dynamic and static bytes of a block
-constexpr size_t WINDOW_BYTES = 256 * 1024;     // of shared addresses, per block
-constexpr uint32_t DYNAMIC_BASE = 1024;         // as on the device, which keeps the first KiB
-constexpr uint32_t GAP_BYTES = 256;             // behind dynamic and static memory: never valid
-constexpr uint32_t REGISTERS = 65536;           // of a multiprocessor
+constexpr uint32_t SHARED_LIMIT = 232448;    // dynamic and static bytes of a block
+constexpr size_t WINDOW_BYTES = 256 * 1024;  // of shared addresses, per block
+constexpr uint32_t DYNAMIC_BASE = 1024;      // as on the device, which keeps the first KiB
+constexpr uint32_t GAP_BYTES = 256;          // behind dynamic and static memory: never valid
+constexpr uint32_t REGISTERS = 65536;        // of a multiprocessor
 
 struct Block;
 struct Warp;
@@ -49,7 +49,16 @@ struct Fiber;
 enum class Wait : uint8_t { Nothing, Barrier, Collective, Mbarrier, Wgmma, Cluster };
 
 // Bulk copies, those by tensor map first.
-enum class Copy : uint8_t { TensorLoad, TensorStore, TensorAdd, Load, Store, AddF32, AddBf16, Peer };
+enum class Copy : uint8_t {
+  TensorLoad,
+  TensorStore,
+  TensorAdd,
+  Load,
+  Store,
+  AddF32,
+  AddBf16,
+  Peer
+};
 
 struct CpAsync {
   uint8_t* to;          // shared
@@ -89,11 +98,11 @@ struct Fiber : ThreadIndices {
   std::vector<CpAsync> copies;
   uint32_t copy_group = 0;  // the one that is open
   uint32_t bulk_group = 0;
-  uint32_t bulk_read = 0;     // the sources of groups below it have been read
-  Copy bulk_kind{};           // of the last store
+  uint32_t bulk_read = 0;  // the sources of groups below it have been read
+  Copy bulk_kind{};        // of the last store
   Site bulk_site{};
-  uint32_t bulk_last = 0;     // 1 + the group of the last store; 0: none
-  uint32_t products = 0;  // wgmmas so far
+  uint32_t bulk_last = 0;  // 1 + the group of the last store; 0: none
+  uint32_t products = 0;   // wgmmas so far
   uint32_t product_group = 0;
   int product_wait = 0;
   bool product_fenced = false;
@@ -106,17 +115,24 @@ struct Fiber : ThreadIndices {
   Known known;
   Tick shared_fence = 0, global_fence = 0;  // fence.proxy.async came after all earlier ticks
   Tick mbarrier_fence = 0;  // the same of fence.mbarrier_init, which is for mbarriers only
-  Known released;   // what a __threadfence put before later relaxed atomics
+  Known released;           // what a __threadfence put before later relaxed atomics
   Tick released_now = 0;
   Known pending_cluster;  // what the last phase of the cluster barrier released
-  Known pending;    // what relaxed atomics read, until a __threadfence acquires it
-  Actor bulk_reader = 0, bulk_writer = 0;  // 0: none yet
+  Known pending;          // what relaxed atomics read, until a __threadfence acquires it
+  Actor bulk_reader = 0, bulk_writer = 0;             // 0: none yet
   std::vector<std::pair<uint32_t, Tick>> bulk_ticks;  // of its groups
 };
 
 // ---------------------------------------------------------------- a warp, a block
 enum class Collective : uint8_t {
-  Shuffle, Vote, Syncwarp, Elect, Ldmatrix, Stmatrix, Mma, Setmaxnreg,
+  Shuffle,
+  Vote,
+  Syncwarp,
+  Elect,
+  Ldmatrix,
+  Stmatrix,
+  Mma,
+  Setmaxnreg,
 };
 
 struct Meeting {
@@ -195,15 +211,15 @@ struct AsyncCopy {
   TensorMapFields map;
   int at[5];
   uint8_t* shared;
-  Block* block;      // whose shared memory `shared` is
-  uint8_t* global;   // bulk copies; the source of Copy::Peer
+  Block* block;     // whose shared memory `shared` is
+  uint8_t* global;  // bulk copies; the source of Copy::Peer
   uint32_t bytes;
   Mbarrier* barrier;
   Fiber* issuer;
   uint32_t group;
   Site site;
-  Clock clock;       // race detector: as whom it acts
-  Clock write_clock; // stores: as whom it writes global memory
+  Clock clock;        // race detector: as whom it acts
+  Clock write_clock;  // stores: as whom it writes global memory
 };
 
 // ---------------------------------------------------------------- a launch, a worker
@@ -218,9 +234,10 @@ struct Launch {
   std::atomic<uint32_t> running{0};  // workers inside a team
   std::atomic<bool> aborted{false};
   std::mutex mutex;
-  std::string fault;                                      // under the mutex
-  std::unordered_map<uintptr_t, std::pair<uint32_t, Known>> atomics;  // under the mutex: last release
-  uint32_t generation;                                    // of the global shadow
+  std::string fault;  // under the mutex
+  std::unordered_map<uintptr_t, std::pair<uint32_t, Known>>
+      atomics;          // under the mutex: last release
+  uint32_t generation;  // of the global shadow
   uint3 block_index(uint32_t team, uint32_t rank) const;
 };
 
@@ -297,7 +314,8 @@ inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, c
   const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
   const bool in_static =
       address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
-  if (!dynamic && !in_static) [[unlikely]] out_of_shared(*block, address, bytes, what, site);
+  if (!dynamic && !in_static) [[unlikely]]
+    out_of_shared(*block, address, bytes, what, site);
   return block->window + address;
 }
 void checked_shared(const void* p, uint32_t bytes, const char* what, Site);

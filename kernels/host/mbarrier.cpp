@@ -133,16 +133,16 @@ void mbarrier_init(uint64_t* address, uint32_t count, Site site) {
   barrier.init_tick = fiber.now;
   barrier.init_site = site;
   if (worker->race) {
-    barrier.actor = new_agent(format("a copy that completes on the mbarrier at shared 0x%x of block "
-                                     "%s",
-                                     offset_in(block, address), describe(block->index).c_str()));
+    barrier.actor =
+        new_agent(format("a copy that completes on the mbarrier at shared 0x%x of block "
+                         "%s",
+                         offset_in(block, address), describe(block->index).c_str()));
   }
 }
 
 void mbarrier_invalidate(uint64_t* address, Site site) {
   Mbarrier& barrier = mbarrier_at(address, "mbarrier_invalidate", site);
-  if (!barrier.waiting.empty())
-    fail_at(*self(), "mbarrier_invalidate", site, "threads wait at it");
+  if (!barrier.waiting.empty()) fail_at(*self(), "mbarrier_invalidate", site, "threads wait at it");
   if (worker->race) race_thread(*self(), address, 8, WRITE, place_of(site));
   barrier.address = nullptr;
   std::memset(address, 0xff, sizeof *address);

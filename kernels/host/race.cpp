@@ -35,8 +35,7 @@ Place place_of(Site site) {
   // static block of thread-local memory.
   static thread_local const auto cache = std::make_unique<Known[]>(ENTRIES);
   Known& entry = cache[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
-  if (entry.site.line != site.line || entry.site.file != site.file)
-    entry = {site, new_place(site)};
+  if (entry.site.line != site.line || entry.site.file != site.file) entry = {site, new_place(site)};
   return entry.place;
 }
 
@@ -192,7 +191,8 @@ static Conflict check_readers(Line& line, const Access& access, uint16_t mask) {
 static Conflict check(Line& line, const Access& access, uint16_t mask, bool shared) {
   const bool write = access.flags & WRITE;
   if (line.readers()) {
-    if (line.readers()->team != worker->team) shrink_readers(line);
+    if (line.readers()->team != worker->team)
+      shrink_readers(line);
     else if (Conflict found = check_readers(line, access, mask); found.verdict != Verdict::Fine)
       return found;
   }
@@ -233,12 +233,14 @@ static Conflict check(Line& line, const Access& access, uint16_t mask, bool shar
     kept++;
   }
   line.shrink(kept);
-  if (write) line.initialised |= mask;
+  if (write)
+    line.initialised |= mask;
   else if (shared && (line.initialised & mask) != mask)
     return {Verdict::Uninitialised, {}, uint16_t(mask & ~line.initialised)};
   if (recorded) return {};
-  const Slot slot{worker->team,       access.clock.tick, access.place,
-                  access.clock.actor, mask,              uint8_t(access.flags & ~COMPLETES)};
+  const Slot slot{worker->team, access.clock.tick,
+                  access.place, access.clock.actor,
+                  mask,         uint8_t(access.flags & ~COMPLETES)};
   if (write) {
     line.push_back(slot);
   } else {
@@ -288,10 +290,9 @@ static void check_shared(Block& block, uint32_t address, uint32_t bytes, const A
     const auto mask = uint16_t(((1u << count) - 1) << first);
     const Conflict conflict = check(line, access, mask, true);
     if (conflict.verdict != Verdict::Fine) {
-      const uint32_t at =
-          address - first + uint32_t(__builtin_ctz(conflict.bytes));
-      report(conflict,
-             format("shared memory 0x%x of block %s", at, describe(block.index).c_str()), access);
+      const uint32_t at = address - first + uint32_t(__builtin_ctz(conflict.bytes));
+      report(conflict, format("shared memory 0x%x of block %s", at, describe(block.index).c_str()),
+             access);
     }
     address += count;
   }
@@ -318,15 +319,18 @@ static void check_global(const void* p, uint32_t bytes, const Access& access) {
       } while (conflict.verdict == Verdict::Fine && address < page_end);
     }
     if (conflict.verdict != Verdict::Fine) {
-      const auto* at = reinterpret_cast<const void*>(base + uintptr_t(__builtin_ctz(conflict.bytes)));
+      const auto* at =
+          reinterpret_cast<const void*>(base + uintptr_t(__builtin_ctz(conflict.bytes)));
       report(conflict, describe_global(at), access);
     }
   }
 }
 
 static void check_anywhere(const void* p, uint32_t bytes, const Access& access) {
-  if (Block* block = block_of(p)) check_shared(*block, offset_in(block, p), bytes, access);
-  else check_global(p, bytes, access);
+  if (Block* block = block_of(p))
+    check_shared(*block, offset_in(block, p), bytes, access);
+  else
+    check_global(p, bytes, access);
 }
 
 void race_prefetch(const Block& block, uint32_t address) {
@@ -390,11 +394,11 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   const bool global = !block && in_device_memory(p);
   if (!block && !global) {
     if (in_image(p)) return;  // constants of the kernel file
-    fail(format("%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
-                "buffer%s",
-                write ? "write" : "read", bytes, describe(fiber).c_str(),
-                describe_code(pc - 1).c_str(), p, p < reinterpret_cast<void*>(PAGE_BYTES)
-                    ? " (a null pointer)" : ""));
+    fail(format(
+        "%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
+        "buffer%s",
+        write ? "write" : "read", bytes, describe(fiber).c_str(), describe_code(pc - 1).c_str(), p,
+        p < reinterpret_cast<void*>(PAGE_BYTES) ? " (a null pointer)" : ""));
   }
   const Clock clock{fiber.actor, fiber.now, fiber.known};
   if (global) {
@@ -413,13 +417,14 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
                 describe(block->index).c_str()));
   }
   const bool dynamic = address >= DYNAMIC_BASE && address + bytes <= block->dynamic_end;
-  const bool in_static = address >= block->dynamic_end + GAP_BYTES &&
-                         address + bytes <= block->static_end;
+  const bool in_static =
+      address >= block->dynamic_end + GAP_BYTES && address + bytes <= block->static_end;
   if (!dynamic && !in_static) {
-    fail(format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
-                "%u bytes of dynamic shared memory, from 0x%x on",
-                write ? "write" : "read", bytes, address, describe(fiber).c_str(),
-                describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
+    fail(
+        format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
+               "%u bytes of dynamic shared memory, from 0x%x on",
+               write ? "write" : "read", bytes, address, describe(fiber).c_str(),
+               describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
   check_shared(*block, address, bytes, {clock, flags, place_of_code(pc)});
   if (block != fiber.block) race_visit(fiber, *block, place_of_code(pc));
@@ -461,8 +466,10 @@ void race_atomic(Fiber& fiber, const void* p, uint32_t bytes, bool reads, bool w
   auto& [team, last] = launch.atomics[reinterpret_cast<uintptr_t>(p)];
   if (reads && last) {
     const Known seen = team == worker->team ? last : joined_foreign(nullptr, team, last);
-    if (order == Order::Acquire) fiber.known = joined(fiber.known, seen);
-    else fiber.pending = joined(fiber.pending, seen);
+    if (order == Order::Acquire)
+      fiber.known = joined(fiber.known, seen);
+    else
+      fiber.pending = joined(fiber.pending, seen);
   }
   if (writes) {
     Known given = fiber.released;
@@ -471,8 +478,10 @@ void race_atomic(Fiber& fiber, const void* p, uint32_t bytes, bool reads, bool w
       fiber.now++;
     }
     // An atomic read-modify-write continues the release sequence of the one before it.
-    if (reads && last && team == worker->team) given = joined(given, last);
-    else if (reads && last) given = joined_foreign(given, team, last);
+    if (reads && last && team == worker->team)
+      given = joined(given, last);
+    else if (reads && last)
+      given = joined_foreign(given, team, last);
     if (given || !reads) team = worker->team, last = given;
   }
 }

@@ -39,8 +39,8 @@ enum AccessFlags : uint8_t {
   READ = 0,
   WRITE = 1,
   ATOMIC = 2,
-  ASYNC = 4,    // through the asynchronous proxy: TMA, bulk copies, wgmma operands
-  PENDING = 8,  // a cp.async that nobody has waited for
+  ASYNC = 4,       // through the asynchronous proxy: TMA, bulk copies, wgmma operands
+  PENDING = 8,     // a cp.async that nobody has waited for
   WARPGROUP = 16,  // four actors, one per warp, beginning with `actor`
   COMPLETES = 32,  // the thread has waited for its own cp.async: PENDING no more
 };
@@ -109,7 +109,7 @@ static_assert(sizeof(Line) == 64);
 struct RaceTeam {
   std::vector<std::vector<Line>> shared;  // by block rank
   uint32_t generation = 0;
-  std::vector<std::string> agents;        // names of the actors behind the threads
+  std::vector<std::string> agents;  // names of the actors behind the threads
   Actor thread_actors = 0;
 };
 

@@ -49,7 +49,8 @@ static Fiber* next_ready() {
   Worker& w = *worker;
   for (;;) {
     if (w.asynchronous == SIMT_EARLY) {
-      while (run_one_copy()) {}
+      while (run_one_copy()) {
+      }
     } else if (w.asynchronous == SIMT_ANYTIME && w.copies_head < w.copies.size()) {
       constexpr uint64_t ONE_IN = 32;
       if (random_bits() % ONE_IN == 0) {
@@ -59,8 +60,10 @@ static Fiber* next_ready() {
     }
     if (w.ready_count) {
       uint32_t at = w.ready_head;
-      if (w.order == SIMT_RANDOM) at += uint32_t(((random_bits() >> 32) * w.ready_count) >> 32);
-      else if (w.order == SIMT_LIFO) at += w.ready_count - 1;
+      if (w.order == SIMT_RANDOM)
+        at += uint32_t(((random_bits() >> 32) * w.ready_count) >> 32);
+      else if (w.order == SIMT_LIFO)
+        at += w.ready_count - 1;
       Fiber* fiber = w.ready[at & w.ready_mask];
       if (w.order == SIMT_LIFO) {
         w.ready_count--;
@@ -147,13 +150,14 @@ static void check_nothing_pending(const Fiber& fiber) {
                 describe(product->site).c_str()));
   }
   if (!fiber.copies.empty()) {
-    fail(format("%s exits although it never waited for the cp.async at %s",
-                describe(fiber).c_str(), describe(fiber.copies.front().site).c_str()));
+    fail(format("%s exits although it never waited for the cp.async at %s", describe(fiber).c_str(),
+                describe(fiber.copies.front().site).c_str()));
   }
   if (fiber.cluster_arrived) {
-    fail(format("%s exits although it arrived at the cluster's barrier and never called cluster_wait"
-                "\n  the last arrival was at %s",
-                describe(fiber).c_str(), describe(worker->cluster_barrier.last).c_str()));
+    fail(
+        format("%s exits although it arrived at the cluster's barrier and never called cluster_wait"
+               "\n  the last arrival was at %s",
+               describe(fiber).c_str(), describe(worker->cluster_barrier.last).c_str()));
   }
   check_copies_at_exit(fiber);
 }
@@ -164,10 +168,11 @@ static void check_end_of_block(const Block& block) {
   for (const auto& [actor, visit] : block.visitors) {
     const auto ordered = [&](const Fiber& fiber) { return knows(fiber.known, actor, visit.first); };
     if (std::any_of(block.fibers.begin(), block.fibers.end(), ordered)) continue;
-    fail(format("%s at %s uses shared memory of block %s, which may have exited: nothing orders the "
-                "exit after the access",
-                name_of(actor, worker->team).c_str(), describe(visit.second).c_str(),
-                describe(block.index).c_str()));
+    fail(
+        format("%s at %s uses shared memory of block %s, which may have exited: nothing orders the "
+               "exit after the access",
+               name_of(actor, worker->team).c_str(), describe(visit.second).c_str(),
+               describe(block.index).c_str()));
   }
 }
 
@@ -239,18 +244,20 @@ static void prepare_block(Worker& w, uint32_t rank) {
 }
 
 static void check_end_of_team() {
-  while (run_one_copy()) {}
+  while (run_one_copy()) {
+  }
   const Worker& w = *worker;
   for (uint32_t rank = 0; rank < w.launch->team_blocks; rank++) {
     const Block& block = w.blocks[rank];
     check_gaps(block);
     for (const Mbarrier& barrier : block.mbarriers) {
       if (!barrier.bytes) continue;
-      fail(format("block %s ends while its mbarrier at shared 0x%x is out of balance by %lld bytes: "
-                  "what was expected (expect_tx, last at %s) and what the copies brought differ",
-                  describe(block.index).c_str(), offset_in(&block, barrier.address),
-                  static_cast<long long>(barrier.bytes),
-                  barrier.expect_site.line ? describe(barrier.expect_site).c_str() : "no place"));
+      fail(
+          format("block %s ends while its mbarrier at shared 0x%x is out of balance by %lld bytes: "
+                 "what was expected (expect_tx, last at %s) and what the copies brought differ",
+                 describe(block.index).c_str(), offset_in(&block, barrier.address),
+                 static_cast<long long>(barrier.bytes),
+                 barrier.expect_site.line ? describe(barrier.expect_site).c_str() : "no place"));
     }
     for (uint32_t id = 0; id < NAMED_BARRIERS; id++) {
       const NamedBarrier& barrier = block.barriers[id];

@@ -56,10 +56,11 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
   const size_t start = (block.static_end + alignment - 1) / alignment * alignment;
   const size_t end = start + bytes;
   if (end - GAP_BYTES - DYNAMIC_BASE > SHARED_LIMIT) {
-    fail(format("%u bytes of dynamic and %zu bytes of static shared memory: a block has at most %u"
-                "\n  by %s",
-                block.dynamic_end - DYNAMIC_BASE, end - GAP_BYTES - block.dynamic_end, SHARED_LIMIT,
-                describe(*self()).c_str()));
+    fail(
+        format("%u bytes of dynamic and %zu bytes of static shared memory: a block has at most %u"
+               "\n  by %s",
+               block.dynamic_end - DYNAMIC_BASE, end - GAP_BYTES - block.dynamic_end, SHARED_LIMIT,
+               describe(*self()).c_str()));
   }
   uint8_t* address = block.window + start;
   std::memset(address, 0xff, bytes);

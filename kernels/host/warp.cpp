@@ -61,11 +61,11 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
     const bool waits_for_other = mask & ~together & other.arrived;
     const bool awaited_by_other = other.mask & ~other.arrived & together;
     if (waits_for_other && awaited_by_other) {
-      fail_at(fiber, name_of(kind), site,
-              format("the warp has diverged: lanes %08x wait in %s (mask %08x) at %s, each side for "
-                     "the other",
-                     other.arrived, name_of(other.kind), other.mask,
-                     describe(other.site).c_str()));
+      fail_at(
+          fiber, name_of(kind), site,
+          format("the warp has diverged: lanes %08x wait in %s (mask %08x) at %s, each side for "
+                 "the other",
+                 other.arrived, name_of(other.kind), other.mask, describe(other.site).c_str()));
     }
   }
   meeting->argument[lane] = argument;
@@ -105,13 +105,17 @@ uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int lane, int widt
     fail_at(*self(), "shuffle", site, format("width %d is not a power of two up to 32", width));
   constexpr uint32_t UNDEFINED = 0xdeadbeef;  // the source lane takes no part
   ShuffleArgument argument{value, UNDEFINED, kind, lane, width};
-  meet(Collective::Shuffle, mask, &argument, [](Warp&, uint32_t mask, void** arguments) {
-    each_lane(mask, [&](uint32_t lane) {
-      auto& mine = *static_cast<ShuffleArgument*>(arguments[lane]);
-      const int source = source_lane(mine, int(lane));
-      if (mask >> source & 1) mine.result = static_cast<ShuffleArgument*>(arguments[source])->value;
-    });
-  }, site);
+  meet(
+      Collective::Shuffle, mask, &argument,
+      [](Warp&, uint32_t mask, void** arguments) {
+        each_lane(mask, [&](uint32_t lane) {
+          auto& mine = *static_cast<ShuffleArgument*>(arguments[lane]);
+          const int source = source_lane(mine, int(lane));
+          if (mask >> source & 1)
+            mine.result = static_cast<ShuffleArgument*>(arguments[source])->value;
+        });
+      },
+      site);
   return argument.result;
 }
 
@@ -122,15 +126,18 @@ struct VoteArgument {
 
 uint32_t ballot(uint32_t mask, int predicate, Site site) {
   VoteArgument argument{predicate, 0};
-  meet(Collective::Vote, mask, &argument, [](Warp&, uint32_t mask, void** arguments) {
-    uint32_t result = 0;
-    each_lane(mask, [&](uint32_t lane) {
-      if (static_cast<VoteArgument*>(arguments[lane])->predicate) result |= 1u << lane;
-    });
-    each_lane(mask, [&](uint32_t lane) {
-      static_cast<VoteArgument*>(arguments[lane])->result = result;
-    });
-  }, site);
+  meet(
+      Collective::Vote, mask, &argument,
+      [](Warp&, uint32_t mask, void** arguments) {
+        uint32_t result = 0;
+        each_lane(mask, [&](uint32_t lane) {
+          if (static_cast<VoteArgument*>(arguments[lane])->predicate) result |= 1u << lane;
+        });
+        each_lane(mask, [&](uint32_t lane) {
+          static_cast<VoteArgument*>(arguments[lane])->result = result;
+        });
+      },
+      site);
   return argument.result;
 }
 
@@ -280,13 +287,16 @@ void setmaxnreg(int registers, bool increase, Site site) {
 using namespace simt;
 
 void __syncwarp(uint32_t mask, Site site) {
-  meet(Collective::Syncwarp, mask, nullptr, [](Warp& warp, uint32_t mask, void**) {
-    if (!worker->race) return;
-    Collected all;
-    each_lane(mask, [&](uint32_t lane) { race_release(*warp.lanes[lane], all); });
-    const Known known = all.take();
-    each_lane(mask, [&](uint32_t lane) { warp.lanes[lane]->known = known; });
-  }, site);
+  meet(
+      Collective::Syncwarp, mask, nullptr,
+      [](Warp& warp, uint32_t mask, void**) {
+        if (!worker->race) return;
+        Collected all;
+        each_lane(mask, [&](uint32_t lane) { race_release(*warp.lanes[lane], all); });
+        const Known known = all.take();
+        each_lane(mask, [&](uint32_t lane) { warp.lanes[lane]->known = known; });
+      },
+      site);
 }
 
 bool elect_one(Site site) {

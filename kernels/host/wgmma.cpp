@@ -14,14 +14,15 @@
 
 namespace simt {
 
-static constexpr int M = 64, K_STEP = 16, MOST_STEPS = 4, MOST_K = K_STEP * MOST_STEPS, MOST_N = 256;
+static constexpr int M = 64, K_STEP = 16, MOST_STEPS = 4, MOST_K = K_STEP * MOST_STEPS,
+                     MOST_N = 256;
 static constexpr int ROW_PAIRS = 32, QUADS = 4;
 
 namespace {
 
 // Operands of up to MOST_STEPS wgmmas that add to the same accumulators.
 struct Operands {
-  float a[MOST_K][ROW_PAIRS][4];     // (r, r, r+8, r+8) of row pair p = 8 warp + group
+  float a[MOST_K][ROW_PAIRS][4];       // (r, r, r+8, r+8) of row pair p = 8 warp + group
   float b[MOST_K][QUADS][MOST_N / 2];  // by register, for the threads of one quad position
 };
 
@@ -57,8 +58,7 @@ struct Descriptor {
   // K-major: the 8 values k = 8 half ... of row `row`.
   uint32_t k_major(uint32_t row, uint32_t half) const {
     const uint32_t row_bytes = span ? span : 16;
-    return swizzled(start + row / 8 * stride + row % 8 * row_bytes +
-                    half * (span ? 16 : leading));
+    return swizzled(start + row / 8 * stride + row % 8 * row_bytes + half * (span ? 16 : leading));
   }
   // MN-major: the 8 values m = 8 eighth ... of k. With a swizzle, rows of `span` bytes hold span/2
   // values of one k; blocks of them are `leading` bytes apart, groups of 8 k `stride` bytes.
@@ -187,8 +187,7 @@ static inline __attribute__((always_inline)) void multiply_sixteens(float* const
     }
   }
   for (int t = 0; t < Threads; t++)
-    for (int j = 0; j < Blocks; j++)
-      *reinterpret_cast<Sixteen*>(d[t] + first + 16 * j) = sum[t][j];
+    for (int j = 0; j < Blocks; j++) *reinterpret_cast<Sixteen*>(d[t] + first + 16 * j) = sum[t][j];
 }
 
 EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
@@ -337,8 +336,7 @@ static void compute(Warpgroup& group, const Fiber& first, size_t count) {
       Clock clock;
       if (worker->race) clock = {actor_of(group, first), product.group + 1, known_by_all(product)};
       if (product.in_registers) {
-        for (uint32_t t = 0; t < WARPGROUP_THREADS; t++)
-          load_registers(product, t, steps * K_STEP);
+        for (uint32_t t = 0; t < WARPGROUP_THREADS; t++) load_registers(product, t, steps * K_STEP);
       } else {
         load_a(first.block, product, steps * K_STEP, clock);
       }

@@ -94,9 +94,9 @@ uint32_t shared_address(const void* p);  // 32-bit address in the shared window
 // ---------------------------------------------------------------- memory order, atomics
 void __threadfence(SIMT_SITE);
 void __threadfence_block(SIMT_SITE);
-uint32_t load_acquire(const uint32_t* p, SIMT_SITE);           // .gpu scope
-void store_release(uint32_t* p, uint32_t value, SIMT_SITE);    // .gpu scope
-float atomicAdd(float* p, float value, SIMT_SITE);             // atomics are relaxed, .gpu scope
+uint32_t load_acquire(const uint32_t* p, SIMT_SITE);         // .gpu scope
+void store_release(uint32_t* p, uint32_t value, SIMT_SITE);  // .gpu scope
+float atomicAdd(float* p, float value, SIMT_SITE);           // atomics are relaxed, .gpu scope
 uint32_t atomicAdd(uint32_t* p, uint32_t value, SIMT_SITE);
 int atomicAdd(int* p, int value, SIMT_SITE);
 uint32_t atomicMax(uint32_t* p, uint32_t value, SIMT_SITE);
@@ -112,8 +112,13 @@ void cp_async_16(void* shared, const void* global, SIMT_SITE);
 // Copies the first `bytes` (0 to 16) and fills the rest of the 16 with zeros.
 void cp_async_16_zfill(void* shared, const void* global, uint32_t bytes, SIMT_SITE);
 void cp_async_commit(SIMT_SITE);
-namespace simt { void cp_async_wait(int groups, Site); }
-template <int Groups> DEVICE void cp_async_wait(SIMT_SITE) { simt::cp_async_wait(Groups, site); }
+namespace simt {
+void cp_async_wait(int groups, Site);
+}
+template <int Groups>
+DEVICE void cp_async_wait(SIMT_SITE) {
+  simt::cp_async_wait(Groups, site);
+}
 
 // ---------------------------------------------------------------- mbarrier
 void mbarrier_init(uint64_t* barrier, uint32_t count, SIMT_SITE);
@@ -129,8 +134,8 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, SIMT_SITE);
 void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity, SIMT_SITE);
 
 // ---------------------------------------------------------------- fences between proxies
-void fence_mbarrier_init(SIMT_SITE);    // fence.mbarrier_init.release.cluster
-void fence_proxy_async(SIMT_SITE);      // shared memory
+void fence_mbarrier_init(SIMT_SITE);  // fence.mbarrier_init.release.cluster
+void fence_proxy_async(SIMT_SITE);    // shared memory
 void fence_proxy_async_global(SIMT_SITE);
 
 // ---------------------------------------------------------------- TMA
@@ -144,8 +149,8 @@ void tma_store(const TensorMap*, const void* shared, const int* coordinates, int
                Site);
 }  // namespace simt
 #define SIMT_TMA(rank, parameters, coordinates)                                                   \
-  DEVICE void tma_load_##rank##d(void* shared, const TensorMap* map, uint64_t* barrier, parameters, \
-                                 SIMT_SITE) {                                                     \
+  DEVICE void tma_load_##rank##d(void* shared, const TensorMap* map, uint64_t* barrier,           \
+                                 parameters, SIMT_SITE) {                                         \
     const int at[] = coordinates;                                                                 \
     simt::tma_load(shared, map, barrier, at, rank, 0, false, site);                               \
   }                                                                                               \
@@ -154,7 +159,8 @@ void tma_store(const TensorMap*, const void* shared, const int* coordinates, int
     const int at[] = coordinates;                                                                 \
     simt::tma_load(shared, map, barrier, at, rank, ranks, true, site);                            \
   }                                                                                               \
-  DEVICE void tma_store_##rank##d(const TensorMap* map, const void* shared, parameters, SIMT_SITE) { \
+  DEVICE void tma_store_##rank##d(const TensorMap* map, const void* shared, parameters,           \
+                                  SIMT_SITE) {                                                    \
     const int at[] = coordinates;                                                                 \
     simt::tma_store(map, shared, at, rank, simt::TmaReduce::None, site);                          \
   }                                                                                               \
@@ -184,18 +190,28 @@ void bulk_copy_cluster(void* shared, const void* from, uint32_t bytes, uint64_t*
                        uint32_t rank, SIMT_SITE);
 // Groups of stores and reductions of this thread, tensor or not.
 void bulk_commit(SIMT_SITE);
-namespace simt { void bulk_wait(int groups, bool read_only, Site); }
-template <int Groups> DEVICE void bulk_wait(SIMT_SITE) { simt::bulk_wait(Groups, false, site); }
+namespace simt {
+void bulk_wait(int groups, bool read_only, Site);
+}
+template <int Groups>
+DEVICE void bulk_wait(SIMT_SITE) {
+  simt::bulk_wait(Groups, false, site);
+}
 // Until the sources have been read; the results may not be written yet.
-template <int Groups> DEVICE void bulk_wait_read(SIMT_SITE) { simt::bulk_wait(Groups, true, site); }
+template <int Groups>
+DEVICE void bulk_wait_read(SIMT_SITE) {
+  simt::bulk_wait(Groups, true, site);
+}
 
 // ---------------------------------------------------------------- cluster
 uint32_t cluster_rank();
 uint32_t cluster_size();
-void cluster_arrive(SIMT_SITE);          // release
+void cluster_arrive(SIMT_SITE);  // release
 void cluster_arrive_relaxed(SIMT_SITE);
-void cluster_wait(SIMT_SITE);            // acquire
-namespace simt { void* cluster_map(const void* p, uint32_t rank, Site); }
+void cluster_wait(SIMT_SITE);  // acquire
+namespace simt {
+void* cluster_map(const void* p, uint32_t rank, Site);
+}
 // The address of `p`'s counterpart in block `rank`, for ordinary loads and stores.
 template <class T>
 DEVICE T* cluster_map(T* p, uint32_t rank, SIMT_SITE) {
@@ -211,17 +227,22 @@ void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool tra
 void wgmma_registers(float* d, int n, const uint32_t* a, uint64_t b, int scale_d, bool trans_b,
                      Site);
 }  // namespace simt
-template <int Registers> DEVICE void setmaxnreg_inc(SIMT_SITE) {
+template <int Registers>
+DEVICE void setmaxnreg_inc(SIMT_SITE) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
   simt::setmaxnreg(Registers, true, site);
 }
-template <int Registers> DEVICE void setmaxnreg_dec(SIMT_SITE) {
+template <int Registers>
+DEVICE void setmaxnreg_dec(SIMT_SITE) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
   simt::setmaxnreg(Registers, false, site);
 }
 void wgmma_fence(SIMT_SITE);
 void wgmma_commit(SIMT_SITE);
-template <int Groups> DEVICE void wgmma_wait(SIMT_SITE) { simt::wgmma_wait(Groups, site); }
+template <int Groups>
+DEVICE void wgmma_wait(SIMT_SITE) {
+  simt::wgmma_wait(Groups, site);
+}
 // d [64,N] (+)= a [64,16] b [16,N]: = where scale_d is 0. Trans: 0 K-major, 1 MN-major.
 template <int N, int TransA = 0, int TransB = 0>
 DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int scale_d, SIMT_SITE) {
