@@ -78,10 +78,14 @@ static Fiber* next_ready() {
   }
 }
 
+static void count_switch(Worker& w) {  // nobody else writes it
+  w.switches.store(w.switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
 static void leave(void** save) {
   Worker& w = *worker;
   Fiber* next = next_ready();
-  w.switches.store(w.switches.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  count_switch(w);
   if (!next) {
     simt_switch_stack(save, w.main_stack);
     return;
@@ -307,6 +311,7 @@ void run_team(Launch& launch, uint32_t team) {
     for (Fiber& fiber : w.blocks[rank].fibers) make_ready(&fiber);
   if (w.race) race_begin(w);
 
+  count_switch(w);  // what the watchdog saw of the team before means nothing now
   w.in_team = true;
   Fiber* first = next_ready();
   current = first;
