@@ -4,10 +4,14 @@
 //! (a changed kernel linked with the machine). Streams are in order, and work runs at once: what a
 //! kernel does wrong is the error of its own launch, with every place named by file and line.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsString, c_char, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::time::{Duration, Instant};
+
+use addr2line::Loader;
 
 use super::driver::*;
 use crate::config::choice::choice;
@@ -309,8 +313,6 @@ impl Host {
             let loaded = Box::leak(Box::new(libloading::Library::new(library).map_err(refuse)?));
             abi::Functions::of(loaded).map_err(refuse)?
         };
-        // The resolver keeps a list of the libraries that it has seen.
-        backtrace::clear_symbol_cache();
         Ok(Self::with_machine(machine, options))
     }
 
@@ -499,24 +501,60 @@ fn resolve_addresses(text: &str) -> String {
 }
 
 /// "kernels/norm.cu:71", or the address itself where the debug information is missing.
-///
-/// Of inlined calls, the innermost outside the machine's own headers: a person wrote that line.
 fn line_of(address: usize) -> String {
+    thread_local! {
+        /// Of the program and libraries that a fault of this thread lay in.
+        static LOADERS: RefCell<HashMap<PathBuf, Option<Loader>>> = RefCell::default();
+    }
+    let line = || {
+        let (image, offset) = image_of(address)?;
+        LOADERS.with_borrow_mut(|loaders| {
+            let load = || Loader::new(&image).ok();
+            innermost_line(loaders.entry(image.clone()).or_insert_with(load).as_ref()?, offset)
+        })
+    };
+    line().unwrap_or_else(|| format!("{address:#x}"))
+}
+
+/// The file that is mapped at this address, and how far behind its beginning the address lies. Read
+/// afresh each time: libraries are loaded while the program runs.
+fn image_of(address: usize) -> Option<(PathBuf, u64)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let mut beginning = None;
+    for line in maps.lines() {
+        // "7f12456c0000-7f12456c3000 r--p 00000000 fe:00 1234    /path"
+        let mut words = line.split_ascii_whitespace();
+        let (from, to) = words.next()?.split_once('-')?;
+        let [from, to] = [from, to].map(|hex| usize::from_str_radix(hex, 16).ok());
+        let (from, to) = (from?, to?);
+        let offset = words.nth(1)?;
+        let Some(slash) = line.find('/') else { continue };
+        let path = &line[slash..];
+        if offset.bytes().all(|digit| digit == b'0') {
+            beginning = Some((path, from));
+        }
+        if (from..to).contains(&address) {
+            let (_, start) = beginning.filter(|(other, _)| *other == path)?;
+            return Some((PathBuf::from(path), (address - start) as u64));
+        }
+    }
+    None
+}
+
+/// Of inlined calls, the innermost outside the machine's own headers: a person wrote that line.
+fn innermost_line(loader: &Loader, offset: u64) -> Option<String> {
     let mut innermost = None;
-    let mut outside = None;
-    // `resolve` takes what it is given for a return address, and looks one byte before it.
-    let behind = address.wrapping_add(1);
-    backtrace::resolve(behind as *mut c_void, |symbol| {
-        let (Some(file), Some(line)) = (symbol.filename(), symbol.lineno()) else { return };
-        let file = file.to_string_lossy();
-        let file = shortened(&file);
-        let place = format!("{file}:{line}");
-        if outside.is_none() && !file.contains("kernels/host/") {
-            outside = Some(place.clone());
+    let mut frames = loader.find_frames(loader.relative_address_base() + offset).ok()?;
+    while let Ok(Some(frame)) = frames.next() {
+        let Some(location) = frame.location else { continue };
+        let (Some(file), Some(line)) = (location.file, location.line) else { continue };
+        let place = format!("{}:{line}", shortened(file));
+        if !file.contains("kernels/host/") {
+            return Some(place);
         }
         innermost.get_or_insert(place);
-    });
-    outside.or(innermost).unwrap_or_else(|| format!("{address:#x}"))
+    }
+    innermost
 }
 
 /// From kernels/ on, wherever the repository was built.
