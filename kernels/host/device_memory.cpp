@@ -83,6 +83,8 @@ bool owns(const void* p, uint64_t bytes) {
 
 std::string describe_global(const void* p) {
   const Buffer* buffer = memory().find(p);
+  // Just before the first buffer of all, there is none whose guard page it would be.
+  if (!buffer) buffer = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
   if (!buffer) return format("address %p, not in any device buffer", p);
   const auto address = reinterpret_cast<uintptr_t>(p);
   const auto bytes = static_cast<unsigned long long>(buffer->bytes);

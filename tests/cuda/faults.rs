@@ -775,14 +775,17 @@ fn a_map_of_a_released_buffer_is_not_used() {
 // ------------------------------------------------------------------ right kernels
 
 /// The right kernels, and some words that each leaves in its buffer.
-fn right_cases() -> Vec<(Case, Range<usize>, fn(u32) -> u32)> {
+/// A case, the words of the global buffer that it writes, and what word i of them must be.
+type RightCase = (Case, Range<usize>, fn(u32) -> u32);
+
+fn right_cases() -> Vec<RightCase> {
     vec![
         (case("right_flag").cooperative(2).threads(64), 128..192, |i| i ^ 33),
         (case("right_last_block").blocks(9), 128..137, |i| (i + 1) % 9 + 1),
-        (case("right_syncwarp").threads(64), 0..192, |i| i / 64 * 64 + (i % 64 ^ 5)),
-        (case("right_named_barriers").threads(128), 0..192, |i| i / 64 * 64 + (i % 64 ^ 40)),
+        (case("right_syncwarp").threads(64), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 5)),
+        (case("right_named_barriers").threads(128), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 40)),
         (case("right_cluster").blocks(8).cluster(4), 0..256, |i| {
-            i / 128 * 128 + (i / 32 + 1) % 4 * 32 + (i % 32 ^ 3)
+            i / 128 * 128 + (i / 32 + 1) % 4 * 32 + ((i % 32) ^ 3)
         }),
         (case("right_remote_arrival").blocks(8).cluster(4), 0..256, |i| {
             i / 128 * 4 + (i / 32 + 3) % 4
