@@ -230,8 +230,13 @@ void install_fault_handlers() {
     // The watchdog's signals queue up while a thread does not run; nested in each other they would
     // overflow the small stack for signals.
     sigaddset(&action.sa_mask, watchdog_signal());
-    for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, watchdog_signal()})
-      sigaction(signal, &action, &previous[signal]);
+    for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, watchdog_signal()}) {
+      // Known before the handler can run in another thread; then exactly.
+      sigaction(signal, nullptr, &previous[signal]);
+      struct sigaction replaced {};
+      sigaction(signal, &action, &replaced);
+      previous[signal] = replaced;
+    }
     return true;
   }();
   (void)once;

@@ -1,5 +1,5 @@
-// The access hooks that the compiler inserts into the hooked kernels (-fsanitize=thread), supplied
-// here in place of libtsan, which is never linked.
+// The access hooks that the compiler inserts into the hooked kernels (-fsanitize=thread,alignment),
+// supplied here in place of libtsan and libubsan, which are never linked.
 #include "fault.h"
 #include "machine.h"
 

@@ -757,7 +757,18 @@ fn a_map_of_a_released_buffer_is_not_used() {
     for options in [plain(), race()] {
         host.set_options(options);
         let driver: &mut dyn Driver = &mut host;
-        let (matrix, map) = matrix(driver);
+        // So large that no other test is given its addresses meanwhile.
+        let matrix = driver.allocate("matrix", 16 << 20).unwrap();
+        let dimensions = [32, 64];
+        let spec = TensorMapSpec::matrix(
+            TensorType::F32,
+            matrix.address,
+            &dimensions,
+            &[128],
+            &[32, 8],
+            Swizzle::None,
+        );
+        let map = driver.tensor_map(&spec).unwrap();
         let global = driver.allocate("global", 64).unwrap();
         let kernel = driver.kernel("tensor_load").unwrap();
         let launch = Launch::new(kernel, [1; 3], [32, 1, 1]).shared_bytes(1024);
