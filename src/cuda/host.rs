@@ -506,6 +506,8 @@ fn line_of(address: usize) -> String {
     let mut outside = None;
     // `resolve` takes what it is given for a return address, and looks one byte before it.
     let behind = address.wrapping_add(1);
+    // Its list of libraries may be older than the last one loaded, by another thread.
+    backtrace::clear_symbol_cache();
     backtrace::resolve(behind as *mut c_void, |symbol| {
         let (Some(file), Some(line)) = (symbol.filename(), symbol.lineno()) else { return };
         let file = file.to_string_lossy();
