@@ -785,7 +785,6 @@ fn a_map_of_a_released_buffer_is_not_used() {
 
 // ------------------------------------------------------------------ right kernels
 
-/// The right kernels, and some words that each leaves in its buffer.
 /// A case, the words of the global buffer that it writes, and what word i of them must be.
 type RightCase = (Case, Range<usize>, fn(u32) -> u32);
 
