@@ -233,7 +233,7 @@ void install_fault_handlers() {
     for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, watchdog_signal()}) {
       // Known before the handler can run in another thread; then exactly.
       sigaction(signal, nullptr, &previous[signal]);
-      struct sigaction replaced {};
+      struct sigaction replaced{};
       sigaction(signal, &action, &replaced);
       previous[signal] = replaced;
     }

@@ -548,7 +548,8 @@ const PLANTED: &[Planted] = &[
         Kernels::Norm,
         "no barrier before the sums of the warps are read",
         &[(
-            "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
+            "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      \
+             sums[i] = 0;",
             "#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      sums[i] = 0;",
         )],
         &["shared memory 0x", "by block (0,0,0) thread"],
@@ -809,8 +810,8 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
         Kernels::GemmSm90,
         "if (storing) bulk_wait<0>();",
         "sources only",
-        "what has been read from shared memory is written by the end of the launch, and nobody in it \
-         reads the result",
+        "what has been read from shared memory is written by the end of the launch, and nobody in \
+         it reads the result",
     ),
     (
         Kernels::GemmMma,
@@ -886,8 +887,8 @@ fn every_synchronisation_that_is_broken_is_caught() {
 
 #[test]
 fn the_scan_finds_calls_and_not_comments() {
-    let text = "  // __syncthreads();\n  if (x) bulk_wait_read<STORES - 1>();  // wgmma_commit()\n  \
-                mbarrier_wait(&full[f(a, b)], at.parity ^ 1);\n  my__syncwarp();\n";
+    let text = "  // __syncthreads();\n  if (x) bulk_wait_read<STORES - 1>();  // wgmma_commit()\n\
+                \x20 mbarrier_wait(&full[f(a, b)], at.parity ^ 1);\n  my__syncwarp();\n";
     let found = calls(text);
     let names: Vec<&str> = found.iter().map(|call| call.name).collect();
     assert_eq!(names, ["bulk_wait_read", "mbarrier_wait"]);

@@ -1,5 +1,5 @@
-// out = A B^T with cp.async, ldmatrix and mma.sync: what a kernel for sm_80 is made of, for the tests
-// of the machine.
+// out = A B^T with cp.async, ldmatrix and mma.sync: what a kernel for sm_80 is made of, for the
+// tests of the machine.
 //
 // Contract: A [M,K], B [N,K] bf16, out [M,N] float, row-major; M and N multiples of 64, K of 32. A
 // block of four warps makes one tile 64 x 64, two stages of 32 k in turn: one is multiplied while
@@ -63,7 +63,8 @@ KERNEL(gemm_mma, 128)
   }
 #pragma unroll
   for (int group = 0; group < TILE / 8; ++group) {
-    float* const to = out + size_t(row + warp * 16 + lane / 4) * n + column + group * 8 + lane % 4 * 2;
+    float* const to =
+        out + size_t(row + warp * 16 + lane / 4) * n + column + group * 8 + lane % 4 * 2;
     *reinterpret_cast<float2*>(to) = make_float2(sums[group][0], sums[group][1]);
     *reinterpret_cast<float2*>(to + size_t(8) * n) = make_float2(sums[group][2], sums[group][3]);
   }
