@@ -231,6 +231,7 @@ impl Ops<'_> {
         let n = ParameterTable::new(self.model).stored_elements();
         let flat = FlatBuffers {
             parameters: self.tensor(&[n])?,
+            working: None,
             gradients: self.tensor(&[n])?,
             moment1: self.tensor(&[n])?,
             moment2: self.tensor(&[n])?,

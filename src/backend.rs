@@ -66,10 +66,13 @@ pub struct LossSpec {
 }
 
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
-/// global gradient norm, which stays on the device so that a step needs no answer from it.
+/// global gradient norm, which stays on the device so that a step needs no answer from it. Where
+/// activations are narrower than f32, a fifth holds the parameters rounded to their type.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {
     pub parameters: View,
+    /// Activations; written by the update.
+    pub working: Option<View>,
     pub gradients: View,
     pub moment1: View,
     pub moment2: View,
@@ -110,11 +113,29 @@ pub trait Backend {
     fn element_bytes(&self, kind: Kind) -> usize;
 
     /// Bytes that can still be allocated.
-    fn available_bytes(&self) -> u64;
+    fn available_bytes(&self) -> Result<u64>;
 
     /// Bytes of the device's memory that a training process takes besides its plan, as measured;
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
+
+    /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
+    /// looked up, tensor maps), but nothing is computed. False: there is nothing to prepare, and ops
+    /// must not be called for it.
+    fn begin_preparation(&mut self) -> bool {
+        false
+    }
+    fn end_preparation(&mut self) {}
+
+    /// Bytes that [`Backend::prepare_optimizer`] allocates for flat buffers of so many elements.
+    fn optimizer_bytes(&self, _elements: usize) -> usize {
+        0
+    }
+    /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;
+    /// once, before either is called. `decay` as in [`AdamWStep`].
+    fn prepare_optimizer(&mut self, _buffers: &FlatBuffers, _decay: &[Range<usize>]) -> Result<()> {
+        Ok(())
+    }
 
     /// A buffer of zeros.
     fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId>;
@@ -129,6 +150,8 @@ pub trait Backend {
     fn zero(&mut self, view: View) -> Result<()>;
     /// to = from
     fn copy(&mut self, from: View, to: View) -> Result<()>;
+    /// to = from, Statistic, rounded to an Activation.
+    fn round(&mut self, from: View, to: View) -> Result<()>;
     /// to += from
     fn add(&mut self, from: View, to: View) -> Result<()>;
 

@@ -374,7 +374,7 @@ fn adamw_is_the_published_formula_and_walks_decay_ranges() {
         decay: &decay,
     };
     let grad_norm = view(cpu, &[1]);
-    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    let buffers = FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm };
     for norm in [f64::NAN, f64::INFINITY] {
         cpu.values_mut(grad_norm)[0] = norm;
         cpu.adamw(&buffers, &step).unwrap();
@@ -410,7 +410,7 @@ fn gradient_norm_is_the_euclidean_norm() {
     let grad_norm = view(cpu, &[1]);
     let unused = filled(cpu, &[50_001], 8);
     let (parameters, moment1, moment2) = (unused, unused, unused);
-    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    let buffers = FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm };
     cpu.gradient_norm(&buffers).unwrap();
     assert_close("norm", &values(cpu, grad_norm), &[expected], 1e-12);
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use isobath::config::{DeviceKind, ModelConfig};
 use isobath::cpu::Cpu;
 use isobath::data::Tokenizer;
-use isobath::engine::{Decoder, DecoderPlan, Evaluator, Rows, allocate_parameters};
+use isobath::engine::{Decoder, DecoderPlan, Evaluator, Parameters, Rows};
 use isobath::generate::{Request, Sampling, generate, generate_text};
 use isobath::hf::{Export, ExportDtype, TokenizerFiles};
 use isobath::model::parameters::ParameterTable;
@@ -32,9 +32,9 @@ fn prompt(length: usize) -> Vec<u32> {
 
 fn decoder(context: usize, cpu: &mut Cpu<f32>) -> Decoder {
     let (config, table, parameters) = model();
-    let parameters = allocate_parameters(&table, &parameters, cpu).unwrap();
+    let parameters = Parameters::upload(&table, &parameters, cpu).unwrap();
     let plan = DecoderPlan::new(&config, &table, context, |_| 4).unwrap();
-    plan.allocate(parameters, cpu).unwrap()
+    plan.allocate(&parameters, cpu).unwrap()
 }
 
 fn continued(prompt: &[u32], count: usize, sampling: &Sampling) -> Vec<u32> {

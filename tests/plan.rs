@@ -19,8 +19,9 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
         let plan_with = |set: &str| plan(&["--preset", preset, "--set", set])["bytes"].take();
         let bytes = plan_with("train.recompute=none");
         let get = |name: &str| bytes[name].as_u64().unwrap();
-        let rows = ["parameters", "gradients", "moments", "activations", "sampling", "process"];
-        assert_eq!(rows.map(get).iter().sum::<u64>(), get("total"), "{preset}: {bytes}");
+        let rows = ["parameters", "working_copy", "gradients", "moments", "activations", "batches"];
+        let all = rows.iter().chain(&["sampling", "process"]).map(|row| get(row));
+        assert_eq!(all.sum::<u64>(), get("total"), "{preset}: {bytes}");
         let tensors = bytes["tensors"].as_array().unwrap();
         let live: u64 = tensors.iter().map(|line| line["live_bytes"].as_u64().unwrap()).sum();
         assert!(live <= get("activations"), "{preset}");
@@ -36,6 +37,8 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
     let share = bf16["activations"].as_f64().unwrap() / f32["activations"].as_f64().unwrap();
     assert!((0.5..0.6).contains(&share), "{share}");
     assert_eq!((&bf16["process"], &bf16["gradients"]), (&0.into(), &f32["gradients"]));
+    let gradients = bf16["gradients"].as_u64().unwrap();
+    assert_eq!((&bf16["working_copy"], &f32["working_copy"]), (&(gradients / 2).into(), &0.into()));
 }
 
 #[cfg(target_os = "linux")]

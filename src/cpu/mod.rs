@@ -74,8 +74,8 @@ impl<T: Float> Backend for Cpu<T> {
         }
     }
 
-    fn available_bytes(&self) -> u64 {
-        host_memory::available_bytes()
+    fn available_bytes(&self) -> Result<u64> {
+        Ok(host_memory::available_bytes())
     }
 
     fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {
@@ -119,9 +119,18 @@ impl<T: Float> Backend for Cpu<T> {
     }
 
     fn copy(&mut self, from: View, to: View) -> Result<()> {
+        if from.kind == Kind::Index {
+            let ([to], [from]) = self.memory.borrow::<i32, 1, 1>([to], [from]);
+            to.copy_from_slice(from);
+            return Ok(());
+        }
         let ([to], [from]) = self.memory.borrow::<T, 1, 1>([to], [from]);
         matmul::parallel_copy(from, to);
         Ok(())
+    }
+
+    fn round(&mut self, from: View, to: View) -> Result<()> {
+        self.copy(from, to)
     }
 
     fn add(&mut self, from: View, to: View) -> Result<()> {

@@ -3,7 +3,7 @@
 //! The prompt runs through in chunks of 64 tokens, everything after it token by token. No device
 //! memory is allocated once a [`Decoder`] exists.
 
-use super::check_available;
+use super::{Parameters, check_available};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -91,16 +91,15 @@ impl DecoderPlan {
         self.caches * self.cache_bytes + arenas
     }
 
-    /// `parameters` is the flat buffer on `backend`.
-    pub fn allocate(self, parameters: View, backend: &mut impl Backend) -> Result<Decoder> {
+    /// `parameters` lie on `backend`.
+    pub fn allocate(self, parameters: &Parameters, backend: &mut impl Backend) -> Result<Decoder> {
         let parts = [("key-value cache and activations", self.bytes())];
         check_available(&parts, "ask for fewer tokens", backend)?;
         let caches: Vec<BufferId> = (0..self.caches)
             .map(|_| backend.allocate("key-value cache", self.cache_bytes))
             .collect::<Result<_>>()?;
-        let statistic = backend.element_bytes(Kind::Statistic);
-        let external = |external, _| match external {
-            External::Parameter(i) => self.table.entries()[i].view(parameters, statistic),
+        let external = |external, kind| match external {
+            External::Parameter(i) => parameters.view(&self.table.entries()[i], kind),
             External::Cache(i) => {
                 View { buffer: caches[i], offset: 0, kind: Kind::Activation, shape: self.cache }
             }
@@ -110,6 +109,7 @@ impl DecoderPlan {
             let Recorded { program, tokens, rotary, logits, count } = recorded;
             let arena = backend.allocate("activations", program.arena_bytes())?;
             let program = program.bind(arena, external);
+            program.prepare(backend)?;
             backend.write(program.view(rotary.table), &self.rotary)?;
             Ok(Forward { program, tokens, rotary, logits, count })
         };

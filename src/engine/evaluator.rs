@@ -1,18 +1,18 @@
 //! Losses of a model that is only read.
 
 use super::loss::{BoundLoss, LossProgram};
-use super::{Rows, allocate_parameters, check_available, sum};
+use super::{Parameters, Rows, check_available, sum};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 use crate::tape::{External, Purpose};
-use crate::tensor::{Kind, View};
+use crate::tensor::View;
 
 /// A model that is only read: its parameters, and the loss of [B,S] tokens.
 pub struct Evaluator<B> {
     backend: B,
-    parameters: View,
+    parameters: Parameters,
     program: BoundLoss,
     losses: Vec<f32>,
 }
@@ -29,26 +29,26 @@ impl<B: Backend> Evaluator<B> {
         let purpose = Purpose::Inference;
         let bytes = |kind| backend.element_bytes(kind);
         let program = LossProgram::new(config, table, [batch, sequence], 0.0, purpose, bytes)?;
-        let flat_bytes = table.stored_elements() * bytes(Kind::Statistic);
+        let flat_bytes = Parameters::bytes(table, bytes);
         check_available(
             &[("parameters", flat_bytes), ("activations", program.arena_bytes())],
             "evaluate fewer windows at one time, or shorter ones",
             &backend,
         )?;
         let arena = backend.allocate("activations", program.arena_bytes())?;
-        let parameters = allocate_parameters(table, parameters, &mut backend)?;
-        let bytes = backend.element_bytes(Kind::Statistic);
-        let program = program.bind(arena, |external, _| match external {
-            External::Parameter(i) => table.entries()[i].view(parameters, bytes),
+        let parameters = Parameters::upload(table, parameters, &mut backend)?;
+        let program = program.bind(arena, |external, kind| match external {
+            External::Parameter(i) => parameters.view(&table.entries()[i], kind),
             other => unreachable!("an inference program asks for {other:?}"),
         });
+        program.prepare(&mut backend)?;
         program.write_constants(config, &mut backend)?;
         Ok(Evaluator { backend, parameters, program, losses: vec![0.0; batch * sequence] })
     }
 
     /// The loss of each of the B*S tokens; 0 where nothing is predicted.
     pub fn losses(&mut self, rows: Rows) -> Result<&[f32]> {
-        self.program.run(rows, 1.0, &mut self.losses, &mut self.backend)?;
+        self.program.run(rows, &mut self.losses, &mut self.backend)?;
         Ok(&self.losses)
     }
 
@@ -58,7 +58,8 @@ impl<B: Backend> Evaluator<B> {
         Ok((sum(self.losses(rows)?), predicted))
     }
 
+    /// The device and the flat master parameters on it.
     pub fn device(&mut self) -> (&mut B, View) {
-        (&mut self.backend, self.parameters)
+        (&mut self.backend, self.parameters.master)
     }
 }

@@ -1,6 +1,7 @@
 //! The program that computes the loss of [B,S] tokens, and in training its gradient.
 
 use super::Rows;
+use super::batches::MicroBatch;
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -75,6 +76,11 @@ impl BoundLoss {
         self.program.view(self.inputs.losses)
     }
 
+    /// Makes everything ready that the backend needs to run it.
+    pub(super) fn prepare(&self, backend: &mut impl Backend) -> Result<()> {
+        self.program.prepare(backend)
+    }
+
     /// Writes what does not change from batch to batch; again after another program used the arena.
     pub(super) fn write_constants(
         &self,
@@ -87,18 +93,39 @@ impl BoundLoss {
         backend.write_index(self.program.view(rotary.positions), &positions)
     }
 
-    /// Runs one micro-batch and reads its losses.
+    /// Runs one micro-batch of a step, from device memory to device memory; the token ids have been
+    /// checked.
+    pub(super) fn run_stored(
+        &self,
+        micro_batch: MicroBatch,
+        backend: &mut impl Backend,
+    ) -> Result<()> {
+        backend.copy(micro_batch.tokens, self.program.view(self.inputs.tokens))?;
+        backend.copy(micro_batch.targets, self.program.view(self.inputs.targets))?;
+        self.program.run(backend)?;
+        backend.copy(self.losses(), micro_batch.losses)
+    }
+
+    /// What the gradients of the next runs are scaled by.
+    pub(super) fn set_scale(&self, scale: f32, backend: &mut impl Backend) -> Result<()> {
+        backend.write(self.program.view(self.inputs.scale), &[scale])
+    }
+
+    /// V: token ids that the model has.
+    pub(super) fn classes(&self) -> usize {
+        self.inputs.classes
+    }
+
+    /// Runs one micro-batch and reads its losses; there is no gradient to scale.
     pub(super) fn run(
         &self,
         rows: Rows,
-        scale: f32,
         losses: &mut [f32],
         backend: &mut impl Backend,
     ) -> Result<()> {
         rows.check(self.inputs.classes)?;
         backend.write_index(self.program.view(self.inputs.tokens), rows.tokens)?;
         backend.write_index(self.program.view(self.inputs.targets), rows.targets)?;
-        backend.write(self.program.view(self.inputs.scale), &[scale])?;
         self.program.run(backend)?;
         backend.read(self.losses(), losses)
     }

@@ -3,20 +3,22 @@
 //! [`Plan`] says what a training run will need; [`Trainer`], [`Evaluator`] and [`Decoder`] allocate
 //! once and then only run. None knows where batches come from or where checkpoints go.
 
+mod batches;
 mod decoder;
 mod evaluator;
 mod loss;
+mod parameters;
 mod plan;
 mod trainer;
 
 pub use decoder::{Decoder, DecoderPlan};
 pub use evaluator::Evaluator;
+pub use parameters::Parameters;
 pub use plan::{MemoryTable, Plan};
 pub use trainer::{StepOutcome, Trainer};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTable;
 use crate::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
 
 /// Tokens and what they are to predict: [B,S] each, row-major.
@@ -59,7 +61,7 @@ fn flat_view(buffer: BufferId, elements: usize) -> View {
 /// Refuses what does not fit on the device; `parts` are names and bytes.
 fn check_available(parts: &[(&str, usize)], remedy: &str, backend: &impl Backend) -> Result<()> {
     let needed = parts.iter().map(|(_, bytes)| *bytes as u64).sum();
-    let available = backend.available_bytes();
+    let available = backend.available_bytes()?;
     if needed <= available {
         return Ok(());
     }
@@ -71,17 +73,4 @@ fn check_available(parts: &[(&str, usize)], remedy: &str, backend: &impl Backend
         table: lines.collect::<Vec<_>>().join("\n"),
         remedy: remedy.to_string(),
     })
-}
-
-/// A flat buffer holding `parameters`.
-pub fn allocate_parameters<B: Backend>(
-    table: &ParameterTable,
-    parameters: &[f32],
-    backend: &mut B,
-) -> Result<View> {
-    let elements = table.stored_elements();
-    let bytes = elements * backend.element_bytes(Kind::Statistic);
-    let view = flat_view(backend.allocate("parameters", bytes)?, elements);
-    backend.write(view, parameters)?;
-    Ok(view)
 }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::Parameters;
+use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use crate::backend::Backend;
@@ -20,6 +22,9 @@ pub struct Plan {
     pub(super) evaluation: LossProgram,
     pub(super) sampling: DecoderPlan,
     pub(super) flat_bytes: usize,
+    working_bytes: usize,
+    batch_bytes: usize,
+    optimizer_bytes: usize,
     process_bytes: usize,
 }
 
@@ -30,11 +35,15 @@ const SAMPLE_CONTEXT: usize = 256;
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct MemoryTable {
     pub parameters: u64,
+    /// The parameters as matmuls read them, where that is not f32.
+    pub working_copy: u64,
     pub gradients: u64,
-    /// Both moments.
+    /// Both moments, and what the optimizer needs besides.
     pub moments: u64,
     /// The one arena that training and evaluation share.
     pub activations: u64,
+    /// Tokens, targets and losses of a step.
+    pub batches: u64,
     /// For the samples that training prints.
     pub sampling: u64,
     /// What the program itself takes of the device's memory, as measured.
@@ -49,7 +58,8 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        Ok(Plan { process_bytes, ..plan })
+        let optimizer_bytes = backend.optimizer_bytes(plan.table.stored_elements());
+        Ok(Plan { process_bytes, optimizer_bytes, ..plan })
     }
 
     /// For training on a device that need not be here.
@@ -78,7 +88,20 @@ impl Plan {
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
-        Ok(Plan { table, training, evaluation, sampling, flat_bytes, process_bytes: 0 })
+        let working_bytes = Parameters::working_bytes(&table, &element_bytes);
+        let batch_bytes =
+            Batches::bytes(config.train.grad_accumulation, batch * sequence, &element_bytes);
+        Ok(Plan {
+            table,
+            training,
+            evaluation,
+            sampling,
+            flat_bytes,
+            working_bytes,
+            batch_bytes,
+            optimizer_bytes: 0,
+            process_bytes: 0,
+        })
     }
 
     /// [rows, columns] of the parameter with the most elements.
@@ -96,22 +119,27 @@ impl Plan {
     pub fn memory(&self) -> MemoryTable {
         let flat = self.flat_bytes as u64;
         let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
+        let (working_copy, batches) = (self.working_bytes as u64, self.batch_bytes as u64);
+        let moments = 2 * flat + self.optimizer_bytes as u64;
         let process = self.process_bytes as u64;
+        let flat_buffers = 2 * flat + working_copy + moments;
         MemoryTable {
             parameters: flat,
+            working_copy,
             gradients: flat,
-            moments: 2 * flat,
+            moments,
             activations,
+            batches,
             sampling,
             process,
-            total: 4 * flat + activations + sampling + process,
+            total: flat_buffers + activations + batches + sampling + process,
             tensors: self.training.memory_lines().to_vec(),
         }
     }
 
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
-        let (memory, available) = (self.memory(), backend.available_bytes());
+        let (memory, available) = (self.memory(), backend.available_bytes()?);
         if memory.total <= available {
             return Ok(());
         }
@@ -134,11 +162,14 @@ impl fmt::Display for MemoryTable {
         writeln!(f, "{:<30}{:>22}", "memory", "MiB")?;
         for (name, bytes) in [
             ("parameters", self.parameters),
+            ("working copy", self.working_copy),
             ("gradients", self.gradients),
             ("moments", self.moments),
             ("activations", self.activations),
         ] {
-            writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
+            if bytes > 0 {
+                writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
+            }
         }
         // At the fullest step; what is too small to show is left out.
         let shown = |line: &&MemoryLine| mib(line.live_bytes as u64) >= 0.05;
@@ -146,9 +177,10 @@ impl fmt::Display for MemoryTable {
             let name = format!("  {} x {}", line.live, line.name);
             writeln!(f, "{name:<30}{:>12.1}", mib(line.live_bytes as u64))?;
         }
-        writeln!(f, "{:<30}{:>22.1}", "sampling", mib(self.sampling))?;
-        if self.process > 0 {
-            writeln!(f, "{:<30}{:>22.1}", "process", mib(self.process))?;
+        let rest =
+            [("batches", self.batches), ("sampling", self.sampling), ("process", self.process)];
+        for (name, bytes) in rest.into_iter().filter(|(_, bytes)| *bytes > 0) {
+            writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
         }
         write!(f, "{:<30}{:>22.1}", "together", mib(self.total))
     }

@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::batches::Batches;
 use super::decoder::Decoder;
 use super::loss::BoundLoss;
 use super::plan::Plan;
-use super::{Rows, flat_view, sum};
+use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
 use crate::config::{Config, ModelConfig, OptimizerConfig};
 use crate::error::Result;
@@ -30,12 +31,14 @@ pub struct Trainer<B> {
     backend: B,
     config: ModelConfig,
     table: ParameterTable,
+    parameters: Parameters,
     flat: FlatBuffers,
     decay: Vec<Range<usize>>,
     training: BoundLoss,
     evaluation: BoundLoss,
     arena_holds: Use,
     decoder: Decoder,
+    batches: Batches,
     losses: Vec<f32>,
 }
 
@@ -53,39 +56,48 @@ impl<B: Backend> Trainer<B> {
         let arena = backend.allocate("activations", plan.arena_bytes())?;
         let Plan { table, training, evaluation, sampling, flat_bytes, .. } = plan;
         let bytes = backend.element_bytes(Kind::Statistic);
+        let parameters = Parameters::allocate(&table, &mut backend)?;
         let mut flat = |label| -> Result<View> {
             Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
         };
         let flat = FlatBuffers {
-            parameters: flat("parameters")?,
+            parameters: parameters.master,
+            working: parameters.working,
             gradients: flat("gradients")?,
             moment1: flat("first moment")?,
             moment2: flat("second moment")?,
             grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
         };
-        let external = |external, _| match external {
-            External::Parameter(i) => table.entries()[i].view(flat.parameters, bytes),
+        let decay = optim::decay_ranges(&table);
+        backend.prepare_optimizer(&flat, &decay)?;
+        let external = |external, kind| match external {
+            External::Parameter(i) => parameters.view(&table.entries()[i], kind),
             External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
             External::Cache(_) => unreachable!("a loss has no cache"),
         };
         let training = training.bind(arena, external);
         let evaluation = evaluation.bind(arena, external);
-        let losses = vec![0.0; config.train.micro_batch * config.data.sequence];
-        let decay = optim::decay_ranges(&table);
+        let tokens = config.train.micro_batch * config.data.sequence;
+        let batches = Batches::allocate(config.train.grad_accumulation, tokens, &mut backend)?;
+        let losses = vec![0.0; tokens];
+        training.prepare(&mut backend)?;
+        evaluation.prepare(&mut backend)?;
         let config = config.model.clone();
         training.write_constants(&config, &mut backend)?;
-        let decoder = sampling.allocate(flat.parameters, &mut backend)?;
+        let decoder = sampling.allocate(&parameters, &mut backend)?;
         let arena_holds = Use::Training;
         Ok(Trainer {
             backend,
             config,
             table,
+            parameters,
             flat,
             decay,
             training,
             evaluation,
             arena_holds,
             decoder,
+            batches,
             losses,
         })
     }
@@ -96,7 +108,7 @@ impl<B: Backend> Trainer<B> {
 
     /// Replaces parameters and both moments; each of the table's stored elements.
     pub fn set_state(&mut self, parameters: &[f32], m1: &[f32], m2: &[f32]) -> Result<()> {
-        self.backend.write(self.flat.parameters, parameters)?;
+        self.set_parameters(parameters)?;
         self.backend.write(self.flat.moment1, m1)?;
         self.backend.write(self.flat.moment2, m2)
     }
@@ -108,11 +120,16 @@ impl<B: Backend> Trainer<B> {
 
     /// Replaces one of [`Trainer::state_buffers`].
     pub fn set_buffer(&mut self, buffer: View, values: &[f32]) -> Result<()> {
-        self.backend.write(buffer, values)
+        self.backend.write(buffer, values)?;
+        if buffer == self.flat.parameters {
+            self.parameters.round(&mut self.backend)
+        } else {
+            Ok(())
+        }
     }
 
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
-        self.backend.write(self.flat.parameters, parameters)
+        self.parameters.write(parameters, &mut self.backend)
     }
 
     /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
@@ -149,15 +166,19 @@ impl<B: Backend> Trainer<B> {
         micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
     ) -> Result<StepOutcome> {
         self.use_arena_for(Use::Training)?;
-        let predicted: usize = micro_batches.clone().map(|rows| rows.predicted()).sum();
+        let mut predicted = 0;
+        for rows in micro_batches.clone() {
+            rows.check(self.training.classes())?;
+            predicted += rows.predicted();
+        }
         let scale = 1.0 / predicted.max(1) as f32;
+        self.training.set_scale(scale, &mut self.backend)?;
         self.backend.zero(self.flat.gradients)?;
-        let mut total = 0.0;
-        for rows in micro_batches {
-            self.training.run(rows, scale, &mut self.losses, &mut self.backend)?;
-            total += sum(&self.losses);
+        for micro_batch in self.batches.write(micro_batches, &mut self.backend)? {
+            self.training.run_stored(micro_batch, &mut self.backend)?;
         }
         self.backend.gradient_norm(&self.flat)?;
+        let total = self.batches.total_loss(&mut self.backend)?;
         let mut grad_norm = [0.0];
         self.backend.read(self.flat.grad_norm, &mut grad_norm)?;
         let grad_norm = grad_norm[0] as f64;
@@ -173,7 +194,7 @@ impl<B: Backend> Trainer<B> {
     /// Sum of the losses of at most B rows, and how many tokens were predicted.
     pub fn evaluate(&mut self, rows: Rows) -> Result<(f64, u64)> {
         self.use_arena_for(Use::Evaluation)?;
-        self.evaluation.run(rows, 1.0, &mut self.losses, &mut self.backend)?;
+        self.evaluation.run(rows, &mut self.losses, &mut self.backend)?;
         Ok((sum(&self.losses), rows.predicted() as u64))
     }
 
@@ -195,7 +216,7 @@ impl<B: Backend> Trainer<B> {
         (&mut self.decoder, &mut self.backend)
     }
 
-    /// The device and the flat parameter buffer on it.
+    /// The device and the flat master parameters on it.
     pub fn device(&mut self) -> (&mut B, View) {
         (&mut self.backend, self.flat.parameters)
     }

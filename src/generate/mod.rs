@@ -12,7 +12,7 @@ use crate::config::DeviceKind;
 use crate::cpu::Cpu;
 use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
-use crate::engine::{Decoder, DecoderPlan, allocate_parameters};
+use crate::engine::{Decoder, DecoderPlan, Parameters};
 use crate::error::{Error, Result};
 use crate::loaded::LoadedModel;
 
@@ -100,9 +100,9 @@ fn generate_on<B: Backend>(
         });
     }
     let context = config.max_sequence.min(prompt.len().saturating_add(request.tokens));
-    let parameters = allocate_parameters(table, parameters, &mut backend)?;
+    let parameters = Parameters::upload(table, parameters, &mut backend)?;
     let plan = DecoderPlan::new(config, table, context, |kind| backend.element_bytes(kind))?;
-    let mut decoder = plan.allocate(parameters, &mut backend)?;
+    let mut decoder = plan.allocate(&parameters, &mut backend)?;
     let mut stream = tokenizer.stream();
     let mut stopped_by_reader = !show(&request.prompt);
     let count = if stopped_by_reader { 0 } else { request.tokens };

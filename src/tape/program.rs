@@ -99,6 +99,17 @@ impl BoundProgram {
         &self.steps
     }
 
+    /// Has the backend check every step and make ready what it needs to run it, so that the first
+    /// run is like the later ones. Nothing is computed.
+    pub fn prepare(&self, backend: &mut impl Backend) -> Result<()> {
+        if !backend.begin_preparation() {
+            return Ok(());
+        }
+        let ready = self.run(backend);
+        backend.end_preparation();
+        ready
+    }
+
     /// Runs every step, in order.
     pub fn run(&self, backend: &mut impl Backend) -> Result<()> {
         self.steps.iter().try_for_each(|step| step.run(backend))
