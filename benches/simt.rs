@@ -13,7 +13,7 @@ use half::bf16;
 use isobath::Result;
 use isobath::backend::NormSpec;
 use isobath::config::{Dtype, NormKind};
-use isobath::cuda::gemm::{Gemm, Product};
+use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options, present};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
@@ -104,17 +104,18 @@ impl Bench<'_> {
     fn gemm(&self, group: &mut Group) -> Result<()> {
         let mut host = Host::new(self.options)?;
         let driver: &mut dyn Driver = &mut host;
-        let gemm = Gemm::new(driver)?;
+        let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
         let [a, b] = [normals(driver, 1, SIDE * SIDE)?, normals(driver, 2, SIDE * SIDE)?];
         let out = driver.allocate("out", (2 * SIDE * SIDE) as u64)?;
         let product = Product {
+            layout: Layout::Nt,
             m: SIDE,
             n: SIDE,
             k: SIDE,
             a: a.address,
             b: b.address,
-            residual: None,
             out: out.address,
+            output: Output::Store { addend: None },
         };
         let plan = gemm.plan(driver, &product)?;
         group.throughput(Throughput::Elements(2 * (SIDE * SIDE * SIDE) as u64));

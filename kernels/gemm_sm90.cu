@@ -1,7 +1,7 @@
 // out = A B^T (+ residual) on Hopper: bf16 in and out, fp32 accumulation.
 //
 // Contract: A [M,K], B [N,K], out and residual [M,N], row-major; K and N multiples of 8. The tensor
-// maps (src/cuda/gemm.rs) have 128-byte swizzles and the boxes A {64, 128}, B {64, TILE_N},
+// maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and the boxes A {64, 128}, B {64, TILE_N},
 // out {64, 64}, innermost first. Tails cost nothing but work: TMA fills what lies outside with
 // zeros and does not store it. One rounding, of the accumulator plus the residual.
 //

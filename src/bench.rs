@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::backend::NormSpec;
 use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};
-use crate::cuda::gemm::{Gemm, Product};
+use crate::cuda::gemm::{Family, Gemm, Layout, Output, Product};
 use crate::cuda::norm::{Norm, NormBackward, NormForward};
 use crate::cuda::{Allocation, DevicePointer, Driver, Properties, StreamId};
 use crate::error::{Error, Result};
@@ -37,6 +37,9 @@ pub struct Request {
     pub columns: Option<usize>,
     /// M, N, K
     pub product: Option<[usize; 3]>,
+    /// `None`: every layout that the family has.
+    pub layout: Option<Layout>,
+    pub family: Option<Family>,
     pub samples: Option<usize>,
 }
 
@@ -302,34 +305,57 @@ fn gemm(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
         None if on_cpu(driver) => vec![[512; 3]],
         None => vec![[2048; 3], [4096; 3], [8192; 3]],
     };
-    let kernels = Gemm::new(driver)?;
-    let mut table = vec![];
-    for [m, n, k] in shapes {
-        let sizes = [m, n, k].map(|size| size as u64);
-        let operations = sizes.iter().try_fold(2u64, |product, &size| product.checked_mul(size));
-        let Some(amount) = operations.filter(|&operations| operations > 0) else {
-            return Err(impossible(format!("a product of {m} x {n} x {k}")));
-        };
-        let bytes = 2 * (m * k + n * k + m * n) as u64;
-        let mut allocations = vec![];
-        let plans = Copies::new(driver, bytes, |driver| {
-            let a = normals(driver, "A", Dtype::Bf16, m * k)?;
-            let b = normals(driver, "B", Dtype::Bf16, n * k)?;
-            let out = driver.allocate("out", 2 * (m * n) as u64)?;
-            allocations.extend([a, b, out]);
-            let (a, b, out) = (a.address, b.address, out.address);
-            kernels.plan(driver, &Product { m, n, k, a, b, residual: None, out })
-        })?;
-        let timing =
-            plans.time(driver, request, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
-        let work = Work { unit: "flops", amount, formula: "2 M N K" };
-        let what = format!("gemm_sm90, bf16, tile {:?}", plans.copies[0].tile);
-        table.push(timing.row(what, format!("M={m} N={n} K={k}"), work));
-        for allocation in allocations {
-            driver.release(allocation)?;
+    let kernels = Gemm::new(driver, request.dtype, request.family)?;
+    let layouts = match request.layout {
+        Some(layout) => vec![layout],
+        None => {
+            let all = [Layout::Nt, Layout::Nn, Layout::Tn].into_iter();
+            all.filter(|&layout| kernels.variants(layout).next().is_some()).collect()
         }
+    };
+    let mut table = vec![];
+    for (layout, sizes) in layouts.iter().flat_map(|&it| shapes.iter().map(move |&s| (it, s))) {
+        table.push(product(driver, request, &kernels, layout, sizes)?);
     }
     Ok(table)
+}
+
+fn product(
+    driver: &mut dyn Driver,
+    request: &Request,
+    kernels: &Gemm,
+    layout: Layout,
+    [m, n, k]: [usize; 3],
+) -> Result<Row> {
+    let dtype = request.dtype;
+    let sizes = [m, n, k].map(|size| size as u64);
+    let operations = sizes.iter().try_fold(2u64, |product, &size| product.checked_mul(size));
+    let Some(amount) = operations.filter(|&operations| operations > 0) else {
+        return Err(impossible(format!("a product of {m} x {n} x {k}")));
+    };
+    let (output, element_out) = match layout {
+        Layout::Nt | Layout::Nn => (Output::Store { addend: None }, element_bytes(dtype)),
+        Layout::Tn => (Output::Accumulate, element_bytes(Dtype::F32)),
+    };
+    let out_bytes = (m * n) as u64 * element_out;
+    let bytes = (m * k + n * k) as u64 * element_bytes(dtype) + out_bytes;
+    let mut allocations = vec![];
+    let plans = Copies::new(driver, bytes, |driver| {
+        let a = normals(driver, "A", dtype, m * k)?;
+        let b = normals(driver, "B", dtype, n * k)?;
+        let out = driver.allocate("out", out_bytes)?;
+        driver.fill(StreamId::MAIN, out.address, out_bytes, 0)?;
+        allocations.extend([a, b, out]);
+        let (a, b, out) = (a.address, b.address, out.address);
+        kernels.plan(driver, &Product { layout, m, n, k, a, b, out, output })
+    })?;
+    let timing = plans.time(driver, request, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
+    for allocation in allocations {
+        driver.release(allocation)?;
+    }
+    let work = Work { unit: "flops", amount, formula: "2 M N K" };
+    let what = format!("{}, {dtype}", plans.copies[0].variant.kernel);
+    Ok(timing.row(what, format!("M={m} N={n} K={k}"), work))
 }
 
 fn impossible(what: String) -> Error {

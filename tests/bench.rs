@@ -4,6 +4,7 @@ use std::process::{Command, Output};
 
 use isobath::bench::{self, Benchmark, Request};
 use isobath::config::{Dtype, NormKind};
+use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{self, Host, Options};
 
 const SMALL: Request = Request {
@@ -13,6 +14,8 @@ const SMALL: Request = Request {
     rows: Some(16),
     columns: Some(64),
     product: Some([128, 64, 72]),
+    layout: None,
+    family: None,
     samples: Some(4),
 };
 
@@ -50,7 +53,12 @@ fn work_is_counted_by_its_formula() {
         6 * activations + 5 * gain + 2 * statistics,
     ];
     assert_eq!(amounts(&wide), expected);
-    assert_eq!(amounts(&Request { benchmark: Benchmark::Gemm, ..SMALL }), [2 * 128 * 64 * 72]);
+    let products = Request { benchmark: Benchmark::Gemm, ..SMALL };
+    let work = 2 * 128 * 64 * 72;
+    assert_eq!(amounts(&products), [work; 3], "every layout");
+    assert_eq!(amounts(&Request { layout: Some(Layout::Tn), ..products }), [work]);
+    assert_eq!(amounts(&Request { family: Some(Family::Sm90), ..products }), [work], "only NT");
+    assert_eq!(amounts(&Request { dtype: Dtype::F32, ..products }), [work; 3]);
 
     for wrong in [
         Request { rows: Some(0), ..SMALL },
@@ -86,9 +94,16 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"][0]["work"]["amount"], 4416);
     let output = bench("gemm --device simt --product 64,64,64 --samples 1", &[]);
     let text = String::from_utf8(output.stdout).unwrap();
-    for part in ["gemm_sm90", "M=64 N=64 K=64", "GFLOP/s", "on simt (CPU)"] {
+    for part in ["gemm_sm90", "gemm_sm80_tn", "M=64 N=64 K=64", "GFLOP/s", "on simt (CPU)"] {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
+    let output = bench(
+        "gemm --device simt --product 64,64,63 --layout tn --family sm80 --samples 1 --json",
+        &[],
+    );
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["rows"].as_array().unwrap().len(), 1);
+    assert_eq!(report["rows"][0]["what"], "gemm_sm80_tn_64x64, bf16");
 }
 
 #[test]
@@ -96,6 +111,8 @@ fn wrong_arguments_of_bench_are_refused() {
     let refused = [
         ("norms", &[][..], &["norms", "norm"][..]),
         ("gemm --product 1,2", &[], &["three sizes"]),
+        ("gemm --layout tt", &[], &["--layout", "nt"]),
+        ("gemm --family sm100", &[], &["--family", "sm90"]),
         ("norm --rows 0", &[], &["--rows"]),
         ("norm --order last", &[], &["--order", "fifo"]),
         ("norm --device cpu", &[], &["device cpu", "--device simt"]),

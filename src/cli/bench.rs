@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use clap::Args;
 use isobath::bench::{self, Benchmark, Request};
 use isobath::config::{DeviceKind, Dtype, NormKind};
+use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{Asynchronous, Options, Order};
 use isobath::{Error, Result, cuda};
 
@@ -20,7 +21,7 @@ pub struct BenchArgs {
     /// norm: rms or layer
     #[arg(long, default_value = "rms")]
     norm: NormKind,
-    /// norm: bf16 or f32
+    /// bf16 or f32
     #[arg(long, default_value = "bf16")]
     dtype: Dtype,
     /// norm: rows T [default: 8192; on simt 256]
@@ -32,6 +33,12 @@ pub struct BenchArgs {
     /// gemm: M,N,K [default: 2048 to 8192 each; on simt 512]
     #[arg(long, value_name = "M,N,K", value_parser = product)]
     product: Option<[usize; 3]>,
+    /// gemm: nt (a layer forward), nn (gradient of its input) or tn (of its weight) [default: all]
+    #[arg(long)]
+    layout: Option<Layout>,
+    /// gemm: which kernels: sm80, sm90 or f32 [default: the best of this machine]
+    #[arg(long)]
+    family: Option<Family>,
     /// Measurements, of which the median counts [default: 30; on simt 3]
     #[arg(long)]
     samples: Option<NonZeroUsize>,
@@ -108,6 +115,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             rows: args.rows.map(usize::from),
             columns: args.columns.map(usize::from),
             product: args.product,
+            layout: args.layout,
+            family: args.family,
             samples: args.samples.map(usize::from),
         },
     )?;

@@ -1,70 +1,106 @@
-//! kernels/gemm_sm90.cu: random normals against the f64 product, one-hot and ramp matrices exactly,
-//! every tail, every tile.
+//! kernels/gemm_*.cu: every layout, output and tile of every family. Random normals against the f64
+//! product, one-hot and ramp matrices exactly, every tail.
 
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Gemm, Product, Tile};
+use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product, Variant};
+use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 
 use super::machines::*;
 use crate::support::normals;
 
-const TILES: [Tile; 2] = [Tile::Columns128, Tile::Columns256];
-const DTYPE: Dtype = Dtype::Bf16;
 /// Elements behind the result that must not be touched.
 const MARGIN: usize = 4096;
 const UNTOUCHED: f64 = -77.0;
 
-/// A [M,K], B [N,K] and perhaps a residual [M,N], all representable in bf16.
+const LAYOUTS: [Layout; 3] = [Layout::Nt, Layout::Nn, Layout::Tn];
+
+/// The families that this machine runs, each alone.
+fn families(driver: &mut dyn Driver) -> Vec<(Dtype, Gemm)> {
+    let mut all = vec![];
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        for &family in Family::of(driver.device(), driver.properties(), dtype).unwrap() {
+            all.push((dtype, Gemm::new(driver, dtype, Some(family)).unwrap()));
+        }
+    }
+    all
+}
+
+// ------------------------------------------------------------------ matrices
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Epilogue {
+    Store,
+    Add,
+    /// The addend is where the result goes.
+    AddInPlace,
+    Accumulate,
+}
+
+/// What is multiplied, as mathematics sees it: A [M,K], B [N,K]; what is added [M,N].
 struct Matrices {
+    dtype: Dtype,
     m: usize,
     n: usize,
     k: usize,
     a: Vec<f64>,
     b: Vec<f64>,
-    residual: Option<Vec<f64>>,
+    added: Vec<f64>,
 }
 
 impl Matrices {
-    fn normal(m: usize, n: usize, k: usize, with_residual: bool) -> Self {
+    /// Representable in their type.
+    fn normal(dtype: Dtype, [m, n, k]: [usize; 3]) -> Self {
         let draw = |seed, count| -> Vec<f64> {
-            normals(seed, count).into_iter().map(|value| rounded(DTYPE, value)).collect()
+            normals(seed, count).into_iter().map(|value| rounded(dtype, value)).collect()
         };
-        let residual = with_residual.then(|| draw(3, m * n));
-        Matrices { m, n, k, a: draw(1, m * k), b: draw(2, n * k), residual }
+        Matrices { dtype, m, n, k, a: draw(1, m * k), b: draw(2, n * k), added: draw(3, m * n) }
     }
 
     /// Elements (17 row + 3 column) mod 127 - 63 and the like: integers whose sums are exact in
     /// fp32 in any order, and no row or column like its neighbours.
-    fn ramp(m: usize, n: usize, k: usize) -> Self {
+    fn ramp(dtype: Dtype, [m, n, k]: [usize; 3]) -> Self {
         let ramp = |rows: usize, columns: usize, step: usize| -> Vec<f64> {
             let element = |i: usize| (i / columns * step + i % columns * 3) % 127;
             (0..rows * columns).map(|i| element(i) as f64 - 63.0).collect()
         };
-        Matrices { m, n, k, a: ramp(m, k, 17), b: ramp(n, k, 29), residual: None }
+        Matrices { dtype, m, n, k, a: ramp(m, k, 17), b: ramp(n, k, 29), added: ramp(m, n, 41) }
     }
 
     /// Row i of A selects column `selected(i)` of B: a wrong layout shows another column.
-    fn one_hot(m: usize, n: usize, k: usize) -> Self {
+    fn one_hot(dtype: Dtype, [m, n, k]: [usize; 3]) -> Self {
         let mut a = vec![0.0; m * k];
         (0..m).for_each(|row| a[row * k + selected(row, k)] = 1.0);
         // Each value says its place; neighbours in a row and in a column differ.
         let b = (0..n * k).map(|i| ((i / k * 5 + i % k) % 251) as f64).collect();
-        Matrices { m, n, k, a, b, residual: None }
+        Matrices { dtype, m, n, k, a, b, added: vec![0.0; m * n] }
     }
 
-    /// Entry by entry: the sum in f64, and in f32 in order, each plus the residual.
-    fn products(&self) -> (Vec<f64>, Vec<f64>) {
-        let &Matrices { m, n, k, ref a, ref b, ref residual } = self;
+    /// Entry by entry: the sum in f64, and in f32 in order, each plus what is added.
+    fn products(&self, epilogue: Epilogue) -> (Vec<f64>, Vec<f64>) {
+        let &Matrices { m, n, k, ref a, ref b, ref added, .. } = self;
+        let dtype = self.result(epilogue);
         let mut exact = vec![0.0; m * n];
         let mut plain = vec![0.0; m * n];
+        let narrow = |values: &[f64]| values.iter().map(|&it| it as f32).collect::<Vec<f32>>();
+        let (a32, b32) = (narrow(a), narrow(b));
         for (i, (exact, plain)) in exact.iter_mut().zip(&mut plain).enumerate() {
-            let (a, b) = (&a[i / n * k..][..k], &b[i % n * k..][..k]);
-            let added = residual.as_ref().map_or(0.0, |residual| residual[i]);
-            *exact = a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() + added;
-            let sum = a.iter().zip(b).fold(0.0f32, |sum, (&a, &b)| sum + a as f32 * b as f32);
-            *plain = rounded(DTYPE, f64::from(sum + added as f32));
+            let (row, column) = (i / n * k, i % n * k);
+            let added = if epilogue == Epilogue::Store { 0.0 } else { added[i] };
+            let mut sum = 0.0f32;
+            for at in 0..k {
+                *exact += a[row + at] * b[column + at];
+                sum += a32[row + at] * b32[column + at];
+            }
+            *exact += added;
+            *plain = rounded(dtype, f64::from(sum + added as f32));
         }
         (exact, plain)
+    }
+
+    /// The type of what comes out.
+    fn result(&self, epilogue: Epilogue) -> Dtype {
+        if epilogue == Epilogue::Accumulate { Dtype::F32 } else { self.dtype }
     }
 }
 
@@ -72,30 +108,54 @@ fn selected(row: usize, k: usize) -> usize {
     row * 37 % k
 }
 
+fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+}
+
 /// out [M,N], and nothing written behind it.
-fn multiply(driver: &mut dyn Driver, gemm: &Gemm, tile: Tile, matrices: &Matrices) -> Vec<f64> {
-    let &Matrices { m, n, k, .. } = matrices;
-    let a = upload(driver, "a", DTYPE, &matrices.a);
-    let b = upload(driver, "b", DTYPE, &matrices.b);
-    let residual = matrices.residual.as_ref().map(|it| upload(driver, "residual", DTYPE, it));
-    let mut before = vec![f64::NAN; m * n];
-    before.resize(m * n + MARGIN, UNTOUCHED);
-    let out = upload(driver, "out", DTYPE, &before);
-    let product = Product {
-        m,
-        n,
-        k,
-        a: a.address,
-        b: b.address,
-        residual: residual.map(|it| it.address),
-        out: out.address,
+fn multiply(
+    driver: &mut dyn Driver,
+    gemm: &Gemm,
+    variant: &'static Variant,
+    matrices: &Matrices,
+    epilogue: Epilogue,
+) -> Vec<f64> {
+    let &Matrices { dtype, m, n, k, .. } = matrices;
+    let (mut a, mut b) = (matrices.a.clone(), matrices.b.clone());
+    if variant.layout == Layout::Tn {
+        a = transposed(&a, m, k);
+    }
+    if variant.layout != Layout::Nt {
+        b = transposed(&b, n, k);
+    }
+    let a = upload(driver, "a", dtype, &a);
+    let b = upload(driver, "b", dtype, &b);
+    let addend = upload(driver, "addend", dtype, &matrices.added);
+    let mut before = match epilogue {
+        Epilogue::Store | Epilogue::Add => vec![f64::NAN; m * n],
+        Epilogue::AddInPlace | Epilogue::Accumulate => matrices.added.clone(),
     };
-    let plan = gemm.plan_with(driver, tile, &product).unwrap();
+    before.resize(m * n + MARGIN, UNTOUCHED);
+    let result = matrices.result(epilogue);
+    let out = upload(driver, "out", result, &before);
+    let output = match epilogue {
+        Epilogue::Store => Output::Store { addend: None },
+        Epilogue::Add => Output::Store { addend: Some(addend.address) },
+        Epilogue::AddInPlace => Output::Store { addend: Some(out.address) },
+        Epilogue::Accumulate => Output::Accumulate,
+    };
+    let (layout, a_at, b_at, out_at) = (variant.layout, a.address, b.address, out.address);
+    let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
+    let plan = gemm.plan_with(driver, variant, &product).unwrap();
     plan.launch(driver, StreamId::MAIN).unwrap();
-    let mut found = download(driver, DTYPE, out);
+    let mut found = download(driver, result, out);
     let margin = found.split_off(m * n);
-    assert!(margin.iter().all(|&it| it == UNTOUCHED), "{tile:?} {m}x{n}x{k} wrote behind its end");
-    for buffer in [Some(a), Some(b), residual, Some(out)].into_iter().flatten() {
+    assert!(
+        margin.iter().all(|&it| it == UNTOUCHED),
+        "{} {m}x{n}x{k} wrote behind its end",
+        variant.kernel
+    );
+    for buffer in [a, b, addend, out] {
         driver.release(buffer).unwrap();
     }
     found
@@ -117,48 +177,134 @@ fn assert_equal(what: &str, found: &[f64], expected: &[f64], columns: usize) {
 }
 
 fn bits(values: &[f64]) -> impl Iterator<Item = u8> + '_ {
-    values.iter().flat_map(|&value| half::bf16::from_f64(value).to_bits().to_le_bytes())
+    values.iter().flat_map(|value| value.to_bits().to_le_bytes())
 }
 
-/// M, N and K inside one tile, exactly one, and more; as many steps of K as there are stages, one
-/// fewer and one more; tiles that the blocks cannot share evenly.
-fn shapes(tile: Tile) -> Vec<[usize; 3]> {
-    let columns = match tile {
-        Tile::Columns128 => 128,
-        Tile::Columns256 => 256,
+// ------------------------------------------------------------------ shapes
+
+/// Sizes that the layout allows: `size` up to the next multiple where it is a row's.
+fn allowed(layout: Layout, dtype: Dtype, [m, n, k]: [usize; 3]) -> [usize; 3] {
+    let row = |size: usize| match dtype {
+        Dtype::Bf16 => size.next_multiple_of(8),
+        Dtype::F32 => size.next_multiple_of(4),
     };
-    let stages = tile.stages() as usize;
-    vec![
-        [1, 8, 8],
-        [1, columns, 64],
-        [64, 8, 72],
-        [65, 72, 56],
-        [127, columns - 8, 120],
-        [128, columns, 64],
-        [129, columns + 8, 136],
-        [128, columns, (stages - 1) * 64],
-        [128, columns, stages * 64],
-        [128, columns, (stages + 1) * 64],
-        [200, 2 * columns + 40, 3 * stages * 64 + 8],
-        // 3 x 3 tiles, and 11 x 1: more than a group of 8 tile rows.
-        [300, 2 * columns + 8, 200],
-        [1300, 64, 72],
-    ]
+    match layout {
+        Layout::Nt | Layout::Nn => [m, row(n), row(k)],
+        Layout::Tn => [row(m), row(n), k],
+    }
+}
+
+/// M, N and K below one tile, exactly one, and just above; as many steps of K as there are stages,
+/// one fewer and one more; odd numbers of tiles; more tile rows than are visited together.
+fn shapes(variant: &Variant, dtype: Dtype) -> Vec<[usize; 3]> {
+    let &Variant { layout, rows, columns, depth, stages, .. } = variant;
+    let all = [
+        [1, 1, 1],
+        [1, columns, depth],
+        [rows / 2 + 1, 1, depth + 1],
+        [rows - 1, columns - 8, 2 * depth - 1],
+        [rows, columns, depth - 8],
+        [rows + 1, columns + 1, depth + 3],
+        [rows, columns, (stages - 1) * depth],
+        [rows, columns, stages * depth],
+        [rows, columns, (stages + 1) * depth],
+        [2 * rows + 3, 2 * columns + 5, (stages + 1) * depth + 5],
+        [9 * rows + 1, 1, depth + 7],
+        [5, 3 * columns + 1, 3],
+    ];
+    all.into_iter().map(|shape| allowed(layout, dtype, shape)).collect()
+}
+
+fn epilogues(layout: Layout) -> &'static [Epilogue] {
+    match layout {
+        Layout::Nt | Layout::Nn => &[Epilogue::Store, Epilogue::Add, Epilogue::AddInPlace],
+        Layout::Tn => &[Epilogue::Accumulate],
+    }
+}
+
+/// Each shape of each kernel; the epilogues take turns.
+fn each_shape(
+    driver: &mut dyn Driver,
+    mut test: impl FnMut(&mut dyn Driver, &Gemm, Dtype, &'static Variant, [usize; 3], Epilogue),
+) {
+    for (dtype, gemm) in families(driver) {
+        for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+            let epilogues = epilogues(variant.layout);
+            for (index, shape) in shapes(variant, dtype).into_iter().enumerate() {
+                let epilogue = epilogues[index % epilogues.len()];
+                test(driver, &gemm, dtype, variant, shape, epilogue);
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------ tests
+
+fn named(variant: &Variant, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
+    format!("{} {m}x{n}x{k} {epilogue:?}", variant.kernel)
 }
 
 #[test]
-fn random_matrices() {
+fn random_matrices_of_every_shape() {
+    on_each_machine(|driver| {
+        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+            let matrices = Matrices::normal(dtype, shape);
+            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let (exact, plain) = matrices.products(epilogue);
+            let what = named(variant, shape, epilogue);
+            assert_exact(&what, matrices.result(epilogue), &found, &plain, &exact);
+        });
+    });
+}
+
+#[test]
+fn ramps_are_exact() {
+    on_each_machine(|driver| {
+        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+            let matrices = Matrices::ramp(dtype, shape);
+            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let (exact, _) = matrices.products(epilogue);
+            let largest = exact.iter().fold(0.0f64, |largest, it| largest.max(it.abs()));
+            assert!(largest < 2f64.powi(24), "fp32 must hold the sums exactly");
+            let result = matrices.result(epilogue);
+            let expected: Vec<f64> = exact.iter().map(|&it| rounded(result, it)).collect();
+            assert_equal(&named(variant, shape, epilogue), &found, &expected, matrices.n);
+        });
+    });
+}
+
+#[test]
+fn one_hot_rows_select_columns() {
+    on_each_machine(|driver| {
+        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+            let matrices = Matrices::one_hot(dtype, shape);
+            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let &Matrices { m, n, k, ref b, .. } = &matrices;
+            let expected: Vec<f64> =
+                (0..m * n).map(|i| b[i % n * k + selected(i / n, k)]).collect();
+            assert_equal(&named(variant, shape, epilogue), &found, &expected, n);
+        });
+    });
+}
+
+/// Two tiles each way with tails, and more steps than stages; every epilogue of every kernel.
+#[test]
+fn no_schedule_changes_a_bit() {
     on_every_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
         let mut all = vec![];
-        for tile in TILES {
-            for (index, [m, n, k]) in shapes(tile).into_iter().enumerate() {
-                let matrices = Matrices::normal(m, n, k, index % 2 == 1);
-                let found = multiply(driver, &gemm, tile, &matrices);
-                let (exact, plain) = matrices.products();
-                let what = format!("{tile:?} {m}x{n}x{k}");
-                assert_exact(&what, DTYPE, &found, &plain, &exact);
-                all.extend(bits(&found));
+        for (dtype, gemm) in families(driver) {
+            for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+                let k = (variant.stages + 1) * variant.depth + 9;
+                let shape = [variant.rows + 9, variant.columns + 1, k];
+                for &epilogue in epilogues(variant.layout) {
+                    let shape = match epilogue {
+                        Epilogue::Store => [33, variant.columns - 8, variant.depth / 2],
+                        _ => shape,
+                    };
+                    let shape = allowed(variant.layout, dtype, shape);
+                    let matrices = Matrices::normal(dtype, shape);
+                    all.extend(bits(&multiply(driver, &gemm, variant, &matrices, epilogue)));
+                }
             }
         }
         all
@@ -166,101 +312,223 @@ fn random_matrices() {
 }
 
 #[test]
-fn ramps_are_exact() {
-    on_each_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
-        for tile in TILES {
-            for [m, n, k] in shapes(tile) {
-                let matrices = Matrices::ramp(m, n, k);
-                let found = multiply(driver, &gemm, tile, &matrices);
-                let (exact, _) = matrices.products();
-                let largest = exact.iter().fold(0.0f64, |largest, it| largest.max(it.abs()));
-                assert!(largest < 2f64.powi(24), "fp32 must hold the sums exactly");
-                let expected: Vec<f64> = exact.iter().map(|&it| rounded(DTYPE, it)).collect();
-                assert_equal(&format!("{tile:?} {m}x{n}x{k}"), &found, &expected, n);
+fn the_number_of_workers_changes_no_bit() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let mut first: Option<Vec<u8>> = None;
+    for workers in [1, 2, 5] {
+        let driver: &mut dyn Driver =
+            &mut Host::new(Options { workers, ..Options::default() }).unwrap();
+        let mut all = vec![];
+        for (dtype, gemm) in families(driver) {
+            for layout in LAYOUTS {
+                let Some(variant) = gemm.variants(layout).last() else { continue };
+                let shape = [3 * variant.rows, 2 * variant.columns, 72];
+                let matrices = Matrices::normal(dtype, shape);
+                let epilogue = *epilogues(layout).last().unwrap();
+                all.extend(bits(&multiply(driver, &gemm, variant, &matrices, epilogue)));
             }
         }
-    });
-}
-
-#[test]
-fn one_hot_rows_select_columns() {
-    on_each_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
-        for tile in TILES {
-            for [m, n, k] in shapes(tile) {
-                let matrices = Matrices::one_hot(m, n, k);
-                let found = multiply(driver, &gemm, tile, &matrices);
-                let expected: Vec<f64> =
-                    (0..m * n).map(|i| matrices.b[i % n * k + selected(i / n, k)]).collect();
-                assert_equal(&format!("{tile:?} {m}x{n}x{k}"), &found, &expected, n);
-            }
-        }
-    });
+        let expected = first.get_or_insert_with(|| all.clone());
+        assert!(all == *expected, "{workers} workers give other bits than one");
+    }
 }
 
 #[test]
 fn a_plan_is_launched_again() {
     on_each_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
-        let (m, n, k) = (40, 48, 80);
-        let first = Matrices::ramp(m, n, k);
-        let second = Matrices::one_hot(m, n, k);
-        let a = upload(driver, "a", DTYPE, &first.a);
-        let b = upload(driver, "b", DTYPE, &first.b);
-        let out = unwritten(driver, "out", DTYPE, m * n);
-        let (a_at, b_at, out_at) = (a.address, b.address, out.address);
-        let product = Product { m, n, k, a: a_at, b: b_at, residual: None, out: out_at };
-        let plan = gemm.plan(driver, &product).unwrap();
-        for matrices in [first, second] {
-            for (values, to) in [(&matrices.a, a_at), (&matrices.b, b_at)] {
-                let bytes: Vec<u8> = bits(values).collect();
-                driver.to_device(StreamId::MAIN, &bytes, to).unwrap();
+        for (dtype, gemm) in families(driver) {
+            let shape @ [m, n, k] = [40, 48, 80];
+            let first = Matrices::ramp(dtype, shape);
+            let second = Matrices::one_hot(dtype, shape);
+            let a = upload(driver, "a", dtype, &first.a);
+            let b = upload(driver, "b", dtype, &first.b);
+            let out = unwritten(driver, "out", dtype, m * n);
+            let product = Product {
+                layout: Layout::Nt,
+                m,
+                n,
+                k,
+                a: a.address,
+                b: b.address,
+                out: out.address,
+                output: Output::Store { addend: None },
+            };
+            let plan = gemm.plan(driver, &product).unwrap();
+            for matrices in [first, second] {
+                for (values, to) in [(&matrices.a, a), (&matrices.b, b)] {
+                    let from = upload(driver, "values", dtype, values);
+                    driver.on_device(StreamId::MAIN, from.address, to.address, to.bytes).unwrap();
+                    driver.release(from).unwrap();
+                }
+                plan.launch(driver, StreamId::MAIN).unwrap();
+                let found = download(driver, dtype, out);
+                let (exact, _) = matrices.products(Epilogue::Store);
+                let expected: Vec<f64> = exact.iter().map(|&it| rounded(dtype, it)).collect();
+                assert_equal("launched again", &found, &expected, n);
             }
-            plan.launch(driver, StreamId::MAIN).unwrap();
-            let found = download(driver, DTYPE, out);
-            let (exact, _) = matrices.products();
-            let expected: Vec<f64> = exact.iter().map(|&it| rounded(DTYPE, it)).collect();
-            assert_equal("launched again", &found, &expected, n);
         }
     });
+}
+
+// ------------------------------------------------------------------ choices
+
+#[test]
+fn the_family_fits_the_machine_and_the_type() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let host = &mut Host::new(Options::default()).unwrap();
+    let mut machine = (host as &mut dyn Driver).properties().clone();
+    let mut of = |compute_capability, dtype| {
+        machine.compute_capability = compute_capability;
+        Family::of("cuda", &machine, dtype)
+    };
+    for capability in [(8, 0), (8, 9), (10, 0), (12, 1)] {
+        assert_eq!(of(capability, Dtype::Bf16).unwrap(), [Family::Sm80]);
+    }
+    assert_eq!(of((9, 0), Dtype::Bf16).unwrap(), [Family::Sm90, Family::Sm80]);
+    assert_eq!(of((9, 0), Dtype::F32).unwrap(), [Family::F32]);
+    let error = of((7, 5), Dtype::F32).unwrap_err().to_string();
+    assert!(error.contains("7.5") && error.contains("8.0 or more"), "{error}");
+
+    let driver: &mut dyn Driver = host;
+    let mut chosen = |dtype, choice, layout, m, n| {
+        let gemm = Gemm::new(driver, dtype, choice).map_err(|error| error.to_string())?;
+        let variant = gemm.choose(layout, m, n).map_err(|error| error.to_string())?;
+        Ok::<_, String>((variant.family, variant.rows, variant.columns))
+    };
+    // simt says that it is 9.0.
+    let mut best = |dtype, layout| chosen(dtype, None, layout, 64, 64).unwrap().0;
+    assert_eq!(best(Dtype::Bf16, Layout::Nt), Family::Sm90);
+    assert_eq!(best(Dtype::Bf16, Layout::Nn), Family::Sm80);
+    assert_eq!(best(Dtype::Bf16, Layout::Tn), Family::Sm80);
+    assert!(LAYOUTS.into_iter().all(|layout| best(Dtype::F32, layout) == Family::F32));
+    let sm80 = Some(Family::Sm80);
+    assert_eq!(chosen(Dtype::Bf16, sm80, Layout::Nt, 64, 64).unwrap(), (Family::Sm80, 64, 64));
+    let error = chosen(Dtype::Bf16, Some(Family::Sm90), Layout::Tn, 64, 64).unwrap_err();
+    assert!(error.contains("layout tn") && error.contains("choose sm80 or f32"), "{error}");
+    let error = chosen(Dtype::F32, sm80, Layout::Nt, 64, 64).unwrap_err();
+    assert!(error.contains("f32") && error.contains("choose f32"), "{error}");
 }
 
 /// A tile is chosen for the fewest and fastest waves.
 #[test]
 fn the_tile_fits_the_result() {
     on_each_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
         let multiprocessors = driver.properties().multiprocessors as usize;
-        // One wave of wide tiles; narrow ones would take two.
-        assert_eq!(gemm.choose_tile(128 * multiprocessors, 256), Tile::Columns256);
-        // A result of 128 columns leaves half of a wide tile empty.
-        assert_eq!(gemm.choose_tile(128 * multiprocessors, 128), Tile::Columns128);
+        let large = 128 * multiprocessors;
+        let mut tile = |family, m, n| {
+            let gemm = Gemm::new(driver, Dtype::Bf16, Some(family)).unwrap();
+            let variant = gemm.choose(Layout::Nt, m, n).unwrap();
+            [variant.rows, variant.columns]
+        };
+        assert_eq!(tile(Family::Sm80, large, 1024), [128, 128]);
+        // A quarter of a tile for each multiprocessor is no slower in small tiles.
+        assert_eq!(tile(Family::Sm80, 64 * multiprocessors, 64), [64, 64]);
+        if driver.properties().compute_capability == (9, 0) {
+            let mut tile = |m, n| {
+                let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+                gemm.choose(Layout::Nt, m, n).unwrap().columns
+            };
+            // One wave of wide tiles; narrow ones would take two.
+            assert_eq!(tile(large, 256), 256);
+            // A result of 128 columns leaves half of a wide tile empty.
+            assert_eq!(tile(large, 128), 128);
+        }
     });
 }
 
 #[test]
 fn what_cannot_be_multiplied_is_refused() {
     on_each_machine(|driver| {
-        let gemm = Gemm::new(driver).unwrap();
-        let buffer = unwritten(driver, "all", DTYPE, 4096);
+        let buffer = unwritten(driver, "all", Dtype::F32, 4 * 4096);
         let all = buffer.address;
-        let product = |m, n, k| Product { m, n, k, a: all, b: all, residual: None, out: all };
-        let mut refused = |product: Product| -> String {
-            gemm.plan(driver, &product).err().expect("refused").to_string()
-        };
-        assert!(refused(product(0, 8, 8)).contains("empty"));
-        assert!(refused(product(8, 8, 0)).contains("empty"));
-        assert!(refused(product(8, 12, 8)).contains("multiples of 8"));
-        assert!(refused(product(8, 8, 20)).contains("multiples of 8"));
-        assert!(refused(product(i32::MAX as usize, 8, 8)).contains("i32"));
-        let error = refused(Product { a: DevicePointer(all.0 + 2), ..product(8, 8, 8) });
-        assert!(error.contains("multiple of 16 bytes"), "{error}");
-        let error =
-            refused(Product { residual: Some(DevicePointer(all.0 + 2)), ..product(8, 8, 8) });
-        assert!(error.contains("residual"), "{error}");
-        // 128 x 64 elements do not lie in a buffer of 4096.
-        let error = refused(product(128, 8, 64));
-        assert!(error.contains("all"), "{error}");
+        let at = |index: u64| all.offset(index * 4096);
+        for (dtype, gemm) in families(driver) {
+            let multiple = if dtype == Dtype::Bf16 { "multiples of 8" } else { "multiples of 4" };
+            for layout in LAYOUTS {
+                if gemm.variants(layout).next().is_none() {
+                    continue;
+                }
+                let (a, b, out) = (at(0), at(4), at(8));
+                let stored = Output::Store { addend: None };
+                let output = if layout == Layout::Tn { Output::Accumulate } else { stored };
+                let product = |m, n, k| Product { layout, m, n, k, a, b, out, output };
+                let right = product(8, 8, 8);
+                let mut refused = |product: Product| -> String {
+                    let planned = gemm.plan(driver, &product);
+                    planned.err().unwrap_or_else(|| panic!("accepted: {product:?}")).to_string()
+                };
+                for empty in [product(0, 8, 8), product(8, 0, 8), product(8, 8, 0)] {
+                    assert!(refused(empty).contains("is empty"));
+                }
+                let error = refused(product(8, 10, 8));
+                assert!(error.contains(multiple), "{error}");
+                let error = refused(match layout {
+                    Layout::Nt | Layout::Nn => product(8, 8, 18),
+                    Layout::Tn => product(18, 8, 8),
+                });
+                assert!(error.contains(multiple), "{error}");
+                let large = i32::MAX as usize - 7;
+                for large in [product(large, 8, 8), product(8, large, 8), product(8, 8, large)] {
+                    assert!(refused(large).contains("i32"));
+                }
+                assert!(refused(product(1 << 30, 1 << 30, 8)).contains("i32"), "too many tiles");
+
+                let odd = |address: DevicePointer| address.offset(8);
+                for (wrong, name) in [
+                    (Product { a: odd(a), ..right }, "of A is"),
+                    (Product { b: odd(b), ..right }, "of B is"),
+                    (Product { out: odd(out), ..right }, "of the result is"),
+                ] {
+                    let error = refused(wrong);
+                    assert!(error.contains(name) && error.contains("multiple of 16"), "{error}");
+                }
+                for (wrong, name) in [
+                    (Product { out: a, ..right }, "overlaps A"),
+                    (Product { out: b.offset(16), ..right }, "overlaps B"),
+                ] {
+                    let error = refused(wrong);
+                    assert!(error.contains(name), "{error}");
+                }
+                if layout == Layout::Tn {
+                    let error = refused(Product { output: stored, ..right });
+                    assert!(error.contains("cannot be stored"), "{error}");
+                    continue;
+                }
+                let error = refused(Product { output: Output::Accumulate, ..right });
+                assert!(error.contains("cannot be accumulated"), "{error}");
+                let add =
+                    |addend| Product { output: Output::Store { addend: Some(addend) }, ..right };
+                let error = refused(add(odd(at(9))));
+                assert!(error.contains("addend"), "{error}");
+                let error = refused(add(out.offset(16)));
+                assert!(error.contains("overlaps the addend"), "{error}");
+            }
+        }
+        driver.release(buffer).unwrap();
+    });
+}
+
+/// Tensor maps know how long their buffers are.
+#[test]
+fn a_matrix_that_leaves_its_buffer_is_refused() {
+    on_each_machine(|driver| {
+        if driver.properties().compute_capability != (9, 0) {
+            println!("skipped: no tensor maps");
+            return;
+        }
+        let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+        let [a, b, out] =
+            ["first", "b", "out"].map(|label| unwritten(driver, label, Dtype::Bf16, 4096));
+        let (layout, a, b, out) = (Layout::Nt, a.address, b.address, out.address);
+        let output = Output::Store { addend: None };
+        let product = Product { layout, m: 128, n: 8, k: 64, a, b, out, output };
+        let error = gemm.plan(driver, &product).err().expect("refused").to_string();
+        assert!(error.contains("first"), "{error}");
     });
 }

@@ -17,7 +17,7 @@ use std::{env, fs, thread};
 
 use isobath::backend::NormSpec;
 use isobath::config::{Dtype, NormKind};
-use isobath::cuda::gemm::{Gemm, Product, Tile};
+use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{Arguments, Driver, Launch, StreamId};
@@ -63,7 +63,7 @@ impl Kernels {
                     ("NORM_KERNELS(f32, 512, 4, 2, 1)\n", ""),
                 ],
             ),
-            // src/cuda/gemm.rs wants to find both tiles.
+            // src/cuda/gemm/sm90.rs wants to find both tiles.
             Kernels::GemmSm90 => patched(
                 include_str!("../../kernels/gemm_sm90.cu"),
                 &[(
@@ -174,13 +174,11 @@ fn run_norm(driver: &mut dyn Driver, cases: &[NormCase]) -> isobath::error::Resu
     Ok(all)
 }
 
-/// Tile, M, N, K and whether there is a residual.
-type ProductCase = (Tile, usize, usize, usize, bool);
+/// Columns of the tile, M, N, K and whether there is an addend.
+type ProductCase = (usize, usize, usize, usize, bool);
 
-const PRODUCTS: [ProductCase; 2] =
-    [(Tile::Columns128, 200, 200, 456, true), (Tile::Columns128, 130, 136, 40, false)];
-const MORE_PRODUCTS: [ProductCase; 2] =
-    [(Tile::Columns256, 130, 264, 328, true), (Tile::Columns256, 64, 72, 64, false)];
+const PRODUCTS: [ProductCase; 2] = [(128, 200, 200, 456, true), (128, 130, 136, 40, false)];
+const MORE_PRODUCTS: [ProductCase; 2] = [(256, 130, 264, 328, true), (256, 64, 72, 64, false)];
 
 fn run_gemm_sm90(
     driver: &mut dyn Driver,
@@ -188,24 +186,27 @@ fn run_gemm_sm90(
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     let dtype = Dtype::Bf16;
-    for &(tile, m, n, k, with_residual) in cases {
+    let gemm = Gemm::new(driver, dtype, Some(Family::Sm90))?;
+    for &(columns, m, n, k, with_addend) in cases {
         let a = upload(driver, "a", dtype, &normals(1, m * k));
         let b = upload(driver, "b", dtype, &normals(2, n * k));
-        let residual = upload(driver, "residual", dtype, &normals(3, m * n));
+        let addend = upload(driver, "addend", dtype, &normals(3, m * n));
         let out = unwritten(driver, "out", dtype, m * n);
         let product = Product {
+            layout: Layout::Nt,
             m,
             n,
             k,
             a: a.address,
             b: b.address,
-            residual: with_residual.then_some(residual.address),
             out: out.address,
+            output: Output::Store { addend: with_addend.then_some(addend.address) },
         };
-        let plan = Gemm::new(driver)?.plan_with(driver, tile, &product)?;
+        let variant = gemm.variants(Layout::Nt).find(|it| it.columns == columns).unwrap();
+        let plan = gemm.plan_with(driver, variant, &product)?;
         plan.launch(driver, StreamId::MAIN)?;
         bytes(&download(driver, dtype, out), &mut all);
-        for buffer in [a, b, residual, out] {
+        for buffer in [a, b, addend, out] {
             driver.release(buffer)?;
         }
     }

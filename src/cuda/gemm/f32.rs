@@ -1,0 +1,24 @@
+//! The kernels of kernels/gemm_f32.cu: fp32 without tensor cores. One block for each tile.
+
+use super::{Family, Layout, Variant};
+
+pub(super) const VARIANTS: [Variant; 3] = [
+    variant(Layout::Nt, "gemm_f32_nt_64x64"),
+    variant(Layout::Nn, "gemm_f32_nn_64x64"),
+    variant(Layout::Tn, "gemm_f32_tn_64x64"),
+];
+
+const fn variant(layout: Layout, kernel: &'static str) -> Variant {
+    Variant {
+        family: Family::F32,
+        layout,
+        kernel,
+        rows: 64,
+        columns: 64,
+        depth: 32,
+        stages: 2,
+        threads: 64,
+        dynamic_shared_bytes: 0,
+        relative_speed: 1.0,
+    }
+}

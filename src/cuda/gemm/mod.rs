@@ -1,0 +1,369 @@
+//! Every matrix product of a training step: which kernel, which tile, what is refused.
+//!
+//! [`Gemm`] knows the kernels of one machine and type. [`Gemm::plan`] checks a product and chooses
+//! among them; the plan is then launched as often as wanted, for the values that lie at its
+//! addresses at that time. Nothing is allocated on the device. The families stand in files of their
+//! own, each with the table of its kernels: sm80.rs, sm90.rs, f32.rs.
+
+mod f32;
+mod sm80;
+mod sm90;
+
+use std::ops::Range;
+
+use super::{Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
+use crate::config::Dtype;
+use crate::config::choice::choice;
+use crate::error::{Error, Result};
+
+choice! {
+    /// How the operands of a product [M,N] lie in memory: row-major, rows without gaps.
+    #[derive(Hash)]
+    pub enum Layout {
+        /// A [M,K] times B [N,K]^T: a layer forward.
+        Nt = "nt",
+        /// A [M,K] times B [K,N]: the gradient of its input.
+        Nn = "nn",
+        /// A [K,M]^T times B [K,N]: the gradient of its weight.
+        Tn = "tn",
+    }
+}
+
+choice! {
+    /// A file of kernels.
+    #[derive(Hash)]
+    pub enum Family {
+        /// bf16 with mma.sync, from compute capability 8.0 on; every layout.
+        Sm80 = "sm80",
+        /// bf16 with wgmma and TMA, compute capability 9.0; NT.
+        Sm90 = "sm90",
+        /// fp32 without tensor cores; every layout.
+        F32 = "f32",
+    }
+}
+
+impl Family {
+    /// Those that multiply this type on a machine, the fastest first.
+    ///
+    /// Errors: a GPU that is too old for all.
+    pub fn of(device: &str, machine: &Properties, dtype: Dtype) -> Result<&'static [Family]> {
+        let (major, minor) = machine.compute_capability;
+        match (dtype, (major, minor)) {
+            _ if major < 8 => Err(refusal(
+                device,
+                format!("{} has compute capability {major}.{minor}", machine.name),
+                "choose a GPU of compute capability 8.0 or more, or --device simt".to_string(),
+            )),
+            (Dtype::F32, _) => Ok(&[Family::F32]),
+            // wgmma exists on 9.0 only, not above.
+            (Dtype::Bf16, (9, 0)) => Ok(&[Family::Sm90, Family::Sm80]),
+            (Dtype::Bf16, _) => Ok(&[Family::Sm80]),
+        }
+    }
+
+    fn variants(self) -> &'static [Variant] {
+        match self {
+            Family::Sm80 => &sm80::VARIANTS,
+            Family::Sm90 => &sm90::VARIANTS,
+            Family::F32 => &f32::VARIANTS,
+        }
+    }
+}
+
+/// What becomes of the product.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Output {
+    /// out [M,N] =, in the operands' type. The addend [M,N] is added before the one rounding; it
+    /// may be `out` itself. For NT and NN.
+    Store { addend: Option<DevicePointer> },
+    /// out [M,N] +=, in fp32. For TN.
+    Accumulate,
+}
+
+/// One product; addresses and rows are multiples of 16 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Product {
+    pub layout: Layout,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: DevicePointer,
+    pub b: DevicePointer,
+    pub out: DevicePointer,
+    pub output: Output,
+}
+
+/// One kernel, and the tile of the result that a block of it makes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Variant {
+    pub family: Family,
+    pub layout: Layout,
+    pub kernel: &'static str,
+    /// Of the tile.
+    pub rows: usize,
+    pub columns: usize,
+    /// Values of k in a stage, and stages of the ring, as the kernel is compiled.
+    pub depth: usize,
+    pub stages: usize,
+    threads: u32,
+    dynamic_shared_bytes: usize,
+    /// Speed of a machine full of these tiles, relative to the family's fastest. Estimates, as long
+    /// as no GPU has timed them.
+    relative_speed: f64,
+}
+
+impl Variant {
+    fn tiles(&self, m: usize, n: usize) -> usize {
+        m.div_ceil(self.rows) * n.div_ceil(self.columns)
+    }
+}
+
+/// The kernels for one type on one machine.
+#[derive(Clone, Debug)]
+pub struct Gemm {
+    device: &'static str,
+    multiprocessors: usize,
+    dtype: Dtype,
+    kernels: Vec<(&'static Variant, KernelId)>,
+}
+
+/// A product that is ready to be launched.
+#[derive(Clone)]
+pub struct GemmPlan {
+    pub variant: &'static Variant,
+    launch: Launch,
+    arguments: Arguments,
+}
+
+impl Gemm {
+    /// `choice`: one family for all layouts that it has; `None`: for each layout the best one that
+    /// this machine runs.
+    ///
+    /// Errors: a family that this machine or this type does not have; a build without its kernels.
+    pub fn new(driver: &mut dyn Driver, dtype: Dtype, choice: Option<Family>) -> Result<Self> {
+        let device = driver.device();
+        let properties = driver.properties();
+        let multiprocessors = properties.multiprocessors as usize;
+        let families = Family::of(device, properties, dtype)?;
+        if let Some(chosen) = choice.filter(|it| !families.contains(it)) {
+            let (major, minor) = properties.compute_capability;
+            let names: Vec<&str> = families.iter().map(|family| family.name()).collect();
+            return Err(refusal(
+                device,
+                format!(
+                    "{} (compute capability {major}.{minor}) has no {dtype} products of the \
+                     family {chosen}",
+                    properties.name
+                ),
+                format!("choose {}, or leave the choice open", names.join(" or ")),
+            ));
+        }
+        let mut kernels = vec![];
+        for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
+            let of = |it: Family| it.variants().iter().filter(move |it| it.layout == layout);
+            let best = families.iter().copied().find(|&family| of(family).next().is_some());
+            let Some(family) = choice.or(best) else { continue };
+            for variant in of(family) {
+                kernels.push((variant, driver.kernel(variant.kernel)?));
+            }
+        }
+        Ok(Gemm { device, multiprocessors, dtype, kernels })
+    }
+
+    /// What [`Gemm::plan`] chooses from.
+    pub fn variants(&self, layout: Layout) -> impl Iterator<Item = &'static Variant> + '_ {
+        self.kernels.iter().map(|&(variant, _)| variant).filter(move |it| it.layout == layout)
+    }
+
+    /// The variant that fills this machine best for a result [M,N]: the least time of the
+    /// multiprocessor with the most tiles.
+    ///
+    /// Errors: the chosen family does not have this layout.
+    pub fn choose(&self, layout: Layout, m: usize, n: usize) -> Result<&'static Variant> {
+        let time = |variant: &Variant| {
+            let tiles = variant.tiles(m, n).div_ceil(self.multiprocessors);
+            (tiles * variant.rows * variant.columns) as f64 / variant.relative_speed
+        };
+        let best = self.variants(layout).min_by(|a, b| time(a).total_cmp(&time(b)));
+        best.ok_or_else(|| {
+            let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
+            let other = families.filter(|it| it.variants().iter().any(|it| it.layout == layout));
+            let names: Vec<&str> = other.map(Family::name).collect();
+            refusal(
+                self.device,
+                format!("the chosen family has no kernel for the layout {layout}"),
+                format!("choose {}, or leave the choice of the family open", names.join(" or ")),
+            )
+        })
+    }
+
+    /// A plan with the variant that [`Gemm::choose`] finds.
+    ///
+    /// Errors: an empty product; rows that are no multiple of 16 bytes; sizes beyond an i32;
+    /// addresses that are not aligned to 16 bytes; a result that overlaps what is read; an output
+    /// that the layout does not have.
+    pub fn plan(&self, driver: &mut dyn Driver, product: &Product) -> Result<GemmPlan> {
+        self.plan_with(driver, self.choose(product.layout, product.m, product.n)?, product)
+    }
+
+    /// A plan with one of [`Gemm::variants`]. Errors: as [`Gemm::plan`].
+    pub fn plan_with(
+        &self,
+        driver: &mut dyn Driver,
+        variant: &'static Variant,
+        product: &Product,
+    ) -> Result<GemmPlan> {
+        self.check(variant, product)?;
+        let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
+            return Err(refusal(
+                self.device,
+                format!("{} is not among the kernels chosen for this machine", variant.kernel),
+                "give one of Gemm::variants".to_string(),
+            ));
+        };
+        let tiles = variant.tiles(product.m, product.n);
+        let (blocks, arguments) = match variant.family {
+            Family::Sm80 | Family::F32 => (tiles, arguments(product)),
+            Family::Sm90 => {
+                (tiles.min(self.multiprocessors), sm90::arguments(driver, variant, product)?)
+            }
+        };
+        let launch = Launch::new(kernel, [blocks as u32, 1, 1], [variant.threads, 1, 1])
+            .shared_bytes(variant.dynamic_shared_bytes as u32);
+        Ok(GemmPlan { variant, launch, arguments })
+    }
+
+    fn check(&self, variant: &Variant, product: &Product) -> Result<()> {
+        let &Product { layout, m, n, k, a, b, out, output } = product;
+        let (shape_a, shape_b, name) = match layout {
+            Layout::Nt => ([m, k], [n, k], format!("A [{m},{k}] times B [{n},{k}]^T")),
+            Layout::Nn => ([m, k], [k, n], format!("A [{m},{k}] times B [{k},{n}]")),
+            Layout::Tn => ([k, m], [k, n], format!("A [{k},{m}]^T times B [{k},{n}]")),
+        };
+        let refuse = |what: String, remedy: &str| -> Result<()> {
+            Err(refusal(self.device, format!("{name}{what}"), remedy.to_string()))
+        };
+        if variant.layout != layout {
+            return refuse(format!(": {} is for another layout", variant.kernel), "choose another");
+        }
+        let addend = match (layout, output) {
+            (Layout::Nt | Layout::Nn, Output::Store { addend }) => addend,
+            (Layout::Tn, Output::Accumulate) => None,
+            (Layout::Nt | Layout::Nn, Output::Accumulate) => {
+                return refuse(" cannot be accumulated".to_string(), "store it, with an addend");
+            }
+            (Layout::Tn, Output::Store { .. }) => {
+                return refuse(
+                    " cannot be stored".to_string(),
+                    "accumulate it, in fp32, onto zeros if nothing else",
+                );
+            }
+        };
+        if [m, n, k].contains(&0) {
+            return refuse(
+                " is empty".to_string(),
+                "launch nothing for an empty product; an empty sum is zero",
+            );
+        }
+        let element = element_bytes(self.dtype);
+        let multiple = ALIGNMENT / element;
+        if [shape_a[1], shape_b[1], n].iter().any(|columns| columns % multiple != 0) {
+            return refuse(
+                format!(": rows of {} must be multiples of {multiple} values", self.dtype),
+                "choose model.hidden, model.ffn and the head size as multiples of it, and pad the \
+                 vocabulary to one",
+            );
+        }
+        // The last tile's end, and the step to the tile behind the last, stay within an i32.
+        let most = i32::MAX as usize - 256;
+        if [m, n, k].iter().any(|&size| size > most)
+            || variant.tiles(m, n) > most - self.multiprocessors
+        {
+            return refuse(
+                ": an i32 has to count rows, columns and tiles".to_string(),
+                "split the product",
+            );
+        }
+        let result_element = match output {
+            Output::Store { .. } => element,
+            Output::Accumulate => size_of::<u32>(),
+        };
+        let result = Matrix { name: "the result", address: out, shape: [m, n] };
+        let mut operands = vec![
+            Matrix { name: "A", address: a, shape: shape_a },
+            Matrix { name: "B", address: b, shape: shape_b },
+        ];
+        // What is added to where it lies is read before it is written, by the same thread.
+        if let Some(address) = addend.filter(|&addend| addend != out) {
+            operands.push(Matrix { name: "the addend", address, shape: [m, n] });
+        }
+        for matrix in operands.iter().chain([&result]) {
+            let address = matrix.address.0;
+            if !address.is_multiple_of(ALIGNMENT as u64) {
+                return refuse(
+                    format!(": the address {address:#x} of {} is no multiple of 16", matrix.name),
+                    "begin every matrix at a multiple of 16 bytes in its buffer",
+                );
+            }
+        }
+        let written = result.bytes(result_element);
+        for matrix in &operands {
+            let read = matrix.bytes(element);
+            if read.start < written.end && written.start < read.end {
+                return refuse(
+                    format!(": the result overlaps {}", matrix.name),
+                    "write it to a place of its own; an addend may only be the result itself",
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is read or written; rows without gaps.
+struct Matrix {
+    name: &'static str,
+    address: DevicePointer,
+    shape: [usize; 2],
+}
+
+impl Matrix {
+    /// The addresses; wide enough for any shape that an i32 counts.
+    fn bytes(&self, element: usize) -> Range<u128> {
+        let start = u128::from(self.address.0);
+        start
+            ..start + self.shape.map(|size| size as u128).iter().product::<u128>() * element as u128
+    }
+}
+
+impl GemmPlan {
+    /// Errors: what the driver finds wrong.
+    pub fn launch(&self, driver: &mut dyn Driver, stream: StreamId) -> Result<()> {
+        driver.launch(&self.launch.on(stream), &self.arguments)
+    }
+}
+
+/// Bytes that addresses and rows are multiples of.
+const ALIGNMENT: usize = 16;
+
+fn element_bytes(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
+    }
+}
+
+/// Those of gemm_sm80.cu and gemm_f32.cu.
+fn arguments(product: &Product) -> Arguments {
+    let &Product { m, n, k, a, b, out, output, .. } = product;
+    let arguments = Arguments::new().with(a).with(b).with(out);
+    let arguments = match output {
+        Output::Store { addend } => arguments.with(addend.unwrap_or_default()),
+        Output::Accumulate => arguments,
+    };
+    arguments.with(m as i32).with(n as i32).with(k as i32)
+}
+
+fn refusal(device: &str, what: String, remedy: String) -> Error {
+    Error::Launch { kernel: "gemm".to_string(), device: device.to_string(), what, remedy }
+}
