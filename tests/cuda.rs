@@ -6,6 +6,7 @@ mod driver;
 mod faults;
 mod gemm;
 mod library;
+mod loss;
 mod machines;
 mod mutants;
 mod norm;

@@ -7,6 +7,7 @@ pub mod conformance;
 mod driver;
 pub mod gemm;
 pub mod host;
+pub mod loss;
 pub mod norm;
 pub mod nvidia;
 
