@@ -1,11 +1,13 @@
 //! kernels/ on every machine there is: the CPU machine under several schedules and with its race
 //! detector, and a GPU where one is; and the driver below them.
 
+mod adamw;
 mod conformance;
 mod driver;
 mod faults;
 mod gemm;
 mod library;
+mod loss;
 mod machines;
 mod mutants;
 mod norm;

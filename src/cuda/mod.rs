@@ -2,11 +2,13 @@
 //!
 //! [`Driver`] is the machine below; [`open`] gives the one that a person asked for.
 
+pub mod adamw;
 pub mod binaries;
 pub mod conformance;
 mod driver;
 pub mod gemm;
 pub mod host;
+pub mod loss;
 pub mod norm;
 pub mod nvidia;
 

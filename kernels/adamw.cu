@@ -1,0 +1,197 @@
+// The global gradient norm and AdamW, over flat buffers of any length.
+//
+// Contract: src/cuda/adamw.rs launches; nothing is allocated. Buffers are 16-byte aligned, f32, the
+// working copy bf16. Both kernels of the norm add in f64 and in an order that only n decides, so
+// the norm is the same on every machine. The update reads everything that changes from step to
+// step from device memory (so a captured graph can be replayed), clips by grad_norm[0], and does
+// nothing at all where that is not finite. It reads and writes each element once: 28 bytes, 30
+// with the working copy.
+#include "isobath.cuh"
+
+constexpr int WARP = 32;
+
+// ---------------------------------------------------------------- gradient norm
+// f64 for each element, not compensated f32: squares of f32 are exact in f64 and cannot leave its
+// range, and an element costs one conversion and one fma. A GPU of compute capability 8.0 or 9.0
+// converts 16 a clock and multiprocessor, and 4-byte elements come at 6 or fewer from its memory.
+constexpr int NORM_THREADS = 256, NORM_VECTORS = 4;
+
+DEVICE double warp_sum(double value) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+// In thread 0. Called once by a block.
+DEVICE double block_sum(double value) {
+  constexpr int WARPS = NORM_THREADS / WARP;
+  SHARED(double, sums, WARPS);
+  value = warp_sum(value);
+  if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = value;
+  __syncthreads();
+  double total = 0;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; ++warp) total += sums[warp];
+  return total;
+}
+DEVICE double square(float x) { return double(x) * double(x); }
+
+// partials[block] = sum of squares of the tiles block, block + blocks, ... of 4096 elements.
+KERNEL(adamw_norm_partials, NORM_THREADS, 4)
+(const float* gradients,  // [n]
+ double* partials,        // [blocks]
+ uint64_t n) {
+  constexpr int TILE = NORM_THREADS * NORM_VECTORS;
+  const uint64_t vectors = n / 4;
+  double sums[NORM_VECTORS] = {};
+  for (uint64_t tile = blockIdx.x; tile * TILE < vectors; tile += gridDim.x) {
+    float4 held[NORM_VECTORS];
+#pragma unroll
+    for (int i = 0; i < NORM_VECTORS; ++i) {
+      const uint64_t at = tile * TILE + i * NORM_THREADS + threadIdx.x;
+      held[i] =
+          at < vectors ? reinterpret_cast<const float4*>(gradients)[at] : make_float4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < NORM_VECTORS; ++i) {
+      sums[i] += square(held[i].x);
+      sums[i] += square(held[i].y);
+      sums[i] += square(held[i].z);
+      sums[i] += square(held[i].w);
+    }
+  }
+  // What is left of the last vector.
+  if (blockIdx.x == 0 && threadIdx.x < n % 4)
+    sums[0] += square(gradients[vectors * 4 + threadIdx.x]);
+  const double total = block_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+EXPORT_KERNEL(adamw_norm_partials)
+
+KERNEL(adamw_norm_total, NORM_THREADS)
+(const double* partials,  // [count]
+ float* grad_norm,        // [1]
+ int count) {
+  double sum = 0;
+  for (int at = int(threadIdx.x); at < count; at += NORM_THREADS) sum += partials[at];
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) grad_norm[0] = float(sqrt(total));
+}
+EXPORT_KERNEL(adamw_norm_total)
+
+// ---------------------------------------------------------------- update
+// What a step is, as src/cuda/adamw.rs lays it out.
+struct alignas(16) Scalars {
+  float lr, beta1, rest1, beta2;              // rest: 1 - beta
+  float rest2, inverse1, inverse2, eps;       // inverse: 1 / (1 - beta^step)
+  float decoupled, coupled, clip, alignment;  // one of the decays is 0; clip 0: off
+};
+
+// Which elements decay: `boundaries` ascend, and an element that an odd number of them have passed
+// (are not above) does. first <= answer <= count, where the first ones are known to have passed.
+DEVICE int boundaries_passed(const uint64_t* boundaries, int first, int count, uint64_t element) {
+  int above = count;
+  while (first < above) {
+    const int middle = first + (above - first) / 2;
+    if (boundaries[middle] <= element)
+      first = middle + 1;
+    else
+      above = middle;
+  }
+  return first;
+}
+
+// Elements from `element` on, zeros behind the end. No cache keeps them: whoever reads them next
+// comes a step later.
+DEVICE void load_four(const float* from, uint64_t element, uint64_t n, float (&values)[4]) {
+  if (element + 4 <= n) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(from + element));
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values[j] = element + j < n ? from[element + j] : 0.0f;
+  }
+}
+DEVICE void store_four(float* to, uint64_t element, uint64_t n, const float (&values)[4]) {
+  if (element + 4 <= n) {
+    __stcs(reinterpret_cast<float4*>(to + element),
+           make_float4(values[0], values[1], values[2], values[3]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (element + j < n) to[element + j] = values[j];
+  }
+}
+// 8 bytes of a thread, 256 of a warp without a gap: whole sectors, as with 16.
+DEVICE void store_four(bf16* to, uint64_t element, uint64_t n, const float (&values)[4]) {
+  if (element + 4 <= n) {
+    *reinterpret_cast<uint2*>(to + element) =
+        make_uint2(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (element + j < n) to[element + j] = to_bf16(values[j]);
+  }
+}
+
+// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+// w -= lr (m / c1 / (sqrt(v / c2) + eps) + decay w)
+DEVICE void update(const Scalars& step, float scale, bool decays, float gradient, float& w,
+                   float& m, float& v) {
+  const float g = gradient * scale + (decays ? step.coupled : 0.0f) * w;
+  m = step.beta1 * m + step.rest1 * g;
+  v = step.beta2 * v + step.rest2 * g * g;
+  const float direction = __fdiv_rn(m * step.inverse1, __fsqrt_rn(v * step.inverse2) + step.eps);
+  w -= step.lr * (direction + (decays ? step.decoupled : 0.0f) * w);
+}
+
+// Two vectors of four arrays are 128 bytes in flight for a thread, which at half occupancy is more
+// than memory can deliver in the time of one access.
+constexpr int UPDATE_THREADS = 256, UPDATE_VECTORS = 2;
+constexpr int CHUNK = 4 * UPDATE_THREADS * UPDATE_VECTORS;  // elements of a block
+
+KERNEL(adamw_update, UPDATE_THREADS, 4)
+(const Scalars* scalars,      // [1]
+ const float* grad_norm,      // [1]
+ const uint64_t* boundaries,  // [boundary_count], ascending
+ int boundary_count,
+ float* parameters,       // [n]
+ const float* gradients,  // [n]
+ float* moment1,          // [n]
+ float* moment2,          // [n]
+ bf16* working,           // [n], round(parameters), or null
+ uint64_t n) {
+  const uint64_t chunk = uint64_t(blockIdx.x) * CHUNK;
+  float w[UPDATE_VECTORS][4], g[UPDATE_VECTORS][4], m[UPDATE_VECTORS][4], v[UPDATE_VECTORS][4];
+#pragma unroll
+  for (int i = 0; i < UPDATE_VECTORS; ++i) {
+    const uint64_t element = chunk + 4 * (i * UPDATE_THREADS + threadIdx.x);
+    load_four(parameters, element, n, w[i]);
+    load_four(gradients, element, n, g[i]);
+    load_four(moment1, element, n, m[i]);
+    load_four(moment2, element, n, v[i]);
+  }
+
+  // The same for the whole block, from the cache, while the elements are on their way.
+  const float norm = grad_norm[0];
+  if ((__float_as_uint(norm) & 0x7f800000u) == 0x7f800000u) return;
+  const Scalars step = *scalars;
+  const float scale = step.clip > 0 && norm > step.clip ? __fdiv_rn(step.clip, norm) : 1.0f;
+  const int passed = boundaries_passed(boundaries, 0, boundary_count, chunk);
+  const bool mixed = passed < boundary_count && boundaries[passed] < chunk + CHUNK;
+
+#pragma unroll
+  for (int i = 0; i < UPDATE_VECTORS; ++i) {
+    const uint64_t element = chunk + 4 * (i * UPDATE_THREADS + threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      int count = passed;
+      if (mixed) count = boundaries_passed(boundaries, passed, boundary_count, element + j);
+      update(step, scale, count % 2 != 0, g[i][j], w[i][j], m[i][j], v[i][j]);
+    }
+    store_four(parameters, element, n, w[i]);
+    store_four(moment1, element, n, m[i]);
+    store_four(moment2, element, n, v[i]);
+    if (working) store_four(working, element, n, w[i]);
+  }
+}
+EXPORT_KERNEL(adamw_update)

@@ -1,0 +1,309 @@
+//! Launches kernels/adamw.cu: the global gradient norm, and AdamW over the flat buffers.
+//!
+//! [`AdamW`] is for one number of elements and one set of decaying ranges. It allocates once, when
+//! it is made: [`AdamW::device_bytes`] of scratch, step scalars and the table of ranges. A step is
+//! [`AdamW::prepare`], which copies what is new in this step to the device and may not be
+//! captured, then [`AdamW::gradient_norm`] and [`AdamW::launch`], which may. The formulas stand at
+//! the head of kernels/adamw.cu and in its function `update`.
+
+use std::ops::Range;
+
+use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
+use crate::backend::AdamWStep;
+use crate::error::{Error, Result};
+
+/// Elements of a block of adamw_update, and its threads.
+const CHUNK: u64 = 2048;
+const THREADS: u32 = 256;
+/// Elements that a block of adamw_norm_partials takes at once. There are never more blocks than
+/// these: about what a large GPU holds, but the same on every machine, so that a sum has one order.
+const NORM_TILE: u64 = 4096;
+const MAX_PARTIALS: u64 = 1024;
+
+/// The most elements: a grid has 2^31 - 1 blocks. 4 TiB of f32.
+pub const MAX_ELEMENTS: u64 = 1 << 40;
+/// What every address must be a multiple of.
+const ALIGNMENT: u64 = 16;
+
+/// What an update reads from device memory, as kernels/adamw.cu lays it out. Everything that a
+/// step may change is in it, so that a captured graph can be replayed for another step.
+#[derive(Clone, Copy, PartialEq, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(16))]
+pub struct Scalars {
+    lr: f32,
+    beta1: f32,
+    /// 1 - beta1
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    /// 1 / (1 - beta1^step)
+    inverse1: f32,
+    inverse2: f32,
+    eps: f32,
+    /// Weight decay of the parameter, and of the gradient; one of them is 0.
+    decoupled: f32,
+    coupled: f32,
+    /// 0: off
+    clip: f32,
+    alignment: f32,
+}
+
+/// Addresses of an update, f32 but for the working copy; all multiples of 16.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWBuffers {
+    /// [N]
+    pub parameters: DevicePointer,
+    /// [N]
+    pub gradients: DevicePointer,
+    /// [N]
+    pub moment1: DevicePointer,
+    /// [N]
+    pub moment2: DevicePointer,
+    /// [N], bf16: the new parameters, rounded.
+    pub working: Option<DevicePointer>,
+    /// [1], of these gradients: what they are clipped by.
+    pub grad_norm: DevicePointer,
+}
+
+/// The optimizer of one flat buffer on one machine.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    device: &'static str,
+    elements: u64,
+    decay: Vec<Range<usize>>,
+    boundaries: i32,
+    /// Step scalars, then partial sums of the norm, then boundaries of the decaying ranges.
+    memory: Allocation,
+    norm_partials: KernelId,
+    norm_total: KernelId,
+    update: KernelId,
+}
+
+const PARTIALS_AT: u64 = size_of::<Scalars>() as u64;
+const BOUNDARIES_AT: u64 = PARTIALS_AT + MAX_PARTIALS * size_of::<f64>() as u64;
+
+impl AdamW {
+    /// Bytes that [`AdamW::new`] allocates, whatever the number of elements: 8 KiB and 16 for each
+    /// range that decays.
+    pub fn device_bytes(decay: &[Range<usize>]) -> u64 {
+        BOUNDARIES_AT + (decay.len().max(1) * size_of::<[u64; 2]>()) as u64
+    }
+
+    /// `decay`: as [`AdamWStep::decay`] will be in every step.
+    ///
+    /// The table costs a block of 2048 elements one binary search while its loads are under way,
+    /// and each element another one in the few blocks that a range begins or ends in.
+    ///
+    /// Errors: more than [`MAX_ELEMENTS`]; ranges that do not ascend, overlap, or leave the buffer.
+    pub fn new(driver: &mut dyn Driver, elements: u64, decay: &[Range<usize>]) -> Result<Self> {
+        let device = driver.device();
+        if elements > MAX_ELEMENTS {
+            return Err(refusal(
+                device,
+                format!("{elements} elements; at most {MAX_ELEMENTS} can be counted"),
+                "choose a smaller model, or shard its parameters",
+            ));
+        }
+        let mut boundaries: Vec<u64> = vec![];
+        let mut end = 0;
+        for range in decay {
+            if range.start < end || range.end < range.start || range.end as u64 > elements {
+                return Err(refusal(
+                    device,
+                    format!(
+                        "the decaying range {range:?} of {elements} elements, behind one that ends \
+                         at {end}"
+                    ),
+                    "give ranges that ascend, do not overlap and end within the buffer",
+                ));
+            }
+            end = range.end;
+            boundaries.extend([range.start as u64, range.end as u64]);
+        }
+        let Ok(boundary_count) = i32::try_from(boundaries.len()) else {
+            return Err(refusal(
+                device,
+                format!("{} decaying ranges; an i32 has to count their ends", decay.len()),
+                "join neighbouring ranges",
+            ));
+        };
+        let norm_partials = driver.kernel("adamw_norm_partials")?;
+        let norm_total = driver.kernel("adamw_norm_total")?;
+        let update = driver.kernel("adamw_update")?;
+        let memory = driver.allocate("optimizer scalars and scratch", Self::device_bytes(decay))?;
+        let adamw = AdamW {
+            device,
+            elements,
+            decay: decay.to_vec(),
+            boundaries: boundary_count,
+            memory,
+            norm_partials,
+            norm_total,
+            update,
+        };
+        if !boundaries.is_empty() {
+            let table = memory.address.offset(BOUNDARIES_AT);
+            driver.to_device(StreamId::MAIN, bytemuck::cast_slice(&boundaries), table)?;
+        }
+        Ok(adamw)
+    }
+
+    /// Gives its memory back, after all its work has run.
+    pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
+        driver.release(self.memory)
+    }
+
+    /// grad_norm[0] = Euclidean norm of the gradients [N], the same bits on every machine.
+    ///
+    /// Errors: an address that is no multiple of 16; whatever the driver finds wrong.
+    pub fn gradient_norm(
+        &self,
+        driver: &mut dyn Driver,
+        stream: StreamId,
+        gradients: DevicePointer,
+        grad_norm: DevicePointer,
+    ) -> Result<()> {
+        self.check_alignment("gradients", gradients)?;
+        let partials = self.memory.address.offset(PARTIALS_AT);
+        let blocks = self.elements.div_ceil(NORM_TILE).clamp(1, MAX_PARTIALS) as u32;
+        let arguments = Arguments::new().with(gradients).with(partials).with(self.elements);
+        let launch = Launch::new(self.norm_partials, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
+        driver.launch(&launch, &arguments)?;
+        let arguments = Arguments::new().with(partials).with(grad_norm).with(blocks as i32);
+        let launch = Launch::new(self.norm_total, [1, 1, 1], [THREADS, 1, 1]).on(stream);
+        driver.launch(&launch, &arguments)
+    }
+
+    /// What [`AdamW::prepare`] copies to [`AdamW::scalars_address`].
+    ///
+    /// Errors: ranges other than those that the table was made for; a value that f32 cannot hold.
+    pub fn scalars(&self, step: &AdamWStep) -> Result<Scalars> {
+        if step.decay != self.decay {
+            return Err(refusal(
+                self.device,
+                format!(
+                    "a step with {} decaying ranges, other than the {} of the table",
+                    step.decay.len(),
+                    self.decay.len()
+                ),
+                "make a new optimizer for other ranges",
+            ));
+        }
+        let f32_of = |name: &str, value: f64| match value as f32 {
+            rounded if rounded.is_finite() => Ok(rounded),
+            _ => Err(refusal(
+                self.device,
+                format!("{name} is {value:e}, which is no finite f32"),
+                "count steps from 1, and choose finite [optimizer] values",
+            )),
+        };
+        let eps = f32_of("eps", step.eps)?;
+        if eps <= 0.0 {
+            return Err(refusal(
+                self.device,
+                format!("eps is {:e}, which is not above 0 in f32", step.eps),
+                "choose optimizer.eps from 1e-38 on",
+            ));
+        }
+        let weight_decay = f32_of("weight_decay", step.weight_decay)?;
+        Ok(Scalars {
+            lr: f32_of("lr", step.lr)?,
+            beta1: f32_of("beta1", step.beta1)?,
+            rest1: f32_of("1 - beta1", 1.0 - step.beta1)?,
+            beta2: f32_of("beta2", step.beta2)?,
+            rest2: f32_of("1 - beta2", 1.0 - step.beta2)?,
+            inverse1: f32_of("1 / (1 - beta1^step)", 1.0 / step.correction1)?,
+            inverse2: f32_of("1 / (1 - beta2^step)", 1.0 / step.correction2)?,
+            eps,
+            decoupled: if step.decoupled { weight_decay } else { 0.0 },
+            coupled: if step.decoupled { 0.0 } else { weight_decay },
+            clip: f32_of("clip", step.clip)?.max(0.0),
+            alignment: 0.0,
+        })
+    }
+
+    /// Where the kernel reads its [`Scalars`].
+    pub fn scalars_address(&self) -> DevicePointer {
+        self.memory.address
+    }
+
+    /// Copies the step's scalars to the device. The copy returns when it is done, so the place for
+    /// it is where the step's tokens are copied, before the step's work is enqueued.
+    ///
+    /// Errors: as [`AdamW::scalars`]; whatever the driver finds wrong.
+    pub fn prepare(
+        &self,
+        driver: &mut dyn Driver,
+        stream: StreamId,
+        step: &AdamWStep,
+    ) -> Result<()> {
+        let scalars = self.scalars(step)?;
+        driver.to_device(stream, bytemuck::bytes_of(&scalars), self.scalars_address())
+    }
+
+    /// The update with the scalars that were copied last; if the norm is not finite, nothing
+    /// changes.
+    ///
+    /// Errors: an address that is no multiple of 16; whatever the driver finds wrong.
+    pub fn launch(
+        &self,
+        driver: &mut dyn Driver,
+        stream: StreamId,
+        args: &AdamWBuffers,
+    ) -> Result<()> {
+        self.check_alignment("parameters", args.parameters)?;
+        self.check_alignment("gradients", args.gradients)?;
+        self.check_alignment("moment1", args.moment1)?;
+        self.check_alignment("moment2", args.moment2)?;
+        self.check_alignment("working copy", args.working.unwrap_or_default())?;
+        if self.elements == 0 {
+            return Ok(());
+        }
+        let arguments = Arguments::new()
+            .with(self.scalars_address())
+            .with(args.grad_norm)
+            .with(self.memory.address.offset(BOUNDARIES_AT))
+            .with(self.boundaries)
+            .with(args.parameters)
+            .with(args.gradients)
+            .with(args.moment1)
+            .with(args.moment2)
+            .with(args.working.unwrap_or_default())
+            .with(self.elements);
+        let blocks = self.elements.div_ceil(CHUNK) as u32;
+        let launch = Launch::new(self.update, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
+        driver.launch(&launch, &arguments)
+    }
+
+    /// [`AdamW::prepare`] and [`AdamW::launch`].
+    pub fn update(
+        &self,
+        driver: &mut dyn Driver,
+        stream: StreamId,
+        step: &AdamWStep,
+        args: &AdamWBuffers,
+    ) -> Result<()> {
+        self.prepare(driver, stream, step)?;
+        self.launch(driver, stream, args)
+    }
+
+    fn check_alignment(&self, name: &str, address: DevicePointer) -> Result<()> {
+        if address.0.is_multiple_of(ALIGNMENT) {
+            return Ok(());
+        }
+        Err(refusal(
+            self.device,
+            format!("the {name} begin at {:#x}; {ALIGNMENT} bytes are read at once", address.0),
+            "begin every flat buffer at a multiple of 16 bytes",
+        ))
+    }
+}
+
+fn refusal(device: &str, what: String, remedy: &str) -> Error {
+    Error::Launch {
+        kernel: "adamw".to_string(),
+        device: device.to_string(),
+        what,
+        remedy: remedy.to_string(),
+    }
+}
