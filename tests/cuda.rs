@@ -3,9 +3,11 @@
 
 mod conformance;
 mod driver;
+mod embedding;
 mod faults;
 mod gemm;
 mod library;
 mod machines;
 mod mutants;
 mod norm;
+mod pointwise;

@@ -5,10 +5,13 @@
 pub mod binaries;
 pub mod conformance;
 mod driver;
+pub mod embedding;
 pub mod gemm;
 pub mod host;
 pub mod norm;
 pub mod nvidia;
+pub mod pointwise;
+mod rows;
 
 pub use driver::*;
 
