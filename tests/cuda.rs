@@ -4,6 +4,7 @@
 mod adamw;
 mod conformance;
 mod driver;
+mod embedding;
 mod faults;
 mod gemm;
 mod library;
@@ -11,3 +12,4 @@ mod loss;
 mod machines;
 mod mutants;
 mod norm;
+mod pointwise;

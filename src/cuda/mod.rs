@@ -6,11 +6,14 @@ pub mod adamw;
 pub mod binaries;
 pub mod conformance;
 mod driver;
+pub mod embedding;
 pub mod gemm;
 pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+pub mod pointwise;
+mod rows;
 
 pub use driver::*;
 

@@ -1,10 +1,13 @@
 //! The machines that a kernel test runs on, and how exact a kernel must be.
 
 use half::bf16;
+use isobath::backend::Backend;
 use isobath::config::Dtype;
+use isobath::cpu::Cpu;
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{Allocation, Driver, host};
+use isobath::tensor::{Kind, Shape, View};
 
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
 /// GPU. What it returns must be the same bits every time on one kind of machine.
@@ -105,6 +108,25 @@ pub fn download(driver: &mut dyn Driver, dtype: Dtype, from: Allocation) -> Vec<
             values.into_iter().map(f64::from).collect()
         }
     }
+}
+
+// ------------------------------------------------------------------ the reference
+
+/// A tensor of the CPU backend in f64 with these values; zeros behind their end.
+pub fn filled(cpu: &mut Cpu<f64>, sizes: &[usize], values: &[f64]) -> View {
+    let shape = Shape::new(sizes);
+    let buffer = cpu.allocate("test", shape.elements() * size_of::<f64>()).unwrap();
+    let view = View { buffer, offset: 0, kind: Kind::Activation, shape };
+    cpu.values_mut(view).iter_mut().zip(values).for_each(|(to, &value)| *to = value);
+    view
+}
+
+/// Token ids or positions of the CPU backend.
+pub fn filled_index(cpu: &mut Cpu<f64>, values: &[i32]) -> View {
+    let buffer = cpu.allocate("test", size_of_val(values)).unwrap();
+    let view = View { buffer, offset: 0, kind: Kind::Index, shape: Shape::new(&[values.len()]) };
+    cpu.write_index(view, values).unwrap();
+    view
 }
 
 // ------------------------------------------------------------------ how exact
