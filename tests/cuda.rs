@@ -1,6 +1,7 @@
 //! kernels/ on every machine there is: the CPU machine under several schedules and with its race
 //! detector, and a GPU where one is; and the driver below them.
 
+mod attention;
 mod conformance;
 mod driver;
 mod faults;
