@@ -2,6 +2,7 @@
 //! detector, and a GPU where one is; and the driver below them.
 
 mod adamw;
+mod attention;
 mod conformance;
 mod driver;
 mod embedding;

@@ -3,6 +3,7 @@
 //! [`Driver`] is the machine below; [`open`] gives the one that a person asked for.
 
 pub mod adamw;
+pub mod attention;
 pub mod binaries;
 pub mod conformance;
 mod driver;
