@@ -15,27 +15,8 @@
 constexpr int WARP = 32, THREADS = 256, WARPS = THREADS / WARP;
 constexpr int KEY_THREADS = 4, KEYS = THREADS / KEY_THREADS;  // at once
 constexpr float MINUS_INFINITY = -__builtin_huge_valf();
-using f32 = float;  // the kernels' names end in the type
 
 // ---------------------------------------------------------------- rows
-// 16 bytes of a row: 8 values of bf16 or 4 of f32.
-template <class T>
-constexpr int VALUES = 16 / int(sizeof(T));
-
-DEVICE void unpack(uint4 vector, float (&values)[8]) {
-  const uint32_t pairs[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = low_float(pairs[i]);
-    values[2 * i + 1] = high_float(pairs[i]);
-  }
-}
-DEVICE void unpack(uint4 vector, float (&values)[4]) {
-  values[0] = __uint_as_float(vector.x);
-  values[1] = __uint_as_float(vector.y);
-  values[2] = __uint_as_float(vector.z);
-  values[3] = __uint_as_float(vector.w);
-}
 DEVICE void store(bf16* to, float value) { *to = to_bf16(value); }
 DEVICE void store(float* to, float value) { *to = value; }
 

@@ -11,6 +11,8 @@ mod gemm;
 mod library;
 mod loss;
 mod machines;
+mod model;
 mod mutants;
 mod norm;
+mod plain;
 mod pointwise;

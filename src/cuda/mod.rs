@@ -4,6 +4,7 @@
 
 pub mod adamw;
 pub mod attention;
+mod backend;
 pub mod binaries;
 pub mod conformance;
 mod driver;
@@ -16,6 +17,7 @@ pub mod nvidia;
 pub mod pointwise;
 mod rows;
 
+pub use backend::Cuda;
 pub use driver::*;
 
 use crate::config::DeviceKind;

@@ -95,7 +95,7 @@ fn exact(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
     };
     let [parameters, gradients, moment1, moment2] = [0, 1, 2, 3].map(|i| view(&inputs[i]));
     let grad_norm = view(&[0.0]);
-    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    let buffers = FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm };
     cpu.gradient_norm(&buffers).unwrap();
     cpu.adamw(&buffers, &case.step(norm)).unwrap();
     [grad_norm, parameters, moment1, moment2].map(|view| cpu.values(view).to_vec())

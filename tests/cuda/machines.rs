@@ -45,18 +45,26 @@ fn on_gpu(mut test: impl FnMut(&mut dyn Driver)) {
     }
 }
 
-fn schedules() -> Vec<Options> {
-    let plain =
-        |order, asynchronous, seed| Options { order, asynchronous, seed, ..Options::default() };
-    let race = |options: Options| Options { race: true, ..options };
-    vec![
+fn plain(order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
+    Options { order, asynchronous, seed, ..Options::default() }
+}
+
+/// Without the race detector.
+pub fn plain_schedules() -> [Options; 4] {
+    [
         plain(Order::Fifo, Asynchronous::Late, 0),
         plain(Order::Lifo, Asynchronous::Early, 0),
         plain(Order::Random, Asynchronous::Anytime, 1),
         plain(Order::Random, Asynchronous::Late, 2),
-        race(plain(Order::Fifo, Asynchronous::Late, 0)),
-        race(plain(Order::Random, Asynchronous::Anytime, 3)),
     ]
+}
+
+fn schedules() -> Vec<Options> {
+    let race = |options: Options| Options { race: true, ..options };
+    let mut all = plain_schedules().to_vec();
+    all.push(race(plain(Order::Fifo, Asynchronous::Late, 0)));
+    all.push(race(plain(Order::Random, Asynchronous::Anytime, 3)));
+    all
 }
 
 // ------------------------------------------------------------------ values of a type
