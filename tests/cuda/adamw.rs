@@ -1,6 +1,9 @@
 //! kernels/adamw.cu against the f64 CPU backend: sizes around vectors, tiles and blocks, decaying
 //! ranges at every edge, clipping, norms that are not finite, and the working copy.
 
+// One decaying range is a list of ranges, not of its elements.
+#![expect(clippy::single_range_in_vec_init)]
+
 use std::ops::Range;
 
 use half::bf16;
@@ -88,7 +91,7 @@ fn exact(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
     let cpu = &mut Cpu::<f64>::new();
     let mut view = |values: &[f64]| {
         let shape = Shape::new(&[values.len()]);
-        let buffer = cpu.allocate("test", values.len() * size_of::<f64>()).unwrap();
+        let buffer = cpu.allocate("test", size_of_val(values)).unwrap();
         let view = View { buffer, offset: 0, kind: Kind::Statistic, shape };
         cpu.values_mut(view).copy_from_slice(values);
         view
