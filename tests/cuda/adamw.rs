@@ -11,7 +11,7 @@ use isobath::backend::{AdamWStep, Backend, FlatBuffers};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::adamw::{AdamW, AdamWBuffers, MAX_ELEMENTS};
-use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
+use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId, host};
 use isobath::tensor::{Kind, Shape, View};
 
 use super::machines::*;
@@ -467,4 +467,29 @@ fn the_working_copy_is_the_nearest() {
         assert_eq!(bits, [0x3f80, 0x3f82, 0x3f81, 0x3f80, 0xbf82, 0]);
         device.release(driver);
     });
+}
+
+/// One worker and several: blocks run one after the other, or at the same time.
+#[test]
+fn workers_do_not_change_a_bit() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let case = Case {
+        elements: 5 * 4096 + 3,
+        decay: vec![64..3000, 9000..20_000],
+        decoupled: true,
+        clip: 0.5,
+        working: true,
+    };
+    let prepared = Prepared::new(case);
+    let of_workers = |workers| {
+        let options = host::Options { workers, ..host::Options::default() };
+        check(&mut host::Host::new(options).unwrap(), &prepared)
+    };
+    let one = of_workers(1);
+    for workers in [2, 5] {
+        assert!(of_workers(workers) == one, "{workers} workers give other bits than one");
+    }
 }
