@@ -145,7 +145,7 @@ fn gradients_of_skewed_texts() {
     on_every_machine(|driver| {
         let rows = 2300;
         let uniform = tokens(1, rows, 1000);
-        let half = |row: usize| if row % 2 == 0 { 8 } else { uniform[row] };
+        let half = |row: usize| if row.is_multiple_of(2) { 8 } else { uniform[row] };
         let texts: [(usize, Vec<i32>); 5] = [
             (17, vec![13; rows]),
             (1000, (0..rows).map(half).collect()),
