@@ -80,7 +80,7 @@ impl Walk {
     /// Errors: more tasks than an i32 counts.
     pub fn blocks(&self, op: Rows, rows: usize, row_vectors: usize) -> Result<Option<(u32, i32)>> {
         let tasks_of_row = row_vectors.div_ceil(self.task_vectors);
-        let tasks = rows.checked_mul(tasks_of_row).unwrap_or(usize::MAX);
+        let tasks = rows.saturating_mul(tasks_of_row);
         op.count("parts of rows", tasks, self.most_blocks * WARPS, "train.micro_batch")?;
         let blocks = tasks.div_ceil(WARPS).min(self.most_blocks) as u32;
         Ok((blocks > 0).then_some((blocks, rows as i32)))

@@ -8,24 +8,7 @@ use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 
 use super::machines::*;
-use crate::support::{normals, tokens};
-
-const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F32];
-
-fn draws(dtype: Dtype, seed: u64, count: usize) -> Vec<f64> {
-    normals(seed, count).into_iter().map(|value| rounded(dtype, value)).collect()
-}
-
-fn bits(values: &[f64]) -> impl Iterator<Item = u8> + '_ {
-    values.iter().flat_map(|value| value.to_bits().to_le_bytes())
-}
-
-fn vector(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 8,
-    }
-}
+use crate::support::tokens;
 
 #[test]
 fn rows_are_looked_up_as_they_are() {
@@ -145,7 +128,7 @@ fn gradients_of_skewed_texts() {
     on_every_machine(|driver| {
         let rows = 2300;
         let uniform = tokens(1, rows, 1000);
-        let half = |row: usize| if row % 2 == 0 { 8 } else { uniform[row] };
+        let half = |row: usize| if row.is_multiple_of(2) { 8 } else { uniform[row] };
         let texts: [(usize, Vec<i32>); 5] = [
             (17, vec![13; rows]),
             (1000, (0..rows).map(half).collect()),

@@ -9,6 +9,8 @@ use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{Allocation, Driver, host};
 use isobath::tensor::{Kind, Shape, View};
 
+use crate::support::normals;
+
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
 /// GPU. What it returns must be the same bits every time on one kind of machine.
 pub fn on_every_machine(mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
@@ -68,6 +70,26 @@ fn schedules() -> Vec<Options> {
 }
 
 // ------------------------------------------------------------------ values of a type
+
+pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F32];
+
+/// Values that a kernel loads at once, 16 bytes.
+pub fn vector(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 8,
+    }
+}
+
+/// Independent draws from N(0, 1), rounded to this type.
+pub fn draws(dtype: Dtype, seed: u64, count: usize) -> Vec<f64> {
+    normals(seed, count).into_iter().map(|value| rounded(dtype, value)).collect()
+}
+
+/// What [`on_every_machine`] compares.
+pub fn bits(values: &[f64]) -> impl Iterator<Item = u8> + '_ {
+    values.iter().flat_map(|value| value.to_bits().to_le_bytes())
+}
 
 /// The nearest value of this type.
 pub fn rounded(dtype: Dtype, value: f64) -> f64 {

@@ -11,23 +11,6 @@ use isobath::random::Philox;
 use super::machines::*;
 use crate::support::{normals, tokens};
 
-const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F32];
-
-fn draws(dtype: Dtype, seed: u64, count: usize) -> Vec<f64> {
-    normals(seed, count).into_iter().map(|value| rounded(dtype, value)).collect()
-}
-
-fn bits(values: &[f64]) -> impl Iterator<Item = u8> + '_ {
-    values.iter().flat_map(|value| value.to_bits().to_le_bytes())
-}
-
-fn vector(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 8,
-    }
-}
-
 // ------------------------------------------------------------------ rotary
 
 const POSITIONS: usize = 19;
