@@ -187,9 +187,9 @@ impl Attention {
     /// device) of keys and values [`cache_rows`,KD]; out [`tokens`,HD]: each token attends to all
     /// rows up to its own.
     ///
-    /// Errors: more tokens than rows, sizes that the kernel cannot count, matrices that do not begin
-    /// at a multiple of 16 bytes; whatever the driver finds wrong. Positions that break the contract
-    /// end the kernel.
+    /// Errors: more tokens than rows, sizes that the kernel cannot count, matrices that do not
+    /// begin at a multiple of 16 bytes; whatever the driver finds wrong. Positions that break the
+    /// contract end the kernel.
     #[allow(clippy::too_many_arguments)]
     pub fn decode(
         &self,
