@@ -35,9 +35,19 @@ constexpr int TILE_BYTES = ROWS * D * int(sizeof(bf16));
 
 // Where a chunk of a tile lies, in bytes. The permutation is the same 8 rows further on.
 template <int D>
-DEVICE int offset_of(int row, int chunk) {
-  const int permutation = row / (8 / GROUP<D>)&(GROUP<D> - 1);
-  return (row * CHUNKS<D> + (chunk ^ permutation)) * 16;
+DEVICE constexpr int offset_of(int row, int chunk) {
+  constexpr int STEP = 8 / GROUP<D>, MASK = GROUP<D> - 1;
+  return (row * CHUNKS<D> + (chunk ^ (row / STEP & MASK))) * 16;
+}
+// Whether a chunk of 8 rows in a row, from a multiple of 8 on, covers all banks.
+template <int D>
+DEVICE constexpr bool covers_banks() {
+  for (int chunk = 0; chunk < CHUNKS<D>; ++chunk) {
+    int covered = 0;
+    for (int row = 0; row < 8; ++row) covered |= 1 << offset_of<D>(row, chunk) / 16 % 8;
+    if (covered != 0xff) return false;
+  }
+  return true;
 }
 // The chunk `rows` rows (a multiple of 8) and `chunks` chunks (even, to a chunk 0 or 1) behind the
 // one at `offset`: numbers that are known when it is compiled leave one XOR of it.
@@ -57,6 +67,7 @@ struct Rows {
 // threads has a row, so that its next places are a constant away.
 template <int D, int ROWS>
 DEVICE void load_tile(uint8_t* tile, Rows from, int first, int sequence) {
+  static_assert(covers_banks<D>());
   constexpr int ROW_THREADS = GROUP<D>, PASS_ROWS = THREADS / ROW_THREADS;
   const int row = int(threadIdx.x) / ROW_THREADS, chunk = int(threadIdx.x) % ROW_THREADS;
   if (PASS_ROWS > ROWS && row >= ROWS) return;

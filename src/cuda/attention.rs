@@ -91,7 +91,7 @@ impl Attention {
                     .to_string(),
             ));
         };
-        // Both passes count columns of a token with an i32.
+        // The kernels count the columns of a token with an i32.
         if i32::try_from(heads.qkv_columns()).is_err() {
             return Err(refusal(
                 device,
@@ -133,8 +133,8 @@ impl Attention {
 
     /// qkv [T,(H+2K)D] -> out [T,HD], log_sum_exp [B,H,S] f32, with T = B S.
     ///
-    /// Errors: other heads than these kernels', sizes that they cannot count; whatever the driver
-    /// finds wrong.
+    /// Errors: other heads than these kernels', sizes that they cannot count, matrices that do not
+    /// begin at a multiple of 16 bytes; whatever the driver finds wrong.
     pub fn forward(
         &self,
         driver: &mut dyn Driver,
@@ -145,6 +145,7 @@ impl Attention {
         log_sum_exp: DevicePointer,
     ) -> Result<()> {
         let Some(sizes) = self.check(spec)? else { return Ok(()) };
+        self.check_alignment(&[("qkv", qkv), ("out", out)])?;
         let arguments = Arguments::new().with(qkv).with(out).with(log_sum_exp);
         self.launch(driver, stream, self.forward, self.heads.heads, sizes, arguments)
     }
@@ -167,6 +168,7 @@ impl Attention {
         d_qkv: DevicePointer,
     ) -> Result<()> {
         let Some(sizes) = self.check(spec)? else { return Ok(()) };
+        self.check_alignment(&[("qkv", qkv), ("out", out), ("d_out", d_out), ("d_qkv", d_qkv)])?;
         // First, because it makes the other one's delta.
         let arguments = Arguments::new()
             .with(qkv)
@@ -185,8 +187,9 @@ impl Attention {
     /// device) of keys and values [`cache_rows`,KD]; out [`tokens`,HD]: each token attends to all
     /// rows up to its own.
     ///
-    /// Errors: more tokens than rows, sizes that the kernel cannot count; whatever the driver finds
-    /// wrong. Positions that break the contract end the kernel.
+    /// Errors: more tokens than rows, sizes that the kernel cannot count, matrices that do not
+    /// begin at a multiple of 16 bytes; whatever the driver finds wrong. Positions that break the
+    /// contract end the kernel.
     #[allow(clippy::too_many_arguments)]
     pub fn decode(
         &self,
@@ -220,6 +223,7 @@ impl Attention {
                 "give the prompt in parts; an i32 has to count blocks and rows".to_string(),
             ));
         };
+        self.check_alignment(&[("qkv", qkv), ("keys", keys), ("values", values)])?;
         let arguments = Arguments::new()
             .with(qkv)
             .with(keys)
@@ -261,6 +265,18 @@ impl Attention {
             .shared_bytes(tiled.shared_bytes)
             .on(stream);
         driver.launch(&launch, &arguments)
+    }
+
+    /// Rows are moved 16 bytes at a time.
+    fn check_alignment(&self, matrices: &[(&str, DevicePointer)]) -> Result<()> {
+        match matrices.iter().find(|(_, address)| !address.0.is_multiple_of(16)) {
+            None => Ok(()),
+            Some((name, address)) => Err(refusal(
+                self.device,
+                format!("{name} begins at {:#x}, no multiple of 16", address.0),
+                "begin it at a multiple of 16 bytes in its buffer".to_string(),
+            )),
+        }
     }
 
     /// The sizes, found to be countable; `None` where there is nothing to do.

@@ -4,7 +4,8 @@ use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::attention::Attention;
-use isobath::cuda::{Driver, StreamId};
+use isobath::cuda::host::{self, Host, Options};
+use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::View;
 
 use super::machines::*;
@@ -202,7 +203,10 @@ fn plain(case: Case, inputs: &Inputs) -> Outputs {
                 row.iter_mut().for_each(|value| *value = stored(*value / total));
                 let log_sum_exp = most + total.ln();
                 let d_row = &d_out[in_out.clone()];
-                let delta = dot(&row, d_row);
+                // In another order than dP below: where a softmax has one large p, the two are
+                // nearly the same, and in one order they would cancel better than anyone's.
+                let products = row.iter().zip(d_row).rev();
+                let delta = products.map(|(out, d_out)| out * d_out).sum::<f32>();
                 let mut d_q = vec![0.0; d];
                 for (key, score) in scores.iter().enumerate() {
                     let p = (score - log_sum_exp).exp();
@@ -224,51 +228,71 @@ fn plain(case: Case, inputs: &Inputs) -> Outputs {
 
 // ------------------------------------------------------------------ comparisons
 
-/// What a device computed, and how exact that is.
-fn check(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
-    let found = on_device(driver, case, inputs);
-    let plain = plain(case, inputs);
-    let exact = exact(case, inputs);
-    let what = |name: &str| format!("{case:?} {name}");
-    assert_exact(&what("out"), case.dtype, &found.out, &plain.out, &exact.out);
-    let lse = |it: &Outputs| it.log_sum_exp.clone();
-    assert_exact(&what("lse"), Dtype::F32, &lse(&found), &lse(&plain), &lse(&exact));
-    assert_exact(&what("delta"), Dtype::F32, &found.delta, &plain.delta, &exact.delta);
-    let [found_parts, plain_parts, exact_parts] =
-        [&found, &plain, &exact].map(|it| it.gradients(case.spec.heads));
-    for (index, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
-        let [found, plain, exact] = [&found_parts, &plain_parts, &exact_parts];
-        assert_exact(&what(name), case.dtype, &found[index], &plain[index], &exact[index]);
-    }
-    found
+/// A case and what it must give; computed once for all machines.
+struct Check {
+    case: Case,
+    inputs: Inputs,
+    plain: Outputs,
+    exact: Outputs,
 }
 
-/// Every head dim, grouped and not, sequences at the edges of tiles (32, 64 and 128 rows) and of
-/// warps (16 and 32), in one and several sequences; a single token has a test of its own.
+impl Check {
+    fn new(case: Case, inputs: Inputs) -> Self {
+        let (plain, exact) = (plain(case, &inputs), exact(case, &inputs));
+        Check { case, inputs, plain, exact }
+    }
+
+    /// The bits that a device gives, found to be exact enough.
+    fn run(&self, driver: &mut dyn Driver) -> Vec<u8> {
+        let Check { case, inputs, plain, exact } = self;
+        let found = on_device(driver, *case, inputs);
+        let what = |name: &str| format!("{case:?} {name}");
+        let compare = |name: &str, dtype, of: fn(&Outputs) -> &Vec<f64>| {
+            assert_exact(&what(name), dtype, of(&found), of(plain), of(exact));
+        };
+        compare("out", case.dtype, |it| &it.out);
+        compare("log_sum_exp", Dtype::F32, |it| &it.log_sum_exp);
+        compare("delta", Dtype::F32, |it| &it.delta);
+        let parts = [&found, plain, exact].map(|it| it.gradients(case.spec.heads));
+        for (index, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
+            let [found, plain, exact] = parts.each_ref().map(|it| &it[index]);
+            assert_exact(&what(name), case.dtype, found, plain, exact);
+        }
+        found.bits()
+    }
+}
+
+fn check_all(checks: &[Check]) {
+    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver)).collect());
+}
+
+/// Every head dim, grouped and not, sequences at the edges of tiles (bf16: 32, 64 and 128 rows;
+/// f32: 32) and of warps (16 and 32), one and several; a single token has a test of its own.
 fn cases(dtype: Dtype) -> Vec<Case> {
+    let [long, pair, group] = match dtype {
+        Dtype::Bf16 => [[129, 97, 161, 33, 65], [63, 65, 31, 64, 32], [17, 2, 16, 15, 33]],
+        Dtype::F32 => [[65, 64, 63, 34, 33], [31, 33, 16, 32, 17], [17, 2, 16, 15, 9]],
+    };
     let mut cases = vec![];
     for (index, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         let case = |count, kv_heads, batch, sequence| {
             Case::new(dtype, heads(count, kv_heads, head_dim), batch, sequence)
         };
-        cases.push(case(1, 1, 1, [129, 97, 161, 33, 65][index]));
-        cases.push(case(2, 1, 2, [63, 65, 31, 64, 32][index]));
-        cases.push(case(6, 2, 1, [17, 2, 16, 15, 33][index]));
+        cases.push(case(1, 1, 1, long[index]));
+        cases.push(case(2, 1, 2, pair[index]));
+        cases.push(case(6, 2, 1, group[index]));
     }
     cases.push(Case::new(dtype, heads(4, 1, 32), 1, 64));
-    cases.push(Case::new(dtype, heads(1, 1, 32), 1, 128));
-    cases.push(Case::new(dtype, heads(1, 1, 128), 1, 128));
+    if dtype == Dtype::Bf16 {
+        cases.push(Case::new(dtype, heads(1, 1, 32), 1, 128));
+        cases.push(Case::new(dtype, heads(1, 1, 128), 1, 128));
+    }
     cases
 }
 
 fn every_case(dtype: Dtype) {
-    on_every_machine(|driver| {
-        let mut all = vec![];
-        for case in cases(dtype) {
-            all.extend(check(driver, case, &case.inputs()).bits());
-        }
-        all
-    });
+    let checks = cases(dtype).into_iter().map(|case| Check::new(case, case.inputs()));
+    check_all(&checks.collect::<Vec<_>>());
 }
 
 #[test]
@@ -281,6 +305,85 @@ fn f32_of_every_head_dim() {
     every_case(Dtype::F32);
 }
 
+/// Scores in the thousands: exp(score) is far beyond any f32.
+#[test]
+fn large_scores() {
+    let checks = [(Dtype::Bf16, 64, 70), (Dtype::Bf16, 96, 33), (Dtype::F32, 48, 34)];
+    let checks = checks.map(|(dtype, head_dim, sequence)| {
+        let case = Case::new(dtype, heads(2, 1, head_dim), 1, sequence);
+        let mut inputs = case.inputs();
+        let columns = case.spec.heads.qkv_columns();
+        let scaled = v_column(case.spec.heads, 0);
+        for row in inputs.qkv.chunks_exact_mut(columns) {
+            row[..scaled].iter_mut().for_each(|value| *value = rounded(dtype, *value * 32.0));
+        }
+        let check = Check::new(case, inputs);
+        let largest = check.exact.log_sum_exp.iter().fold(0.0f64, |most, &it| most.max(it));
+        assert!(largest > 1000.0, "{largest}");
+        check
+    });
+    check_all(&checks);
+}
+
+/// Query i sees nothing but key (7 i + 3 head) mod (i + 1): every value goes to one place, exactly.
+#[test]
+fn layouts() {
+    on_each_machine(|driver| {
+        for dtype in [Dtype::Bf16, Dtype::F32] {
+            for head_dim in HEAD_DIMS {
+                let heads = heads(4, 2, head_dim);
+                let case = Case::new(dtype, heads, 2, head_dim);
+                let AttentionSpec { batch, sequence, .. } = case.spec;
+                let (columns, out_columns) = (heads.qkv_columns(), case.out_columns());
+                let seen = |query: usize, head: usize| (7 * query + 3 * head) % (query + 1);
+                // Scores of 64 * 64 / sqrt(D), 362 or more, or 0.
+                let mut qkv = vec![0.0; case.tokens() * columns];
+                let mut d_out = vec![0.0; case.tokens() * out_columns];
+                for token in 0..case.tokens() {
+                    let row = &mut qkv[token * columns..][..columns];
+                    for head in 0..heads.heads {
+                        row[q_column(heads, head) + seen(token % sequence, head)] = 64.0;
+                        row[k_column(heads, head) + token % sequence] = 64.0;
+                    }
+                    let values = &mut row[v_column(heads, 0)..];
+                    for (column, value) in values.iter_mut().enumerate() {
+                        *value = ((31 * token + 7 * column) % 251) as f64;
+                    }
+                    let d_row = &mut d_out[token * out_columns..][..out_columns];
+                    for (column, value) in d_row.iter_mut().enumerate() {
+                        *value = ((5 * token + 3 * column) % 4) as f64;
+                    }
+                }
+                let mut out = vec![0.0; d_out.len()];
+                let mut d_qkv = vec![0.0; qkv.len()];
+                for token in 0..case.tokens() {
+                    for head in 0..heads.heads {
+                        let query = token % sequence;
+                        let from = (token - query + seen(query, head)) * columns;
+                        let v = from + v_column(heads, head);
+                        let to = token * out_columns + q_column(heads, head);
+                        out[to..][..head_dim].copy_from_slice(&qkv[v..][..head_dim]);
+                        let d_rows = d_qkv[v..][..head_dim].iter_mut().zip(&d_out[to..]);
+                        d_rows.for_each(|(d_v, d_out)| *d_v += d_out);
+                    }
+                }
+                // A sum that bf16 does not hold would be rounded.
+                let most = d_qkv.iter().fold(0.0f64, |most, &it| most.max(it));
+                assert!(most > 3.0 && most <= 256.0, "{most}");
+                let found = on_device(driver, case, &Inputs { qkv, d_out });
+                assert_eq!(found.out, out, "{case:?}: out");
+                assert_eq!(found.d_qkv, d_qkv, "{case:?}: d_qkv");
+                let score = 64.0 * 64.0 / (head_dim as f64).sqrt();
+                assert_eq!(found.log_sum_exp.len(), batch * heads.heads * sequence);
+                for (at, &found) in found.log_sum_exp.iter().enumerate() {
+                    let error = (found - score).abs() / score;
+                    assert!(error <= 4.0 * unit_roundoff(Dtype::F32), "{at}: {found}, {score}");
+                }
+            }
+        }
+    });
+}
+
 /// out = v, lse = the score, d_v = d_out; d_q and d_k are 0, what is left of dP - delta.
 #[test]
 fn a_single_token() {
@@ -289,7 +392,7 @@ fn a_single_token() {
         for dtype in [Dtype::Bf16, Dtype::F32] {
             for head_dim in HEAD_DIMS {
                 let heads = heads(2, 2, head_dim);
-                let case = Case::new(dtype, heads, 3, 1);
+                let case = Case::new(dtype, heads, 2, 1);
                 let inputs = case.inputs();
                 let found = on_device(driver, case, &inputs);
                 let exact = exact(case, &inputs);
@@ -312,4 +415,177 @@ fn a_single_token() {
         }
         all
     });
+}
+
+// ------------------------------------------------------------------ decode
+
+/// A sequence of which the first `start` rows are in the cache, the rest are new.
+struct Decode {
+    check: Check,
+    start: usize,
+}
+
+impl Decode {
+    fn new(dtype: Dtype, heads: HeadSpec, start: usize, tokens: usize) -> Self {
+        let case = Case::new(dtype, heads, 1, start + tokens);
+        Decode { check: Check::new(case, case.inputs()), start }
+    }
+
+    /// Columns of each row of qkv: k or v of all heads.
+    fn cached(&self, first_column: usize) -> Vec<f64> {
+        let heads = self.check.case.spec.heads;
+        let rows = self.check.inputs.qkv.chunks_exact(heads.qkv_columns());
+        let columns = first_column..first_column + heads.kv_heads * heads.head_dim;
+        rows.flat_map(|row| row[columns.clone()].iter().copied()).collect()
+    }
+
+    /// The rows of out, which must be those of attention to the whole sequence.
+    fn run(&self, driver: &mut dyn Driver) -> Vec<u8> {
+        let Decode { check: Check { case, inputs, plain, exact }, start } = self;
+        let Case { dtype, spec: AttentionSpec { heads, sequence, .. } } = *case;
+        let attention = Attention::new(driver, dtype, heads).unwrap();
+        let tokens = sequence - start;
+        let cache_columns = heads.kv_heads * heads.head_dim;
+        // What is not written yet, and three rows behind it, is NaN.
+        let cache_rows = sequence + 3;
+        let [written_keys, written_values] =
+            [k_column(heads, 0), v_column(heads, 0)].map(|column| {
+                let mut rows = self.cached(column);
+                rows.resize(cache_rows * cache_columns, f64::NAN);
+                rows
+            });
+        let before = |rows: &[f64]| {
+            let mut rows = rows.to_vec();
+            rows[start * cache_columns..].fill(f64::NAN);
+            rows
+        };
+        let keys = upload(driver, "keys", dtype, &before(&written_keys));
+        let values = upload(driver, "values", dtype, &before(&written_values));
+        let new = start * heads.qkv_columns();
+        let qkv = upload(driver, "qkv", dtype, &inputs.qkv[new..]);
+        let positions: Vec<i32> = (*start as i32..sequence as i32).collect();
+        let positions = driver.upload("positions", &positions).unwrap();
+        let out = unwritten(driver, "out", dtype, tokens * case.out_columns());
+        attention
+            .decode(
+                driver,
+                StreamId::MAIN,
+                tokens,
+                cache_rows,
+                qkv.address,
+                keys.address,
+                values.address,
+                positions.address,
+                out.address,
+            )
+            .unwrap();
+        let found = download(driver, dtype, out);
+        let rows = |all: &[f64]| all[start * case.out_columns()..].to_vec();
+        let what = format!("{case:?} decoded from {start} on");
+        assert_exact(&what, dtype, &found, &rows(&plain.out), &rows(&exact.out));
+        for (buffer, expected) in [(keys, written_keys), (values, written_values)] {
+            let cache = download(driver, dtype, buffer);
+            let same = cache.iter().zip(&expected).all(|(a, b)| a == b || a.is_nan() && b.is_nan());
+            assert!(same, "{what}: the cache is not what was written to it");
+        }
+        for buffer in [keys, values, qkv, positions, out] {
+            driver.release(buffer).unwrap();
+        }
+        found.iter().flat_map(|value| value.to_bits().to_le_bytes()).collect()
+    }
+}
+
+/// Prompts and single tokens, fewer and more rows than a block walks over at once (64).
+#[test]
+fn decoded_rows_are_those_of_forward() {
+    let mut all = vec![];
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        for head_dim in HEAD_DIMS {
+            all.push(Decode::new(dtype, heads(4, 2, head_dim), 0, 5));
+            all.push(Decode::new(dtype, heads(1, 1, head_dim), 130, 2));
+        }
+        all.push(Decode::new(dtype, heads(3, 1, 32), 64, 1));
+        all.push(Decode::new(dtype, heads(2, 2, 64), 0, 1));
+        all.push(Decode::new(dtype, heads(1, 1, 32), 2, 66));
+    }
+    on_every_machine(|driver| all.iter().flat_map(|decode| decode.run(driver)).collect());
+}
+
+// ------------------------------------------------------------------ refusals
+
+#[test]
+fn what_has_no_kernel_is_refused() {
+    on_each_machine(|driver| {
+        for dtype in [Dtype::Bf16, Dtype::F32] {
+            for (heads, why) in [
+                (heads(4, 2, 40), "32, 48, 64, 96, 128"),
+                (heads(4, 2, 40), "model.hidden / model.heads"),
+                (heads(4, 2, 0), "head dim of 0"),
+                (heads(4, 3, 64), "multiple of model.kv_heads"),
+                (heads(0, 1, 64), "at least one of each"),
+                (heads(1, 0, 64), "at least one of each"),
+                (heads(1 << 26, 1 << 26, 32), "smaller model.hidden"),
+            ] {
+                let error = Attention::new(driver, dtype, heads).unwrap_err().to_string();
+                assert!(error.contains(why), "{error}");
+            }
+        }
+        let own = heads(4, 2, 64);
+        let attention = Attention::new(driver, Dtype::Bf16, own).unwrap();
+        let buffer = driver.allocate("all", 64).unwrap();
+        let (all, main) = (buffer.address, StreamId::MAIN);
+        let spec = |heads, batch, sequence| AttentionSpec { heads, batch, sequence };
+        for (spec, why) in [
+            (spec(heads(4, 4, 64), 1, 8), "for these heads"),
+            (spec(own, 1, 1 << 40), "choose data.sequence"),
+            (spec(own, 1 << 40, 8), "train.micro_batch"),
+        ] {
+            let forward = attention.forward(driver, main, spec, all, all, all);
+            let error = forward.unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+            let backward = attention.backward(driver, main, spec, all, all, all, all, all, all);
+            let error = backward.unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+        let odd = all.offset(8);
+        let aligned = spec(own, 1, 8);
+        let error = attention.forward(driver, main, aligned, all, odd, all).unwrap_err();
+        assert!(error.to_string().contains("multiple of 16"), "{error}");
+        let error = attention.backward(driver, main, aligned, all, all, all, all, all, odd);
+        assert!(error.unwrap_err().to_string().contains("d_qkv begins at"));
+        let error = attention.decode(driver, main, 1, 8, all, odd, all, all, all).unwrap_err();
+        assert!(error.to_string().contains("keys begins at"), "{error}");
+        let mut decode =
+            |tokens, rows| attention.decode(driver, main, tokens, rows, all, all, all, all, all);
+        let error = decode(9, 8).unwrap_err().to_string();
+        assert!(error.contains("model.max_sequence"), "{error}");
+        let error = decode(1 << 30, 1 << 30).unwrap_err().to_string();
+        assert!(error.contains("in parts"), "{error}");
+        // Nothing to do, and nothing that a driver could refuse.
+        decode(0, 0).unwrap();
+        let nothing = DevicePointer::NULL;
+        for spec in [spec(own, 0, 8), spec(own, 2, 0)] {
+            attention.forward(driver, main, spec, nothing, nothing, nothing).unwrap();
+        }
+    });
+}
+
+/// On a GPU a trap is the end of the context; so only here.
+#[test]
+fn positions_that_break_the_contract_end_the_kernel() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    for positions in [[3, 5], [7, 8], [-1, 0]] {
+        let driver: &mut dyn Driver = &mut Host::new(Options::default()).unwrap();
+        let attention = Attention::new(driver, Dtype::F32, heads(1, 1, 32)).unwrap();
+        let at = driver.upload("positions", &positions).unwrap();
+        let all = driver.upload("all", &[0.0f32; 8 * 32]).unwrap().address;
+        let decoded = attention
+            .decode(driver, StreamId::MAIN, 2, 8, all, all, all, at.address, all)
+            .and_then(|()| driver.synchronize());
+        let error = decoded.unwrap_err().to_string();
+        assert!(error.contains("the kernel gave up"), "{positions:?}: {error}");
+    }
 }
