@@ -15,9 +15,13 @@ use crate::sources::{SourceFile, Sources};
 use crate::{Stop, variable, warn};
 
 /// The accesses of a kernel become calls, and so do pointers that are less aligned than their type
-/// asks; its function entries do not.
-const HOOKS: [&str; 3] =
-    ["-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0"];
+/// asks; its function entries do not. A vector stays in one piece, so that its load is one call.
+const HOOKS: [&str; 4] = [
+    "-fsanitize=thread,alignment",
+    "-fno-tree-sra",
+    "--param",
+    "tsan-instrument-func-entry-exit=0",
+];
 
 /// Compiles only where the three libraries can be compiled.
 const PROBE: &str = "#include <version>\n\

@@ -81,7 +81,7 @@ struct Product {
   float* d[128];
   const uint32_t* source[128];  // where the registers were
   uint32_t registers[128][4];
-  Known known[4];  // race detector: by warp, what one of its lanes knew
+  Collected known[4];  // race detector: by warp, what one of its lanes knew
 };
 
 struct Fiber : ThreadIndices {

@@ -121,7 +121,7 @@ static void forget_earlier(std::vector<SameReads>& entries, const SameReads& of)
 // A read where there are many: the same read of neighbours is one entry.
 static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   constexpr Actor TOGETHER = 32;
-  constexpr uint32_t MANY = 32;  // entries of the same neighbours
+  constexpr uint32_t MANY = 12;  // entries of the same neighbours
   std::vector<SameReads>& entries = reads.entries;
   const uint16_t mask = slot.mask;
   const uint32_t bit = 1u << slot.actor % TOGETHER;
@@ -131,6 +131,7 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   const auto& [one, two] = reads.teams;
   if (!(mask & ~(one.mask & two.mask)) && one.team != mine.team && two.team != mine.team) return;
   uint32_t neighbours = 0;
+  SameReads* unused = nullptr;
   for (size_t i = entries.size(); i-- > 0;) {
     SameReads& other = entries[i];
     if (other.first != mine.first || other.team != mine.team) continue;
@@ -139,6 +140,11 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
       return;
     }
     neighbours++;
+    if (other.lanes == bit && other.tick <= mine.tick && !(other.mask & ~mask)) unused = &other;
+  }
+  if (unused) {
+    *unused = mine;
+    return;
   }
   entries.push_back(mine);
   for (auto& known : reads.teams) {

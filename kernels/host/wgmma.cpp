@@ -278,7 +278,7 @@ static void issue(const Call& call, Site site) {
     fresh->trans_b = call.trans_b;
     fresh->group = fiber.product_group;
     fresh->site = site;
-    for (Known& known : fresh->known) known.reset();
+    for (Collected& known : fresh->known) known.take();
     group.products.push_back(fresh);
   }
   Product& product = *group.products[index];
@@ -293,10 +293,8 @@ static void issue(const Call& call, Site site) {
     product.source[thread] = call.registers;
     std::memcpy(product.registers[thread], call.registers, sizeof product.registers[thread]);
   }
-  if (worker->race) {
-    Known& known = product.known[thread / WARP_THREADS];
-    known = joined(known, raised(fiber.known, fiber.actor, fiber.now));
-  }
+  if (worker->race)
+    product.known[thread / WARP_THREADS].add(fiber.known, fiber.actor, fiber.now);
 }
 
 void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool trans_a, bool trans_b,
@@ -311,18 +309,16 @@ void wgmma_registers(float* d, int n, const uint32_t* a, uint64_t b, int scale_d
 
 // ---------------------------------------------------------------- wait
 // What the whole warpgroup knows at issue: the least of what its warps know.
-static Known known_by_all(const Product& product) {
-  static thread_local Known before[4], result;
-  if (std::equal(before, before + 4, product.known)) return result;
-  std::copy(product.known, product.known + 4, before);
-  auto least = std::make_shared<Vector>(*before[0]);
-  for (const Known& other : before) {
+static Known known_by_all(Product& product) {
+  Known warps[4];
+  std::transform(product.known, product.known + 4, warps, [](Collected& of) { return of.take(); });
+  auto least = std::make_shared<Vector>(*warps[0]);
+  for (const Known& other : warps) {
     if (least->ticks.size() > other->ticks.size()) least->ticks.resize(other->ticks.size());
     for (size_t i = 0; i < least->ticks.size(); i++)
       least->ticks[i] = std::min(least->ticks[i], other->ticks[i]);
   }
-  result = least;
-  return result;
+  return least;
 }
 
 // Its warps' actors, four in a row.
@@ -344,7 +340,7 @@ static void compute(Warpgroup& group, const Fiber& first, size_t count) {
     const Product& head = *group.products[i];
     int steps = 0;
     for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
-      const Product& product = *group.products[j];
+      Product& product = *group.products[j];
       if (done[j] || product.d[0] != head.d[0]) continue;
       if (product.n != head.n) break;
       if (steps && !product.scale_d) break;
