@@ -2,7 +2,7 @@
 //!
 //! A kernel file is included into a generated unit, in an anonymous namespace, and compiled twice:
 //! plain, and with a call before each access, which g++'s -fsanitize=thread inserts and the
-//! machine's race.cpp answers (libtsan is never linked). Three static libraries come of it:
+//! machine's hooks.cpp answers (libtsan is never linked). Three static libraries come of it:
 //! isobath_simt_plain and isobath_simt_hooked, whose registration objects nobody refers to and
 //! which are linked whole, and isobath_simt_machine.
 

@@ -84,13 +84,14 @@ std::string describe_global(const void* p) {
   const auto bytes = static_cast<unsigned long long>(buffer->bounds.bytes);
   if (address < buffer->bounds.address) {
     return format("%lu bytes before buffer \"%s\" of %llu bytes",
-                  static_cast<unsigned long>(buffer->bounds.address - address), buffer->label.c_str(),
-                  bytes);
+                  static_cast<unsigned long>(buffer->bounds.address - address),
+                  buffer->label.c_str(), bytes);
   }
   const auto offset = static_cast<unsigned long long>(address - buffer->bounds.address);
   // On its guard page, the buffer behind may be nearer.
   const Buffer* next = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
-  if (next && next != buffer && offset >= bytes && next->bounds.address - address < offset - bytes) {
+  if (next && next != buffer && offset >= bytes &&
+      next->bounds.address - address < offset - bytes) {
     return format("%lu bytes before buffer \"%s\" of %llu bytes",
                   static_cast<unsigned long>(next->bounds.address - address), next->label.c_str(),
                   static_cast<unsigned long long>(next->bounds.bytes));

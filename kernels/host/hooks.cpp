@@ -45,19 +45,21 @@ static void check_registers(const Fiber& fiber, const void* p, uint32_t bytes, b
   const char* what = write ? "write" : "read";
   const std::string me = describe(fiber), here = describe_code(pc - 1);
   if (const Block* block = block_of(p)) {
-    fail(format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
-                "%u bytes of dynamic shared memory, from 0x%x on",
-                what, bytes, offset_in(block, p), me.c_str(), here.c_str(),
-                block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
+    fail(
+        format("%s out of bounds: %u bytes at shared address 0x%x by %s at %s; the launch gave "
+               "%u bytes of dynamic shared memory, from 0x%x on",
+               what, bytes, offset_in(block, p), me.c_str(), here.c_str(),
+               block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
   if (in_device_memory(p)) {
-    fail(format("%s out of bounds: %u bytes by %s at %s: %s", what, bytes, me.c_str(),
-                here.c_str(), describe_global(p).c_str()));
+    fail(format("%s out of bounds: %u bytes by %s at %s: %s", what, bytes, me.c_str(), here.c_str(),
+                describe_global(p).c_str()));
   }
-  fail(format("%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
-              "buffer%s",
-              what, bytes, me.c_str(), here.c_str(), p,
-              p < reinterpret_cast<void*>(PAGE_BYTES) ? " (a null pointer)" : ""));
+  fail(
+      format("%s of %u bytes by %s at %s: address %p is neither shared memory nor in a device "
+             "buffer%s",
+             what, bytes, me.c_str(), here.c_str(), p,
+             p < reinterpret_cast<void*>(PAGE_BYTES) ? " (a null pointer)" : ""));
 }
 
 static void access_shared(Fiber& fiber, Block& block, const void* p, uint32_t bytes, bool write,
@@ -106,9 +108,9 @@ static bool watched() { return worker && worker->race && current; }
 }  // namespace simt
 
 // `current` is one of the registers of a GPU: threadIdx and its like.
-#define HOOK(name, bytes, write)                                                        \
-  void __tsan_##name(void* p) {                                                         \
-    if (simt::watched() && p != &simt::current)                                         \
+#define HOOK(name, bytes, write)                                                               \
+  void __tsan_##name(void* p) {                                                                \
+    if (simt::watched() && p != &simt::current)                                                \
       simt::access(p, bytes, write, reinterpret_cast<uintptr_t>(__builtin_return_address(0))); \
   }
 #define HOOKS(bytes)                        \

@@ -6,7 +6,8 @@
 // nothing is concurrent, and every order of events is one that the options chose.
 //
 // scheduler.cpp runs teams; launch.cpp hands them to workers; warp, barrier, mbarrier, copy, wgmma,
-// shared and atomics implement the wrappers; order and race check each access; fault.h ends a launch.
+// shared and atomics implement the wrappers; order and race check each access; fault.h ends a
+// launch.
 // This file knows of none of them but the parts that it declares below; they all include it.
 #pragma once
 #include <pthread.h>

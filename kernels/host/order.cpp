@@ -1,5 +1,5 @@
-// Releases and acquires. A release gives what a thread knows and its own tick, and starts a new one,
-// so that what the thread does afterwards is not covered.
+// Releases and acquires. A release gives what a thread knows and its own tick, and starts a new
+// one, so that what the thread does afterwards is not covered.
 #include "order.h"
 
 #include "race.h"

@@ -1,7 +1,7 @@
 // The race detector's order: how synchronisation passes on what threads know of each other.
 //
-// Barriers, mbarriers, waits, fences, flags and atomics call these; race.cpp asks `Known` whether an
-// access is ordered after another one. Nothing here runs unless the launch asked for race mode.
+// Barriers, mbarriers, waits, fences, flags and atomics call these; race.cpp asks `Known` whether
+// an access is ordered after another one. Nothing here runs unless the launch asked for race mode.
 #pragma once
 #include <functional>
 

@@ -20,8 +20,8 @@ std::string describe(Place);
 class Places {
  public:
   Place of(Site site) {
-    Entry& entry = entries_[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) %
-                            ENTRIES];
+    Entry& entry =
+        entries_[(reinterpret_cast<uintptr_t>(site.file) / 16 + size_t(site.line)) % ENTRIES];
     if (entry.site.line != site.line || entry.site.file != site.file) [[unlikely]]
       entry = {site, number(site)};
     return entry.place;

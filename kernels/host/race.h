@@ -77,8 +77,7 @@ class SharedAccesses {
   // Brings the line of an address, which will be checked soon, near.
   void prefetch(uint32_t address) const {
     if (address < WINDOW_BYTES)
-      __builtin_prefetch(
-          &worker->race_team.shared[block_.rank][address / SharedLine::BYTES], 1);
+      __builtin_prefetch(&worker->race_team.shared[block_.rank][address / SharedLine::BYTES], 1);
   }
 
  private:
