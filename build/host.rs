@@ -2,7 +2,7 @@
 //!
 //! A kernel file is included into a generated unit, in an anonymous namespace, and compiled twice:
 //! plain, and with a call before each access, which g++'s -fsanitize=thread inserts and the
-//! machine's race.cpp answers (libtsan is never linked). Three static libraries come of it:
+//! machine's hooks.cpp answers (libtsan is never linked). Three static libraries come of it:
 //! isobath_simt_plain and isobath_simt_hooked, whose registration objects nobody refers to and
 //! which are linked whole, and isobath_simt_machine.
 
@@ -15,9 +15,13 @@ use crate::sources::{SourceFile, Sources};
 use crate::{Stop, variable, warn};
 
 /// The accesses of a kernel become calls, and so do pointers that are less aligned than their type
-/// asks; its function entries do not.
-const HOOKS: [&str; 3] =
-    ["-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0"];
+/// asks; its function entries do not. A vector stays in one piece, so that its load is one call.
+const HOOKS: [&str; 4] = [
+    "-fsanitize=thread,alignment",
+    "-fno-tree-sra",
+    "--param",
+    "tsan-instrument-func-entry-exit=0",
+];
 
 /// Compiles only where the three libraries can be compiled.
 const PROBE: &str = "#include <version>\n\

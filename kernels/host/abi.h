@@ -50,8 +50,6 @@ void simt_fault_free(SimtFault*);
 void* simt_allocate(uint64_t bytes, const char* label);
 // 0: done, 1: not the start of a buffer.
 int simt_free(void* address);
-// Whether [address, address + bytes) lies in one buffer.
-int simt_owns(const void* address, uint64_t bytes);
 
 // cuTensorMapEncodeTiled's arguments, numbers of its enums and rules. 0: done; 1: the rule that
 // was broken stands in `why`.

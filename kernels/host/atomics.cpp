@@ -4,7 +4,8 @@
 
 #include "device_memory.h"
 #include "fault.h"
-#include "machine.h"
+#include "order.h"
+#include "shared.h"
 
 namespace simt {
 

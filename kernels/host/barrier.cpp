@@ -1,6 +1,7 @@
 // Barriers of a block, by number, and of a cluster.
 #include "fault.h"
-#include "machine.h"
+#include "order.h"
+#include "shared.h"
 
 namespace simt {
 

@@ -2,11 +2,9 @@
 // the other, join the same two vectors.
 #include "clock.h"
 
-#include <algorithm>
-
 namespace simt {
 
-bool knows_foreign(const Known& known, uint32_t team, Actor actor, Tick tick) {
+bool knows_foreign(const Vector* known, uint32_t team, Actor actor, Tick tick) {
   if (!known) return false;
   const auto other = known->foreign.find(team);
   return other != known->foreign.end() && knows(other->second, actor, tick);
@@ -47,17 +45,17 @@ Known raised(const Known& known, Actor actor, Tick tick) {
   return sum;
 }
 
-Known joined_foreign(const Known& known, uint32_t team, const Known& other) {
-  auto sum = known ? std::make_shared<Vector>(*known) : std::make_shared<Vector>();
-  if (other) {
-    Known& of_team = sum->foreign[team];
-    of_team = joined(of_team, other);
-    for (const auto& [third, its] : other->foreign) {
-      Known& mine = sum->foreign[third];
-      mine = joined(mine, its);
-    }
-  }
-  return sum;
+Known seen_from(uint32_t team, uint32_t of, const Known& known) {
+  if (team == of || !known) return known;
+  auto seen = std::make_shared<Vector>();
+  if (const auto own = known->foreign.find(team); own != known->foreign.end())
+    seen->ticks = own->second->ticks;
+  for (const auto& [third, its] : known->foreign)
+    if (third != team) seen->foreign.emplace(third, its);
+  auto theirs = std::make_shared<Vector>();
+  theirs->ticks = known->ticks;
+  seen->foreign.emplace(of, std::move(theirs));
+  return seen;
 }
 
 void Collected::add(const Known& known) {
@@ -66,12 +64,6 @@ void Collected::add(const Known& known) {
     join_into(*sum_, *known);
     last_ = known;
   }
-}
-
-void Collected::add(const Known& known, Actor actor, Tick tick) {
-  add(known);
-  if (sum_->ticks.size() <= actor) sum_->ticks.resize(actor + 1);
-  sum_->ticks[actor] = std::max(sum_->ticks[actor], tick);
 }
 
 Known Collected::take() {

@@ -6,6 +6,7 @@
 // behind one barrier share one vector and the usual join is the comparison of two pointers.
 // Vector clocks: Fidge 1988, Mattern 1989; epochs: Flanagan & Freund, "FastTrack", PLDI 2009.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -20,27 +21,44 @@ struct Vector;
 using Known = std::shared_ptr<const Vector>;
 
 struct Vector {
-  std::vector<Tick> ticks;            // by actor of this team; missing ones are 0
-  std::map<uint32_t, Known> foreign;  // by team: what came over atomics from other teams
+  std::vector<Tick> ticks;  // by actor of the holder's team; missing ones are 0
+  // By other team: what came over atomics. These vectors have no foreign ones themselves, and the
+  // holder's own team is never among them.
+  std::map<uint32_t, Known> foreign;
   Tick at(Actor actor) const { return actor < ticks.size() ? ticks[actor] : 0; }
 };
 
-inline bool knows(const Known& known, Actor actor, Tick tick) {
+inline bool knows(const Vector* known, Actor actor, Tick tick) {
   return known && known->at(actor) >= tick;
 }
-bool knows_foreign(const Known&, uint32_t team, Actor, Tick);
+inline bool knows(const Known& known, Actor actor, Tick tick) {
+  return knows(known.get(), actor, tick);
+}
+bool knows_foreign(const Vector* known, uint32_t team, Actor, Tick);
 
 // The union of two vectors; `raised` also reaches `tick` of `actor`. Both return one of their
 // arguments where nothing is added.
 Known joined(const Known&, const Known&);
 Known raised(const Known&, Actor, Tick);
-// `known` and all that `other` holds of `team`.
-Known joined_foreign(const Known&, uint32_t team, const Known& other);
+// What a thread of team `team` makes of a vector of team `of`: its own team's part, which may have
+// come back, are its ticks again.
+Known seen_from(uint32_t team, uint32_t of, const Known&);
+
+// As whom an access is made: a thread, or an asynchronous actor with the knowledge it started with.
+struct Clock {
+  Actor actor = 0;
+  Tick tick = 0;
+  Known known;
+};
 
 // Where releases are collected until someone acquires them: a barrier, a phase of an mbarrier.
 class Collected {
  public:
-  void add(const Known& known, Actor actor, Tick tick);
+  void add(const Known& known, Actor actor, Tick tick) {
+    add(known);
+    if (sum_->ticks.size() <= actor) sum_->ticks.resize(actor + 1);
+    sum_->ticks[actor] = std::max(sum_->ticks[actor], tick);
+  }
   void add(const Known& known);
   Known take();  // and starts anew
 

@@ -8,7 +8,9 @@
 
 #include "device_memory.h"
 #include "fault.h"
-#include "machine.h"
+#include "order.h"
+#include "race.h"
+#include "shared.h"
 
 namespace simt {
 
@@ -98,6 +100,19 @@ static const char* name_of(Copy kind) {
   return "?";
 }
 
+// A thread's stores by group, the last tick of each, for the waits to come. Only a wait for the
+// results forgets a group. Should nobody ever wait so, the oldest groups become one.
+static void note_bulk(Fiber& fiber, uint32_t group, Tick tick) {
+  constexpr size_t MOST_GROUPS = 1024;
+  std::vector<std::pair<uint32_t, Tick>>& ticks = fiber.bulk_ticks;
+  if (!ticks.empty() && ticks.back().first == group) {
+    ticks.back().second = tick;
+    return;
+  }
+  ticks.emplace_back(group, tick);
+  if (ticks.size() > MOST_GROUPS) ticks.erase(ticks.begin());  // the one behind it came later
+}
+
 // Every kind: checks what can be checked now, and enters the race detector's order.
 static void issue(AsyncCopy copy) {
   Fiber& fiber = *self();
@@ -140,7 +155,7 @@ static void issue(AsyncCopy copy) {
       const Tick tick = fiber.now;  // ticks of its agents follow the thread's
       copy.clock = race_handover(fiber, fiber.bulk_reader, tick);
       copy.write_clock = {fiber.bulk_writer, tick, copy.clock.known};
-      fiber.bulk_ticks.emplace_back(copy.group, tick);
+      note_bulk(fiber, copy.group, tick);
     } else {
       Mbarrier& barrier = *copy.barrier;
       const Fiber& init = *barrier.init_fiber;
@@ -391,12 +406,16 @@ void bulk_wait(int groups, bool read_only, Site) {
   }
   progress();
   if (!w.race || !fiber.bulk_reader) return;
-  Tick tick = 0;
-  for (const auto& [group, issued] : fiber.bulk_ticks)
-    if (group < upto) tick = max(tick, issued);
-  if (!tick) return;
+  // Ticks rise from group to group.
+  auto& ticks = fiber.bulk_ticks;
+  const auto behind = std::find_if(ticks.begin(), ticks.end(),
+                                   [&](const auto& entry) { return entry.first >= upto; });
+  if (behind == ticks.begin()) return;
+  const Tick tick = std::prev(behind)->second;
   fiber.known = raised(fiber.known, fiber.bulk_reader, tick);
-  if (!read_only) fiber.known = raised(fiber.known, fiber.bulk_writer, tick);
+  if (read_only) return;
+  fiber.known = raised(fiber.known, fiber.bulk_writer, tick);
+  ticks.erase(ticks.begin(), behind);
 }
 
 // ---------------------------------------------------------------- the end of a thread, of a block

@@ -14,6 +14,7 @@
 #include "abi.h"
 #include "fault.h"
 #include "fiber.h"
+#include "shadow.h"
 
 namespace simt {
 
@@ -24,16 +25,13 @@ constexpr size_t PAGES = RESERVED_BYTES / PAGE_BYTES;
 constexpr size_t ALIGNMENT = 256;
 
 struct Buffer {
-  uintptr_t address;
-  uint64_t bytes;
+  Bounds bounds;
   size_t first_page, pages;  // the guard page included
   std::string label;
 };
 
 struct DeviceMemory {
-  uint8_t* base = nullptr;
-  uint32_t* buffer_of_page = nullptr;           // index + 1
-  std::atomic<ShadowPage*>* shadows = nullptr;  // by page
+  static constexpr size_t MOST_BUFFERS = 1 << 16;
   std::mutex mutex;
   std::vector<Buffer> buffers;
   std::vector<uint32_t> free_indices;
@@ -46,18 +44,20 @@ struct DeviceMemory {
           mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       return p == MAP_FAILED ? nullptr : p;
     };
-    base = static_cast<uint8_t*>(map(RESERVED_BYTES, PROT_NONE));
-    buffer_of_page = static_cast<uint32_t*>(map(PAGES * 4, PROT_READ | PROT_WRITE));
-    shadows = static_cast<std::atomic<ShadowPage*>*>(map(PAGES * 8, PROT_READ | PROT_WRITE));
-    if (!buffer_of_page || !shadows) base = nullptr;
-    buffers.reserve(1 << 16);  // readers index it without the lock
-  }
-  size_t page_of(const void* p) const {
-    return size_t(static_cast<const uint8_t*>(p) - base) / PAGE_BYTES;
+    constexpr int BOTH = PROT_READ | PROT_WRITE;
+    void* base = map(RESERVED_BYTES, PROT_NONE);
+    device_range.buffer_of_page = static_cast<uint32_t*>(map(PAGES * sizeof(uint32_t), BOTH));
+    device_range.bounds = static_cast<Bounds*>(map((MOST_BUFFERS + 1) * sizeof(Bounds), BOTH));
+    buffers.reserve(MOST_BUFFERS);  // readers index it without the lock
+    if (!base || !device_range.buffer_of_page || !device_range.bounds) return;
+    if (!reserve_shadow(base, RESERVED_BYTES)) return;
+    device_range.base = reinterpret_cast<uintptr_t>(base);
+    device_range.bytes = RESERVED_BYTES;
   }
   const Buffer* find(const void* p) const {
     if (!in_device_memory(p)) return nullptr;
-    const uint32_t index = buffer_of_page[page_of(p)];
+    const size_t page = (reinterpret_cast<uintptr_t>(p) - device_range.base) / PAGE_BYTES;
+    const uint32_t index = device_range.buffer_of_page[page];
     return index ? &buffers[index - 1] : nullptr;
   }
 };
@@ -67,19 +67,13 @@ DeviceMemory& memory() {
   return *device_memory;
 }
 
+uint8_t* page_start(size_t page) {
+  return reinterpret_cast<uint8_t*>(device_range.base + page * PAGE_BYTES);
+}
+
 }  // namespace
 
-bool in_device_memory(const void* p) {
-  const DeviceMemory& m = memory();
-  return m.base && size_t(static_cast<const uint8_t*>(p) - m.base) < RESERVED_BYTES;
-}
-
-bool owns(const void* p, uint64_t bytes) {
-  const Buffer* buffer = memory().find(p);
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  return buffer && address >= buffer->address && bytes <= buffer->bytes &&
-         address - buffer->address <= buffer->bytes - bytes;
-}
+DeviceRange device_range;
 
 std::string describe_global(const void* p) {
   const Buffer* buffer = memory().find(p);
@@ -87,19 +81,20 @@ std::string describe_global(const void* p) {
   if (!buffer) buffer = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
   if (!buffer) return format("address %p, not in any device buffer", p);
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const auto bytes = static_cast<unsigned long long>(buffer->bytes);
-  if (address < buffer->address) {
+  const auto bytes = static_cast<unsigned long long>(buffer->bounds.bytes);
+  if (address < buffer->bounds.address) {
     return format("%lu bytes before buffer \"%s\" of %llu bytes",
-                  static_cast<unsigned long>(buffer->address - address), buffer->label.c_str(),
-                  bytes);
+                  static_cast<unsigned long>(buffer->bounds.address - address),
+                  buffer->label.c_str(), bytes);
   }
-  const auto offset = static_cast<unsigned long long>(address - buffer->address);
+  const auto offset = static_cast<unsigned long long>(address - buffer->bounds.address);
   // On its guard page, the buffer behind may be nearer.
   const Buffer* next = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
-  if (next && next != buffer && offset >= bytes && next->address - address < offset - bytes) {
+  if (next && next != buffer && offset >= bytes &&
+      next->bounds.address - address < offset - bytes) {
     return format("%lu bytes before buffer \"%s\" of %llu bytes",
-                  static_cast<unsigned long>(next->address - address), next->label.c_str(),
-                  static_cast<unsigned long long>(next->bytes));
+                  static_cast<unsigned long>(next->bounds.address - address), next->label.c_str(),
+                  static_cast<unsigned long long>(next->bounds.bytes));
   }
   return format("global memory at byte %llu of buffer \"%s\" (%llu bytes)", offset,
                 buffer->label.c_str(), bytes);
@@ -128,24 +123,13 @@ bool in_image(const void* p) {
   return search.found;
 }
 
-ShadowPage& shadow_page(uintptr_t address) {
-  std::atomic<ShadowPage*>& slot =
-      memory().shadows[memory().page_of(reinterpret_cast<void*>(address))];
-  ShadowPage* page = slot.load(std::memory_order_acquire);
-  if (page) return *page;
-  auto* made = new ShadowPage;
-  if (slot.compare_exchange_strong(page, made, std::memory_order_acq_rel)) return *made;
-  delete made;
-  return *page;
-}
-
 }  // namespace simt
 
 using namespace simt;
 
 extern "C" void* simt_allocate(uint64_t bytes, const char* label) {
   DeviceMemory& m = memory();
-  if (!m.base || bytes > RESERVED_BYTES / 2) return nullptr;
+  if (!device_range.bytes || bytes > RESERVED_BYTES / 2) return nullptr;
   const uint64_t padded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   const size_t data_pages = (padded + PAGE_BYTES - 1) / PAGE_BYTES;
   const size_t pages = data_pages + 1;
@@ -162,7 +146,7 @@ extern "C" void* simt_allocate(uint64_t bytes, const char* label) {
     if (first + pages > PAGES) return nullptr;
     m.next_page += pages;
   }
-  uint8_t* start = m.base + first * PAGE_BYTES;
+  uint8_t* start = page_start(first);
   if (data_pages && mprotect(start, data_pages * PAGE_BYTES, PROT_READ | PROT_WRITE) != 0) {
     m.free_pages.emplace(pages, first);
     return nullptr;
@@ -177,8 +161,11 @@ extern "C" void* simt_allocate(uint64_t bytes, const char* label) {
     index = m.free_indices.back();
     m.free_indices.pop_back();
   }
-  m.buffers[index] = {reinterpret_cast<uintptr_t>(address), bytes, first, pages, label};
-  for (size_t page = first; page < first + pages; page++) m.buffer_of_page[page] = index + 1;
+  const Bounds bounds{reinterpret_cast<uintptr_t>(address), bytes};
+  m.buffers[index] = {bounds, first, pages, label};
+  device_range.bounds[index + 1] = bounds;
+  for (size_t page = first; page < first + pages; page++)
+    device_range.buffer_of_page[page] = index + 1;
   return address;
 }
 
@@ -186,19 +173,16 @@ extern "C" int simt_free(void* address) {
   DeviceMemory& m = memory();
   std::lock_guard lock(m.mutex);
   const Buffer* found = m.find(address);
-  if (!found || found->address != reinterpret_cast<uintptr_t>(address)) return 1;
+  if (!found || found->bounds.address != reinterpret_cast<uintptr_t>(address)) return 1;
   const Buffer buffer = *found;
-  const uint32_t index = m.buffer_of_page[buffer.first_page] - 1;
-  uint8_t* start = m.base + buffer.first_page * PAGE_BYTES;
+  const uint32_t index = device_range.buffer_of_page[buffer.first_page] - 1;
+  uint8_t* start = page_start(buffer.first_page);
   madvise(start, (buffer.pages - 1) * PAGE_BYTES, MADV_DONTNEED);
   mprotect(start, (buffer.pages - 1) * PAGE_BYTES, PROT_NONE);
-  for (size_t page = buffer.first_page; page < buffer.first_page + buffer.pages; page++) {
-    m.buffer_of_page[page] = 0;
-    delete m.shadows[page].exchange(nullptr);
-  }
+  for (size_t page = buffer.first_page; page < buffer.first_page + buffer.pages; page++)
+    device_range.buffer_of_page[page] = 0;
+  drop_shadow(start, buffer.pages * PAGE_BYTES);
   m.free_pages.emplace(buffer.pages, buffer.first_page);
   m.free_indices.push_back(index);
   return 0;
 }
-
-extern "C" int simt_owns(const void* address, uint64_t bytes) { return owns(address, bytes); }

@@ -1,44 +1,41 @@
-// The device's global memory: buffers with exact bounds, and the shadow that the race detector
-// keeps of it.
+// The device's global memory: buffers with exact bounds.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <string>
 
-#include "race.h"
-
 namespace simt {
 
-// Whether `p` lies in the address range that buffers come from.
-bool in_device_memory(const void* p);
+struct Bounds {
+  uintptr_t address = 0;
+  uint64_t bytes = 0;
+};
+
+// Where buffers come from: one large reservation of addresses. Empty before the first buffer.
+struct DeviceRange {
+  static constexpr size_t PAGE = 4096;
+  uintptr_t base = 0;
+  size_t bytes = 0;
+  uint32_t* buffer_of_page = nullptr;  // 0: none
+  Bounds* bounds = nullptr;            // of buffer 1, 2, ...
+};
+extern DeviceRange device_range;
+
+inline bool in_device_memory(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) - device_range.base < device_range.bytes;
+}
 // Whether [p, p + bytes) lies within one buffer.
-bool owns(const void* p, uint64_t bytes);
+inline bool owns(const void* p, uint64_t bytes) {
+  if (!in_device_memory(p)) return false;
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const uint32_t index =
+      device_range.buffer_of_page[(address - device_range.base) / DeviceRange::PAGE];
+  const Bounds& buffer = device_range.bounds[index];
+  return index && address >= buffer.address && bytes <= buffer.bytes &&
+         address - buffer.address <= buffer.bytes - bytes;
+}
 // "buffer \"inp\" + 0x40", or what is near.
 std::string describe_global(const void* p);
 // Whether `p` lies in the program or library that holds the kernels.
 bool in_image(const void* p);
-
-class SpinLock {
- public:
-  void lock() {
-    while (flag_.test_and_set(std::memory_order_acquire)) __builtin_ia32_pause();
-  }
-  void unlock() { flag_.clear(std::memory_order_release); }
-
- private:
-  std::atomic_flag flag_;
-};
-
-struct ShadowPage {
-  SpinLock lock;
-  uint32_t generation = 0;
-  Line lines[4096 / Line::BYTES];
-  void start(uint32_t launch_generation) {
-    generation = launch_generation;
-    for (Line& line : lines) line.clear();
-  }
-};
-// Of the page of global memory that holds `address`, made at its first use.
-ShadowPage& shadow_page(uintptr_t address);
 
 }  // namespace simt

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "device_memory.h"
-#include "machine.h"
+#include "shared.h"
 
 // The section of all kernels of this image (language.h); absent without kernels.
 extern "C" const char __start_simt_kernels[] __attribute__((weak, visibility("hidden")));

@@ -6,7 +6,9 @@
 // nothing is concurrent, and every order of events is one that the options chose.
 //
 // scheduler.cpp runs teams; launch.cpp hands them to workers; warp, barrier, mbarrier, copy, wgmma,
-// shared and atomics implement the wrappers; race.h checks each access; fault.h ends a launch.
+// shared and atomics implement the wrappers; order and race check each access; fault.h ends a
+// launch.
+// This file knows of none of them but the parts that it declares below; they all include it.
 #pragma once
 #include <pthread.h>
 
@@ -22,7 +24,8 @@
 #include "abi.h"
 #include "clock.h"
 #include "fiber.h"
-#include "race.h"
+#include "place.h"
+#include "shadow.h"
 #include "tensor_map.h"
 
 // A function of inner loops, compiled for each generation of vector instructions; the processor at
@@ -79,7 +82,7 @@ struct Product {
   float* d[128];
   const uint32_t* source[128];  // where the registers were
   uint32_t registers[128][4];
-  Known known[4];  // race detector: by warp, what one of its lanes knew
+  Collected known[4];  // race detector: by warp, what one of its lanes knew
 };
 
 struct Fiber : ThreadIndices {
@@ -223,6 +226,15 @@ struct AsyncCopy {
   Clock write_clock;  // stores: as whom it writes global memory
 };
 
+// ---------------------------------------------------------------- the race detector's
+// Of the team that runs.
+struct RaceTeam {
+  std::vector<std::vector<SharedLine>> shared;  // by block rank
+  uint32_t generation = 0;
+  std::vector<std::string> agents;  // names of the actors behind the threads
+  Actor thread_actors = 0;
+};
+
 // ---------------------------------------------------------------- a launch, a worker
 struct Launch {
   const Kernel* kernel;
@@ -263,6 +275,7 @@ struct Worker {
   RaceTeam race_team;
 
   // The worker itself.
+  Places places;
   void* main_stack = nullptr;
   uint8_t* windows = nullptr;
   size_t window_count = 0;
@@ -288,6 +301,7 @@ struct Worker {
 
 extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 inline Fiber* self() { return static_cast<Fiber*>(current); }
+inline Place place_of(Site site) { return worker->places.of(site); }
 
 // ---------------------------------------------------------------- scheduler.cpp
 void run_team(Launch&, uint32_t team);
@@ -299,32 +313,6 @@ void progress();  // something happened that a spinning thread may wait for
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
-
-// ---------------------------------------------------------------- shared memory (shared.cpp)
-// The block of the team in whose window `p` lies, or null.
-inline Block* block_of(const void* p) {
-  Worker& w = *worker;
-  const size_t offset = size_t(static_cast<const uint8_t*>(p) - w.windows);
-  return offset < w.launch->team_blocks * WINDOW_BYTES ? &w.blocks[offset / WINDOW_BYTES] : nullptr;
-}
-[[noreturn]] void out_of_shared(const Block&, uint32_t address, uint32_t bytes, const char* what,
-                                Site);
-// [address, address + bytes), if it is shared memory that this launch asked for; else a fault.
-inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, const char* what,
-                               Site site) {
-  const uint64_t end = uint64_t(address) + bytes;
-  const bool dynamic = address >= DYNAMIC_BASE && end <= block->dynamic_end;
-  const bool in_static = address >= block->dynamic_end + GAP_BYTES && end <= block->static_end;
-  if (!dynamic && !in_static) [[unlikely]]
-    out_of_shared(*block, address, bytes, what, site);
-  return block->window + address;
-}
-void checked_shared(const void* p, uint32_t bytes, const char* what, Site);
-inline uint32_t offset_in(const Block* block, const void* p) {
-  return uint32_t(static_cast<const uint8_t*>(p) - block->window);
-}
-void poison(Block&);
-void check_gaps(const Block&);
 
 // ---------------------------------------------------------------- mbarrier.cpp, copy.cpp
 Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);

@@ -3,7 +3,9 @@
 #include <cstring>
 
 #include "fault.h"
-#include "machine.h"
+#include "order.h"
+#include "race.h"
+#include "shared.h"
 
 namespace simt {
 

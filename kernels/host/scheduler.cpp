@@ -3,7 +3,8 @@
 #include <sched.h>
 
 #include "fault.h"
-#include "machine.h"
+#include "race.h"
+#include "shared.h"
 
 __thread simt::ThreadIndices* simt::current __attribute__((tls_model("initial-exec")));
 

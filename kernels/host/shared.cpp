@@ -1,8 +1,9 @@
-// Shared memory: windows, static variables, the bounds of what a launch asked for.
+// Shared memory: static variables, the gaps behind what a launch asked for, device addresses.
+#include "shared.h"
+
 #include <cstring>
 
 #include "fault.h"
-#include "machine.h"
 
 namespace simt {
 
@@ -17,12 +18,8 @@ void out_of_shared(const Block& block, uint32_t address, uint32_t bytes, const c
                  bytes, address, block.dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
 }
 
-void checked_shared(const void* p, uint32_t bytes, const char* what, Site site) {
-  Block* block = block_of(p);
-  if (!block) {
-    fail_at(*self(), what, site, format("address %p is not in shared memory", p));
-  }
-  checked_shared(block, offset_in(block, p), bytes, what, site);
+void not_shared(const void* p, const char* what, Site site) {
+  fail_at(*self(), what, site, format("address %p is not in shared memory", p));
 }
 
 void poison(Block& block) {

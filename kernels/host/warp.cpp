@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "fault.h"
-#include "machine.h"
+#include "order.h"
+#include "race.h"
+#include "shared.h"
 
 namespace simt {
 
@@ -213,31 +215,47 @@ struct MmaArgument {
   const uint32_t *a, *b;
 };
 
-static float low(uint32_t pair) { return to_float(bf16{uint16_t(pair)}); }
-static float high(uint32_t pair) { return to_float(bf16{uint16_t(pair >> 16)}); }
+typedef float Eight __attribute__((vector_size(32)));
 
+// Lane l holds row l/4 (and l/4 + 8), columns 2 (l%4) and the next: pairs of bf16 are moved whole,
+// and split into the even and the odd k for all lanes at once.
 EVERY_X86 static void multiply_all(void** arguments) {
-  float a[16][16], b[16][8], d[16][8];
+  constexpr int M = 16, PAIRS = 8, N = 8, TOGETHER = 4;
+  uint32_t a[M][PAIRS], b[PAIRS][N];
+  float a_even[M][PAIRS], a_odd[M][PAIRS];
+  Eight b_even[PAIRS], b_odd[PAIRS], d[M];
+  auto* const columns = reinterpret_cast<float(*)[N]>(d);
   for (int lane = 0; lane < 32; lane++) {
     const auto& mine = *static_cast<MmaArgument*>(arguments[lane]);
     const int group = lane / 4, quad = lane % 4;
-    for (int i = 0; i < 4; i++) {
-      const int row = group + i % 2 * 8, k = quad * 2 + i / 2 * 8;
-      a[row][k] = low(mine.a[i]);
-      a[row][k + 1] = high(mine.a[i]);
-      d[group + i / 2 * 8][quad * 2 + i % 2] = mine.d[i];
-    }
-    for (int i = 0; i < 2; i++) {
-      b[quad * 2 + i * 8][group] = low(mine.b[i]);
-      b[quad * 2 + 1 + i * 8][group] = high(mine.b[i]);
-    }
+    for (int i = 0; i < 4; i++) a[group + i % 2 * 8][quad + i / 2 * 4] = mine.a[i];
+    for (int i = 0; i < 2; i++) b[quad + i * 4][group] = mine.b[i];
+    for (int i = 0; i < 2; i++)
+      std::memcpy(&columns[group + i * 8][quad * 2], mine.d + i * 2, 2 * sizeof(float));
   }
-  for (int m = 0; m < 16; m++)
-    for (int k = 0; k < 16; k++)
-      for (int n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
+  for (int m = 0; m < M; m++)
+    for (int pair = 0; pair < PAIRS; pair++) {
+      a_even[m][pair] = __uint_as_float(a[m][pair] << 16);
+      a_odd[m][pair] = __uint_as_float(a[m][pair] & 0xffff0000u);
+    }
+  for (int pair = 0; pair < PAIRS; pair++)
+    for (int n = 0; n < N; n++) {
+      b_even[pair][n] = __uint_as_float(b[pair][n] << 16);
+      b_odd[pair][n] = __uint_as_float(b[pair][n] & 0xffff0000u);
+    }
+  for (int m = 0; m < M; m += TOGETHER) {
+    Eight sum[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) sum[i] = d[m + i];
+    for (int pair = 0; pair < PAIRS; pair++) {
+      for (int i = 0; i < TOGETHER; i++) sum[i] += a_even[m + i][pair] * b_even[pair];
+      for (int i = 0; i < TOGETHER; i++) sum[i] += a_odd[m + i][pair] * b_odd[pair];
+    }
+    for (int i = 0; i < TOGETHER; i++) d[m + i] = sum[i];
+  }
   for (int lane = 0; lane < 32; lane++) {
     auto& mine = *static_cast<MmaArgument*>(arguments[lane]);
-    for (int i = 0; i < 4; i++) mine.d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 2; i++)
+      std::memcpy(mine.d + i * 2, &columns[lane / 4 + i * 8][lane % 4 * 2], 2 * sizeof(float));
   }
 }
 

@@ -10,7 +10,8 @@
 #include <memory>
 
 #include "fault.h"
-#include "machine.h"
+#include "race.h"
+#include "shared.h"
 
 namespace simt {
 
@@ -73,14 +74,33 @@ struct Descriptor {
 
 }  // namespace
 
-static const uint16_t* eight(Block* block, uint32_t address, const Clock& clock, Site site) {
-  const uint8_t* p = checked_shared(block, address, 16, "wgmma", site);
-  if (worker->race) race_clock(clock, p, 16, READ | ASYNC | WARPGROUP, place_of(site));
-  return reinterpret_cast<const uint16_t*>(p);
-}
+namespace {
 
-// The lines of an operand lie far apart for the detector: asked for some rows ahead.
-static constexpr uint32_t AHEAD = 8;
+// An operand in shared memory: what is read of it is checked.
+class Source {
+ public:
+  Source(Block* block, const Clock& clock, Site site)
+      : block_(block),
+        site_(site),
+        accesses_(*block, clock, READ | ASYNC | WARPGROUP, place_of(site)) {}
+  const uint16_t* eight(uint32_t address) {
+    const uint8_t* p = checked_shared(block_, address, 16, "wgmma", site_);
+    if (worker->race) accesses_.line(address);
+    return reinterpret_cast<const uint16_t*>(p);
+  }
+  // The lines of an operand lie far apart for the detector: asked for some rows ahead.
+  static constexpr uint32_t AHEAD = 8;
+  void prefetch(uint32_t address) const {
+    if (worker->race) accesses_.prefetch(address);
+  }
+
+ private:
+  Block* block_;
+  Site site_;
+  SharedAccesses accesses_;
+};
+
+}  // namespace
 
 static void put_a(int row, int k, float value) {
   float* four = operands->a[k][row / 16 * 8 + row % 8];
@@ -89,26 +109,22 @@ static void put_a(int row, int k, float value) {
 
 static void load_a(Block* block, const Product& product, int k0, const Clock& clock) {
   const Descriptor descriptor(product.a, product.site);
+  Source source(block, clock, product.site);
   if (product.trans_a) {
     for (int k = 0; k < K_STEP; k++)
       for (int m = 0; m < M; m += 8) {
-        const uint16_t* values =
-            eight(block, descriptor.mn_major(uint32_t(m) / 8, uint32_t(k)), clock, product.site);
+        const uint16_t* values = source.eight(descriptor.mn_major(uint32_t(m) / 8, uint32_t(k)));
         for (int i = 0; i < 8; i++) put_a(m + i, k0 + k, value_of(values[i]));
       }
     return;
   }
   for (int pair = 0; pair < ROW_PAIRS; pair++) {
     const uint32_t row = uint32_t(pair / 8 * 16 + pair % 8);
-    if (worker->race) {
-      race_prefetch(*block, descriptor.k_major(row + AHEAD, 0));
-      race_prefetch(*block, descriptor.k_major(row + 8 + AHEAD, 0));
-    }
+    source.prefetch(descriptor.k_major(row + Source::AHEAD, 0));
+    source.prefetch(descriptor.k_major(row + 8 + Source::AHEAD, 0));
     for (int half = 0; half < 2; half++) {
-      const uint16_t* upper =
-          eight(block, descriptor.k_major(row, uint32_t(half)), clock, product.site);
-      const uint16_t* lower =
-          eight(block, descriptor.k_major(row + 8, uint32_t(half)), clock, product.site);
+      const uint16_t* upper = source.eight(descriptor.k_major(row, uint32_t(half)));
+      const uint16_t* lower = source.eight(descriptor.k_major(row + 8, uint32_t(half)));
       for (int i = 0; i < 8; i++) {
         const float u = value_of(upper[i]), l = value_of(lower[i]);
         const Four four = {u, u, l, l};
@@ -130,12 +146,13 @@ static void load_registers(const Product& product, uint32_t thread, int k0) {
 
 static void load_b(Block* block, const Product& product, int k0, const Clock& clock) {
   const Descriptor descriptor(product.b, product.site);
+  Source source(block, clock, product.site);
   const int n = product.n;
   if (product.trans_b) {
     for (int k = 0; k < K_STEP; k++)
       for (int column = 0; column < n; column += 8) {
-        const uint16_t* values = eight(
-            block, descriptor.mn_major(uint32_t(column) / 8, uint32_t(k)), clock, product.site);
+        const uint16_t* values =
+            source.eight(descriptor.mn_major(uint32_t(column) / 8, uint32_t(k)));
         for (int quad = 0; quad < QUADS; quad++) {
           const float c0 = value_of(values[2 * quad]), c1 = value_of(values[2 * quad + 1]);
           const Four four = {c0, c1, c0, c1};
@@ -145,15 +162,12 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
     return;
   }
   for (int column = 0; column < n; column += 2) {
-    if (worker->race) {
-      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD, 0));
-      race_prefetch(*block, descriptor.k_major(uint32_t(column) + AHEAD + 1, 0));
-    }
+    source.prefetch(descriptor.k_major(uint32_t(column) + Source::AHEAD, 0));
+    source.prefetch(descriptor.k_major(uint32_t(column) + Source::AHEAD + 1, 0));
     for (int half = 0; half < 2; half++) {
-      const uint16_t* first =
-          eight(block, descriptor.k_major(uint32_t(column), uint32_t(half)), clock, product.site);
-      const uint16_t* second = eight(
-          block, descriptor.k_major(uint32_t(column) + 1, uint32_t(half)), clock, product.site);
+      const uint16_t* first = source.eight(descriptor.k_major(uint32_t(column), uint32_t(half)));
+      const uint16_t* second =
+          source.eight(descriptor.k_major(uint32_t(column) + 1, uint32_t(half)));
       const int quad = column % 8 / 2, at = column / 8 * 4;
       for (int i = 0; i < 8; i++) {
         const float c0 = value_of(first[i]), c1 = value_of(second[i]);
@@ -264,7 +278,7 @@ static void issue(const Call& call, Site site) {
     fresh->trans_b = call.trans_b;
     fresh->group = fiber.product_group;
     fresh->site = site;
-    for (Known& known : fresh->known) known.reset();
+    for (Collected& known : fresh->known) known.take();
     group.products.push_back(fresh);
   }
   Product& product = *group.products[index];
@@ -279,10 +293,7 @@ static void issue(const Call& call, Site site) {
     product.source[thread] = call.registers;
     std::memcpy(product.registers[thread], call.registers, sizeof product.registers[thread]);
   }
-  if (worker->race) {
-    Known& known = product.known[thread / WARP_THREADS];
-    known = joined(known, raised(fiber.known, fiber.actor, fiber.now));
-  }
+  if (worker->race) product.known[thread / WARP_THREADS].add(fiber.known, fiber.actor, fiber.now);
 }
 
 void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool trans_a, bool trans_b,
@@ -297,18 +308,16 @@ void wgmma_registers(float* d, int n, const uint32_t* a, uint64_t b, int scale_d
 
 // ---------------------------------------------------------------- wait
 // What the whole warpgroup knows at issue: the least of what its warps know.
-static Known known_by_all(const Product& product) {
-  static thread_local Known before[4], result;
-  if (std::equal(before, before + 4, product.known)) return result;
-  std::copy(product.known, product.known + 4, before);
-  auto least = std::make_shared<Vector>(*before[0]);
-  for (const Known& other : before) {
+static Known known_by_all(Product& product) {
+  Known warps[4];
+  std::transform(product.known, product.known + 4, warps, [](Collected& of) { return of.take(); });
+  auto least = std::make_shared<Vector>(*warps[0]);
+  for (const Known& other : warps) {
     if (least->ticks.size() > other->ticks.size()) least->ticks.resize(other->ticks.size());
     for (size_t i = 0; i < least->ticks.size(); i++)
       least->ticks[i] = std::min(least->ticks[i], other->ticks[i]);
   }
-  result = least;
-  return result;
+  return least;
 }
 
 // Its warps' actors, four in a row.
@@ -330,7 +339,7 @@ static void compute(Warpgroup& group, const Fiber& first, size_t count) {
     const Product& head = *group.products[i];
     int steps = 0;
     for (size_t j = i; j < count && steps < MOST_STEPS; j++) {
-      const Product& product = *group.products[j];
+      Product& product = *group.products[j];
       if (done[j] || product.d[0] != head.d[0]) continue;
       if (product.n != head.n) break;
       if (steps && !product.scale_d) break;

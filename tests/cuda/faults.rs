@@ -894,3 +894,88 @@ fn every_kernel_of_the_file_is_used() {
         assert!(this.contains(&format!("\"{name}\"")), "no test launches {name}");
     }
 }
+
+// ------------------------------------------------------------------ what the shadow remembers
+
+#[test]
+fn every_reader_counts_and_every_source_is_kept() {
+    let Some(mut host) = machine(race()) else { return };
+    for workers in [1, 2] {
+        host.set_options(Options { workers, ..race() });
+        case("readers_of_another_block").blocks(2).fails(
+            &mut host,
+            &[
+                "data race on global memory at byte 32 of",
+                "write by block (1,0,0) thread 0 (warp 0, lane 0) at {here}",
+                "after a read by {thread 1} at {there}",
+            ],
+        );
+    }
+    host.set_options(race());
+    case("fence_behind_the_barrier").fails(
+        &mut host,
+        &["no fence.proxy.async", "at {here}", "after a write by {thread 1} at {there}"],
+    );
+    case("cp_async_source_overwritten").fails(
+        &mut host,
+        &["data race on global memory at byte", "a write by", "at {here}", "a read by", "{there}"],
+    );
+}
+
+/// Two blocks that wait for each other and are no cooperative launch: a worker that comes late
+/// makes the other one give up, which is no verdict.
+#[test]
+fn knowledge_comes_back() {
+    let Some(mut host) = machine(race()) else { return };
+    host.set_options(Options { workers: 2, ..race() });
+    for _ in 0..200 {
+        match case("right_return").blocks(2).threads(64).run(&mut host) {
+            Ok(words) => return assert_eq!(words[16], 7),
+            Err(error) => assert!(error.contains("the thread spins"), "{error}"),
+        }
+    }
+    panic!("two workers never ran at once");
+}
+
+#[test]
+fn blocks_hand_over_on_every_schedule() {
+    let Some(mut host) = machine(race()) else { return };
+    let cases: Vec<RightCase> = vec![
+        (case("right_additions").blocks(24), 0..64, |i| match i {
+            0..32 => 72f32.to_bits(),
+            _ => 0x41c0_41c0, // twice 24
+        }),
+        (case("right_chain").blocks(9), 128..152, |i| i * (i + 1) / 2),
+        (case("right_handoff").blocks(8).threads(64), 128..640, |i| i / 64 + 1),
+        (case("right_short_warp").threads(40), 0..104, |i| match i {
+            0..40 => i ^ 1,
+            40..64 => 0,
+            64..96 => u32::MAX,
+            _ => 0xff,
+        }),
+        (case("right_many_stores").global_bytes(48000), 0..12000, |i| {
+            40 + i % 4 + u32::from(i % 400 == 0)
+        }),
+    ];
+    for race in [true, false] {
+        for order in [Order::Fifo, Order::Lifo, Order::Random] {
+            for asynchronous in [Asynchronous::Late, Asynchronous::Early, Asynchronous::Anytime] {
+                for seed in 0..if order == Order::Random { 10 } else { 1 } {
+                    for workers in [1, 2] {
+                        let options =
+                            Options { race, order, asynchronous, seed, workers, ..plain() };
+                        host.set_options(options);
+                        for (case, words, expected) in &cases {
+                            let found = case.run(&mut host);
+                            let found = found.unwrap_or_else(|error| panic!("{error}"));
+                            for (i, at) in words.clone().enumerate() {
+                                let what = format!("{} {options:?} word {at}", case.kernel);
+                                assert_eq!(found[at], expected(i as u32), "{what}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

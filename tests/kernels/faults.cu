@@ -1101,3 +1101,141 @@ TEST_KERNEL(right_neighbours) {
   global[i] = sum + words[1];
 }
 EXPORT_KERNEL(right_neighbours)
+
+// ---------------------------------------------------------------- what the shadow remembers
+// All lanes have read the word; the flag speaks for thread 0 only.
+TEST_KERNEL(readers_of_another_block) {
+  if (blockIdx.x == 0) {
+    global[64 + threadIdx.x] = global[8];  // there
+    if (threadIdx.x == 0) store_release(&global[0], 1);
+  } else if (threadIdx.x == 0) {
+    while (load_acquire(&global[0]) == 0) {}
+    global[8] = 7;  // here
+  }
+}
+EXPORT_KERNEL(readers_of_another_block)
+
+// Block 1 passes on to block 0 what block 0 has told it.
+TEST_KERNEL(right_return) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    global[8] = 7;
+    store_release(&global[0], 1);
+  } else if (blockIdx.x == 1 && threadIdx.x == 0) {
+    while (load_acquire(&global[0]) == 0) {}
+    store_release(&global[1], 1);
+  } else if (blockIdx.x == 0 && threadIdx.x == 32) {
+    while (load_acquire(&global[1]) == 0) {}
+    global[16] = global[8];
+  }
+}
+EXPORT_KERNEL(right_return)
+
+// Only the writer can fence its writes.
+TEST_KERNEL(fence_behind_the_barrier) {
+  SHARED(uint32_t, tile, 4);
+  if (threadIdx.x < 4) tile[threadIdx.x] = threadIdx.x;  // there
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence_proxy_async();
+    bulk_store(global, tile, 16);  // here
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(fence_behind_the_barrier)
+
+// The source may be read until the wait, whatever barrier comes before.
+TEST_KERNEL(cp_async_source_overwritten) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // there
+  cp_async_commit();
+  __syncthreads();
+  global[(threadIdx.x ^ 1) * 4] = 5;  // here
+  cp_async_wait<0>();
+}
+EXPORT_KERNEL(cp_async_source_overwritten)
+
+// Additions of many blocks to the same elements, in bulk and one by one.
+TEST_KERNEL(right_additions) {
+  SHARED(float, row, 32);
+  SHARED(uint32_t, halves, 32);
+  row[threadIdx.x] = 2;
+  halves[threadIdx.x] = pack_bf16(1, 1);
+  fence_proxy_async();
+  __syncthreads();
+  float* const sums = reinterpret_cast<float*>(global);
+  if (threadIdx.x == 0) {
+    bulk_reduce_add_f32(sums, row, 128);
+    bulk_reduce_add_bf16(reinterpret_cast<bf16*>(global + 32), halves, 128);
+    bulk_commit();
+  }
+  atomicAdd(&sums[threadIdx.x], 1.0f);
+  if (threadIdx.x == 0) bulk_wait<0>();
+}
+EXPORT_KERNEL(right_additions)
+
+// Blocks claim tiles in turn, and each tile needs the sum that the one before it has left.
+TEST_KERNEL(right_chain) {
+  constexpr uint32_t TILES = 24;
+  uint32_t* const flags = global + 32;
+  uint32_t* const sums = global + 128;
+  if (threadIdx.x != 0) return;
+  for (;;) {
+    const uint32_t tile = atomicAdd(&global[0], 1u);
+    if (tile >= TILES) return;
+    uint32_t before = 0;
+    if (tile > 0) {
+      while (load_acquire(&flags[tile - 1]) == 0) {}
+      before = sums[tile - 1];
+    }
+    sums[tile] = before + tile;
+    store_release(&flags[tile], 1);
+  }
+}
+EXPORT_KERNEL(right_chain)
+
+// Each block waits for the one before it, whichever worker runs it, and takes on its numbers.
+TEST_KERNEL(right_handoff) {
+  uint32_t* const rows = global + 128;
+  const uint32_t block = blockIdx.x, i = threadIdx.x;
+  if (block > 0) {
+    if (i == 0)
+      while (load_acquire(&global[block - 1]) == 0) {}
+    __syncthreads();
+    rows[block * 64 + i] = rows[(block - 1) * 64 + (i ^ 33)] + 1;
+  } else {
+    rows[i] = 1;
+  }
+  __syncthreads();
+  if (i == 0) store_release(&global[block], 1);
+}
+EXPORT_KERNEL(right_handoff)
+
+// A block of 40 threads: the last warp has 8 lanes.
+TEST_KERNEL(right_short_warp) {
+  SHARED(uint32_t, words, 40);
+  const uint32_t i = threadIdx.x;
+  words[i] = i;
+  __syncwarp();
+  const uint32_t passed = __shfl_xor_sync(0xffffffffu, words[i ^ 2], 3);
+  global[i] = passed;
+  global[64 + i] = __ballot_sync(0xffffffffu, 1);
+}
+EXPORT_KERNEL(right_short_warp)
+
+// Thousands of groups whose results nobody waits for until the end.
+TEST_KERNEL(right_many_stores) {
+  SHARED(uint32_t, tile, 4);
+  if (threadIdx.x < 4) tile[threadIdx.x] = 40 + threadIdx.x;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (uint32_t group = 0; group < 3000; ++group) {
+    bulk_store(global + 4 * group, tile, 16);
+    bulk_commit();
+    bulk_wait_read<0>();
+  }
+  bulk_wait<0>();
+  for (uint32_t group = 0; group < 3000; group += 100) global[4 * group] += 1;
+}
+EXPORT_KERNEL(right_many_stores)
