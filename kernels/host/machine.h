@@ -82,6 +82,15 @@ struct Product {
   Known known[4];  // race detector: by warp, what one of its lanes knew
 };
 
+// What a thread saw when it last looked somewhere with an atomic: the same again is a poll.
+struct Look {
+  const void* address;
+  int line;
+  uint64_t operands, seen;
+};
+
+struct Registers;  // of a thread that uses wgmma: race mode
+
 struct Fiber : ThreadIndices {
   void* stack_pointer = nullptr;
   const uint8_t* stack_bottom = nullptr;
@@ -108,6 +117,8 @@ struct Fiber : ThreadIndices {
   bool product_fenced = false;
   uint32_t cluster_phase = 0;  // cluster barriers it has arrived at
   bool cluster_arrived = false;
+  Look looks[4] = {};
+  uint32_t next_look = 0;
 
   // Race detector.
   Actor actor = 0;
@@ -136,21 +147,41 @@ enum class Collective : uint8_t {
   Setmaxnreg,
 };
 
+// `mask`: the lanes that arrived and may have left their arguments.
+using Act = void (*)(Warp&, uint32_t mask, void** arguments);
+
 struct Meeting {
   uint32_t mask = 0, arrived = 0;
   Collective kind{};
+  Act act = nullptr;
   Site site{};
   void* argument[WARP_THREADS];
 };
 
-struct Warp {
-  Fiber* lanes[WARP_THREADS];
-  uint32_t exists = 0;
-  std::vector<Meeting> meetings;
+// An instruction that all lanes of a warp must run together, while some of them still have to.
+// Lanes do not always wait in it, so that a warp may be in several.
+struct Aligned {
+  enum Kind : uint8_t { Sync, Arrive, ClusterArrive, ClusterWait };
+  Kind kind;
+  uint8_t id;         // of the barrier
+  uint32_t expected;  // threads; 0: all of the block
+  Site site;
+  uint32_t lanes = 0;     // that have run it
+  Collected released{};  // Arrive: by them
 };
 
+struct Warp {
+  Fiber* lanes[WARP_THREADS];
+  uint32_t exists = 0, exited = 0;
+  std::vector<Meeting> meetings;
+  std::vector<Aligned> aligned;  // oldest first
+  uint32_t live() const { return exists & ~exited; }
+};
+
+// Of all threads of a block or a cluster, or of a number of threads, which is counted by warps.
 struct NamedBarrier {
   uint32_t expected = 0, arrived = 0;
+  bool whole = false;
   std::vector<Fiber*> waiting;
   Collected released;
   Site last;  // where a thread arrived last
@@ -296,6 +327,9 @@ void block_on(Wait, const void* object, uint64_t detail, Site);
 // Lets the others run; a fault if nothing but such yields happens.
 void yield(const char* what, Site);
 void progress();  // something happened that a spinning thread may wait for
+// Before an atomic of these operands that will find `value`: if this thread has done just that
+// before, it polls, and the others get a turn first.
+void look(const void* address, uint64_t operands, uint64_t value, const char* what, Site);
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
@@ -342,8 +376,10 @@ inline Warpgroup& warpgroup_of(const Fiber& fiber) {
 // The oldest wgmma of this thread that it has not waited for, or null.
 const Product* pending_product(const Fiber&);
 
-// ---------------------------------------------------------------- warp.cpp
-using Act = void (*)(Warp&, uint32_t mask, void** arguments);
+// ---------------------------------------------------------------- warp.cpp, barrier.cpp
 void meet(Collective, uint32_t mask, void* argument, Act, Site);
+// The thread has ended and is counted as such: those who wait for it need not any more.
+void leave_meetings(Fiber&);
+void leave_barriers(Fiber&);
 
 }  // namespace simt

@@ -396,19 +396,19 @@ fn warps_and_blocks_stay_together() {
             host,
             &["__syncwarp at {here}", "the calling lane is not in the mask 0000ffff", "thread 16"],
         );
-        case("lane_is_missing").fails(
+        case("lane_is_missing").threads(64).fails(
             host,
             &[
                 "deadlock: no thread can go on",
                 "block (0,0,0): threads 0-6,8-31 wait at {here} for warp collective",
-                "block (0,0,0): 1 thread has exited",
+                "thread 7 waits at {there} for barrier 1, which the lanes ffffff7f of its warp",
             ],
         );
         case("skipped_barrier").threads(64).fails(
             host,
             &[
                 "threads 0-4,6-63 wait at {here} for barrier 0, where 63 of 64 threads arrived",
-                "1 thread has exited",
+                "thread 5 waits at {there} for warp collective",
             ],
         );
         case("barrier_counts").threads(96).fails(
@@ -427,6 +427,48 @@ fn warps_and_blocks_stay_together() {
             host,
             &["block (0,0,0) ends with 32 of 64 threads arrived at barrier 1", "at {here}"],
         );
+    }
+}
+
+#[test]
+fn a_warp_comes_to_a_barrier_as_one() {
+    let Some(mut host) = machine(race()) else { return };
+    let host = &mut host;
+    for options in [race(), plain()] {
+        host.set_options(options);
+        let diverged = "the warp has diverged: its lanes 00000007 are at the";
+        case("divergent_barrier").threads(64).fails(
+            host,
+            &["barrier_sync at {there}", diverged, "barrier_sync at {here}", "{thread 3}"],
+        );
+        let parts = ["barrier_arrive at {there}", diverged, "barrier_arrive at {here}"];
+        case("divergent_arrival").threads(64).fails(host, &parts);
+        let parts = ["__syncthreads at {there}", diverged, "__syncthreads at {here}"];
+        case("divergent_syncthreads").threads(64).fails(host, &parts);
+        let parts = ["cluster_arrive at {there}", diverged, "cluster_arrive at {here}"];
+        case("divergent_cluster_arrival").cluster(2).fails(host, &parts);
+        let parts = ["cluster_wait at {there}", "its lanes 0", "cluster_wait at {here}"];
+        case("divergent_cluster_wait").cluster(2).fails(host, &parts);
+    }
+}
+
+#[test]
+fn what_needs_a_thread_that_exited_is_a_fault() {
+    let Some(mut host) = machine(race()) else { return };
+    let host = &mut host;
+    for (order, race_mode) in [(Order::Fifo, true), (Order::Lifo, false), (Order::Random, true)] {
+        host.set_options(Options { order, race: race_mode, ..race() });
+        case("barrier_of_a_warp_that_exited").threads(64).fails(
+            host,
+            &[
+                "threads 32-63 wait at {here} for barrier 1, where 32 of 64 threads arrived",
+                "32 threads have exited",
+            ],
+        );
+        case("shuffle_from_an_exited_lane")
+            .fails(host, &["shuffle at {here}: lane 24, whose value it takes, has exited"]);
+        let parts = ["mma at {here}: it needs all 32 lanes"];
+        case("mma_without_a_lane").fails(host, &parts);
     }
 }
 
@@ -669,12 +711,14 @@ fn endless_threads_are_stopped() {
     let host = &mut host;
     for options in [race(), plain()] {
         host.set_options(Options { watchdog, ..options });
-        for kernel in ["endless_reads", "endless_arithmetic", "spin_on_an_addition"] {
+        for kernel in ["endless_reads", "endless_arithmetic"] {
             case(kernel).threads(1).fails(host, &["{thread 0} runs without end", "{here}"]);
         }
         for (kernel, what) in [
             ("spin_on_a_flag", "load_acquire"),
             ("spin_on_an_exchange", "atomicCAS"),
+            ("spin_on_an_addition", "atomicAdd"),
+            ("spin_on_a_maximum", "atomicMax"),
             ("spin_on_an_mbarrier", "mbarrier_try_wait"),
         ] {
             let what = format!("{what} at {{here}}: the thread spins, and nothing else happens");
@@ -683,6 +727,16 @@ fn endless_threads_are_stopped() {
         // Blocks that are not resident together must not wait for each other.
         let apart = case("spin_on_a_flag").blocks(4).threads(1);
         apart.fails(host, &["load_acquire at {here}", "need a cooperative launch"]);
+    }
+}
+
+#[test]
+fn repeated_atomics_are_no_endless_loop() {
+    let Some(mut host) = machine(race()) else { return };
+    for options in [race(), plain()] {
+        host.set_options(options);
+        let words = case("right_repetition").threads(4).run(&mut host).unwrap();
+        assert_eq!(words[0], 5);
     }
 }
 
@@ -788,9 +842,17 @@ fn a_map_of_a_released_buffer_is_not_used() {
 /// A case, the words of the global buffer that it writes, and what word i of them must be.
 type RightCase = (Case, Range<usize>, fn(u32) -> u32);
 
+/// What right_early_exit leaves in word 64 + i.
+fn early_exit(i: u32) -> u32 {
+    let (other, voted) = (i ^ 1, 0x55);
+    (other + other + 32) + other + voted + if i % 32 == 0 { 1000 } else { 0 }
+}
+
 fn right_cases() -> Vec<RightCase> {
     vec![
         (case("right_flag").cooperative(2).threads(64), 128..192, |i| i ^ 33),
+        (case("right_early_exit").threads(128).cluster(2), 64..104, early_exit),
+        (case("right_polls").cooperative(2).threads(1), 128..129, |_| 400),
         (case("right_last_block").blocks(9), 128..137, |i| (i + 1) % 9 + 1),
         (case("right_syncwarp").threads(64), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 5)),
         (case("right_named_barriers").threads(128), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 40)),
@@ -873,7 +935,8 @@ fn a_fault_harms_no_other_launch() {
                         _ => case("endless_reads").threads(1).fails(host, &["without end"]),
                     }
                     let rights = right_cases();
-                    let (right, words, expected) = &rights[(thread + round) as usize % 13];
+                    let (right, words, expected) =
+                        &rights[(thread + round) as usize % rights.len()];
                     let found = right.run(host).unwrap_or_else(|error| panic!("{error}"));
                     for (i, at) in words.clone().enumerate() {
                         assert_eq!(found[at], expected(i as u32), "{} word {at}", right.kernel);

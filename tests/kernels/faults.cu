@@ -185,12 +185,18 @@ TEST_KERNEL(not_in_mask) {
 EXPORT_KERNEL(not_in_mask)
 
 TEST_KERNEL(lane_is_missing) {
-  if (threadIdx.x != 7) __syncwarp();  // here
+  if (threadIdx.x != 7)
+    __syncwarp();  // here
+  else
+    barrier_sync(1, 64);  // there
 }
 EXPORT_KERNEL(lane_is_missing)
 
 TEST_KERNEL(skipped_barrier) {
-  if (threadIdx.x != 5) __syncthreads();  // here
+  if (threadIdx.x != 5)
+    __syncthreads();  // here
+  else
+    __syncwarp();  // there
 }
 EXPORT_KERNEL(skipped_barrier)
 
@@ -216,6 +222,71 @@ TEST_KERNEL(barrier_half_full) {
   barrier_arrive(1, 64);  // here
 }
 EXPORT_KERNEL(barrier_half_full)
+
+// Lane 3 takes another of the barriers than the rest of its warp.
+TEST_KERNEL(divergent_barrier) {
+  if (threadIdx.x == 3)
+    barrier_sync(1, 64);  // there
+  else
+    barrier_sync(1, 64);  // here
+}
+EXPORT_KERNEL(divergent_barrier)
+
+TEST_KERNEL(divergent_arrival) {
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 3) barrier_arrive(2, 64);  // there
+    barrier_arrive(1, 64);                        // here
+  } else {
+    barrier_sync(1, 64);
+  }
+}
+EXPORT_KERNEL(divergent_arrival)
+
+TEST_KERNEL(divergent_syncthreads) {
+  if (threadIdx.x == 3) __syncthreads();  // there
+  __syncthreads();                        // here
+}
+EXPORT_KERNEL(divergent_syncthreads)
+
+TEST_KERNEL(divergent_cluster_arrival) {
+  if (threadIdx.x == 3)
+    cluster_arrive();  // there
+  else
+    cluster_arrive();  // here
+  cluster_wait();
+}
+EXPORT_KERNEL(divergent_cluster_arrival)
+
+TEST_KERNEL(divergent_cluster_wait) {
+  cluster_arrive();
+  if (threadIdx.x == 3)
+    cluster_wait();  // there
+  else
+    cluster_wait();  // here
+}
+EXPORT_KERNEL(divergent_cluster_wait)
+
+// A barrier of two warps, one of which has ended.
+TEST_KERNEL(barrier_of_a_warp_that_exited) {
+  if (threadIdx.x < 32) return;
+  barrier_sync(1, 64);  // here
+}
+EXPORT_KERNEL(barrier_of_a_warp_that_exited)
+
+TEST_KERNEL(shuffle_from_an_exited_lane) {
+  if (threadIdx.x >= 24) return;
+  global[threadIdx.x] = __shfl_xor_sync(0xffffffffu, threadIdx.x, 8);  // here
+}
+EXPORT_KERNEL(shuffle_from_an_exited_lane)
+
+TEST_KERNEL(mma_without_a_lane) {
+  if (threadIdx.x == 31) return;
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  mma_m16n8k16(d, a, b);  // here
+  global[threadIdx.x] = __float_as_uint(d[0]);
+}
+EXPORT_KERNEL(mma_without_a_lane)
 
 // ---------------------------------------------------------------- mbarriers
 DEVICE void start(uint64_t* barrier, uint32_t count) {
@@ -894,7 +965,57 @@ TEST_KERNEL(trap) {
 }
 EXPORT_KERNEL(trap)
 
+TEST_KERNEL(spin_on_a_maximum) {
+  while (atomicMax(global, 0u) == 0) {}  // here
+}
+EXPORT_KERNEL(spin_on_a_maximum)
+
 // ---------------------------------------------------------------- right
+// Threads, then a whole warp, then a whole block leave early; the others do not wait for them.
+TEST_KERNEL(right_early_exit) {
+  SHARED(uint32_t, words, 96);
+  SHARED(uint32_t, sums, 40);
+  const uint32_t i = threadIdx.x;
+  if (i >= 72) return;
+  words[i] = i;
+  const uint32_t voted = __ballot_sync(0xffffffffu, i % 2 == 0);
+  __syncwarp();
+  const uint32_t together = words[i ^ 1] + voted % 256;
+  __syncthreads();
+  if (i >= 40) return;
+  sums[i] = words[i] + words[i + 32];
+  barrier_sync(1, 64);  // of two warps, the second with 8 threads left
+  const uint32_t leader = elect_one();
+  cluster_sync();
+  if (cluster_rank() == 1) return;
+  cluster_sync();
+  global[64 + i] = sums[i ^ 1] + together + leader * 1000;
+}
+EXPORT_KERNEL(right_early_exit)
+
+// Block 1 polls what block 0 will set, with everything that reads atomically.
+TEST_KERNEL(right_polls) {
+  if (blockIdx.x == 0) {
+    for (uint32_t word = 0; word < 4; ++word) {
+      for (uint32_t i = 0; i < 100; ++i) atomicAdd(&global[9], 1u);
+      atomicExch(&global[word], 1);
+    }
+    return;
+  }
+  while (atomicAdd(&global[0], 0u) == 0) {}
+  while (atomicMax(&global[1], 0u) == 0) {}
+  while (atomicCAS(&global[2], 1, 2) != 1) {}
+  while (atomicExch(&global[3], 3) == 3 || load_acquire(&global[2]) == 0) {}
+  global[128] = atomicAdd(&global[9], 0u);
+}
+EXPORT_KERNEL(right_polls)
+
+// Finds the same again and again, and is no poll.
+TEST_KERNEL(right_repetition) {
+  for (int i = 0; i < 100000; ++i) atomicMax(&global[0], 5u);
+}
+EXPORT_KERNEL(right_repetition)
+
 // Block 0 gives a value to block 1, which waits for a flag.
 TEST_KERNEL(right_flag) {
   if (blockIdx.x == 0) {
