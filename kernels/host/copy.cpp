@@ -312,11 +312,6 @@ static AsyncCopy tensor_copy(Copy kind, const TensorMap* map, const void* shared
   std::memcpy(&copy.map, map, sizeof copy.map);
   if (copy.map.magic != TensorMapFields::MAGIC)
     fail_at(*self(), name_of(kind), site, "the argument is not a tensor map of this machine");
-  if (!owns(reinterpret_cast<const void*>(copy.map.address), 1))
-    fail_at(*self(), name_of(kind), site,
-            "the map's tensor begins at " +
-                describe_global(reinterpret_cast<const void*>(copy.map.address)) +
-                ": was its buffer released?");
   if (copy.map.rank != rank)
     fail_at(*self(), name_of(kind), site,
             format("%d coordinates for a tensor map of rank %d", rank, copy.map.rank));

@@ -200,5 +200,3 @@ extern "C" int simt_free(void* address) {
   m.free_indices.push_back(index);
   return 0;
 }
-
-extern "C" int simt_owns(const void* address, uint64_t bytes) { return owns(address, bytes); }

@@ -166,7 +166,7 @@ struct Aligned {
   uint8_t id;         // of the barrier
   uint32_t expected;  // threads; 0: all of the block
   Site site;
-  uint32_t lanes = 0;     // that have run it
+  uint32_t lanes = 0;    // that have run it
   Collected released{};  // Arrive: by them
 };
 
