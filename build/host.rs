@@ -15,9 +15,14 @@ use crate::sources::{SourceFile, Sources};
 use crate::{Stop, variable, warn};
 
 /// The accesses of a kernel become calls, and so do pointers that are less aligned than their type
-/// asks; its function entries do not.
-const HOOKS: [&str; 3] =
-    ["-fsanitize=thread,alignment", "--param", "tsan-instrument-func-entry-exit=0"];
+/// asks; its function entries do not. Each variable has a place of its own on the stack, so that
+/// the machine does not take one for another.
+const HOOKS: [&str; 4] = [
+    "-fsanitize=thread,alignment",
+    "--param",
+    "tsan-instrument-func-entry-exit=0",
+    "-fstack-reuse=none",
+];
 
 /// Compiles only where the three libraries can be compiled.
 const PROBE: &str = "#include <version>\n\

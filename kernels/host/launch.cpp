@@ -116,10 +116,15 @@ static std::atomic<uint64_t> all_switches{0};
 static void work(Launch& launch) {
   Worker& w = *this_worker();
   prepare_thread_for_faults();
-  if (!w.reserve(launch.team_blocks, launch.team_blocks * launch.block_threads)) {
+  const uint32_t threads = launch.team_blocks * launch.block_threads;
+  if (!w.reserve(launch.team_blocks, threads)) {
     std::lock_guard lock(launch.mutex);
     if (!launch.aborted.exchange(true))
-      launch.fault = "the operating system gives no memory for the threads of a block";
+      launch.fault = format(
+          "no stacks for the %u threads that must run at once: all launches of the process "
+          "together "
+          "have %zu, a third of vm.max_map_count; raise that, or launch fewer threads",
+          threads, Stacks::most());
     return;
   }
   const uint64_t switches = w.switches;
@@ -130,6 +135,9 @@ static void work(Launch& launch) {
     run_team(launch, uint32_t(team));
   }
   launch.running--;
+  // Those of a large grid or cluster would be missing elsewhere.
+  constexpr size_t KEPT = 4096;
+  if (w.stacks.count() > KEPT) w.stacks.release();
   all_switches += w.switches - switches;
 }
 

@@ -33,7 +33,7 @@ namespace simt {
 
 // ---------------------------------------------------------------- limits of an sm_90
 constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128, MAX_BLOCK_THREADS = 1024;
-constexpr uint32_t NAMED_BARRIERS = 16, MAX_CLUSTER_BLOCKS = 16;
+constexpr uint32_t NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 232448;    // dynamic and static bytes of a block
 constexpr size_t WINDOW_BYTES = 256 * 1024;  // of shared addresses, per block
 constexpr uint32_t DYNAMIC_BASE = 1024;      // as on the device, which keeps the first KiB
@@ -89,7 +89,7 @@ struct Look {
   uint64_t operands, seen;
 };
 
-struct Registers;  // of a thread that uses wgmma: race mode
+struct Registers;  // of a thread that uses wgmma (wgmma.cpp)
 
 struct Fiber : ThreadIndices {
   void* stack_pointer = nullptr;
@@ -114,8 +114,8 @@ struct Fiber : ThreadIndices {
   uint32_t products = 0;   // wgmmas so far
   uint32_t product_group = 0;
   int product_wait = 0;
-  bool product_fenced = false;
-  uint32_t cluster_phase = 0;  // cluster barriers it has arrived at
+  bool product_fenced = false;  // at least once
+  uint32_t cluster_phase = 0;   // cluster barriers it has arrived at
   bool cluster_arrived = false;
   Look looks[4] = {};
   uint32_t next_look = 0;
@@ -131,6 +131,7 @@ struct Fiber : ThreadIndices {
   Tick released_now = 0;
   Known pending_cluster;  // what the last phase of the cluster barrier released
   Known pending;          // what relaxed atomics read, until a __threadfence acquires it
+  std::shared_ptr<Registers> registers;               // from its first wgmma_fence on
   Actor bulk_reader = 0, bulk_writer = 0;             // 0: none yet
   std::vector<std::pair<uint32_t, Tick>> bulk_ticks;  // of its groups
 };
@@ -232,7 +233,8 @@ struct Block {
   NamedBarrier barriers[NAMED_BARRIERS];
   std::vector<Warpgroup> warpgroups;
   std::vector<StaticVariable> statics;
-  std::deque<Mbarrier> mbarriers;  // addresses stay
+  std::deque<Mbarrier> mbarriers;                  // addresses stay
+  uint64_t mbarrier_words[WINDOW_BYTES / 8 / 64];  // a bit for each 8 bytes: a live one is there
   // Race detector: the last access of each thread of another block to this one's shared memory.
   std::unordered_map<Actor, std::pair<Tick, Place>> visitors;
 };
@@ -240,6 +242,7 @@ struct Block {
 // ---------------------------------------------------------------- asynchronous copies
 struct AsyncCopy {
   Copy kind;
+  bool clipped;  // by tensor map: part of the box lies outside the tensor
   TensorMapFields map;
   int at[5];
   uint8_t* shared;
@@ -354,6 +357,8 @@ inline uint8_t* checked_shared(Block* block, uint32_t address, uint32_t bytes, c
   return block->window + address;
 }
 void checked_shared(const void* p, uint32_t bytes, const char* what, Site);
+// A fault if `p` lies in another block's shared memory: most instructions take .shared::cta only.
+void check_own_block(const Fiber&, const void* p, const char* what, Site);
 inline uint32_t offset_in(const Block* block, const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - block->window);
 }
@@ -362,6 +367,14 @@ void check_gaps(const Block&);
 
 // ---------------------------------------------------------------- mbarrier.cpp, copy.cpp
 Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);
+Mbarrier& own_mbarrier(const uint64_t* address, const char* what, Site);
+// Whether an mbarrier stands in these bytes, which only its own instructions may touch.
+inline bool holds_mbarrier(const Block& block, uint32_t address, uint32_t bytes) {
+  for (uint32_t word = address / 8; word <= (address + bytes - 1) / 8; word++)
+    if (block.mbarrier_words[word / 64] >> word % 64 & 1) return true;
+  return false;
+}
+[[noreturn]] void report_mbarrier_access(const Block&, uint32_t address, bool write, uintptr_t pc);
 void complete_bytes(Mbarrier&, uint32_t bytes);
 void run_copy(AsyncCopy&);
 bool run_one_copy();  // the oldest, or any; false: none in flight
@@ -373,6 +386,8 @@ void check_copies_at_exit(const Block&);
 inline Warpgroup& warpgroup_of(const Fiber& fiber) {
   return fiber.block->warpgroups[fiber.id / WARPGROUP_THREADS];
 }
+// An ordinary instruction reads or writes the thread's stack, which stands for its registers.
+void touch_registers(Fiber&, const void* p, uint32_t bytes, bool write, uintptr_t pc);
 // The oldest wgmma of this thread that it has not waited for, or null.
 const Product* pending_product(const Fiber&);
 

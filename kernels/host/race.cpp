@@ -375,6 +375,7 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   const auto* byte = static_cast<const uint8_t*>(p);
   if (size_t(byte - fiber.stack_bottom) < STACK_BYTES) {
     // Registers of the GPU. Those of a running wgmma belong to it.
+    if (fiber.registers) touch_registers(fiber, p, bytes, write, pc);
     if (!pending_product(fiber)) return;
     const Warpgroup& group = warpgroup_of(fiber);
     const uint32_t thread = fiber.id % WARPGROUP_THREADS;
@@ -430,6 +431,7 @@ void race_hook(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
                write ? "write" : "read", bytes, address, describe(fiber).c_str(),
                describe_code(pc - 1).c_str(), block->dynamic_end - DYNAMIC_BASE, DYNAMIC_BASE));
   }
+  if (holds_mbarrier(*block, address, bytes)) report_mbarrier_access(*block, address, write, pc);
   check_shared(*block, address, bytes, {clock, flags, place_of_code(pc)});
   if (block != fiber.block) race_visit(fiber, *block, place_of_code(pc));
 }

@@ -1,5 +1,6 @@
 // Runs one team: its fibers, in the order that the options ask for, until all have ended.
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <sched.h>
 #include <utility>
@@ -228,6 +229,7 @@ static void prepare_block(Worker& w, uint32_t rank) {
   block.warp_registers.assign(warps, registers);
   block.free_registers = REGISTERS - warps * WARP_THREADS * registers;
   block.statics.clear();
+  if (!block.mbarriers.empty()) std::memset(block.mbarrier_words, 0, sizeof block.mbarrier_words);
   block.mbarriers.clear();
   block.visitors.clear();
   for (NamedBarrier& barrier : block.barriers) barrier = NamedBarrier{};

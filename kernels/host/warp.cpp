@@ -198,6 +198,7 @@ static uint16_t* matrix_row(Warp& warp, void** arguments, int matrix, int row, b
   if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) [[unlikely]] {
     fail_at(*warp.lanes[lane], what, argument.site, "the row's address is not a multiple of 16");
   }
+  check_own_block(*warp.lanes[lane], argument.row, what, argument.site);
   checked_shared(argument.row, ROW_BYTES, what, argument.site);
   if (worker->race) {
     race_thread(*warp.lanes[lane], argument.row, ROW_BYTES, write ? WRITE : READ,

@@ -4,6 +4,10 @@
 #include "language.h"
 
 #define SIMT_SITE ::simt::Site site = ::simt::Site::here()
+// For isobath.cuh, whose functions pass on the place of their own call.
+#define SIMT_AND_SITE , SIMT_SITE
+#define SIMT_HERE site
+#define SIMT_AND_HERE , site
 
 // ---------------------------------------------------------------- conversions
 DEVICE uint16_t bf16_bits(float x) {

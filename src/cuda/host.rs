@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsString, c_char, c_void};
+use std::ffi::{CStr, CString, OsString, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::time::{Duration, Instant};

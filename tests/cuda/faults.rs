@@ -143,7 +143,7 @@ impl Case {
         let arguments = Arguments::new().with(map).with(address).with(self.n);
         let launched = driver.launch(&launch, &arguments);
         let mut words = driver.download(global.address, self.global_bytes / 4).unwrap();
-        if self.kernel == "right_reduction" {
+        if ["right_reduction", "right_clipped_store"].contains(&self.kernel) {
             words.extend(driver.download::<u32>(matrix.address, 64 * 32).unwrap());
         }
         driver.release(global).unwrap();
@@ -492,8 +492,23 @@ fn mbarriers_are_kept_in_balance() {
         case("too_many_arrivals").fails(host, &parts);
         case("mbarrier_uninitialised")
             .fails(host, &["mbarrier_arrive at {here}", "holds no initialised mbarrier"]);
-        case("mbarrier_overwritten")
-            .fails(host, &["mbarrier_arrive at {here}", "holds no initialised mbarrier"]);
+        case("mbarrier_overwritten").fails(
+            host,
+            match options.race {
+                true => &["write of the mbarrier at shared 0x", "by {thread 0} at {there}"],
+                false => &["mbarrier_arrive at {here}", "holds no initialised mbarrier"],
+            },
+        );
+        for asynchronous in [Asynchronous::Late, Asynchronous::Early] {
+            host.set_options(Options { asynchronous, ..options });
+            let early = asynchronous == Asynchronous::Early;
+            // A copy that has happened is missed by the race detector only.
+            if !early || options.race {
+                let what = if early { "completes on it" } else { "16 bytes of its phase" };
+                case("mbarrier_invalidated_early")
+                    .fails(host, &["mbarrier_invalidate at {here}", what, "{thread 0}"]);
+            }
+        }
         case("mbarrier_initialised_twice")
             .fails(host, &["mbarrier_init at {here}", "is in use: invalidate it first"]);
         case("mbarrier_count_zero")
@@ -511,6 +526,7 @@ fn mbarriers_are_kept_in_balance() {
         );
     }
     host.set_options(race());
+    case("mbarrier_read").fails(host, &["read of the mbarrier at shared 0x", "at {here}"]);
     case("mbarrier_init_not_fenced")
         .fails(host, &["bulk_load at {here}", "no fence_mbarrier_init followed", "{thread 0}"]);
     case("mbarrier_init_not_ordered").threads(64).fails(
@@ -563,6 +579,7 @@ fn copies_are_waited_for() {
         let both = ["data race on shared memory", "bulk store of {thread 0}", "{here}", "{there}"];
         case("store_source_overwritten").fails(host, &both);
         case("store_not_committed").fails(host, &both);
+        case("clipped_source_overwritten").shared(1024).fails(host, &both);
         let both = ["data race on global memory", "{here}", "bulk store of {thread 0}", "{there}"];
         case("store_result_read_early").threads(64).fails(host, &both);
         case("load_read_early")
@@ -600,7 +617,14 @@ fn wgmma_keeps_its_rules() {
     let Some(mut host) = machine(race()) else { return };
     let host = &mut host;
     let group = |kernel| case(kernel).threads(128).shared(2304);
-    group("wgmma_without_wgmma_fence").fails(host, &["wgmma at {here}", "no wgmma_fence"]);
+    for (kernel, what) in [
+        ("wgmma_accumulators_written", "accumulators were written at {there} after the last"),
+        ("wgmma_accumulators_read", "accumulators were read at {there} after the last wgmma_fence"),
+        ("wgmma_operand_written", "register operand were written at {there} after the last"),
+        ("wgmma_of_another_shape", "those of the wgmma of another shape at {there}"),
+    ] {
+        group(kernel).fails(host, &["wgmma at {here}", what]);
+    }
     for kernel in ["wgmma_read_early", "wgmma_not_committed"] {
         group(kernel).fails(
             host,
@@ -616,6 +640,7 @@ fn wgmma_keeps_its_rules() {
     );
     for options in [race(), plain()] {
         host.set_options(options);
+        group("wgmma_without_wgmma_fence").fails(host, &["wgmma at {here}", "no wgmma_fence"]);
         group("wgmma_at_exit")
             .fails(host, &["exits although it never waited for the wgmma at {here}"]);
         group("descriptors_diverge")
@@ -699,6 +724,82 @@ fn clusters_keep_their_rules() {
             .cluster(2)
             .n(n)
             .fails(host, &["bulk_load_multicast at {here}", "in a cluster of 2"]);
+    }
+}
+
+#[test]
+fn a_peers_address_is_not_ones_own() {
+    let Some(mut host) = machine(race()) else { return };
+    let instructions = [
+        "cp.async",
+        "ldmatrix",
+        "stmatrix",
+        "mbarrier_init",
+        "mbarrier_invalidate",
+        "mbarrier_arrive",
+        "mbarrier_arrive_expect_tx",
+        "mbarrier_expect_tx",
+        "mbarrier_try_wait",
+        "mbarrier_wait",
+        "tma_load",
+        "tma_store",
+        "tma_reduce_add",
+        "bulk_load",
+        "bulk_store",
+        "bulk_copy_cluster",
+    ];
+    for options in [race(), plain()] {
+        host.set_options(options);
+        for (n, instruction) in instructions.into_iter().enumerate() {
+            let at = case("peer_address").cluster(2).shared(1024).n(n as i32);
+            let what = format!("{instruction} at {}: shared address 0x", at.place(instruction));
+            at.fails(&mut host, &[&what, "is that of block (", "own block only"]);
+        }
+    }
+}
+
+#[test]
+fn the_source_of_a_copy_outlives_it() {
+    let Some(mut host) = machine(race()) else { return };
+    for asynchronous in [Asynchronous::Late, Asynchronous::Early, Asynchronous::Anytime] {
+        host.set_options(Options { asynchronous, ..race() });
+        case("source_has_exited").cluster(2).fails(&mut host, &["block (0,0,0)", "{here}"]);
+    }
+    host.set_options(plain());
+    let parts = ["block (0,0,0) exits while the bulk_copy_cluster at {here}", "from its shared"];
+    case("source_has_exited").cluster(2).fails(&mut host, &parts);
+}
+
+#[test]
+fn shared_functions_name_the_line_of_their_call() {
+    let Some(mut host) = machine(race()) else { return };
+    for n in [0, 1] {
+        case("lines_of_sums").n(n).fails(&mut host, &["shuffle at {here}", "has exited"]);
+    }
+    let parts = ["threads 0-31 wait at {here} for cluster_wait"];
+    case("line_of_a_cluster_barrier").cluster(2).fails(&mut host, &parts);
+}
+
+#[test]
+fn threads_that_have_no_stacks_are_refused() {
+    if !library::AVAILABLE {
+        return println!("skipped: this build has no simt");
+    }
+    let many = Options { multiprocessors: 16, ..plain() };
+    let mut host = Host::load(library(), many).unwrap();
+    let launch = case("many_threads").cooperative(32).threads(1024);
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    match limit.trim().parse::<u64>().unwrap() / 3 {
+        most if most < 32 * 1024 => launch.fails(
+            &mut host,
+            &["no stacks for the 32768 threads", &most.to_string(), "raise", "vm.max_map_count"],
+        ),
+        _ => assert_eq!(launch.run(&mut host).unwrap()[0], 32),
+    }
+    // Large launches give back what they took.
+    for _ in 0..4 {
+        let found = case("many_threads").cooperative(8).threads(1024).run(&mut host).unwrap();
+        assert_eq!(found[0], 8);
     }
 }
 
@@ -877,6 +978,10 @@ fn right_cases() -> Vec<RightCase> {
         (case("right_reduction").blocks(12).shared(1024), 0..32, |_| 24f32.to_bits()),
         // The tile begins at row 8 of the matrix, which stands behind the buffer.
         (case("right_reduction").blocks(12).shared(1024), 1280..1536, |_| 78f32.to_bits()),
+        (case("right_clipped_store").shared(1024), 2944..3072, |i| (i as f32).to_bits()),
+        (case("right_wgmma_fences").threads(128).shared(2304), 0..512, |_| 121f32.to_bits()),
+        (case("right_invalidation"), 128..129, |_| 77),
+        (case("right_copy_to_a_peer").cluster(2), 128..132, |i| i),
         (case("right_cp_async"), 512..608, |_| 0),
         (case("right_ring").threads(160).shared(2304).global_bytes(8192), 1024..1536, |_| 0),
         (case("right_ring").threads(160).shared(2304).global_bytes(8192).n(1), 1024..1536, |_| 0),

@@ -324,7 +324,7 @@ EXPORT_KERNEL(mbarrier_uninitialised)
 TEST_KERNEL(mbarrier_overwritten) {
   SHARED(uint64_t, barrier, 1);
   start(barrier, 1);
-  if (threadIdx.x == 0) barrier[0] = 0;
+  if (threadIdx.x == 0) barrier[0] = 0;  // there
   __syncthreads();
   if (threadIdx.x == 0) mbarrier_arrive(barrier);  // here
 }
@@ -362,6 +362,26 @@ TEST_KERNEL(mbarrier_init_not_ordered) {
   if (threadIdx.x == 32) mbarrier_arrive(barrier);  // here
 }
 EXPORT_KERNEL(mbarrier_init_not_ordered)
+
+TEST_KERNEL(mbarrier_read) {
+  SHARED(uint64_t, barrier, 2);
+  start(barrier, 1);
+  global[0] = reinterpret_cast<const uint32_t*>(barrier)[1];  // here
+}
+EXPORT_KERNEL(mbarrier_read)
+
+TEST_KERNEL(mbarrier_invalidated_early) {
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint4, tile, 1);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    bulk_load(tile, global, 16, barrier);  // there
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) mbarrier_invalidate(barrier);  // here
+}
+EXPORT_KERNEL(mbarrier_invalidated_early)
 
 // Expects n bytes of a copy of 16.
 TEST_KERNEL(wrong_bytes) {
@@ -775,6 +795,62 @@ TEST_KERNEL(half_a_warpgroup) {
 }
 EXPORT_KERNEL(half_a_warpgroup)
 
+TEST_KERNEL(wgmma_accumulators_written) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  for (int i = 0; i < 4; ++i) d[i] = float(n);       // there
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);  // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_accumulators_written)
+
+TEST_KERNEL(wgmma_accumulators_read) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  global[threadIdx.x] = __float_as_uint(d[2]);       // there
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);  // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_accumulators_read)
+
+TEST_KERNEL(wgmma_operand_written) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  uint32_t a[4] = {1, 2, 3, 4};
+  wgmma_fence();
+  a[1] = uint32_t(n);                     // there
+  wgmma<8>(d, a, operand_b(tile), 0);     // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_operand_written)
+
+TEST_KERNEL(wgmma_of_another_shape) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[8];
+  wgmma_fence();
+  wgmma<8>(reinterpret_cast<float(&)[4]>(d), operand_a(tile), operand_b(tile), 0);  // there
+  wgmma<16>(d, operand_a(tile), operand_b(tile), 0);                                // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  global[threadIdx.x] = __float_as_uint(d[0]);
+}
+EXPORT_KERNEL(wgmma_of_another_shape)
+
 // Threads 0 to 127 multiply what thread 128 loads, twice into the same stage.
 DEVICE void load_twice(uint8_t* tile, uint64_t* full, uint64_t* empty, const uint32_t* global) {
   for (uint32_t round = 0; round < 2; ++round) {
@@ -905,6 +981,75 @@ TEST_KERNEL(multicast_mask) {
   if (threadIdx.x == 0) bulk_load_multicast(tile, global, 16, barrier, uint16_t(n));  // here
 }
 EXPORT_KERNEL(multicast_mask)
+
+// What takes addresses of the own block only, with those of a peer.
+TEST_KERNEL(peer_address) {
+  SHARED_DYNAMIC(tile);
+  SHARED(uint64_t, barrier, 1);
+  uint8_t* const peer = cluster_map(tile, cluster_rank() ^ 1);
+  uint64_t* const peer_barrier = cluster_map(barrier, cluster_rank() ^ 1);
+  uint32_t registers[1] = {};
+  start(barrier, 1);
+  cluster_sync();
+  if (n == 0) cp_async_16(peer, global);                            // cp.async
+  if (n == 1) ldmatrix_x1(registers, peer + threadIdx.x % 8 * 16);  // ldmatrix
+  if (n == 2) stmatrix_x1(peer + threadIdx.x % 8 * 16, registers);  // stmatrix
+  if (n == 3) mbarrier_init(peer_barrier, 1);                       // mbarrier_init
+  if (n == 4) mbarrier_invalidate(peer_barrier);                    // mbarrier_invalidate
+  if (n == 5) mbarrier_arrive(peer_barrier);                        // mbarrier_arrive
+  if (n == 6) mbarrier_arrive_expect_tx(peer_barrier, 16);          // mbarrier_arrive_expect_tx
+  if (n == 7) mbarrier_expect_tx(peer_barrier, 16);                 // mbarrier_expect_tx
+  if (n == 8) mbarrier_try_wait(peer_barrier, 0);                   // mbarrier_try_wait
+  if (n == 9) mbarrier_wait(peer_barrier, 0);                       // mbarrier_wait
+  if (n == 10) tma_load_2d(peer, &map, barrier, 0, 0);              // tma_load
+  if (n == 11) tma_store_2d(&map, peer, 0, 0);                      // tma_store
+  if (n == 12) tma_reduce_add_2d(&map, peer, 0, 0);                 // tma_reduce_add
+  if (n == 13) bulk_load(tile, global, 16, peer_barrier);           // bulk_load
+  if (n == 14) bulk_store(global, peer, 16);                        // bulk_store
+  if (n == 15) bulk_copy_cluster(tile, peer, 16, barrier, 0);       // bulk_copy_cluster
+  global[0] = registers[0];
+  cluster_sync();
+}
+EXPORT_KERNEL(peer_address)
+
+// Block 0 gives 16 bytes to block 1 and ends; only block 1 waits for them.
+TEST_KERNEL(source_has_exited) {
+  SHARED(uint32_t, tile, 4);
+  SHARED(uint64_t, barrier, 1);
+  fill(tile);
+  start(barrier, 1);
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    if (threadIdx.x == 0) bulk_copy_cluster(tile, tile, 16, barrier, 1);  // here
+  } else {
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, 16);
+    mbarrier_wait_cluster(barrier, 0);
+  }
+}
+EXPORT_KERNEL(source_has_exited)
+
+// A fault inside one of isobath.cuh's own functions.
+TEST_KERNEL(lines_of_sums) {
+  if (threadIdx.x == 0) return;
+  global[threadIdx.x] = __float_as_uint(n ? warp_sum(1.0f) : warp_max(1.0f));  // here
+}
+EXPORT_KERNEL(lines_of_sums)
+
+TEST_KERNEL(line_of_a_cluster_barrier) {
+  SHARED(uint64_t, barrier, 1);
+  start(barrier, 1);
+  if (cluster_rank() == 0)
+    cluster_sync();  // here
+  else
+    mbarrier_wait(barrier, 0);
+}
+EXPORT_KERNEL(line_of_a_cluster_barrier)
+
+TEST_KERNEL(many_threads) {
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(&global[0], 1u);
+}
+EXPORT_KERNEL(many_threads)
 
 // ---------------------------------------------------------------- time and arithmetic
 TEST_KERNEL(endless_reads) {
@@ -1151,6 +1296,95 @@ TEST_KERNEL(right_bulk_copies) {
   global[800 + threadIdx.x] = global[512 + (threadIdx.x ^ 9)];
 }
 EXPORT_KERNEL(right_bulk_copies)
+
+// Half of the box lies behind the tensor's last row: those rows of the tile are not there.
+TEST_KERNEL(right_clipped_store) {
+  SHARED_DYNAMIC(tile);
+  auto* const rows = reinterpret_cast<float*>(tile);
+  for (int i = int(threadIdx.x); i < 128; i += int(blockDim.x)) rows[i] = float(i);
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) tma_store_2d(&map, tile, 0, 60);
+  rows[128 + threadIdx.x] = 1;  // is not read
+  if (threadIdx.x == 0) {
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(right_clipped_store)
+
+TEST_KERNEL(clipped_source_overwritten) {
+  SHARED_DYNAMIC(tile);
+  auto* const rows = reinterpret_cast<float*>(tile);
+  for (int i = int(threadIdx.x); i < 128; i += int(blockDim.x)) rows[i] = float(i);
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tma_store_2d(&map, tile, 0, 60);  // here
+    rows[127] = 1;                    // there
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(clipped_source_overwritten)
+
+// Accumulators that nothing else touched need no second fence.
+TEST_KERNEL(right_wgmma_fences) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 4; ++i) d[i] += 1;
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(right_wgmma_fences)
+
+// The 8 bytes of an mbarrier are ordinary memory again once it is invalidated.
+TEST_KERNEL(right_invalidation) {
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint32_t, tile, 4);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    bulk_load(tile, global + 4, 16, barrier);
+  }
+  mbarrier_wait(barrier, 0);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_invalidate(barrier);
+    barrier[0] = 77 + tile[1];
+    global[128] = uint32_t(barrier[0]);
+  }
+}
+EXPORT_KERNEL(right_invalidation)
+
+// Block 0's source is read before it ends, because block 1 says so.
+TEST_KERNEL(right_copy_to_a_peer) {
+  SHARED(uint32_t, tile, 4);
+  SHARED(uint64_t, barrier, 1);
+  fill(tile);
+  start(barrier, 1);
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    if (threadIdx.x == 0) bulk_copy_cluster(tile, tile, 16, barrier, 1);
+  } else {
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, 16);
+    mbarrier_wait_cluster(barrier, 0);
+    if (threadIdx.x < 4) global[128 + threadIdx.x] = tile[threadIdx.x];
+  }
+  cluster_sync();
+}
+EXPORT_KERNEL(right_copy_to_a_peer)
 
 // Many blocks add to the same tile.
 TEST_KERNEL(right_reduction) {
