@@ -32,7 +32,7 @@
 namespace simt {
 
 // ---------------------------------------------------------------- limits of an sm_90
-constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128, MAX_BLOCK_THREADS = 1024;
+constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128;
 constexpr uint32_t NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 232448;    // dynamic and static bytes of a block
 constexpr size_t WINDOW_BYTES = 256 * 1024;  // of shared addresses, per block
