@@ -956,7 +956,7 @@ type RightCase = (Case, Range<usize>, fn(u32) -> u32);
 /// What right_early_exit leaves in word 64 + i.
 fn early_exit(i: u32) -> u32 {
     let (other, voted) = (i ^ 1, 0x55);
-    (other + other + 32) + other + voted + if i % 32 == 0 { 1000 } else { 0 }
+    (other + other + 32) + other + voted + if i.is_multiple_of(32) { 1000 } else { 0 }
 }
 
 fn right_cases() -> Vec<RightCase> {
