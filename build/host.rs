@@ -15,12 +15,14 @@ use crate::sources::{SourceFile, Sources};
 use crate::{Stop, variable, warn};
 
 /// The accesses of a kernel become calls, and so do pointers that are less aligned than their type
-/// asks; its function entries do not. A vector stays in one piece, so that its load is one call.
-const HOOKS: [&str; 4] = [
+/// asks; its function entries do not. A vector stays in one piece, so that its load is one call, and
+/// each variable has a place of its own on the stack, so that none is taken for another.
+const HOOKS: [&str; 5] = [
     "-fsanitize=thread,alignment",
     "-fno-tree-sra",
     "--param",
     "tsan-instrument-func-entry-exit=0",
+    "-fstack-reuse=none",
 ];
 
 /// Compiles only where the three libraries can be compiled.

@@ -98,20 +98,22 @@ DEVICE uint64_t descriptor_mn_major(const void* tile, uint32_t block_bytes) {
 }
 
 // ---------------------------------------------------------------- reductions, in a fixed order
-DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-DEVICE float warp_max(float value) {
+// On the host, a fault inside names the line of the call (SIMT_SITE, nothing on a GPU).
+DEVICE float warp_sum(float value SIMT_AND_SITE) {
 #pragma unroll
   for (int step = 16; step; step >>= 1)
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
+    value += __shfl_xor_sync(0xffffffffu, value, step, 32 SIMT_AND_HERE);
+  return value;
+}
+DEVICE float warp_max(float value SIMT_AND_SITE) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1)
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step, 32 SIMT_AND_HERE));
   return value;
 }
 
 // ---------------------------------------------------------------- cluster and grid
-DEVICE void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+DEVICE void cluster_sync(SIMT_SITE) {
+  cluster_arrive(SIMT_HERE);
+  cluster_wait(SIMT_HERE);
 }

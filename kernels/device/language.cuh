@@ -7,6 +7,11 @@
 // The numbers after the name are those of __launch_bounds__.
 #define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name
 #define EXPORT_KERNEL(name)
+// The places of calls, which the host machine names in its reports.
+#define SIMT_SITE
+#define SIMT_AND_SITE
+#define SIMT_HERE
+#define SIMT_AND_HERE
 // SHARED(float, rows, 32): `rows` is a float[32] in static shared memory.
 #define SHARED(T, name, n) __shared__ T name[n]
 // `name` is a uint8_t*, aligned to 1024 bytes; every such name of a kernel is the same address.

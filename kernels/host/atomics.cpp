@@ -1,6 +1,6 @@
-// Atomics, fences and flags, on shared and global memory. Those that loops wait with (load_acquire,
-// atomicCAS, atomicExch, __nanosleep) let other threads run.
-#include <sched.h>
+// Atomics, fences and flags, on shared and global memory. A thread that finds with one of them what
+// it found before lets the others run: it may be waiting for them.
+#include <cstring>
 
 #include "device_memory.h"
 #include "fault.h"
@@ -19,14 +19,25 @@ static void check(const void* p, uint32_t bytes, const char* what, Site site) {
     fail_at(fiber, what, site, format("out of bounds: %s", describe_global(p).c_str()));
 }
 
-// The value before, and `update` of it in its place.
+template <class T>
+static uint64_t bits_of(T value) {
+  uint32_t bits;
+  static_assert(sizeof value == sizeof bits);
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// The value before; what `changed` makes of it stands in its place. `operands`: what the kernel
+// passed, so that a poll is known from different calls that found the same.
 template <class T, class F>
-static T update(T* p, const char* what, Site site, F&& changed) {
+static T update(T* p, uint64_t operands, const char* what, Site site, F&& changed) {
   check(p, sizeof(T), what, site);
-  T before;
+  T before, after;
+  __atomic_load(p, &before, __ATOMIC_RELAXED);
+  look(p, operands, bits_of(before), what, site);
   const auto exchange = [&] {
     __atomic_load(p, &before, __ATOMIC_RELAXED);
-    T after = changed(before);
+    after = changed(before);
     while (
         !__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
       after = changed(before);
@@ -35,6 +46,7 @@ static T update(T* p, const char* what, Site site, F&& changed) {
     race_atomic(*self(), p, sizeof(T), true, true, Order::Relaxed, site, exchange);
   else
     exchange();
+  if (bits_of(before) != bits_of(after)) progress();
   return before;
 }
 
@@ -43,35 +55,29 @@ static T update(T* p, const char* what, Site site, F&& changed) {
 using namespace simt;
 
 float atomicAdd(float* p, float value, Site site) {
-  return update(p, "atomicAdd", site, [&](float x) { return x + value; });
+  return update(p, bits_of(value), "atomicAdd", site, [&](float x) { return x + value; });
 }
 uint32_t atomicAdd(uint32_t* p, uint32_t value, Site site) {
-  return update(p, "atomicAdd", site, [&](uint32_t x) { return x + value; });
+  return update(p, value, "atomicAdd", site, [&](uint32_t x) { return x + value; });
 }
 int atomicAdd(int* p, int value, Site site) {
-  return update(p, "atomicAdd", site, [&](int x) { return int(uint32_t(x) + uint32_t(value)); });
+  return update(p, bits_of(value), "atomicAdd", site,
+                [&](int x) { return int(uint32_t(x) + uint32_t(value)); });
 }
 uint32_t atomicMax(uint32_t* p, uint32_t value, Site site) {
-  return update(p, "atomicMax", site, [&](uint32_t x) { return x < value ? value : x; });
+  return update(p, value, "atomicMax", site, [&](uint32_t x) { return x < value ? value : x; });
 }
 uint32_t atomicExch(uint32_t* p, uint32_t value, Site site) {
-  const uint32_t before = update(p, "atomicExch", site, [&](uint32_t) { return value; });
-  yield("atomicExch", site);
-  return before;
+  return update(p, value, "atomicExch", site, [&](uint32_t) { return value; });
 }
 uint32_t atomicCAS(uint32_t* p, uint32_t compare, uint32_t value, Site site) {
-  const uint32_t before =
-      update(p, "atomicCAS", site, [&](uint32_t x) { return x == compare ? value : x; });
-  if (before != compare)
-    yield("atomicCAS", site);
-  else
-    progress();
-  return before;
+  return update(p, uint64_t(compare) << 32 | value, "atomicCAS", site,
+                [&](uint32_t x) { return x == compare ? value : x; });
 }
 
 uint32_t load_acquire(const uint32_t* p, Site site) {
   check(p, sizeof *p, "load_acquire", site);
-  yield("load_acquire", site);
+  look(p, 0, __atomic_load_n(p, __ATOMIC_RELAXED), "load_acquire", site);
   uint32_t value;
   const auto load = [&] { value = __atomic_load_n(p, __ATOMIC_ACQUIRE); };
   if (worker->race)

@@ -34,6 +34,7 @@ static void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t 
   const uintptr_t both = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if (both % size)
     fail_at(fiber, what, site, format("both addresses must be multiples of %u", size));
+  check_own_block(fiber, shared, what, site);
   checked_shared(shared, size, what, site);
   if (bytes) check_global_read(fiber, global, bytes, what, site);
   CpAsync copy{static_cast<uint8_t*>(shared),
@@ -124,6 +125,8 @@ static void issue(AsyncCopy copy) {
   if (reinterpret_cast<uintptr_t>(copy.shared) % alignment)
     fail_at(fiber, what, copy.site,
             format("the shared address must be a multiple of %u bytes", alignment));
+  if (writes_global(copy.kind)) check_own_block(fiber, copy.shared, what, copy.site);
+  if (copy.kind == Copy::Peer) check_own_block(fiber, copy.global, what, copy.site);
   checked_shared(copy.shared, copy.bytes, what, copy.site);
   copy.block = block_of(copy.shared);
   if (copy.block->finished == copy.block->threads)
@@ -143,6 +146,10 @@ static void issue(AsyncCopy copy) {
     fiber.bulk_last = copy.group + 1;
     fiber.bulk_site = copy.site;
     fiber.bulk_kind = copy.kind;
+  }
+  if (copy.barrier) {
+    copy.barrier->last_copy = copy.kind;
+    copy.barrier->copy_site = copy.site;
   }
   Worker& w = *worker;
   if (w.race) {
@@ -166,8 +173,9 @@ static void issue(AsyncCopy copy) {
                        "shared 0x%x",
                        offset_in(barrier.block, barrier.address)));
       copy.clock = race_handover(fiber, barrier.actor, ++barrier.tick);
-      barrier.last_copy = copy.kind;
-      barrier.copy_site = copy.site;
+      // Its source must be there until it has been read.
+      if (copy.kind == Copy::Peer)
+        fiber.block->visitors[copy.clock.actor] = {copy.clock.tick, place_of(copy.site)};
     }
   }
   w.copies.push_back(std::move(copy));
@@ -241,6 +249,9 @@ static void move_row(const AsyncCopy& copy, uint32_t shared_address, uint8_t* gl
       std::memcpy(chunk, global + offset, CHUNK);
       continue;
     }
+    if (worker->race && copy.clipped && copy.kind != Copy::TensorLoad && last > first)
+      race_clock(copy.clock, chunk + (first - offset), last - first, READ | ASYNC,
+                 place_of(copy.site));
     switch (copy.kind) {
       case Copy::TensorLoad:
         // All bits set is a NaN in every floating-point type.
@@ -303,7 +314,7 @@ void run_copy(AsyncCopy& copy) {
     fail(format("%s at %s: block %s exited while the copy was under way", name_of(copy.kind),
                 describe(copy.site).c_str(), describe(block.index).c_str()));
   }
-  if (worker->race) {
+  if (worker->race && !(store && copy.clipped)) {  // else what exists is read, row by row
     race_clock(copy.clock, copy.shared, copy.bytes, (store ? READ : WRITE) | ASYNC,
                place_of(copy.site));
   }
@@ -327,18 +338,17 @@ static AsyncCopy tensor_copy(Copy kind, const TensorMap* map, const void* shared
   std::memcpy(&copy.map, map, sizeof copy.map);
   if (copy.map.magic != TensorMapFields::MAGIC)
     fail_at(*self(), name_of(kind), site, "the argument is not a tensor map of this machine");
-  if (!owns(reinterpret_cast<const void*>(copy.map.address), 1))
-    fail_at(*self(), name_of(kind), site,
-            "the map's tensor begins at " +
-                describe_global(reinterpret_cast<const void*>(copy.map.address)) +
-                ": was its buffer released?");
   if (copy.map.rank != rank)
     fail_at(*self(), name_of(kind), site,
             format("%d coordinates for a tensor map of rank %d", rank, copy.map.rank));
   std::copy(coordinates, coordinates + rank, copy.at);
   copy.shared = static_cast<uint8_t*>(const_cast<void*>(shared));
   copy.bytes = copy.map.element_bytes;
-  for (uint16_t size : copy.map.box) copy.bytes *= size;
+  for (int d = 0; d < rank; d++) {
+    const int64_t size = copy.map.box[d];
+    copy.bytes *= uint32_t(size);
+    copy.clipped |= copy.at[d] < 0 || copy.at[d] + size > int64_t(copy.map.dimensions[d]);
+  }
   return copy;
 }
 
@@ -354,7 +364,8 @@ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, const int* 
               int rank, uint32_t mask, bool multicast, Site site) {
   AsyncCopy copy = tensor_copy(Copy::TensorLoad, map, shared, coordinates, rank, site);
   if (!multicast) {
-    copy.barrier = &mbarrier_at(barrier, "tma_load", site);
+    check_own_block(*self(), shared, "tma_load", site);
+    copy.barrier = &own_mbarrier(barrier, "tma_load", site);
     return issue(std::move(copy));
   }
   each_rank(mask, "tma_load_multicast", site, [&](uint32_t to) {
@@ -430,10 +441,11 @@ void check_copies_at_exit(const Block& block) {
   const Worker& w = *worker;
   for (size_t i = w.copies_head; i < w.copies.size(); i++) {
     const AsyncCopy& copy = w.copies[i];
-    if (copy.block != &block || writes_global(copy.kind)) continue;
-    fail(format("block %s exits while the %s at %s by %s is under way to its shared memory",
+    const bool from = copy.kind == Copy::Peer && copy.issuer->block == &block;
+    if (!from && (copy.block != &block || writes_global(copy.kind))) continue;
+    fail(format("block %s exits while the %s at %s by %s is under way %s its shared memory",
                 describe(block.index).c_str(), name_of(copy.kind), describe(copy.site).c_str(),
-                describe(*copy.issuer).c_str()));
+                describe(*copy.issuer).c_str(), from ? "from" : "to"));
   }
   if (!w.race) return;
   for (const Mbarrier& barrier : block.mbarriers) {
@@ -469,7 +481,8 @@ void cp_async_commit(Site) { self()->copy_group++; }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Site site) {
   AsyncCopy copy = bulk_copy(Copy::Load, shared, global, bytes, site);
-  copy.barrier = &mbarrier_at(barrier, "bulk_load", site);
+  check_own_block(*self(), shared, "bulk_load", site);
+  copy.barrier = &own_mbarrier(barrier, "bulk_load", site);
   issue(std::move(copy));
 }
 

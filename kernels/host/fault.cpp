@@ -87,6 +87,11 @@ static std::string describe_wait(const Fiber& fiber) {
   switch (fiber.wait) {
     case Wait::Barrier: {
       const auto* barrier = static_cast<const NamedBarrier*>(fiber.wait_for);
+      const uint32_t bit = 1u << fiber.id % WARP_THREADS;
+      for (const Aligned& call : fiber.warp->aligned)
+        if (call.expected && call.lanes & bit)
+          return format("barrier %u, which the lanes %08x of its warp have not reached",
+                        unsigned(fiber.wait_detail), fiber.warp->live() & ~call.lanes);
       return format("barrier %u, where %u of %u threads arrived", unsigned(fiber.wait_detail),
                     barrier->arrived, barrier->expected);
     }
@@ -109,7 +114,7 @@ static std::string describe_wait(const Fiber& fiber) {
     }
     case Wait::Cluster:
       return format("cluster_wait, where %u of %u threads arrived", worker->cluster_barrier.arrived,
-                    worker->threads);
+                    worker->threads - worker->finished);
     default: return name_of_wait(fiber.wait);
   }
 }

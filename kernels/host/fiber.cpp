@@ -3,6 +3,9 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
+#include <fstream>
+
 asm(R"(
 .text
 .globl simt_switch_stack
@@ -38,25 +41,47 @@ void* prepare_stack(void* top, void (*entry)()) {
   return pointer;
 }
 
-Stacks::~Stacks() {
-  if (memory_) munmap(memory_, count_ * stride);
+static std::atomic<size_t> stacks_of_process{0};
+
+size_t Stacks::most() {
+  static const size_t most = [] {
+    size_t mappings = 65530;  // Linux's own value
+    std::ifstream("/proc/sys/vm/max_map_count") >> mappings;
+    return mappings / 3;
+  }();
+  return most;
+}
+
+Stacks::~Stacks() { release(); }
+
+void Stacks::release() {
+  if (!memory_) return;
+  munmap(memory_, count_ * stride);
+  stacks_of_process -= count_;
+  memory_ = nullptr;
+  count_ = 0;
 }
 
 bool Stacks::grow_to(size_t count) {
   if (count <= count_) return true;
-  if (memory_) munmap(memory_, count_ * stride);
-  count_ = 0;
+  release();
+  if ((stacks_of_process += count) > most()) {
+    stacks_of_process -= count;
+    return false;
+  }
   void* memory = mmap(nullptr, count * stride, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  memory_ = memory == MAP_FAILED ? nullptr : static_cast<uint8_t*>(memory);
-  if (!memory_) return false;
-  for (size_t i = 0; i < count; i++) {
-    if (mprotect(memory_ + i * stride, PAGE_BYTES, PROT_NONE) != 0) {
-      // Too many mappings for this system: the stacks work without the remaining guards.
-      break;
-    }
+  if (memory == MAP_FAILED) {
+    stacks_of_process -= count;
+    return false;
   }
+  memory_ = static_cast<uint8_t*>(memory);
   count_ = count;
+  for (size_t i = 0; i < count; i++) {
+    if (mprotect(memory_ + i * stride, PAGE_BYTES, PROT_NONE) == 0) continue;
+    release();
+    return false;
+  }
   return true;
 }
 

@@ -24,7 +24,11 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks();
-  bool grow_to(size_t count);  // false: the operating system gives no more address space
+  bool grow_to(size_t count);  // false: no address space, or not enough mappings
+  void release();
+  size_t count() const { return count_; }
+  // Of the process, for all its stacks: each takes two mappings, and a part is left for others.
+  static size_t most();
   uint8_t* top(size_t index) const { return memory_ + (index + 1) * stride; }
   uint8_t* bottom(size_t index) const { return top(index) - STACK_BYTES; }
   // The stack whose guard page holds this address, or -1.

@@ -75,6 +75,7 @@ static void access_shared(Fiber& fiber, Block& block, const void* p, uint32_t by
     race_visit(fiber, block, place);
   }
   if (!in_bounds(block, address, bytes)) out_of_bounds(fiber, p, bytes, write, pc);
+  if (holds_mbarrier(block, address, bytes)) report_mbarrier_access(block, address, write, pc);
   check_shared(block, address, bytes, Access(fiber, write ? WRITE : READ, place));
 }
 
@@ -84,6 +85,7 @@ static void access(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   if (w.expired()) [[unlikely]]
     spins(fiber, pc);
   if (size_t(static_cast<const uint8_t*>(p) - fiber.stack_bottom) < STACK_BYTES) {
+    if (fiber.registers) touch_registers(fiber, p, bytes, write, pc);
     if (pending_product(fiber)) check_registers(fiber, p, bytes, write, pc);
     return;
   }

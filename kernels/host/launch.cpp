@@ -43,33 +43,21 @@ uint3 Launch::block_index(uint32_t team, uint32_t rank) const {
           uint32_t(index / across[0] / across[1]) * cluster[2] + within / cluster[0] / cluster[1]};
 }
 
-static std::string refuse(const SimtLaunch& shape, const Kernel& kernel, uint32_t arguments) {
+// What the rules that both machines share do not say.
+static std::string refuse(const SimtLaunch& shape) {
   const auto product = [](const uint32_t(&size)[3]) {
     return uint64_t(size[0]) * size[1] * size[2];
   };
-  const uint64_t threads = product(shape.block), cluster = product(shape.cluster);
-  if (arguments != kernel.arguments)
-    return format("takes %u arguments, got %u", kernel.arguments, arguments);
-  if (!product(shape.grid) || !threads || !cluster)
-    return "grid, block and cluster need at least one in each dimension";
-  if (threads > kernel.max_threads)
-    return format("a block has %llu threads, its launch bounds allow %u",
-                  static_cast<unsigned long long>(threads), kernel.max_threads);
-  if (cluster > MAX_CLUSTER_BLOCKS)
-    return format("a cluster has %llu blocks, at most %u are possible",
-                  static_cast<unsigned long long>(cluster), MAX_CLUSTER_BLOCKS);
-  for (int i = 0; i < 3; i++)
-    if (shape.grid[i] % shape.cluster[i])
-      return format("grid dimension %d (%u blocks) is not a multiple of the cluster's (%u)", i,
-                    shape.grid[i], shape.cluster[i]);
+  constexpr uint64_t MOST_COOPERATIVE_THREADS = 32768;  // each has a stack
+  const uint64_t cluster = product(shape.cluster);
   if (product(shape.grid) / cluster > UINT32_MAX) return "a grid of more than 2^32 clusters";
-  if (shape.dynamic_shared_bytes > SHARED_LIMIT)
-    return format("%u bytes of shared memory, a block has at most %u", shape.dynamic_shared_bytes,
-                  SHARED_LIMIT);
   if (shape.cooperative && cluster > 1)
     return "this machine runs no cooperative launch with clusters";
-  if (shape.cooperative && product(shape.grid) * threads > 32768)
-    return "a cooperative launch runs at most 32768 threads on this machine";
+  const uint64_t threads = product(shape.grid) * product(shape.block);
+  if (shape.cooperative && threads > MOST_COOPERATIVE_THREADS)
+    return format("a cooperative launch of %llu threads: this machine runs at most %llu at once",
+                  static_cast<unsigned long long>(threads),
+                  static_cast<unsigned long long>(MOST_COOPERATIVE_THREADS));
   return "";
 }
 
@@ -128,10 +116,15 @@ static std::atomic<uint64_t> all_switches{0};
 static void work(Launch& launch) {
   Worker& w = *this_worker();
   prepare_thread_for_faults();
-  if (!w.reserve(launch.team_blocks, launch.team_blocks * launch.block_threads)) {
+  const uint32_t threads = launch.team_blocks * launch.block_threads;
+  if (!w.reserve(launch.team_blocks, threads)) {
     std::lock_guard lock(launch.mutex);
     if (!launch.aborted.exchange(true))
-      launch.fault = "the operating system gives no memory for the threads of a block";
+      launch.fault = format(
+          "no stacks for the %u threads that must run at once: all launches of the process "
+          "together "
+          "have %zu, a third of vm.max_map_count; raise that, or launch fewer threads",
+          threads, Stacks::most());
     return;
   }
   const uint64_t switches = w.switches;
@@ -142,6 +135,9 @@ static void work(Launch& launch) {
     run_team(launch, uint32_t(team));
   }
   launch.running--;
+  // Those of a large grid or cluster would be missing elsewhere.
+  constexpr size_t KEPT = 4096;
+  if (w.stacks.count() > KEPT) w.stacks.release();
   all_switches += w.switches - switches;
 }
 
@@ -228,7 +224,7 @@ extern "C" const SimtKernelInfo* simt_kernel(uint32_t index) {
 }
 
 extern "C" int simt_launch(const char* name, const SimtLaunch* shape, void* const* arguments,
-                           uint32_t count, const SimtOptions* options, SimtFault** fault) {
+                           const SimtOptions* options, SimtFault** fault) {
   static std::atomic<uint32_t> generations{0};
   const auto give_up = [&](std::string text) {
     *fault = new SimtFault{std::move(text)};
@@ -241,7 +237,7 @@ extern "C" int simt_launch(const char* name, const SimtLaunch* shape, void* cons
                        ? "it was not compiled for race mode"
                        : "the build has no kernel of this name");
   }
-  const std::string refusal = refuse(*shape, *kernel, count);
+  const std::string refusal = refuse(*shape);
   if (!refusal.empty()) return give_up(refusal);
   install_fault_handlers();
 

@@ -35,8 +35,8 @@
 namespace simt {
 
 // ---------------------------------------------------------------- limits of an sm_90
-constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128, MAX_BLOCK_THREADS = 1024;
-constexpr uint32_t NAMED_BARRIERS = 16, MAX_CLUSTER_BLOCKS = 16;
+constexpr uint32_t WARP_THREADS = 32, WARPGROUP_THREADS = 128;
+constexpr uint32_t NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 232448;    // dynamic and static bytes of a block
 constexpr size_t WINDOW_BYTES = 256 * 1024;  // of shared addresses, per block
 constexpr uint32_t DYNAMIC_BASE = 1024;      // as on the device, which keeps the first KiB
@@ -85,6 +85,15 @@ struct Product {
   Collected known[4];  // race detector: by warp, what one of its lanes knew
 };
 
+// What a thread saw when it last looked somewhere with an atomic: the same again is a poll.
+struct Look {
+  const void* address;
+  int line;
+  uint64_t operands, seen;
+};
+
+struct Registers;  // of a thread that uses wgmma (wgmma.cpp)
+
 struct Fiber : ThreadIndices {
   void* stack_pointer = nullptr;
   const uint8_t* stack_bottom = nullptr;
@@ -108,9 +117,11 @@ struct Fiber : ThreadIndices {
   uint32_t products = 0;   // wgmmas so far
   uint32_t product_group = 0;
   int product_wait = 0;
-  bool product_fenced = false;
-  uint32_t cluster_phase = 0;  // cluster barriers it has arrived at
+  bool product_fenced = false;  // at least once
+  uint32_t cluster_phase = 0;   // cluster barriers it has arrived at
   bool cluster_arrived = false;
+  Look looks[4] = {};
+  uint32_t next_look = 0;
 
   // Race detector.
   Actor actor = 0;
@@ -123,6 +134,7 @@ struct Fiber : ThreadIndices {
   Tick released_now = 0;
   Known pending_cluster;  // what the last phase of the cluster barrier released
   Known pending;          // what relaxed atomics read, until a __threadfence acquires it
+  std::shared_ptr<Registers> registers;               // from its first wgmma_fence on
   Actor bulk_reader = 0, bulk_writer = 0;             // 0: none yet
   std::vector<std::pair<uint32_t, Tick>> bulk_ticks;  // of its groups
 };
@@ -139,21 +151,41 @@ enum class Collective : uint8_t {
   Setmaxnreg,
 };
 
+// `mask`: the lanes that arrived and may have left their arguments.
+using Act = void (*)(Warp&, uint32_t mask, void** arguments);
+
 struct Meeting {
   uint32_t mask = 0, arrived = 0;
   Collective kind{};
+  Act act = nullptr;
   Site site{};
   void* argument[WARP_THREADS];
 };
 
-struct Warp {
-  Fiber* lanes[WARP_THREADS];
-  uint32_t exists = 0;
-  std::vector<Meeting> meetings;
+// An instruction that all lanes of a warp must run together, while some of them still have to.
+// Lanes do not always wait in it, so that a warp may be in several.
+struct Aligned {
+  enum Kind : uint8_t { Sync, Arrive, ClusterArrive, ClusterWait };
+  Kind kind;
+  uint8_t id;         // of the barrier
+  uint32_t expected;  // threads; 0: all of the block
+  Site site;
+  uint32_t lanes = 0;    // that have run it
+  Collected released{};  // Arrive: by them
 };
 
+struct Warp {
+  Fiber* lanes[WARP_THREADS];
+  uint32_t exists = 0, exited = 0;
+  std::vector<Meeting> meetings;
+  std::vector<Aligned> aligned;  // oldest first
+  uint32_t live() const { return exists & ~exited; }
+};
+
+// Of all threads of a block or a cluster, or of a number of threads, which is counted by warps.
 struct NamedBarrier {
   uint32_t expected = 0, arrived = 0;
+  bool whole = false;
   std::vector<Fiber*> waiting;
   Collected released;
   Site last;  // where a thread arrived last
@@ -204,7 +236,8 @@ struct Block {
   NamedBarrier barriers[NAMED_BARRIERS];
   std::vector<Warpgroup> warpgroups;
   std::vector<StaticVariable> statics;
-  std::deque<Mbarrier> mbarriers;  // addresses stay
+  std::deque<Mbarrier> mbarriers;                  // addresses stay
+  uint64_t mbarrier_words[WINDOW_BYTES / 8 / 64];  // a bit for each 8 bytes: a live one is there
   // Race detector: the last access of each thread of another block to this one's shared memory.
   std::unordered_map<Actor, std::pair<Tick, Place>> visitors;
 };
@@ -212,6 +245,7 @@ struct Block {
 // ---------------------------------------------------------------- asynchronous copies
 struct AsyncCopy {
   Copy kind;
+  bool clipped;  // by tensor map: part of the box lies outside the tensor
   TensorMapFields map;
   int at[5];
   uint8_t* shared;
@@ -310,12 +344,23 @@ void block_on(Wait, const void* object, uint64_t detail, Site);
 // Lets the others run; a fault if nothing but such yields happens.
 void yield(const char* what, Site);
 void progress();  // something happened that a spinning thread may wait for
+// Before an atomic of these operands that will find `value`: if this thread has done just that
+// before, it polls, and the others get a turn first.
+void look(const void* address, uint64_t operands, uint64_t value, const char* what, Site);
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
 
 // ---------------------------------------------------------------- mbarrier.cpp, copy.cpp
 Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);
+Mbarrier& own_mbarrier(const uint64_t* address, const char* what, Site);
+// Whether an mbarrier stands in these bytes, which only its own instructions may touch.
+inline bool holds_mbarrier(const Block& block, uint32_t address, uint32_t bytes) {
+  for (uint32_t word = address / 8; word <= (address + bytes - 1) / 8; word++)
+    if (block.mbarrier_words[word / 64] >> word % 64 & 1) return true;
+  return false;
+}
+[[noreturn]] void report_mbarrier_access(const Block&, uint32_t address, bool write, uintptr_t pc);
 void complete_bytes(Mbarrier&, uint32_t bytes);
 void run_copy(AsyncCopy&);
 bool run_one_copy();  // the oldest, or any; false: none in flight
@@ -327,11 +372,15 @@ void check_copies_at_exit(const Block&);
 inline Warpgroup& warpgroup_of(const Fiber& fiber) {
   return fiber.block->warpgroups[fiber.id / WARPGROUP_THREADS];
 }
+// An ordinary instruction reads or writes the thread's stack, which stands for its registers.
+void touch_registers(Fiber&, const void* p, uint32_t bytes, bool write, uintptr_t pc);
 // The oldest wgmma of this thread that it has not waited for, or null.
 const Product* pending_product(const Fiber&);
 
-// ---------------------------------------------------------------- warp.cpp
-using Act = void (*)(Warp&, uint32_t mask, void** arguments);
+// ---------------------------------------------------------------- warp.cpp, barrier.cpp
 void meet(Collective, uint32_t mask, void* argument, Act, Site);
+// The thread has ended and is counted as such: those who wait for it need not any more.
+void leave_meetings(Fiber&);
+void leave_barriers(Fiber&);
 
 }  // namespace simt

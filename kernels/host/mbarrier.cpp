@@ -1,5 +1,6 @@
 // mbarriers: arrivals and bytes of a phase. The 8 bytes in shared memory hold the number of the
 // machine's own record, so that a barrier that something overwrote is noticed.
+#include <algorithm>
 #include <cstring>
 
 #include "fault.h"
@@ -38,22 +39,36 @@ Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site site) {
   return barrier;
 }
 
+Mbarrier& own_mbarrier(const uint64_t* address, const char* what, Site site) {
+  check_own_block(*self(), address, what, site);
+  return mbarrier_at(address, what, site);
+}
+
+void report_mbarrier_access(const Block& block, uint32_t address, bool write, uintptr_t pc) {
+  fail(
+      format("%s of the mbarrier at shared 0x%x of block %s by %s at %s: until it is invalidated, "
+             "its own instructions alone may touch it",
+             write ? "write" : "read", address / 8 * 8, describe(block.index).c_str(),
+             describe(*self()).c_str(), describe_code(pc - 1).c_str()));
+}
+
+static void set_live(Block& block, const uint64_t* address, bool live) {
+  const uint32_t word = offset_in(&block, address) / 8;
+  const uint64_t bit = uint64_t(1) << word % 64;
+  uint64_t& bits = block.mbarrier_words[word / 64];
+  bits = live ? bits | bit : bits & ~bit;
+}
+
 static void complete_if_due(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
   barrier.phase++;
   barrier.pending = barrier.count;
   if (worker->race) barrier.completed = barrier.arriving.take();
-  size_t kept = 0;
-  for (Fiber* fiber : barrier.waiting) {
-    const bool done = ((barrier.phase - 1) & 1) == fiber->wait_detail;
-    if (!done) {
-      barrier.waiting[kept++] = fiber;
-      continue;
-    }
+  for (Fiber* fiber : barrier.waiting) {  // for this phase: that of the other parity has passed
     if (worker->race) race_acquire(*fiber, barrier.completed);
     make_ready(fiber);
   }
-  barrier.waiting.resize(kept);
+  barrier.waiting.clear();
   progress();
 }
 
@@ -93,9 +108,7 @@ static bool completed(const Mbarrier& barrier, uint32_t parity) {
 
 static void wait(uint64_t* address, uint32_t parity, const char* what, Site site) {
   Fiber& fiber = *self();
-  Mbarrier& barrier = mbarrier_at(address, what, site);
-  if (barrier.block != fiber.block)
-    fail_at(fiber, what, site, "a block can wait at its own mbarriers only");
+  Mbarrier& barrier = own_mbarrier(address, what, site);
   if (!completed(barrier, parity)) {
     barrier.waiting.push_back(&fiber);
     block_on(Wait::Mbarrier, &barrier, parity & 1, site);
@@ -112,6 +125,7 @@ void mbarrier_init(uint64_t* address, uint32_t count, Site site) {
   Fiber& fiber = *self();
   if (reinterpret_cast<uintptr_t>(address) % 8)
     fail_at(fiber, "mbarrier_init", site, "the address is not a multiple of 8");
+  check_own_block(fiber, address, "mbarrier_init", site);
   checked_shared(address, 8, "mbarrier_init", site);
   if (!count || count > MOST_ARRIVALS)
     fail_at(fiber, "mbarrier_init", site, format("a count of %u is not possible", count));
@@ -126,6 +140,7 @@ void mbarrier_init(uint64_t* address, uint32_t count, Site site) {
   if (worker->race) race_thread(fiber, address, 8, WRITE, place_of(site));
   const uint64_t content = MAGIC | block->mbarriers.size();
   std::memcpy(address, &content, sizeof content);
+  set_live(*block, address, true);
   Mbarrier& barrier = block->mbarriers.emplace_back();
   barrier.address = address;
   barrier.block = block;
@@ -143,25 +158,42 @@ void mbarrier_init(uint64_t* address, uint32_t count, Site site) {
 }
 
 void mbarrier_invalidate(uint64_t* address, Site site) {
-  Mbarrier& barrier = mbarrier_at(address, "mbarrier_invalidate", site);
-  if (!barrier.waiting.empty()) fail_at(*self(), "mbarrier_invalidate", site, "threads wait at it");
-  if (worker->race) race_thread(*self(), address, 8, WRITE, place_of(site));
+  Fiber& fiber = *self();
+  const char* what = "mbarrier_invalidate";
+  Mbarrier& barrier = own_mbarrier(address, what, site);
+  if (!barrier.waiting.empty()) fail_at(fiber, what, site, "threads wait at it");
+  if (barrier.bytes)
+    fail_at(fiber, what, site,
+            format("%lld bytes of its phase are still missing (expect_tx at %s)",
+                   static_cast<long long>(barrier.bytes), describe(barrier.expect_site).c_str()));
+  const std::vector<AsyncCopy>& copies = worker->copies;
+  const bool under_way =
+      std::any_of(copies.begin() + long(worker->copies_head), copies.end(),
+                  [&](const AsyncCopy& copy) { return copy.barrier == &barrier; });
+  const bool waited =
+      !worker->race || !barrier.tick || knows(fiber.known, barrier.actor, barrier.tick);
+  if (under_way || !waited)
+    fail_at(fiber, what, site,
+            format("nothing waited for the copy at %s, which completes on it",
+                   describe(barrier.copy_site).c_str()));
+  if (worker->race) race_thread(fiber, address, 8, WRITE, place_of(site));
+  set_live(*barrier.block, address, false);
   barrier.address = nullptr;
   std::memset(address, 0xff, sizeof *address);
 }
 
 void mbarrier_arrive(uint64_t* address, Site site) {
-  arrive(mbarrier_at(address, "mbarrier_arrive", site), "mbarrier_arrive", site);
+  arrive(own_mbarrier(address, "mbarrier_arrive", site), "mbarrier_arrive", site);
 }
 
 void mbarrier_arrive_expect_tx(uint64_t* address, uint32_t bytes, Site site) {
-  Mbarrier& barrier = mbarrier_at(address, "mbarrier_arrive_expect_tx", site);
+  Mbarrier& barrier = own_mbarrier(address, "mbarrier_arrive_expect_tx", site);
   expect(barrier, bytes, "mbarrier_arrive_expect_tx", site);
   arrive(barrier, "mbarrier_arrive_expect_tx", site);
 }
 
 void mbarrier_expect_tx(uint64_t* address, uint32_t bytes, Site site) {
-  Mbarrier& barrier = mbarrier_at(address, "mbarrier_expect_tx", site);
+  Mbarrier& barrier = own_mbarrier(address, "mbarrier_expect_tx", site);
   expect(barrier, bytes, "mbarrier_expect_tx", site);
   complete_if_due(barrier);
 }
@@ -177,7 +209,7 @@ void mbarrier_arrive_cluster(uint64_t* address, uint32_t rank, Site site) {
 }
 
 bool mbarrier_try_wait(uint64_t* address, uint32_t parity, Site site) {
-  Mbarrier& barrier = mbarrier_at(address, "mbarrier_try_wait", site);
+  Mbarrier& barrier = own_mbarrier(address, "mbarrier_try_wait", site);
   if (!completed(barrier, parity)) {
     yield("mbarrier_try_wait", site);
     if (!completed(barrier, parity)) return false;

@@ -22,6 +22,16 @@ void not_shared(const void* p, const char* what, Site site) {
   fail_at(*self(), what, site, format("address %p is not in shared memory", p));
 }
 
+void check_own_block(const Fiber& fiber, const void* p, const char* what, Site site) {
+  const Block* block = block_of(p);
+  if (!block || block == fiber.block) [[likely]]
+    return;
+  fail_at(fiber, what, site,
+          format("shared address 0x%x is that of block %s, and it works on the thread's own block "
+                 "only",
+                 offset_in(block, p), describe(block->index).c_str()));
+}
+
 void poison(Block& block) {
   std::memset(block.window, 0xff, block.dynamic_end);
   std::memset(block.window + block.dynamic_end, GAP, GAP_BYTES);

@@ -38,6 +38,9 @@ inline void checked_shared(const void* p, uint32_t bytes, const char* what, Site
   checked_shared(block, offset_in(block, p), bytes, what, site);
 }
 
+// A fault if `p` lies in another block's shared memory: most instructions take .shared::cta only.
+void check_own_block(const Fiber&, const void* p, const char* what, Site);
+
 // Fills a block's memory with NaNs and the gap behind it; whether the gaps are whole.
 void poison(Block&);
 void check_gaps(const Block&);

@@ -3,6 +3,7 @@
 // Each lane leaves the address of its arguments; the last one to arrive acts for all. That gives no
 // order between the lanes' other accesses (only __syncwarp does).
 #include <cstring>
+#include <utility>
 
 #include "fault.h"
 #include "order.h"
@@ -30,6 +31,34 @@ static void each_lane(uint32_t mask, F&& f) {
   for (; mask; mask &= mask - 1) f(uint32_t(__builtin_ctz(mask)));
 }
 
+// PTX leaves these undefined when a lane has exited; shuffles and votes go on without it.
+static bool needs_whole_warp(Collective kind) {
+  return kind == Collective::Ldmatrix || kind == Collective::Stmatrix || kind == Collective::Mma ||
+         kind == Collective::Setmaxnreg;
+}
+
+static void hold(Warp& warp, Meeting& meeting) {
+  const uint32_t arrived = std::exchange(meeting.arrived, 0);
+  if (!meeting.act) return;
+  void* arguments[WARP_THREADS];
+  std::memcpy(arguments, meeting.argument, sizeof arguments);
+  meeting.act(warp, arrived, arguments);
+}
+
+void leave_meetings(Fiber& fiber) {
+  Warp& warp = *fiber.warp;
+  for (Meeting& meeting : warp.meetings) {
+    const uint32_t arrived = meeting.arrived;
+    if (!arrived || !(meeting.mask >> fiber.id % WARP_THREADS & 1)) continue;
+    if (needs_whole_warp(meeting.kind))
+      fail_at(fiber, name_of(meeting.kind), meeting.site,
+              format("it needs all 32 lanes, and lane %u exits instead", fiber.id % WARP_THREADS));
+    if (meeting.mask & ~warp.exited & ~arrived) continue;
+    hold(warp, meeting);
+    each_lane(arrived, [&](uint32_t lane) { make_ready(warp.lanes[lane]); });
+  }
+}
+
 void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   Fiber& fiber = *self();
   Warp& warp = *fiber.warp;
@@ -37,11 +66,13 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   if (!(mask & bit)) {
     fail_at(fiber, name_of(kind), site, format("the calling lane is not in the mask %08x", mask));
   }
-  const bool whole_warp = kind == Collective::Ldmatrix || kind == Collective::Stmatrix ||
-                          kind == Collective::Mma || kind == Collective::Setmaxnreg;
+  const bool whole_warp = needs_whole_warp(kind);
   if (whole_warp && warp.exists != ~0u)
     fail_at(fiber, name_of(kind), site,
             "it needs all 32 lanes, and the block's last warp is short");
+  if (whole_warp && warp.exited)
+    fail_at(fiber, name_of(kind), site,
+            format("it needs all 32 lanes, and the lanes %08x have exited", warp.exited));
   mask &= warp.exists;  // the last warp of a block may be short
   Meeting* meeting = nullptr;
   Meeting* unused = nullptr;
@@ -59,6 +90,7 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
     meeting = unused;
     meeting->mask = mask;
     meeting->kind = kind;
+    meeting->act = act;
     meeting->site = site;
   }
   // Halves of a warp may be at different places, as long as neither waits for the other.
@@ -77,15 +109,13 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   }
   meeting->argument[lane] = argument;
   meeting->arrived |= bit;
-  if (meeting->arrived != mask) {
+  const uint32_t arrived = meeting->arrived;
+  if (mask & ~warp.exited & ~arrived) {
     block_on(Wait::Collective, &warp, uint64_t(kind), site);
     return;
   }
-  meeting->arrived = 0;
-  void* arguments[WARP_THREADS];
-  std::memcpy(arguments, meeting->argument, sizeof arguments);
-  if (act) act(warp, mask, arguments);
-  each_lane(mask & ~bit, [&](uint32_t other) { make_ready(warp.lanes[other]); });
+  hold(warp, *meeting);
+  each_lane(arrived & ~bit, [&](uint32_t other) { make_ready(warp.lanes[other]); });
 }
 
 // ---------------------------------------------------------------- shuffles, votes
@@ -93,6 +123,7 @@ struct ShuffleArgument {
   uint32_t value, result;
   Shuffle kind;
   int lane, width;
+  Site site;
 };
 
 static int source_lane(const ShuffleArgument& argument, int lane) {
@@ -111,13 +142,16 @@ uint32_t shuffle(Shuffle kind, uint32_t mask, uint32_t value, int lane, int widt
   if (width < 1 || width > 32 || (width & (width - 1)))
     fail_at(*self(), "shuffle", site, format("width %d is not a power of two up to 32", width));
   constexpr uint32_t UNDEFINED = 0xdeadbeef;  // the source lane takes no part
-  ShuffleArgument argument{value, UNDEFINED, kind, lane, width};
+  ShuffleArgument argument{value, UNDEFINED, kind, lane, width, site};
   meet(
       Collective::Shuffle, mask, &argument,
-      [](Warp&, uint32_t mask, void** arguments) {
+      [](Warp& warp, uint32_t mask, void** arguments) {
         each_lane(mask, [&](uint32_t lane) {
           auto& mine = *static_cast<ShuffleArgument*>(arguments[lane]);
           const int source = source_lane(mine, int(lane));
+          if (warp.exited >> source & 1)
+            fail_at(*warp.lanes[lane], "shuffle", mine.site,
+                    format("lane %d, whose value it takes, has exited", source));
           if (mask >> source & 1)
             mine.result = static_cast<ShuffleArgument*>(arguments[source])->value;
         });
@@ -166,6 +200,7 @@ static uint16_t* matrix_row(Warp& warp, void** arguments, int matrix, int row, b
   if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) [[unlikely]] {
     fail_at(*warp.lanes[lane], what, argument.site, "the row's address is not a multiple of 16");
   }
+  check_own_block(*warp.lanes[lane], argument.row, what, argument.site);
   checked_shared(argument.row, ROW_BYTES, what, argument.site);
   if (worker->race) {
     race_thread(*warp.lanes[lane], argument.row, ROW_BYTES, write ? WRITE : READ,
@@ -323,8 +358,14 @@ void __syncwarp(uint32_t mask, Site site) {
 }
 
 bool elect_one(Site site) {
-  meet(Collective::Elect, ~0u, nullptr, nullptr, site);
-  return self()->id % WARP_THREADS == 0;
+  bool elected = false;
+  meet(
+      Collective::Elect, ~0u, &elected,
+      [](Warp&, uint32_t mask, void** arguments) {
+        *static_cast<bool*>(arguments[__builtin_ctz(mask)]) = true;
+      },
+      site);
+  return elected;
 }
 
 void ldmatrix_x1(uint32_t (&d)[1], const void* row, Site site) {

@@ -7,6 +7,7 @@
 // ISA, "Register Fragments for wgmma"; the reference "Hopper kernels" has the checked formulas.)
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "fault.h"
@@ -230,6 +231,84 @@ EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
     }
 }
 
+// ---------------------------------------------------------------- registers
+// In race mode: what ordinary instructions touched since the thread's last wgmma_fence. A wgmma may
+// use registers that were not, and accumulators of another wgmma of the same shape (PTX ISA,
+// wgmma.fence).
+struct Registers {
+  static constexpr uint32_t WORD = 4, BITS = 64, ELEMENTS = STACK_BYTES / WORD / BITS;
+  uint64_t touched[ELEMENTS] = {};
+  uint32_t first = ELEMENTS, last = 0;  // elements that are not 0 lie within
+  struct Touch {
+    const uint8_t *begin, *end;
+    uintptr_t pc;
+    bool write;
+  };
+  Touch recent[16] = {};
+  uint32_t touches = 0;
+  struct Range {
+    const uint8_t *begin, *end;
+    Site site;
+  };
+  std::vector<Range> accumulators;  // of the wgmmas since the fence
+
+  void fence() {
+    for (; first <= last && first < ELEMENTS; first++) touched[first] = 0;
+    first = ELEMENTS;
+    last = touches = 0;
+    accumulators.clear();
+  }
+};
+
+void touch_registers(Fiber& fiber, const void* p, uint32_t bytes, bool write, uintptr_t pc) {
+  Registers& registers = *fiber.registers;
+  const auto* begin = static_cast<const uint8_t*>(p);
+  const auto* end = min(begin + bytes, fiber.stack_bottom + STACK_BYTES);
+  const auto from = uint32_t(begin - fiber.stack_bottom) / Registers::WORD;
+  const auto to = uint32_t(end - 1 - fiber.stack_bottom) / Registers::WORD;
+  for (uint32_t word = from; word <= to; word++)
+    registers.touched[word / Registers::BITS] |= uint64_t(1) << word % Registers::BITS;
+  registers.first = min(registers.first, from / Registers::BITS);
+  registers.last = max(registers.last, to / Registers::BITS);
+  registers.recent[registers.touches++ % std::size(registers.recent)] = {begin, end, pc, write};
+}
+
+// Registers of a wgmma that is being issued: [begin, begin + bytes).
+static void check_untouched(const Fiber& fiber, const void* p, uint32_t bytes, const char* name,
+                            Site site) {
+  const Registers& registers = *fiber.registers;
+  const auto *begin = static_cast<const uint8_t*>(p), *end = begin + bytes;
+  if (size_t(begin - fiber.stack_bottom) >= STACK_BYTES) return;
+  const auto from = uint32_t(begin - fiber.stack_bottom) / Registers::WORD;
+  for (uint32_t word = from; word < from + bytes / Registers::WORD; word++) {
+    if (!(registers.touched[word / Registers::BITS] >> word % Registers::BITS & 1)) continue;
+    std::string where = "used";
+    for (uint32_t back = 1; back <= min<uint32_t>(registers.touches, 16); back++) {
+      const Registers::Touch& touch = registers.recent[(registers.touches - back) % 16];
+      if (touch.end <= begin || touch.begin >= end) continue;
+      where =
+          format("%s at %s", touch.write ? "written" : "read", describe_code(touch.pc - 1).c_str());
+      break;
+    }
+    fail_at(fiber, "wgmma", site,
+            format("its %s were %s after the last wgmma_fence", name, where.c_str()));
+  }
+}
+
+static void check_accumulators(Fiber& fiber, const void* p, uint32_t bytes, Site site) {
+  std::vector<Registers::Range>& before = fiber.registers->accumulators;
+  const auto *begin = static_cast<const uint8_t*>(p), *end = begin + bytes;
+  for (const Registers::Range& other : before) {
+    if (other.begin == begin && other.end == end) return;
+    if (other.begin < end && begin < other.end)
+      fail_at(fiber, "wgmma", site,
+              format("its accumulators are those of the wgmma of another shape at %s, with no "
+                     "wgmma_fence in between",
+                     describe(other.site).c_str()));
+  }
+  before.push_back({begin, end, site});
+}
+
 // ---------------------------------------------------------------- issue
 const Product* pending_product(const Fiber& fiber) {
   if (!fiber.products) return nullptr;
@@ -259,10 +338,17 @@ static bool agrees(const Product& product, const Call& call, uint32_t group, Sit
 
 static void issue(const Call& call, Site site) {
   Fiber& fiber = *self();
-  if (!fiber.product_fenced)
-    fail_at(fiber, "wgmma", site, "no wgmma_fence came after the last wgmma_wait");
+  if (!fiber.product_fenced) fail_at(fiber, "wgmma", site, "no wgmma_fence came before");
   if ((fiber.id / WARPGROUP_THREADS + 1) * WARPGROUP_THREADS > fiber.block->threads)
     fail_at(fiber, "wgmma", site, "the thread belongs to no whole warpgroup");
+  if (fiber.registers) {
+    const auto bytes = uint32_t(call.n) * 2;
+    check_untouched(fiber, call.d, bytes, "accumulators", site);
+    check_accumulators(fiber, call.d, bytes, site);
+    if (call.registers)
+      check_untouched(fiber, call.registers, sizeof(Product::registers[0]), "register operand",
+                      site);
+  }
   Warpgroup& group = warpgroup_of(fiber);
   const uint32_t index = fiber.products++ - group.retired;
   if (index == group.products.size()) {
@@ -365,7 +451,6 @@ void wgmma_wait(int groups, Site site) {
     fail_at(fiber, "wgmma_wait", site, "the thread belongs to no whole warpgroup");
   Warpgroup& group = warpgroup_of(fiber);
   fiber.product_wait = groups;
-  fiber.product_fenced = false;
   if (++group.arrived < WARPGROUP_THREADS) {
     group.waiting.push_back(&fiber);
     block_on(Wait::Wgmma, &group, uint64_t(groups), site);
@@ -404,5 +489,11 @@ void wgmma_wait(int groups, Site site) {
 
 using namespace simt;
 
-void wgmma_fence(Site) { self()->product_fenced = true; }
+void wgmma_fence(Site) {
+  Fiber& fiber = *self();
+  fiber.product_fenced = true;
+  if (!worker->race) return;
+  if (!fiber.registers) fiber.registers = std::make_shared<Registers>();
+  fiber.registers->fence();
+}
 void wgmma_commit(Site) { self()->product_group++; }

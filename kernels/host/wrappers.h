@@ -4,6 +4,10 @@
 #include "language.h"
 
 #define SIMT_SITE ::simt::Site site = ::simt::Site::here()
+// For isobath.cuh, whose functions pass on the place of their own call.
+#define SIMT_AND_SITE , SIMT_SITE
+#define SIMT_HERE site
+#define SIMT_AND_HERE , site
 
 // ---------------------------------------------------------------- conversions
 DEVICE uint16_t bf16_bits(float x) {
@@ -68,7 +72,7 @@ DEVICE int __all_sync(uint32_t mask, int predicate, SIMT_SITE) {
   return simt::ballot(mask, !predicate, site) == 0;
 }
 void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE);
-bool elect_one(SIMT_SITE);  // true in one lane of a converged warp: here lane 0
+bool elect_one(SIMT_SITE);  // true in one lane of a converged warp: here the first
 // Matrices of 8x8 b16; each lane's address is one 16-byte row (PTX ISA, ldmatrix).
 void ldmatrix_x1(uint32_t (&d)[1], const void* row, SIMT_SITE);
 void ldmatrix_x2(uint32_t (&d)[2], const void* row, SIMT_SITE);

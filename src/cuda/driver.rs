@@ -83,7 +83,9 @@ pub struct KernelInfo {
     pub registers: Option<u32>,
     /// Spilled bytes of a thread.
     pub local_bytes: u32,
-    pub static_shared_bytes: u32,
+    /// `None` on the CPU, where a variable is known once a block has come to its declaration; the
+    /// machine adds them up then and holds them to the same limit.
+    pub static_shared_bytes: Option<u32>,
 }
 
 /// Where and how a kernel runs. `Launch::new(kernel, [blocks, 1, 1], [threads, 1, 1])`, then what
@@ -166,7 +168,8 @@ pub trait Driver {
     /// All kernels of this build for this machine.
     fn kernel_names(&self) -> Vec<String>;
 
-    /// Errors: a rule of [`TensorMapSpec`], or a tensor that leaves its buffer.
+    /// Of use until the tensor's buffer is released. Errors: a rule of [`TensorMapSpec`], or a
+    /// tensor that leaves its buffer.
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap>;
 
     /// Errors: a rule of [`check_launch`] or [`check_arguments`]; on simt also whatever the
@@ -236,15 +239,23 @@ const SLOT_BYTES: usize = 128;
 #[repr(align(128))]
 struct Slot([u8; SLOT_BYTES]);
 
+/// What a kernel may reach of the device's memory through an argument.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    Nothing,
+    /// The buffer with this address in it; null is none.
+    From(DevicePointer),
+    Tensor(MappedTensor),
+}
+
 /// A value that a kernel takes as one parameter.
 pub trait Argument {
     /// As people write it: "u32".
     const KIND: &'static str;
     /// The value's bytes, as the kernel reads them.
     fn bytes(&self) -> &[u8];
-    /// The device address, if it is one.
-    fn address(&self) -> Option<DevicePointer> {
-        None
+    fn reach(&self) -> Reach {
+        Reach::Nothing
     }
 }
 
@@ -265,8 +276,8 @@ impl Argument for DevicePointer {
     fn bytes(&self) -> &[u8] {
         bytemuck::bytes_of(&self.0)
     }
-    fn address(&self) -> Option<DevicePointer> {
-        Some(*self)
+    fn reach(&self) -> Reach {
+        Reach::From(*self)
     }
 }
 
@@ -275,15 +286,18 @@ impl Argument for Allocation {
     fn bytes(&self) -> &[u8] {
         bytemuck::bytes_of(&self.address.0)
     }
-    fn address(&self) -> Option<DevicePointer> {
-        Some(self.address)
+    fn reach(&self) -> Reach {
+        Reach::From(self.address)
     }
 }
 
 impl Argument for TensorMap {
     const KIND: &'static str = "tensor map";
     fn bytes(&self) -> &[u8] {
-        bytemuck::bytes_of(&self.0)
+        bytemuck::bytes_of(&self.opaque)
+    }
+    fn reach(&self) -> Reach {
+        Reach::Tensor(self.tensor)
     }
 }
 
@@ -291,7 +305,7 @@ impl Argument for TensorMap {
 struct Passed {
     kind: &'static str,
     bytes: u32,
-    address: Option<DevicePointer>,
+    reach: Reach,
 }
 
 /// The arguments of a launch, in order, by value:
@@ -312,8 +326,8 @@ impl Arguments {
         let mut slot = Slot([0; SLOT_BYTES]);
         slot.0[..bytes.len()].copy_from_slice(bytes);
         self.slots.push(slot);
-        let (kind, address) = (A::KIND, value.address());
-        self.passed.push(Passed { kind, bytes: bytes.len() as u32, address });
+        let (kind, reach) = (A::KIND, value.reach());
+        self.passed.push(Passed { kind, bytes: bytes.len() as u32, reach });
         self
     }
 
@@ -334,10 +348,22 @@ impl Arguments {
 
 // ------------------------------------------------------------------ tensor maps
 
-/// A CUtensorMap of either machine: what a kernel takes as `const __grid_constant__ TensorMap`.
+/// A CUtensorMap of either machine, what a kernel takes as `const __grid_constant__ TensorMap`, and
+/// the tensor that it was made for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(C, align(128))]
-pub struct TensorMap(pub(super) [u64; 16]);
+pub struct TensorMap {
+    pub(super) opaque: [u64; 16],
+    pub(super) tensor: MappedTensor,
+}
+
+/// Bytes of one buffer, which may be released meanwhile: see [`Ledger::has`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MappedTensor {
+    address: DevicePointer,
+    bytes: u64,
+    /// Of the buffer: no other one of the driver ever has the same.
+    serial: u64,
+}
 
 /// The numbers are those of CUtensorMapDataType.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -622,7 +648,8 @@ pub fn check_launch(
             "choose the kernel for sm_80",
         );
     }
-    let (fixed, dynamic) = (kernel.static_shared_bytes, launch.dynamic_shared_bytes);
+    let fixed = kernel.static_shared_bytes.unwrap_or(0);
+    let dynamic = launch.dynamic_shared_bytes;
     let shared = u64::from(fixed) + u64::from(dynamic);
     if shared > properties.shared_bytes_per_block {
         return refuse(
@@ -685,14 +712,24 @@ pub fn check_arguments(
         }
     }
     for (index, passed) in arguments.passed.iter().enumerate() {
-        match passed.address {
-            Some(address) if address != DevicePointer::NULL && !memory.holds(address, 1) => {
+        match passed.reach {
+            Reach::From(address) if address != DevicePointer::NULL && !memory.holds(address, 1) => {
                 return refuse(
                     format!("argument {index} is {:#x}, in no buffer of this driver", address.0),
                     "pass an address of this driver's buffers that was not released",
                 );
             }
-            _ => {}
+            Reach::Tensor(tensor) if !memory.has(&tensor) => {
+                return refuse(
+                    format!(
+                        "argument {index} maps a tensor of {} bytes at {:#x}, and its buffer was \
+                         released, or is another driver's",
+                        tensor.bytes, tensor.address.0
+                    ),
+                    "make a new map of a tensor in a buffer that is live",
+                );
+            }
+            Reach::Nothing | Reach::From(_) | Reach::Tensor(_) => {}
         }
     }
     Ok(())
@@ -703,18 +740,28 @@ pub fn check_arguments(
 /// The live buffers of a driver.
 #[derive(Default)]
 pub struct Ledger {
-    /// By address: bytes and label.
-    buffers: BTreeMap<u64, (u64, String)>,
+    /// By address.
+    buffers: BTreeMap<u64, Live>,
+    /// Buffers so far.
+    added: u64,
+}
+
+struct Live {
+    bytes: u64,
+    label: String,
+    serial: u64,
 }
 
 impl Ledger {
     pub fn add(&mut self, buffer: Allocation, label: &str) {
-        self.buffers.insert(buffer.address.0, (buffer.bytes, label.to_string()));
+        let live = Live { bytes: buffer.bytes, label: label.to_string(), serial: self.added };
+        self.buffers.insert(buffer.address.0, live);
+        self.added += 1;
     }
 
     /// Whether exactly this buffer was there.
     pub fn remove(&mut self, buffer: Allocation) -> bool {
-        let found = self.buffers.get(&buffer.address.0).is_some_and(|it| it.0 == buffer.bytes);
+        let found = self.buffers.get(&buffer.address.0).is_some_and(|it| it.bytes == buffer.bytes);
         found && self.buffers.remove(&buffer.address.0).is_some()
     }
 
@@ -723,20 +770,36 @@ impl Ledger {
     }
 
     pub fn bytes(&self) -> u64 {
-        self.buffers.values().map(|(bytes, _)| bytes).sum()
+        self.buffers.values().map(|buffer| buffer.bytes).sum()
     }
 
     /// Whether the range lies in one buffer.
     pub fn holds(&self, from: DevicePointer, bytes: u64) -> bool {
-        self.buffer_at(from).is_some_and(|(start, size, _)| {
-            from.0.checked_add(bytes).is_some_and(|end| end <= start + size)
+        self.buffer_at(from).is_some_and(|(start, buffer)| {
+            from.0.checked_add(bytes).is_some_and(|end| end <= start + buffer.bytes)
         })
     }
 
-    /// The buffer with the nearest start at or below this address.
-    fn buffer_at(&self, address: DevicePointer) -> Option<(u64, u64, &str)> {
-        let (&start, (bytes, label)) = self.buffers.range(..=address.0).next_back()?;
-        Some((start, *bytes, label))
+    /// The buffer with the nearest start at or below this address, and that start.
+    fn buffer_at(&self, address: DevicePointer) -> Option<(u64, &Live)> {
+        let (&start, buffer) = self.buffers.range(..=address.0).next_back()?;
+        Some((start, buffer))
+    }
+
+    /// The tensor that a map of this spec is for. Errors: a rule of the spec, or the tensor does
+    /// not lie in one buffer.
+    pub fn tensor(&self, device: &str, spec: &TensorMapSpec) -> Result<MappedTensor> {
+        let (address, bytes) = (spec.address, spec.extent_bytes()?);
+        self.check(device, "map a tensor of", address, bytes)?;
+        let serial = self.buffer_at(address).map_or(u64::MAX, |(_, buffer)| buffer.serial);
+        Ok(MappedTensor { address, bytes, serial })
+    }
+
+    /// Whether the buffer that the tensor was mapped in is still there. An address says nothing:
+    /// the next buffer may have it.
+    pub fn has(&self, tensor: &MappedTensor) -> bool {
+        let same = |(_, buffer): (u64, &Live)| buffer.serial == tensor.serial;
+        self.buffer_at(tensor.address).is_some_and(same) && self.holds(tensor.address, tensor.bytes)
     }
 
     /// Errors: the range does not lie in one buffer; `action` is what was to be done with it.
@@ -745,8 +808,8 @@ impl Ledger {
             return Ok(());
         }
         let place = match self.buffer_at(from) {
-            Some((start, size, label)) if from.0 < start + size => {
-                format!("byte {} of `{label}`, which has {size}", from.0 - start)
+            Some((start, Live { bytes, label, .. })) if from.0 < start + bytes => {
+                format!("byte {} of `{label}`, which has {bytes}", from.0 - start)
             }
             _ => format!("{:#x}, in no buffer of this driver", from.0),
         };

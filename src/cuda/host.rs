@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsString, c_char, c_void};
+use std::ffi::{CStr, CString, OsString, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::time::{Duration, Instant};
@@ -225,18 +225,17 @@ mod abi {
         kernel = simt_kernel(index: u32) -> *const KernelInfo;
         launch = simt_launch(
             kernel: *const c_char, launch: *const Launch, arguments: *const *mut c_void,
-            count: u32, options: *const Options, fault: *mut *mut Fault
+            options: *const Options, fault: *mut *mut Fault
         ) -> c_int;
         fault_text = simt_fault_text(fault: *const Fault) -> *const c_char;
         fault_free = simt_fault_free(fault: *mut Fault);
         allocate = simt_allocate(bytes: u64, label: *const c_char) -> *mut c_void;
         free = simt_free(address: *mut c_void) -> c_int;
         tensor_map = simt_tensor_map(
-            map: *mut c_void, data_type: u32, rank: u32, address: *mut c_void,
+            map: *mut c_void, data_type: u32, element_bytes: u32, rank: u32, address: *mut c_void,
             dimensions: *const u64, stride_bytes: *const u64, box_dimensions: *const u32,
-            element_strides: *const u32, interleave: u32, swizzle: u32, l2_promotion: u32,
-            out_of_bounds_fill: u32, why: *mut c_char, why_bytes: usize
-        ) -> c_int;
+            swizzle_bytes: u32, nan_fill: u32
+        );
         switches = simt_switches() -> u64;
     }
 }
@@ -421,7 +420,6 @@ impl Host {
                 kernel.name.as_ptr(),
                 &shape,
                 pointers.as_ptr(),
-                pointers.len() as u32,
                 &self.options.abi(),
                 &mut fault,
             )
@@ -475,7 +473,7 @@ fn kernels_of(machine: &abi::Functions) -> Vec<Kernel> {
             max_threads: info.max_threads,
             registers: None,
             local_bytes: 0,
-            static_shared_bytes: 0, // the machine adds them up itself, as blocks declare them
+            static_shared_bytes: None,
         };
         kernels.push(Kernel { info, name });
     }
@@ -621,40 +619,25 @@ impl Driver for Host {
     }
 
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        let extent = spec.extent_bytes()?;
-        self.memory.check(DEVICE, "map a tensor of", spec.address, extent)?;
-        let mut map = TensorMap([0; 16]);
-        let element_strides = [1u32; 5];
-        let mut why = [0u8; 256];
-        // SAFETY: `extent_bytes` has checked that there are 1 to 5 dimensions, as many box
-        // dimensions and one stride fewer; the map is 128 bytes, aligned to 128; the reason is cut
-        // to `why`.
-        let failed = unsafe {
+        let tensor = self.memory.tensor(DEVICE, spec)?;
+        let mut opaque = [0u64; 16];
+        // SAFETY: `Ledger::tensor` has checked that there are 1 to 5 dimensions, as many box
+        // dimensions and one stride fewer; 128 bytes of the map are written.
+        unsafe {
             (self.machine.tensor_map)(
-                (&raw mut map).cast(),
+                opaque.as_mut_ptr().cast(),
                 spec.data_type as u32,
+                spec.data_type.bytes() as u32,
                 spec.dimensions.len() as u32,
                 spec.address.0 as *mut c_void,
                 spec.dimensions.as_ptr(),
                 spec.stride_bytes.as_ptr(),
                 spec.box_dimensions.as_ptr(),
-                element_strides.as_ptr(),
-                0,
-                spec.swizzle as u32,
-                spec.l2_promotion as u32,
-                spec.fill as u32,
-                why.as_mut_ptr().cast::<c_char>(),
-                why.len(),
+                spec.swizzle.span_bytes().unwrap_or(0) as u32,
+                u32::from(spec.fill == Fill::Nans),
             )
         };
-        if failed == 0 {
-            return Ok(map);
-        }
-        let why = CStr::from_bytes_until_nul(&why).unwrap_or_default().to_string_lossy();
-        Err(Error::TensorMap {
-            what: why.into_owned(),
-            remedy: "keep the rules of cuTensorMapEncodeTiled".to_string(),
-        })
+        Ok(TensorMap { opaque, tensor })
     }
 
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
@@ -731,6 +714,7 @@ impl Driver for Host {
     }
 
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
+        self.capture.forbid(DEVICE, "waiting for an event")?;
         let at = |event: EventId| match self.events.get(event.0 as usize) {
             Some(Some(instant)) => Ok(*instant),
             Some(None) => Err(not_recorded(DEVICE)),

@@ -96,7 +96,7 @@ struct Kernel {
 
 struct Graph {
     graph: CudaGraph,
-    kernels: Vec<KernelId>,
+    launches: Vec<(KernelId, Arguments)>,
 }
 
 struct Event {
@@ -115,7 +115,7 @@ pub struct Nvidia {
     pending: Vec<KernelId>,
     memory: Ledger,
     capture: Capture,
-    captured: Vec<KernelId>,
+    captured: Vec<(KernelId, Arguments)>,
     // In the order in which they are given back; the context goes last.
     graphs: Vec<Graph>,
     events: Vec<Event>,
@@ -421,7 +421,7 @@ fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverEr
         max_threads: attribute(Of::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
         registers: Some(attribute(Of::CU_FUNC_ATTRIBUTE_NUM_REGS)?),
         local_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-        static_shared_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
+        static_shared_bytes: Some(attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?),
     })
 }
 
@@ -556,7 +556,7 @@ impl Driver for Nvidia {
             };
             let info = info_of(name, function).map_err(|error| self.cannot_load(file, error))?;
             let shared_bytes_allowed =
-                SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes);
+                SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes.unwrap_or(0));
             self.kernels.push(Kernel { info, function, shared_bytes_allowed });
             return Ok(KernelId(self.kernels.len() as u32 - 1));
         }
@@ -585,8 +585,7 @@ impl Driver for Nvidia {
     }
 
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        let extent = spec.extent_bytes()?;
-        self.memory.check(DEVICE, "map a tensor of", spec.address, extent)?;
+        let tensor = self.memory.tensor(DEVICE, spec)?;
         let (major, minor) = self.properties.compute_capability;
         if major < 9 {
             return Err(absent(
@@ -603,7 +602,7 @@ impl Driver for Nvidia {
         strides[..rank - 1].copy_from_slice(spec.stride_bytes);
         let element_strides = [1; 5];
         let mut map = MaybeUninit::<sys::CUtensorMap>::uninit();
-        // SAFETY: `extent_bytes` has checked that there are 1 to 5 dimensions and as many box
+        // SAFETY: `Ledger::tensor` has checked that there are 1 to 5 dimensions and as many box
         // dimensions; the map is written whole on success, and only read then.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
@@ -624,7 +623,7 @@ impl Driver for Nvidia {
             .map(|()| map.assume_init())
         };
         match encoded {
-            Ok(map) => Ok(TensorMap(map.opaque)),
+            Ok(map) => Ok(TensorMap { opaque: map.opaque, tensor }),
             Err(error) => Err(Error::TensorMap {
                 what: format!("{spec:?}: {}", text_of(error)),
                 remedy: "keep the rules of cuTensorMapEncodeTiled".to_string(),
@@ -663,7 +662,7 @@ impl Driver for Nvidia {
         };
         launched.result().map_err(|error| self.refused(launch.kernel, error))?;
         if recorded {
-            self.captured.push(launch.kernel);
+            self.captured.push((launch.kernel, arguments.clone()));
         } else {
             self.launched(&[launch.kernel]);
         }
@@ -783,8 +782,8 @@ impl Driver for Nvidia {
         let Some(graph) = ended.map_err(|error| self.failed(error))? else {
             return Err(absent("the capture gave no graph", "record at least one launch"));
         };
-        let kernels = std::mem::take(&mut self.captured);
-        self.graphs.push(Graph { graph, kernels });
+        let launches = std::mem::take(&mut self.captured);
+        self.graphs.push(Graph { graph, launches });
         Ok(GraphId(self.graphs.len() as u32 - 1))
     }
 
@@ -794,11 +793,15 @@ impl Driver for Nvidia {
         let Some(recorded) = self.graphs.get(graph.0 as usize) else {
             return Err(foreign(DEVICE, "graph"));
         };
+        // Again, because a buffer may have been released since it was recorded.
+        for (kernel, arguments) in &recorded.launches {
+            check_arguments(DEVICE, &self.find(*kernel)?.info, arguments, &self.memory)?;
+        }
         let stream = self.stream(stream)?.cu_stream();
         // SAFETY: the graph was instantiated in this context and lives as long as `self`.
         unsafe { result::graph::launch(recorded.graph.cu_graph_exec(), stream) }
             .map_err(|error| self.failed(error))?;
-        let kernels = recorded.kernels.clone();
+        let kernels: Vec<KernelId> = recorded.launches.iter().map(|(kernel, _)| *kernel).collect();
         self.launched(&kernels);
         Ok(())
     }

@@ -70,7 +70,7 @@ fn kernel(parameter_bytes: Option<Vec<u32>>) -> KernelInfo {
         max_threads: 256,
         registers: None,
         local_bytes: 0,
-        static_shared_bytes: 0,
+        static_shared_bytes: None,
     }
 }
 
@@ -101,6 +101,21 @@ fn arguments_that_do_not_fit_the_parameters_are_refused() {
             assert_refused(check(parameters, arguments), &[&shown]);
         }
     }
+}
+
+#[test]
+fn a_map_is_for_the_buffer_that_it_was_made_for() {
+    let mut memory = Ledger::default();
+    let buffer = Allocation { address: CORRECT.address, bytes: 64 * 256 };
+    memory.add(buffer, "matrix");
+    let tensor = memory.tensor("simt", &CORRECT).unwrap();
+    assert!(memory.has(&tensor));
+    // The next one at the same address, of the same size: it is another.
+    assert!(memory.remove(buffer) && !memory.has(&tensor));
+    memory.add(buffer, "matrix");
+    assert!(!memory.has(&tensor) && memory.has(&memory.tensor("simt", &CORRECT).unwrap()));
+    let beyond = memory.tensor("simt", &TensorMapSpec { dimensions: &[128, 65], ..CORRECT });
+    assert_refused(beyond, &["map a tensor of 16640 bytes from byte 0 of `matrix`"]);
 }
 
 // ------------------------------------------------------------------ tensor maps
@@ -254,7 +269,7 @@ fn hopper() -> Properties {
 #[test]
 fn each_broken_rule_of_a_launch_is_named() {
     let launch = Launch::new(KernelId(0), [8, 4, 2], [256, 1, 1]);
-    let kernel = KernelInfo { static_shared_bytes: 1024, ..kernel(None) };
+    let kernel = KernelInfo { static_shared_bytes: Some(1024), ..kernel(None) };
     let check = |launch: Launch| cuda::check_launch("cuda", &hopper(), &kernel, &launch);
     check(launch).unwrap();
     check(launch.cluster([2, 2, 2]).shared_bytes(231_424)).unwrap();
@@ -527,6 +542,8 @@ fn a_graph_runs_what_was_recorded_and_nothing_before() {
         let driver = &mut *driver;
         let stream = driver.new_stream().unwrap();
         let [a, b] = [[1u8; 64], [2; 64]].map(|bytes| driver.upload("bytes", &bytes).unwrap());
+        let event = driver.new_event().unwrap();
+        driver.record(event, stream).unwrap();
         driver.begin_capture(stream).unwrap();
         driver.on_device(stream, a.address, b.address, 32).unwrap();
         driver.fill(stream, a.address, 16, 9).unwrap();
@@ -534,6 +551,7 @@ fn a_graph_runs_what_was_recorded_and_nothing_before() {
         let on_main = driver.fill(StreamId::MAIN, a.address, 16, 9);
         assert_refused(on_main, &["work on another stream"]);
         assert_refused(driver.synchronize(), &["cannot be recorded"]);
+        assert_refused(driver.elapsed_ms(event, event), &["waiting for an event cannot be rec"]);
         assert_refused(driver.download::<u8>(a.address, 1).map(|_| ()), &["to host memory"]);
         let graph = driver.end_capture(stream).unwrap();
 

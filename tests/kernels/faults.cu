@@ -185,12 +185,18 @@ TEST_KERNEL(not_in_mask) {
 EXPORT_KERNEL(not_in_mask)
 
 TEST_KERNEL(lane_is_missing) {
-  if (threadIdx.x != 7) __syncwarp();  // here
+  if (threadIdx.x != 7)
+    __syncwarp();  // here
+  else
+    barrier_sync(1, 64);  // there
 }
 EXPORT_KERNEL(lane_is_missing)
 
 TEST_KERNEL(skipped_barrier) {
-  if (threadIdx.x != 5) __syncthreads();  // here
+  if (threadIdx.x != 5)
+    __syncthreads();  // here
+  else
+    __syncwarp();  // there
 }
 EXPORT_KERNEL(skipped_barrier)
 
@@ -216,6 +222,71 @@ TEST_KERNEL(barrier_half_full) {
   barrier_arrive(1, 64);  // here
 }
 EXPORT_KERNEL(barrier_half_full)
+
+// Lane 3 takes another of the barriers than the rest of its warp.
+TEST_KERNEL(divergent_barrier) {
+  if (threadIdx.x == 3)
+    barrier_sync(1, 64);  // there
+  else
+    barrier_sync(1, 64);  // here
+}
+EXPORT_KERNEL(divergent_barrier)
+
+TEST_KERNEL(divergent_arrival) {
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 3) barrier_arrive(2, 64);  // there
+    barrier_arrive(1, 64);                        // here
+  } else {
+    barrier_sync(1, 64);
+  }
+}
+EXPORT_KERNEL(divergent_arrival)
+
+TEST_KERNEL(divergent_syncthreads) {
+  if (threadIdx.x == 3) __syncthreads();  // there
+  __syncthreads();                        // here
+}
+EXPORT_KERNEL(divergent_syncthreads)
+
+TEST_KERNEL(divergent_cluster_arrival) {
+  if (threadIdx.x == 3)
+    cluster_arrive();  // there
+  else
+    cluster_arrive();  // here
+  cluster_wait();
+}
+EXPORT_KERNEL(divergent_cluster_arrival)
+
+TEST_KERNEL(divergent_cluster_wait) {
+  cluster_arrive();
+  if (threadIdx.x == 3)
+    cluster_wait();  // there
+  else
+    cluster_wait();  // here
+}
+EXPORT_KERNEL(divergent_cluster_wait)
+
+// A barrier of two warps, one of which has ended.
+TEST_KERNEL(barrier_of_a_warp_that_exited) {
+  if (threadIdx.x < 32) return;
+  barrier_sync(1, 64);  // here
+}
+EXPORT_KERNEL(barrier_of_a_warp_that_exited)
+
+TEST_KERNEL(shuffle_from_an_exited_lane) {
+  if (threadIdx.x >= 24) return;
+  global[threadIdx.x] = __shfl_xor_sync(0xffffffffu, threadIdx.x, 8);  // here
+}
+EXPORT_KERNEL(shuffle_from_an_exited_lane)
+
+TEST_KERNEL(mma_without_a_lane) {
+  if (threadIdx.x == 31) return;
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  mma_m16n8k16(d, a, b);  // here
+  global[threadIdx.x] = __float_as_uint(d[0]);
+}
+EXPORT_KERNEL(mma_without_a_lane)
 
 // ---------------------------------------------------------------- mbarriers
 DEVICE void start(uint64_t* barrier, uint32_t count) {
@@ -253,7 +324,7 @@ EXPORT_KERNEL(mbarrier_uninitialised)
 TEST_KERNEL(mbarrier_overwritten) {
   SHARED(uint64_t, barrier, 1);
   start(barrier, 1);
-  if (threadIdx.x == 0) barrier[0] = 0;
+  if (threadIdx.x == 0) barrier[0] = 0;  // there
   __syncthreads();
   if (threadIdx.x == 0) mbarrier_arrive(barrier);  // here
 }
@@ -291,6 +362,26 @@ TEST_KERNEL(mbarrier_init_not_ordered) {
   if (threadIdx.x == 32) mbarrier_arrive(barrier);  // here
 }
 EXPORT_KERNEL(mbarrier_init_not_ordered)
+
+TEST_KERNEL(mbarrier_read) {
+  SHARED(uint64_t, barrier, 2);
+  start(barrier, 1);
+  global[0] = reinterpret_cast<const uint32_t*>(barrier)[1];  // here
+}
+EXPORT_KERNEL(mbarrier_read)
+
+TEST_KERNEL(mbarrier_invalidated_early) {
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint4, tile, 1);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    bulk_load(tile, global, 16, barrier);  // there
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) mbarrier_invalidate(barrier);  // here
+}
+EXPORT_KERNEL(mbarrier_invalidated_early)
 
 // Expects n bytes of a copy of 16.
 TEST_KERNEL(wrong_bytes) {
@@ -704,6 +795,62 @@ TEST_KERNEL(half_a_warpgroup) {
 }
 EXPORT_KERNEL(half_a_warpgroup)
 
+TEST_KERNEL(wgmma_accumulators_written) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  for (int i = 0; i < 4; ++i) d[i] = float(n);       // there
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);  // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_accumulators_written)
+
+TEST_KERNEL(wgmma_accumulators_read) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  global[threadIdx.x] = __float_as_uint(d[2]);       // there
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);  // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_accumulators_read)
+
+TEST_KERNEL(wgmma_operand_written) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  uint32_t a[4] = {1, 2, 3, 4};
+  wgmma_fence();
+  a[1] = uint32_t(n);                     // there
+  wgmma<8>(d, a, operand_b(tile), 0);     // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(wgmma_operand_written)
+
+TEST_KERNEL(wgmma_of_another_shape) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[8];
+  wgmma_fence();
+  wgmma<8>(reinterpret_cast<float(&)[4]>(d), operand_a(tile), operand_b(tile), 0);  // there
+  wgmma<16>(d, operand_a(tile), operand_b(tile), 0);                                // here
+  wgmma_commit();
+  wgmma_wait<0>();
+  global[threadIdx.x] = __float_as_uint(d[0]);
+}
+EXPORT_KERNEL(wgmma_of_another_shape)
+
 // Threads 0 to 127 multiply what thread 128 loads, twice into the same stage.
 DEVICE void load_twice(uint8_t* tile, uint64_t* full, uint64_t* empty, const uint32_t* global) {
   for (uint32_t round = 0; round < 2; ++round) {
@@ -835,6 +982,75 @@ TEST_KERNEL(multicast_mask) {
 }
 EXPORT_KERNEL(multicast_mask)
 
+// What takes addresses of the own block only, with those of a peer.
+TEST_KERNEL(peer_address) {
+  SHARED_DYNAMIC(tile);
+  SHARED(uint64_t, barrier, 1);
+  uint8_t* const peer = cluster_map(tile, cluster_rank() ^ 1);
+  uint64_t* const peer_barrier = cluster_map(barrier, cluster_rank() ^ 1);
+  uint32_t registers[1] = {};
+  start(barrier, 1);
+  cluster_sync();
+  if (n == 0) cp_async_16(peer, global);                            // cp.async
+  if (n == 1) ldmatrix_x1(registers, peer + threadIdx.x % 8 * 16);  // ldmatrix
+  if (n == 2) stmatrix_x1(peer + threadIdx.x % 8 * 16, registers);  // stmatrix
+  if (n == 3) mbarrier_init(peer_barrier, 1);                       // mbarrier_init
+  if (n == 4) mbarrier_invalidate(peer_barrier);                    // mbarrier_invalidate
+  if (n == 5) mbarrier_arrive(peer_barrier);                        // mbarrier_arrive
+  if (n == 6) mbarrier_arrive_expect_tx(peer_barrier, 16);          // mbarrier_arrive_expect_tx
+  if (n == 7) mbarrier_expect_tx(peer_barrier, 16);                 // mbarrier_expect_tx
+  if (n == 8) mbarrier_try_wait(peer_barrier, 0);                   // mbarrier_try_wait
+  if (n == 9) mbarrier_wait(peer_barrier, 0);                       // mbarrier_wait
+  if (n == 10) tma_load_2d(peer, &map, barrier, 0, 0);              // tma_load
+  if (n == 11) tma_store_2d(&map, peer, 0, 0);                      // tma_store
+  if (n == 12) tma_reduce_add_2d(&map, peer, 0, 0);                 // tma_reduce_add
+  if (n == 13) bulk_load(tile, global, 16, peer_barrier);           // bulk_load
+  if (n == 14) bulk_store(global, peer, 16);                        // bulk_store
+  if (n == 15) bulk_copy_cluster(tile, peer, 16, barrier, 0);       // bulk_copy_cluster
+  global[0] = registers[0];
+  cluster_sync();
+}
+EXPORT_KERNEL(peer_address)
+
+// Block 0 gives 16 bytes to block 1 and ends; only block 1 waits for them.
+TEST_KERNEL(source_has_exited) {
+  SHARED(uint32_t, tile, 4);
+  SHARED(uint64_t, barrier, 1);
+  fill(tile);
+  start(barrier, 1);
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    if (threadIdx.x == 0) bulk_copy_cluster(tile, tile, 16, barrier, 1);  // here
+  } else {
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, 16);
+    mbarrier_wait_cluster(barrier, 0);
+  }
+}
+EXPORT_KERNEL(source_has_exited)
+
+// A fault inside one of isobath.cuh's own functions.
+TEST_KERNEL(lines_of_sums) {
+  if (threadIdx.x == 0) return;
+  global[threadIdx.x] = __float_as_uint(n ? warp_sum(1.0f) : warp_max(1.0f));  // here
+}
+EXPORT_KERNEL(lines_of_sums)
+
+TEST_KERNEL(line_of_a_cluster_barrier) {
+  SHARED(uint64_t, barrier, 1);
+  start(barrier, 1);
+  if (cluster_rank() == 0)
+    cluster_sync();  // here
+  else
+    mbarrier_wait(barrier, 0);
+}
+EXPORT_KERNEL(line_of_a_cluster_barrier)
+
+TEST_KERNEL(many_threads) {
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(&global[0], 1u);
+}
+EXPORT_KERNEL(many_threads)
+
 // ---------------------------------------------------------------- time and arithmetic
 TEST_KERNEL(endless_reads) {
   const volatile uint32_t* flag = global;
@@ -894,7 +1110,57 @@ TEST_KERNEL(trap) {
 }
 EXPORT_KERNEL(trap)
 
+TEST_KERNEL(spin_on_a_maximum) {
+  while (atomicMax(global, 0u) == 0) {}  // here
+}
+EXPORT_KERNEL(spin_on_a_maximum)
+
 // ---------------------------------------------------------------- right
+// Threads, then a whole warp, then a whole block leave early; the others do not wait for them.
+TEST_KERNEL(right_early_exit) {
+  SHARED(uint32_t, words, 96);
+  SHARED(uint32_t, sums, 40);
+  const uint32_t i = threadIdx.x;
+  if (i >= 72) return;
+  words[i] = i;
+  const uint32_t voted = __ballot_sync(0xffffffffu, i % 2 == 0);
+  __syncwarp();
+  const uint32_t together = words[i ^ 1] + voted % 256;
+  __syncthreads();
+  if (i >= 40) return;
+  sums[i] = words[i] + words[i + 32];
+  barrier_sync(1, 64);  // of two warps, the second with 8 threads left
+  const uint32_t leader = elect_one();
+  cluster_sync();
+  if (cluster_rank() == 1) return;
+  cluster_sync();
+  global[64 + i] = sums[i ^ 1] + together + leader * 1000;
+}
+EXPORT_KERNEL(right_early_exit)
+
+// Block 1 polls what block 0 will set, with everything that reads atomically.
+TEST_KERNEL(right_polls) {
+  if (blockIdx.x == 0) {
+    for (uint32_t word = 0; word < 4; ++word) {
+      for (uint32_t i = 0; i < 100; ++i) atomicAdd(&global[9], 1u);
+      atomicExch(&global[word], 1);
+    }
+    return;
+  }
+  while (atomicAdd(&global[0], 0u) == 0) {}
+  while (atomicMax(&global[1], 0u) == 0) {}
+  while (atomicCAS(&global[2], 1, 2) != 1) {}
+  while (atomicExch(&global[3], 3) == 3 || load_acquire(&global[2]) == 0) {}
+  global[128] = atomicAdd(&global[9], 0u);
+}
+EXPORT_KERNEL(right_polls)
+
+// Finds the same again and again, and is no poll.
+TEST_KERNEL(right_repetition) {
+  for (int i = 0; i < 100000; ++i) atomicMax(&global[0], 5u);
+}
+EXPORT_KERNEL(right_repetition)
+
 // Block 0 gives a value to block 1, which waits for a flag.
 TEST_KERNEL(right_flag) {
   if (blockIdx.x == 0) {
@@ -1030,6 +1296,95 @@ TEST_KERNEL(right_bulk_copies) {
   global[800 + threadIdx.x] = global[512 + (threadIdx.x ^ 9)];
 }
 EXPORT_KERNEL(right_bulk_copies)
+
+// Half of the box lies behind the tensor's last row: those rows of the tile are not there.
+TEST_KERNEL(right_clipped_store) {
+  SHARED_DYNAMIC(tile);
+  auto* const rows = reinterpret_cast<float*>(tile);
+  for (int i = int(threadIdx.x); i < 128; i += int(blockDim.x)) rows[i] = float(i);
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) tma_store_2d(&map, tile, 0, 60);
+  rows[128 + threadIdx.x] = 1;  // is not read
+  if (threadIdx.x == 0) {
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(right_clipped_store)
+
+TEST_KERNEL(clipped_source_overwritten) {
+  SHARED_DYNAMIC(tile);
+  auto* const rows = reinterpret_cast<float*>(tile);
+  for (int i = int(threadIdx.x); i < 128; i += int(blockDim.x)) rows[i] = float(i);
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tma_store_2d(&map, tile, 0, 60);  // here
+    rows[127] = 1;                    // there
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(clipped_source_overwritten)
+
+// Accumulators that nothing else touched need no second fence.
+TEST_KERNEL(right_wgmma_fences) {
+  SHARED_DYNAMIC(tile);
+  fill_operands(tile);
+  float d[4];
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 4; ++i) d[i] += 1;
+  wgmma_fence();
+  wgmma<8>(d, operand_a(tile), operand_b(tile), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  put(global, d);
+}
+EXPORT_KERNEL(right_wgmma_fences)
+
+// The 8 bytes of an mbarrier are ordinary memory again once it is invalidated.
+TEST_KERNEL(right_invalidation) {
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint32_t, tile, 4);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    bulk_load(tile, global + 4, 16, barrier);
+  }
+  mbarrier_wait(barrier, 0);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_invalidate(barrier);
+    barrier[0] = 77 + tile[1];
+    global[128] = uint32_t(barrier[0]);
+  }
+}
+EXPORT_KERNEL(right_invalidation)
+
+// Block 0's source is read before it ends, because block 1 says so.
+TEST_KERNEL(right_copy_to_a_peer) {
+  SHARED(uint32_t, tile, 4);
+  SHARED(uint64_t, barrier, 1);
+  fill(tile);
+  start(barrier, 1);
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    if (threadIdx.x == 0) bulk_copy_cluster(tile, tile, 16, barrier, 1);
+  } else {
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, 16);
+    mbarrier_wait_cluster(barrier, 0);
+    if (threadIdx.x < 4) global[128 + threadIdx.x] = tile[threadIdx.x];
+  }
+  cluster_sync();
+}
+EXPORT_KERNEL(right_copy_to_a_peer)
 
 // Many blocks add to the same tile.
 TEST_KERNEL(right_reduction) {
