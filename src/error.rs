@@ -98,6 +98,17 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
+    /// What a launch layer refuses before anything has run is not a kernel that went wrong: what was
+    /// asked for cannot be done on this device.
+    pub fn before_running(self) -> Self {
+        match self {
+            Error::Launch { kernel, device, what, remedy } => {
+                Error::Device { device, what: format!("{kernel}: {what}"), remedy }
+            }
+            other => other,
+        }
+    }
+
     /// 2 for wrong usage or input, 1 for anything else.
     pub fn exit_code(&self) -> u8 {
         match self {

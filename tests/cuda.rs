@@ -3,6 +3,7 @@
 
 mod adamw;
 mod attention;
+mod commands;
 mod conformance;
 mod driver;
 mod embedding;

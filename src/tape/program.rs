@@ -5,7 +5,7 @@ use super::memory::MemoryPlan;
 use super::{External, Role, Step, Tape, ValueId};
 use crate::backend::Backend;
 use crate::config::Recompute;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{BufferId, Kind, View};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,7 +107,7 @@ impl BoundProgram {
         }
         let ready = self.run(backend);
         backend.end_preparation();
-        ready
+        ready.map_err(Error::before_running)
     }
 
     /// Runs every step, in order.
