@@ -9,7 +9,9 @@
 // lies outside is loaded as zeros and not written. Every sum has a fixed order.
 //
 // cp.async fills a ring of stages in shared memory; warps read their fragments with ldmatrix, one
-// part of a stage ahead of the mma.sync that multiplies them.
+// part of a stage ahead of the mma.sync that multiplies them. A step of the tile 128 x 128 is, in
+// machine code (nvcc 13.0, every layout), 64 HMMA, 16 LDSM of four matrices, 8 LDGSTS of 16 bytes
+// and one barrier.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes

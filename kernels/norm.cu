@@ -14,34 +14,6 @@
 
 // ---------------------------------------------------------------- rows
 constexpr int WARP = 32;
-using f32 = float;  // the kernels' names end in the type
-
-// 16 bytes of a row: 8 values of bf16 or 4 of f32.
-template <class T>
-constexpr int VALUES = 16 / int(sizeof(T));
-
-DEVICE void unpack(uint4 vector, float (&values)[8]) {
-  const uint32_t pairs[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = low_float(pairs[i]);
-    values[2 * i + 1] = high_float(pairs[i]);
-  }
-}
-DEVICE void unpack(uint4 vector, float (&values)[4]) {
-  values[0] = __uint_as_float(vector.x);
-  values[1] = __uint_as_float(vector.y);
-  values[2] = __uint_as_float(vector.z);
-  values[3] = __uint_as_float(vector.w);
-}
-DEVICE uint4 pack(const float (&values)[8]) {
-  return make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                    pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
-}
-DEVICE uint4 pack(const float (&values)[4]) {
-  return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
-                    __float_as_uint(values[2]), __float_as_uint(values[3]));
-}
 
 template <class T>
 DEVICE const uint4* row_of(const T* matrix, int row, int columns) {  // matrix [rows,C]

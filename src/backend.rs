@@ -31,7 +31,7 @@ pub struct NormSpec {
     pub depth: usize,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HeadSpec {
     /// H
     pub heads: usize,
@@ -127,8 +127,8 @@ pub trait Backend {
     }
     fn end_preparation(&mut self) {}
 
-    /// Bytes that [`Backend::prepare_optimizer`] allocates for flat buffers of so many elements.
-    fn optimizer_bytes(&self, _elements: usize) -> usize {
+    /// Bytes that [`Backend::prepare_optimizer`] allocates.
+    fn optimizer_bytes(&self, _decay: &[Range<usize>]) -> usize {
         0
     }
     /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;

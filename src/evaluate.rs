@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::config::{DataConfig, DeviceKind, Rows as RowKind};
+use crate::config::{DataConfig, DeviceKind, Dtype, Rows as RowKind};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
 use crate::data::windows::Windows;
-use crate::device::Device;
+use crate::device::{Device, open_kernels};
 use crate::engine::{Evaluator, Rows};
 use crate::error::{Error, Result};
 use crate::hf;
@@ -41,6 +41,8 @@ pub struct Request {
     /// Windows at one time.
     pub batch: usize,
     pub device: DeviceKind,
+    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    pub dtype: Option<Dtype>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -72,8 +74,15 @@ pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Rep
     };
     let cache = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
     let corpus = Corpus::open(&data, cache.path(), true)?;
-    match Device::choose(request.device)? {
-        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, &corpus.train, progress),
+    let text = &corpus.train;
+    let device = Device::choose(request.device)?;
+    let dtype = device.computes_in(request.dtype)?;
+    match device {
+        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, text, progress),
+        Device::Cuda | Device::Simt => {
+            let backend = open_kernels(device.kind(), dtype)?;
+            evaluate_on(backend, request, &model, text, progress)
+        }
     }
 }
 

@@ -262,6 +262,33 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     }
 }
 
+/// Every copy and every read of fragments as wide as there is; operands that lie the other way are
+/// transposed on that way.
+#[test]
+fn the_mma_gemm_copies_16_bytes_and_reads_four_matrices_at_once() {
+    let Some(tools) = disassembler() else { return };
+    for architecture in ["sm_80", "sm_90a"] {
+        for (name, code) in disassemble(&tools, "gemm_sm80", architecture) {
+            let what = format!("{name} for {architecture}");
+            let all = |mnemonic: &str| -> Vec<&String> {
+                let of = |opcode: &&String| opcode.split('.').next() == Some(mnemonic);
+                code.iter().filter(of).collect()
+            };
+            assert!(has(&code, "HMMA"), "{what}");
+            let (copies, reads) = (all("LDGSTS"), all("LDSM"));
+            assert!(!copies.is_empty() && copies.iter().all(|it| it.ends_with(".128")), "{what}");
+            assert!(!reads.is_empty() && reads.iter().all(|it| it.ends_with(".4")), "{what}");
+            let transposed = reads.iter().filter(|it| it.contains(".MT88")).count();
+            let expected = match name.split('_').nth(2) {
+                Some("nt") => 0,
+                Some("nn") => reads.len() / 2,
+                _ => reads.len(),
+            };
+            assert_eq!(transposed, expected, "{what}: {reads:?}");
+        }
+    }
+}
+
 #[test]
 fn each_kernel_file_is_compiled_for_what_it_says() {
     if NVCC.is_err() || ARCHITECTURES != "80,90a" {

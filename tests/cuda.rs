@@ -2,12 +2,17 @@
 //! detector, and a GPU where one is; and the driver below them.
 
 mod adamw;
+mod attention;
 mod conformance;
 mod driver;
+mod embedding;
 mod faults;
 mod gemm;
 mod library;
 mod loss;
 mod machines;
+mod model;
 mod mutants;
 mod norm;
+mod plain;
+mod pointwise;

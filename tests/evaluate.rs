@@ -40,6 +40,7 @@ fn report(model: &Path, data: &str, sequence: usize, batch: usize) -> Report {
         sequence: Some(sequence),
         batch,
         device: DeviceKind::Cpu,
+        dtype: None,
     };
     evaluate(&request, |_, _| {}).unwrap()
 }

@@ -193,6 +193,7 @@ fn pieces_of_text_make_the_whole_text() {
         tokens: 100,
         sampling: Sampling { temperature: 2.0, ..GREEDY },
         device: DeviceKind::Cpu,
+        dtype: None,
     };
     let mut pieces = Vec::new();
     let generated = generate_text(&request, |piece| {
@@ -226,6 +227,7 @@ fn the_context_ends_a_text_and_a_longer_prompt_is_refused() {
         tokens: usize::MAX,
         sampling: Sampling { temperature: 1.0, ..GREEDY },
         device: DeviceKind::Cpu,
+        dtype: None,
     };
     let generated = generate_text(&request(159), |_| true).unwrap();
     assert_eq!(

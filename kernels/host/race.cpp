@@ -177,6 +177,12 @@ static void record_read(Line& line, const Slot& slot) {
     return;
   }
   Readers::Read& read = line.readers()->by_thread[slot.actor];
+  // Bytes that it read earlier, and does not read now, keep their tick: somebody who is ordered
+  // after that read alone may write them.
+  if (const uint16_t others = read.mask & ~slot.mask; others && read.tick != slot.tick) {
+    line.push_back({slot.team, read.tick, read.place, slot.actor, others, READ});
+    read.mask = 0;
+  }
   read = {slot.tick, slot.place, uint16_t(read.mask | slot.mask)};
 }
 

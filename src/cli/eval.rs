@@ -40,6 +40,7 @@ impl EvalArgs {
             sequence: self.sequence.map(usize::from),
             batch: self.batch.into(),
             device: self.model.device,
+            dtype: self.model.dtype,
         }
     }
 }

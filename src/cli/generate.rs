@@ -51,6 +51,7 @@ impl GenerateArgs {
             tokens: self.tokens,
             sampling,
             device: self.model.device,
+            dtype: self.model.dtype,
         })
     }
 }

@@ -3,15 +3,21 @@
 //! [`Driver`] is the machine below; [`open`] gives the one that a person asked for.
 
 pub mod adamw;
+pub mod attention;
+mod backend;
 pub mod binaries;
 pub mod conformance;
 mod driver;
+pub mod embedding;
 pub mod gemm;
 pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+pub mod pointwise;
+mod rows;
 
+pub use backend::Cuda;
 pub use driver::*;
 
 use crate::config::DeviceKind;

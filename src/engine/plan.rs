@@ -12,6 +12,7 @@ use crate::backend::Backend;
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
+use crate::optim;
 use crate::tape::{MemoryLine, Purpose};
 use crate::tensor::Kind;
 
@@ -58,7 +59,7 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let optimizer_bytes = backend.optimizer_bytes(plan.table.stored_elements());
+        let optimizer_bytes = backend.optimizer_bytes(&optim::decay_ranges(&plan.table));
         Ok(Plan { process_bytes, optimizer_bytes, ..plan })
     }
 

@@ -8,10 +8,10 @@ use std::time::Instant;
 pub use sampling::Sampling;
 
 use crate::backend::Backend;
-use crate::config::DeviceKind;
+use crate::config::{DeviceKind, Dtype};
 use crate::cpu::Cpu;
 use crate::data::tokenizer::Tokenizer;
-use crate::device::Device;
+use crate::device::{Device, open_kernels};
 use crate::engine::{Decoder, DecoderPlan, Parameters};
 use crate::error::{Error, Result};
 use crate::loaded::LoadedModel;
@@ -57,6 +57,8 @@ pub struct Request {
     pub tokens: usize,
     pub sampling: Sampling,
     pub device: DeviceKind,
+    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    pub dtype: Option<Dtype>,
 }
 
 /// How a text ended.
@@ -72,8 +74,13 @@ pub struct Generated {
 /// is certain, and may end it by returning false.
 pub fn generate_text(request: &Request, show: impl FnMut(&str) -> bool) -> Result<Generated> {
     let model = LoadedModel::open(&request.model)?;
-    match Device::choose(request.device)? {
+    let device = Device::choose(request.device)?;
+    let dtype = device.computes_in(request.dtype)?;
+    match device {
         Device::Cpu => generate_on(Cpu::<f32>::new(), request, &model, show),
+        Device::Cuda | Device::Simt => {
+            generate_on(open_kernels(device.kind(), dtype)?, request, &model, show)
+        }
     }
 }
 

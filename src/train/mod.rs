@@ -27,7 +27,7 @@ use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
 use crate::data::source::TokenSource;
 use crate::data::tokenizer::Tokenizer;
 use crate::data::windows::Windows;
-use crate::device::Device;
+use crate::device::{Device, open_kernels};
 use crate::engine::{Plan, Rows, StepOutcome, Trainer};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, generate};
@@ -81,6 +81,10 @@ pub fn train(run: Run, interrupt: Interrupt, console: &mut Console) -> Result<Ou
     run.config.validate_on(device.kind())?;
     match device {
         Device::Cpu => train_on(Cpu::<f32>::new(), run, interrupt, console),
+        Device::Cuda | Device::Simt => {
+            let backend = open_kernels(device.kind(), run.config.dtype)?;
+            train_on(backend, run, interrupt, console)
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! kernels/adamw.cu against the f64 CPU backend: sizes around vectors, tiles and blocks, decaying
 //! ranges at every edge, clipping, norms that are not finite, and the working copy.
 
+// One decaying range is a list of ranges, not of its elements.
+#![expect(clippy::single_range_in_vec_init)]
+
 use std::ops::Range;
 
 use half::bf16;
@@ -8,7 +11,7 @@ use isobath::backend::{AdamWStep, Backend, FlatBuffers};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::adamw::{AdamW, AdamWBuffers, MAX_ELEMENTS};
-use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
+use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId, host};
 use isobath::tensor::{Kind, Shape, View};
 
 use super::machines::*;
@@ -88,14 +91,14 @@ fn exact(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
     let cpu = &mut Cpu::<f64>::new();
     let mut view = |values: &[f64]| {
         let shape = Shape::new(&[values.len()]);
-        let buffer = cpu.allocate("test", values.len() * size_of::<f64>()).unwrap();
+        let buffer = cpu.allocate("test", size_of_val(values)).unwrap();
         let view = View { buffer, offset: 0, kind: Kind::Statistic, shape };
         cpu.values_mut(view).copy_from_slice(values);
         view
     };
     let [parameters, gradients, moment1, moment2] = [0, 1, 2, 3].map(|i| view(&inputs[i]));
     let grad_norm = view(&[0.0]);
-    let buffers = FlatBuffers { parameters, gradients, moment1, moment2, grad_norm };
+    let buffers = FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm };
     cpu.gradient_norm(&buffers).unwrap();
     cpu.adamw(&buffers, &case.step(norm)).unwrap();
     [grad_norm, parameters, moment1, moment2].map(|view| cpu.values(view).to_vec())
@@ -464,4 +467,29 @@ fn the_working_copy_is_the_nearest() {
         assert_eq!(bits, [0x3f80, 0x3f82, 0x3f81, 0x3f80, 0xbf82, 0]);
         device.release(driver);
     });
+}
+
+/// One worker and several: blocks run one after the other, or at the same time.
+#[test]
+fn workers_do_not_change_a_bit() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let case = Case {
+        elements: 5 * 4096 + 3,
+        decay: vec![64..3000, 9000..20_000],
+        decoupled: true,
+        clip: 0.5,
+        working: true,
+    };
+    let prepared = Prepared::new(case);
+    let of_workers = |workers| {
+        let options = host::Options { workers, ..host::Options::default() };
+        check(&mut host::Host::new(options).unwrap(), &prepared)
+    };
+    let one = of_workers(1);
+    for workers in [2, 5] {
+        assert!(of_workers(workers) == one, "{workers} workers give other bits than one");
+    }
 }

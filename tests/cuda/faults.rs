@@ -791,6 +791,7 @@ fn right_cases() -> Vec<RightCase> {
     vec![
         (case("right_flag").cooperative(2).threads(64), 128..192, |i| i ^ 33),
         (case("right_last_block").blocks(9), 128..137, |i| (i + 1) % 9 + 1),
+        (case("right_neighbours"), 0..32, |i| if i == 1 { 10 } else { 11 }),
         (case("right_syncwarp").threads(64), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 5)),
         (case("right_named_barriers").threads(128), 0..192, |i| i / 64 * 64 + ((i % 64) ^ 40)),
         (case("right_cluster").blocks(8).cluster(4), 0..256, |i| {

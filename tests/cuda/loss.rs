@@ -3,7 +3,7 @@
 
 use isobath::config::Dtype;
 use isobath::cuda::loss::{Loss, LossBackward, LossForward, MAX_COLUMNS};
-use isobath::cuda::{Driver, StreamId};
+use isobath::cuda::{Driver, StreamId, host};
 use isobath::random::Philox;
 use isobath::tensor::IGNORE_INDEX;
 
@@ -408,4 +408,30 @@ fn what_has_no_kernel_is_refused() {
         // No rows: nothing to do, and nothing that a driver could refuse.
         launched(0, 0.0).unwrap();
     });
+}
+
+/// One worker and several: blocks run one after the other, or at the same time.
+#[test]
+fn workers_do_not_change_a_bit() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let case = Case {
+        dtype: Dtype::Bf16,
+        rows: 9,
+        classes: 1201,
+        columns: 1208,
+        z_loss: 1e-2,
+        size: None,
+    };
+    let prepared = Prepared::new(case);
+    let of_workers = |workers| {
+        let options = host::Options { workers, ..host::Options::default() };
+        check(&mut host::Host::new(options).unwrap(), &prepared)
+    };
+    let one = of_workers(1);
+    for workers in [2, 5] {
+        assert!(of_workers(workers) == one, "{workers} workers give other bits than one");
+    }
 }

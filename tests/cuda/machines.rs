@@ -4,10 +4,15 @@
 //! or both with a comma) asks for it: then it must be here, and the other one is left alone.
 
 use half::bf16;
+use isobath::backend::Backend;
 use isobath::config::Dtype;
+use isobath::cpu::Cpu;
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{Allocation, Driver, host};
+use isobath::tensor::{Kind, Shape, View};
+
+use crate::support::normals;
 
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
 /// GPU. What it returns must be the same bits every time on one kind of machine.
@@ -61,21 +66,49 @@ fn asked_for(machine: &str, present: isobath::Result<()>) -> Result<(), String> 
     Ok(())
 }
 
-fn schedules() -> Vec<Options> {
-    let plain =
-        |order, asynchronous, seed| Options { order, asynchronous, seed, ..Options::default() };
-    let race = |options: Options| Options { race: true, ..options };
-    vec![
+fn plain(order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
+    Options { order, asynchronous, seed, ..Options::default() }
+}
+
+/// Without the race detector.
+pub fn plain_schedules() -> [Options; 4] {
+    [
         plain(Order::Fifo, Asynchronous::Late, 0),
         plain(Order::Lifo, Asynchronous::Early, 0),
         plain(Order::Random, Asynchronous::Anytime, 1),
         plain(Order::Random, Asynchronous::Late, 2),
-        race(plain(Order::Fifo, Asynchronous::Late, 0)),
-        race(plain(Order::Random, Asynchronous::Anytime, 3)),
     ]
 }
 
+fn schedules() -> Vec<Options> {
+    let race = |options: Options| Options { race: true, ..options };
+    let mut all = plain_schedules().to_vec();
+    all.push(race(plain(Order::Fifo, Asynchronous::Late, 0)));
+    all.push(race(plain(Order::Random, Asynchronous::Anytime, 3)));
+    all
+}
+
 // ------------------------------------------------------------------ values of a type
+
+pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F32];
+
+/// Values that a kernel loads at once, 16 bytes.
+pub fn vector(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 8,
+    }
+}
+
+/// Independent draws from N(0, 1), rounded to this type.
+pub fn draws(dtype: Dtype, seed: u64, count: usize) -> Vec<f64> {
+    normals(seed, count).into_iter().map(|value| rounded(dtype, value)).collect()
+}
+
+/// What [`on_every_machine`] compares.
+pub fn bits(values: &[f64]) -> impl Iterator<Item = u8> + '_ {
+    values.iter().flat_map(|value| value.to_bits().to_le_bytes())
+}
 
 /// The nearest value of this type.
 pub fn rounded(dtype: Dtype, value: f64) -> f64 {
@@ -124,6 +157,25 @@ pub fn download(driver: &mut dyn Driver, dtype: Dtype, from: Allocation) -> Vec<
             values.into_iter().map(f64::from).collect()
         }
     }
+}
+
+// ------------------------------------------------------------------ the reference
+
+/// A tensor of the CPU backend in f64 with these values; zeros behind their end.
+pub fn filled(cpu: &mut Cpu<f64>, sizes: &[usize], values: &[f64]) -> View {
+    let shape = Shape::new(sizes);
+    let buffer = cpu.allocate("test", shape.elements() * size_of::<f64>()).unwrap();
+    let view = View { buffer, offset: 0, kind: Kind::Activation, shape };
+    cpu.values_mut(view).iter_mut().zip(values).for_each(|(to, &value)| *to = value);
+    view
+}
+
+/// Token ids or positions of the CPU backend.
+pub fn filled_index(cpu: &mut Cpu<f64>, values: &[i32]) -> View {
+    let buffer = cpu.allocate("test", size_of_val(values)).unwrap();
+    let view = View { buffer, offset: 0, kind: Kind::Index, shape: Shape::new(&[values.len()]) };
+    cpu.write_index(view, values).unwrap();
+    view
 }
 
 // ------------------------------------------------------------------ how exact

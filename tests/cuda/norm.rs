@@ -5,7 +5,7 @@ use isobath::config::{Dtype, NormKind};
 use isobath::cpu::Cpu;
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
-use isobath::tensor::{Kind, Shape, View};
+use isobath::tensor::View;
 
 use super::machines::*;
 use crate::support::normals;
@@ -136,14 +136,6 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
 }
 
 // ------------------------------------------------------------------ exact and plain
-
-fn filled(cpu: &mut Cpu<f64>, sizes: &[usize], values: &[f64]) -> View {
-    let shape = Shape::new(sizes);
-    let buffer = cpu.allocate("test", shape.elements() * size_of::<f64>()).unwrap();
-    let view = View { buffer, offset: 0, kind: Kind::Activation, shape };
-    cpu.values_mut(view).iter_mut().zip(values).for_each(|(to, &value)| *to = value);
-    view
-}
 
 /// The CPU backend in f64; nothing is rounded.
 fn exact(case: Case, inputs: &Inputs) -> Outputs {

@@ -1084,3 +1084,20 @@ TEST_KERNEL(right_ring) {
   put(global + 1024, d);
 }
 EXPORT_KERNEL(right_ring)
+
+// All threads read two neighbours; then one of these is written while the other is read again.
+TEST_KERNEL(right_neighbours) {
+  SHARED(uint32_t, words, 4);
+  const int i = int(threadIdx.x);
+  if (i < 4) words[i] = uint32_t(i + 1);
+  __syncthreads();
+  uint32_t sum = words[0] + words[1];
+  __syncthreads();
+  if (i == 1)
+    words[1] = 7;
+  else
+    sum += words[0];
+  __syncthreads();
+  global[i] = sum + words[1];
+}
+EXPORT_KERNEL(right_neighbours)

@@ -1,5 +1,5 @@
-//! The kernels of kernels/gemm_sm80.cu: bf16 with mma.sync, from compute capability 8.0 on. One block
-//! for each tile.
+//! The kernels of kernels/gemm_sm80.cu: bf16 with mma.sync, from compute capability 8.0 on. One
+//! block for each tile.
 
 use super::{Family, Layout, Variant};
 

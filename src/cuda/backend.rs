@@ -1,0 +1,623 @@
+//! Backend over kernels/: which kernel runs each op, on whatever machine the driver is.
+//!
+//! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
+//! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
+//! program is prepared; a step then only launches, on one stream, and the first read behind it
+//! waits and reports what went wrong. The layers of each op know the kernels; here stand only
+//! addresses.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::ops::Range;
+
+use half::bf16;
+
+use super::adamw::{AdamW, AdamWBuffers};
+use super::attention::Attention;
+use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
+use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product};
+use super::loss::{Loss, LossBackward, LossForward};
+use super::norm::{Norm, NormBackward, NormForward};
+use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
+use super::{Allocation, DevicePointer, Driver, StreamId};
+use crate::backend::{
+    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
+};
+use crate::config::Dtype;
+use crate::error::Result;
+use crate::tensor::{BufferId, Kind, View};
+
+const STREAM: StreamId = StreamId::MAIN;
+
+pub struct Cuda {
+    driver: Box<dyn Driver>,
+    dtype: Dtype,
+    buffers: Vec<Allocation>,
+    layers: Layers,
+    /// Ops are checked and made ready, nothing is launched.
+    preparing: bool,
+}
+
+/// The kernels that were asked for so far.
+struct Layers {
+    gemm: Gemm,
+    pointwise: Pointwise,
+    products: HashMap<Product, GemmPlan>,
+    norms: HashMap<usize, Norm>,
+    attentions: HashMap<HeadSpec, Attention>,
+    embeddings: HashMap<usize, Embedding>,
+    losses: HashMap<LossSize, Loss>,
+    optimizer: Option<AdamW>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct LossSize {
+    classes: usize,
+    columns: usize,
+}
+
+impl Cuda {
+    /// `products`: the family of matmul kernels; `None`: the best for this machine.
+    ///
+    /// Errors: a machine or build without the kernels that every model needs.
+    pub fn new(
+        mut driver: Box<dyn Driver>,
+        dtype: Dtype,
+        products: Option<Family>,
+    ) -> Result<Self> {
+        let layers = Layers {
+            gemm: Gemm::new(&mut *driver, dtype, products)?,
+            pointwise: Pointwise::new(&mut *driver, dtype)?,
+            products: HashMap::new(),
+            norms: HashMap::new(),
+            attentions: HashMap::new(),
+            embeddings: HashMap::new(),
+            losses: HashMap::new(),
+            optimizer: None,
+        };
+        Ok(Cuda { driver, dtype, buffers: Vec::new(), layers, preparing: false })
+    }
+
+    pub fn driver(&mut self) -> &mut dyn Driver {
+        &mut *self.driver
+    }
+
+    fn bytes(&self, view: View) -> usize {
+        view.shape.elements() * self.element_bytes(view.kind)
+    }
+
+    fn address(&self, view: View) -> DevicePointer {
+        let buffer = &self.buffers[view.buffer.0 as usize];
+        let end = (view.offset + self.bytes(view)) as u64;
+        assert!(end <= buffer.bytes, "a view up to byte {end} of a buffer of {}", buffer.bytes);
+        buffer.address.offset(view.offset as u64)
+    }
+
+    /// The layer of one kind for `key`, made when it is first asked for, and the driver to launch it
+    /// with; `None` while a program is only prepared.
+    fn norm(&mut self, columns: usize) -> Result<Ready<'_, Norm>> {
+        let (driver, dtype) = (&mut *self.driver, self.dtype);
+        let norm = made(&mut self.layers.norms, columns, || Norm::new(driver, dtype, columns))?;
+        Ok(ready(self.preparing, &mut *self.driver, norm))
+    }
+
+    fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
+        let (driver, dtype) = (&mut *self.driver, self.dtype);
+        let make = || Attention::new(driver, dtype, heads);
+        let attention = made(&mut self.layers.attentions, heads, make)?;
+        Ok(ready(self.preparing, &mut *self.driver, attention))
+    }
+
+    fn embedding(&mut self, columns: usize) -> Result<Ready<'_, Embedding>> {
+        let (driver, dtype) = (&mut *self.driver, self.dtype);
+        let make = || Embedding::new(driver, dtype, columns);
+        let embedding = made(&mut self.layers.embeddings, columns, make)?;
+        Ok(ready(self.preparing, &mut *self.driver, embedding))
+    }
+
+    fn loss(&mut self, size: LossSize) -> Result<Ready<'_, Loss>> {
+        let (driver, dtype) = (&mut *self.driver, self.dtype);
+        let make = || Loss::new(driver, dtype, size.classes, size.columns);
+        let loss = made(&mut self.layers.losses, size, make)?;
+        Ok(ready(self.preparing, &mut *self.driver, loss))
+    }
+
+    fn pointwise(&mut self) -> Ready<'_, Pointwise> {
+        ready(self.preparing, &mut *self.driver, &self.layers.pointwise)
+    }
+
+    fn multiply(&mut self, product: Product) -> Result<()> {
+        let Layers { gemm, products, .. } = &mut self.layers;
+        let driver = &mut *self.driver;
+        let plan = made(products, product, || gemm.plan(driver, &product))?;
+        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
+    }
+
+    fn rotate(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        qkv: View,
+        inverse: bool,
+    ) -> Result<()> {
+        let rows = qkv.shape.rows();
+        let [table, positions, qkv] = [table, positions, qkv].map(|view| self.address(view));
+        let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
+        let args = Rotary { table, positions, qkv, inverse };
+        pointwise.rotary(driver, STREAM, heads, rows, &args)
+    }
+
+    /// Logits [rows,V] of a chunk that begins at `first` of inp [T,C].
+    fn logits(&mut self, first: usize, rows: usize, operands: &LossOperands) -> Result<()> {
+        let LossOperands { inp, weight, logits, .. } = *operands;
+        let [v, c] = [weight.shape.rows(), weight.shape.columns()];
+        self.multiply(Product {
+            layout: Layout::Nt,
+            m: rows,
+            n: v,
+            k: c,
+            a: self.row(inp, first),
+            b: self.address(weight),
+            out: self.address(logits),
+            output: Output::Store { addend: None },
+        })
+    }
+
+    /// Row `row` of a matrix, element `row` of a vector.
+    fn row(&self, view: View, row: usize) -> DevicePointer {
+        let columns = if view.shape.sizes().len() > 1 { view.shape.columns() } else { 1 };
+        let bytes = row * columns * self.element_bytes(view.kind);
+        self.address(view).offset(bytes as u64)
+    }
+
+    /// Runs over all tokens in chunks; `gradients`: (scale, d_inp, d_weight).
+    fn cross_entropy(
+        &mut self,
+        spec: LossSpec,
+        operands: LossOperands,
+        gradients: Option<(View, View, View)>,
+    ) -> Result<()> {
+        let LossOperands { inp, weight, targets, logits, losses } = operands;
+        let [t, v, c] = [inp.shape.rows(), weight.shape.rows(), weight.shape.columns()];
+        let size = LossSize { classes: spec.classes, columns: v };
+        let z_loss = spec.z_loss as f32;
+        for first in (0..t).step_by(spec.chunk) {
+            let rows = spec.chunk.min(t - first);
+            self.logits(first, rows, &operands)?;
+            let (targets, losses) = (self.row(targets, first), self.row(losses, first));
+            let logits = self.address(logits);
+            let scale = gradients.map(|(scale, ..)| self.address(scale));
+            if let Some((driver, loss)) = self.loss(size)? {
+                match scale {
+                    None => {
+                        let args = LossForward { logits, targets, losses };
+                        loss.forward(driver, STREAM, rows, z_loss, &args)?;
+                    }
+                    Some(scale) => {
+                        let args = LossBackward { logits, targets, scale, losses };
+                        loss.backward(driver, STREAM, rows, z_loss, &args)?;
+                    }
+                }
+            }
+            let Some((_, d_inp, d_weight)) = gradients else { continue };
+            self.multiply(Product {
+                layout: Layout::Nn,
+                m: rows,
+                n: c,
+                k: v,
+                a: logits,
+                b: self.address(weight),
+                out: self.row(d_inp, first),
+                output: Output::Store { addend: None },
+            })?;
+            self.multiply(Product {
+                layout: Layout::Tn,
+                m: v,
+                n: c,
+                k: rows,
+                a: logits,
+                b: self.row(inp, first),
+                out: self.address(d_weight),
+                output: Output::Accumulate,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// What a loss reads and writes besides gradients.
+#[derive(Clone, Copy)]
+struct LossOperands {
+    inp: View,
+    weight: View,
+    targets: View,
+    logits: View,
+    losses: View,
+}
+
+type Ready<'a, L> = Option<(&'a mut dyn Driver, &'a L)>;
+
+fn ready<'a, L>(preparing: bool, driver: &'a mut dyn Driver, layer: &'a L) -> Ready<'a, L> {
+    (!preparing).then_some((driver, layer))
+}
+
+/// The layer for `key`, made by `make` if nobody has asked for it yet.
+fn made<K: Eq + Hash, V>(
+    layers: &mut HashMap<K, V>,
+    key: K,
+    make: impl FnOnce() -> Result<V>,
+) -> Result<&V> {
+    use std::collections::hash_map::Entry;
+    Ok(match layers.entry(key) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(make()?),
+    })
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        self.driver.device()
+    }
+
+    fn element_bytes(&self, kind: Kind) -> usize {
+        match (kind, self.dtype) {
+            (Kind::Activation, Dtype::Bf16) => 2,
+            (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
+        }
+    }
+
+    fn available_bytes(&self) -> Result<u64> {
+        self.driver.free_bytes()
+    }
+
+    /// The context and the kernels are on the device by then, and not in what is available.
+    fn process_bytes(&self, _: [usize; 2]) -> usize {
+        0
+    }
+
+    fn begin_preparation(&mut self) -> bool {
+        self.preparing = true;
+        true
+    }
+
+    fn end_preparation(&mut self) {
+        self.preparing = false;
+    }
+
+    fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {
+        AdamW::device_bytes(decay) as usize
+    }
+
+    fn prepare_optimizer(&mut self, buffers: &FlatBuffers, decay: &[Range<usize>]) -> Result<()> {
+        let elements = buffers.parameters.shape.elements() as u64;
+        self.layers.optimizer = Some(AdamW::new(&mut *self.driver, elements, decay)?);
+        Ok(())
+    }
+
+    fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {
+        // An empty buffer has an address, too.
+        let buffer = self.driver.allocate(label, bytes.max(1) as u64)?;
+        self.driver.fill(STREAM, buffer.address, buffer.bytes, 0)?;
+        self.buffers.push(buffer);
+        Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
+        assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
+        let to = self.address(view);
+        if self.element_bytes(view.kind) == 4 {
+            return self.driver.to_device(STREAM, bytemuck::cast_slice(values), to);
+        }
+        let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+        self.driver.to_device(STREAM, bytemuck::cast_slice(&values), to)
+    }
+
+    fn write_index(&mut self, view: View, values: &[i32]) -> Result<()> {
+        assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
+        let to = self.address(view);
+        self.driver.to_device(STREAM, bytemuck::cast_slice(values), to)
+    }
+
+    fn read(&mut self, view: View, values: &mut [f32]) -> Result<()> {
+        assert_eq!(view.shape.elements(), values.len(), "read: a view of {}", view.shape);
+        let from = self.address(view);
+        if self.element_bytes(view.kind) == 4 {
+            return self.driver.to_host(STREAM, from, bytemuck::cast_slice_mut(values));
+        }
+        let mut narrow = vec![bf16::ZERO; values.len()];
+        self.driver.to_host(STREAM, from, bytemuck::cast_slice_mut(&mut narrow))?;
+        values.iter_mut().zip(narrow).for_each(|(value, narrow)| *value = narrow.to_f32());
+        Ok(())
+    }
+
+    fn host_values(&mut self, _: [View; 3]) -> Option<[&[f32]; 3]> {
+        None
+    }
+
+    fn zero(&mut self, view: View) -> Result<()> {
+        let (to, bytes) = (self.address(view), self.bytes(view) as u64);
+        self.driver.fill(STREAM, to, bytes, 0)
+    }
+
+    fn copy(&mut self, from: View, to: View) -> Result<()> {
+        let bytes = self.bytes(from);
+        assert_eq!(bytes, self.bytes(to), "copy: {} to {}", from.shape, to.shape);
+        if self.preparing {
+            return Ok(());
+        }
+        let (from, to) = (self.address(from), self.address(to));
+        self.driver.on_device(STREAM, from, to, bytes as u64)
+    }
+
+    fn round(&mut self, from: View, to: View) -> Result<()> {
+        if self.element_bytes(from.kind) == self.element_bytes(to.kind) {
+            return self.copy(from, to);
+        }
+        let elements = to.shape.elements() as u64;
+        let (from, to) = (self.address(from), self.address(to));
+        self.layers.pointwise.cast_to_bf16(&mut *self.driver, STREAM, elements, from, to)
+    }
+
+    fn add(&mut self, from: View, to: View) -> Result<()> {
+        let elements = to.shape.elements() as u64;
+        let kind = to.kind;
+        let (from, to) = (self.address(from), self.address(to));
+        let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
+        match kind {
+            Kind::Activation => pointwise.add(driver, STREAM, elements, from, to),
+            Kind::Statistic => pointwise.add_f32(driver, STREAM, elements, from, to),
+            Kind::Index => unreachable!("token ids are not numbers to compute with"),
+        }
+    }
+
+    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()> {
+        let [rows, vocab] = [out.shape.rows(), table.shape.rows()];
+        let [tokens, table_at, out] = [tokens, table, out].map(|view| self.address(view));
+        let Some((driver, embedding)) = self.embedding(table.shape.columns())? else {
+            return Ok(());
+        };
+        let args = EmbeddingForward { tokens, table: table_at, out };
+        embedding.forward(driver, STREAM, rows, vocab, &args)
+    }
+
+    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()> {
+        let [rows, vocab] = [d_out.shape.rows(), d_table.shape.rows()];
+        let columns = d_table.shape.columns();
+        let [tokens, d_out, d_table] = [tokens, d_out, d_table].map(|view| self.address(view));
+        let Some((driver, embedding)) = self.embedding(columns)? else { return Ok(()) };
+        let args = EmbeddingBackward { tokens, d_out, d_table };
+        embedding.backward(driver, STREAM, rows, vocab, &args)
+    }
+
+    fn norm_forward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        residual: Option<(View, View)>,
+        gain: View,
+        out: View,
+        mean: Option<View>,
+        rstd: View,
+    ) -> Result<()> {
+        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
+        let addresses = NormForward {
+            inp: self.address(inp),
+            residual: residual.map(|(residual, sum)| (self.address(residual), self.address(sum))),
+            gain: self.address(gain),
+            out: self.address(out),
+            mean: mean.map(|mean| self.address(mean)),
+            rstd: self.address(rstd),
+        };
+        let Some((driver, norm)) = self.norm(columns)? else { return Ok(()) };
+        norm.forward(driver, STREAM, spec, rows, &addresses)
+    }
+
+    fn norm_backward(
+        &mut self,
+        spec: NormSpec,
+        inp: View,
+        gain: View,
+        mean: Option<View>,
+        rstd: View,
+        d_out: View,
+        partial: View,
+        d_inp: Sink<View>,
+        d_gain: View,
+    ) -> Result<()> {
+        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
+        let addresses = NormBackward {
+            inp: self.address(inp),
+            gain: self.address(gain),
+            mean: mean.map(|mean| self.address(mean)),
+            rstd: self.address(rstd),
+            d_out: self.address(d_out),
+            partial: self.address(partial),
+            d_inp: self.address(d_inp.to),
+            accumulate: d_inp.accumulate,
+            d_gain: self.address(d_gain),
+        };
+        let scratch_rows = partial.shape.rows();
+        let Some((driver, norm)) = self.norm(columns)? else { return Ok(()) };
+        assert!(norm.partials(rows) <= scratch_rows, "too few rows for partial sums");
+        norm.backward(driver, STREAM, spec, rows, &addresses)
+    }
+
+    fn linear_forward(
+        &mut self,
+        inp: View,
+        weight: View,
+        residual: Option<View>,
+        out: View,
+    ) -> Result<()> {
+        self.multiply(Product {
+            layout: Layout::Nt,
+            m: inp.shape.rows(),
+            n: out.shape.columns(),
+            k: inp.shape.columns(),
+            a: self.address(inp),
+            b: self.address(weight),
+            out: self.address(out),
+            output: Output::Store { addend: residual.map(|residual| self.address(residual)) },
+        })
+    }
+
+    fn linear_backward(
+        &mut self,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_inp: Sink<View>,
+        d_weight: View,
+    ) -> Result<()> {
+        let (tokens, inner, outer) = (inp.shape.rows(), inp.shape.columns(), d_out.shape.columns());
+        let to = self.address(d_inp.to);
+        self.multiply(Product {
+            layout: Layout::Nn,
+            m: tokens,
+            n: inner,
+            k: outer,
+            a: self.address(d_out),
+            b: self.address(weight),
+            out: to,
+            output: Output::Store { addend: d_inp.accumulate.then_some(to) },
+        })?;
+        self.multiply(Product {
+            layout: Layout::Tn,
+            m: outer,
+            n: inner,
+            k: tokens,
+            a: self.address(d_out),
+            b: self.address(inp),
+            out: self.address(d_weight),
+            output: Output::Accumulate,
+        })
+    }
+
+    fn rotary_forward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()> {
+        self.rotate(heads, table, positions, qkv, false)
+    }
+
+    fn rotary_backward(
+        &mut self,
+        heads: HeadSpec,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        self.rotate(heads, table, positions, d_qkv, true)
+    }
+
+    fn attention_forward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+    ) -> Result<()> {
+        let [qkv, out, log_sum_exp] = [qkv, out, log_sum_exp].map(|view| self.address(view));
+        let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
+        attention.forward(driver, STREAM, spec, qkv, out, log_sum_exp)
+    }
+
+    fn attention_backward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
+        let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
+        let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
+        attention.backward(driver, STREAM, spec, qkv, out, log_sum_exp, d_out, delta, d_qkv)
+    }
+
+    fn cached_attention_forward(
+        &mut self,
+        heads: HeadSpec,
+        qkv: View,
+        keys: View,
+        values: View,
+        positions: View,
+        out: View,
+    ) -> Result<()> {
+        let [tokens, context] = [qkv.shape.rows(), keys.shape.rows()];
+        let views = [qkv, keys, values, positions, out];
+        let [qkv, keys, values, positions, out] = views.map(|view| self.address(view));
+        let Some((driver, attention)) = self.attention(heads)? else { return Ok(()) };
+        attention.decode(driver, STREAM, tokens, context, qkv, keys, values, positions, out)
+    }
+
+    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()> {
+        let [rows, ffn] = [out.shape.rows(), out.shape.columns()];
+        let [inp, out] = [inp, out].map(|view| self.address(view));
+        let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
+        pointwise.swiglu_forward(driver, STREAM, rows, ffn, &SwigluForward { inp, out })
+    }
+
+    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()> {
+        let [rows, ffn] = [d_out.shape.rows(), d_out.shape.columns()];
+        let [inp, d_out, d_inp] = [inp, d_out, d_inp].map(|view| self.address(view));
+        let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
+        let args = SwigluBackward { inp, d_out, d_inp };
+        pointwise.swiglu_backward(driver, STREAM, rows, ffn, &args)
+    }
+
+    fn cross_entropy_forward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        logits: View,
+        losses: View,
+    ) -> Result<()> {
+        self.cross_entropy(spec, LossOperands { inp, weight, targets, logits, losses }, None)
+    }
+
+    fn cross_entropy_backward(
+        &mut self,
+        spec: LossSpec,
+        inp: View,
+        weight: View,
+        targets: View,
+        scale: View,
+        logits: View,
+        losses: View,
+        d_inp: View,
+        d_weight: View,
+    ) -> Result<()> {
+        let operands = LossOperands { inp, weight, targets, logits, losses };
+        self.cross_entropy(spec, operands, Some((scale, d_inp, d_weight)))
+    }
+
+    fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {
+        let [gradients, grad_norm] =
+            [buffers.gradients, buffers.grad_norm].map(|view| self.address(view));
+        let optimizer = self.layers.optimizer.as_ref().expect("the optimizer was prepared");
+        optimizer.gradient_norm(&mut *self.driver, STREAM, gradients, grad_norm)
+    }
+
+    fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()> {
+        let addresses = AdamWBuffers {
+            parameters: self.address(buffers.parameters),
+            working: buffers.working.map(|working| self.address(working)),
+            gradients: self.address(buffers.gradients),
+            moment1: self.address(buffers.moment1),
+            moment2: self.address(buffers.moment2),
+            grad_norm: self.address(buffers.grad_norm),
+        };
+        let optimizer = self.layers.optimizer.as_ref().expect("the optimizer was prepared");
+        optimizer.update(&mut *self.driver, STREAM, step, &addresses)
+    }
+}

@@ -1,0 +1,288 @@
+//! Whole models on the kernels: ten training steps and every gradient against the CPU, the same
+//! bits whatever the schedule, and text from a cache.
+
+use isobath::backend::Backend;
+use isobath::config::{Config, Dtype, ModelConfig, Recompute};
+use isobath::cpu::Cpu;
+use isobath::cuda::gemm::Family;
+use isobath::cuda::host::{Host, Options};
+use isobath::cuda::{Cuda, host};
+use isobath::engine::{DecoderPlan, Evaluator, Parameters, Plan, Rows, Trainer};
+use isobath::model::init::initial_parameters;
+use isobath::model::parameters::ParameterTable;
+use isobath::optim;
+use isobath::tensor::IGNORE_INDEX;
+
+use super::machines::*;
+use super::plain::Plain;
+use crate::support::{run_config, small_model, tokens};
+
+const STEPS: u64 = 10;
+
+/// LNS with grouped kv heads, an odd FFN and vocabulary, a sequence that no tile divides.
+fn config(dtype: Dtype, recompute: Recompute) -> Config {
+    let model = ModelConfig {
+        hidden: 128,
+        layers: 3,
+        heads: 4,
+        kv_heads: 2,
+        ffn: 203,
+        vocab: 257,
+        init_std: 0.06,
+        ..small_model()
+    };
+    let mut config = run_config(&model);
+    config.dtype = dtype;
+    config.data.sequence = 37;
+    config.train.steps = STEPS;
+    config.train.recompute = recompute;
+    config.train.grad_accumulation = 2;
+    config.train.z_loss = 1e-4;
+    config.optimizer.lr = 3e-3;
+    config
+}
+
+/// Tokens and targets of one micro-batch; some targets are not predicted.
+fn batch(config: &Config, step: u64, micro_batch: u64) -> (Vec<i32>, Vec<i32>) {
+    let count = config.train.micro_batch * config.data.sequence;
+    let seed = 100 + 10 * step + micro_batch;
+    let ids = tokens(seed, count + 1, config.model.vocab);
+    let mut targets = ids[1..].to_vec();
+    targets.iter_mut().step_by(11).for_each(|target| *target = IGNORE_INDEX);
+    (ids[..count].to_vec(), targets)
+}
+
+struct Trained {
+    losses: Vec<f64>,
+    /// Of the first step, in table order.
+    gradients: Vec<f64>,
+    grad_norm: f64,
+    /// Behind the last step.
+    parameters: Vec<f32>,
+}
+
+fn trained<B: Backend>(config: &Config, steps: u64, backend: B) -> Trained {
+    let plan = Plan::new(config, &backend).unwrap();
+    let mut trainer = Trainer::new(plan, config, backend).unwrap();
+    let parameters = initial_parameters(trainer.table(), config.seed);
+    trainer.set_parameters(&parameters).unwrap();
+    let mut losses = Vec::new();
+    let (mut gradients, mut grad_norm) = (Vec::new(), 0.0);
+    for step in 1..=steps {
+        let batches = [batch(config, step, 0), batch(config, step, 1)];
+        let rows = batches.iter().map(|(tokens, targets)| Rows { tokens, targets });
+        let outcome = trainer.accumulate(rows).unwrap();
+        losses.push(outcome.loss);
+        if step == 1 {
+            grad_norm = outcome.grad_norm;
+            gradients = trainer.gradients().unwrap().into_iter().map(f64::from).collect();
+        }
+        let lr = optim::learning_rate(&config.optimizer, step, config.train.steps);
+        trainer.update(&config.optimizer, step, lr).unwrap();
+    }
+    let [parameters, ..] = trainer.state().unwrap().map(|values| values.into_owned());
+    Trained { losses, gradients, grad_norm, parameters }
+}
+
+fn simt(options: Options, dtype: Dtype, products: Option<Family>) -> Cuda {
+    Cuda::new(Box::new(Host::new(options).unwrap()), dtype, products).unwrap()
+}
+
+/// `None` where this build has no simt.
+fn simt_present() -> bool {
+    host::present().inspect_err(|error| println!("skipped: no simt: {error}")).is_ok()
+}
+
+/// 1 - cosine of the angle between two gradients.
+fn angle(found: &[f64], exact: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    1.0 - dot(found, exact) / (dot(found, found) * dot(exact, exact)).sqrt()
+}
+
+fn norm(values: &[f64]) -> f64 {
+    values.iter().map(|value| value * value).sum::<f64>().sqrt()
+}
+
+fn gradients_by_name<'a>(
+    config: &Config,
+    gradients: &'a [f64],
+) -> impl Iterator<Item = (String, &'a [f64])> {
+    let entries = ParameterTable::new(&config.model).entries().to_vec();
+    entries.into_iter().map(|entry| (entry.name.clone(), &gradients[entry.range()]))
+}
+
+#[test]
+fn ten_steps_in_f32_are_those_of_the_cpu() {
+    if !simt_present() {
+        return;
+    }
+    let config = config(Dtype::F32, Recompute::None);
+    let expected = trained(&config, STEPS, Cpu::<f32>::new());
+    let found = trained(&config, STEPS, simt(Options::default(), Dtype::F32, None));
+    for (step, (found, expected)) in found.losses.iter().zip(&expected.losses).enumerate() {
+        let error = (found - expected).abs() / expected;
+        println!("step {}: {expected}, error {error:.2e}", step + 1);
+        assert!(error < 1e-5, "step {}: {found} for {expected}", step + 1);
+    }
+    assert!(expected.losses[9] < expected.losses[0], "{:?}", expected.losses);
+    let exact = gradients_by_name(&config, &expected.gradients);
+    for ((name, exact), (_, found)) in exact.zip(gradients_by_name(&config, &found.gradients)) {
+        let (angle, ratio) = (angle(found, exact), norm(found) / norm(exact));
+        assert!(angle < 1e-9, "{name}: 1 - cosine {angle:e}");
+        assert!((ratio - 1.0).abs() < 1e-5, "{name}: norm {ratio} times the CPU's");
+    }
+}
+
+/// Against the same steps in f64: as exact as the plain bf16 formulas, up to a factor of two.
+#[test]
+fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
+    if !simt_present() {
+        return;
+    }
+    let config = config(Dtype::Bf16, Recompute::None);
+    let exact = trained(&config, STEPS, Cpu::<f64>::new());
+    let plain = trained(&config, STEPS, Plain::default());
+    for products in [None, Some(Family::Sm80)] {
+        let found = trained(&config, STEPS, simt(Options::default(), Dtype::Bf16, products));
+        let largest = |losses: &[f64]| {
+            let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);
+            errors.fold(0.0, f64::max)
+        };
+        let (error, allowed) = (largest(&found.losses), 2.0 * largest(&plain.losses));
+        println!("{products:?}: loss error {error:.2e}, {:.2} of the tolerance", error / allowed);
+        assert!(error <= allowed, "{products:?}: {error:e} of {allowed:e}: {:?}", found.losses);
+        let norm_error = |found: &Trained| (found.grad_norm / exact.grad_norm - 1.0).abs();
+        assert!(norm_error(&found) <= 2.0 * norm_error(&plain).max(2f64.powi(-9)));
+
+        let all = gradients_by_name(&config, &exact.gradients)
+            .zip(gradients_by_name(&config, &plain.gradients))
+            .zip(gradients_by_name(&config, &found.gradients));
+        for (((name, exact), (_, plain)), (_, found)) in all {
+            let (is, allowed) = (angle(found, exact), 2.0 * angle(plain, exact));
+            assert!(is <= allowed, "{products:?} {name}: 1 - cosine {is:e} of {allowed:e}");
+            let ratio = |values: &[f64]| (norm(values) / norm(exact) - 1.0).abs();
+            let (is, allowed) = (ratio(found), 2.0 * ratio(plain).max(2f64.powi(-8)));
+            assert!(is <= allowed, "{products:?} {name}: norm off by {is:e} of {allowed:e}");
+        }
+    }
+}
+
+/// Schedules, numbers of workers, and recomputation change no bit of losses and parameters.
+#[test]
+fn every_schedule_trains_the_same_bits() {
+    if !simt_present() {
+        return;
+    }
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let run = |options: Options, recompute| {
+            let found = trained(&config(dtype, recompute), 2, simt(options, dtype, None));
+            (
+                found.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>(),
+                found.parameters.iter().map(|value| value.to_bits()).collect::<Vec<_>>(),
+            )
+        };
+        let first = run(Options { workers: 1, ..Options::default() }, Recompute::None);
+        let again = run(Options { workers: 3, ..Options::default() }, Recompute::Block);
+        assert!(first == again, "{dtype}: recomputation or workers change bits");
+        for options in plain_schedules() {
+            assert!(first == run(options, Recompute::None), "{dtype}: {options:?} changes bits");
+        }
+    }
+}
+
+/// One micro-batch forward, backward and the update under the race detector.
+#[test]
+fn a_training_step_is_free_of_races() {
+    if !simt_present() {
+        return;
+    }
+    let options = Options { race: true, ..Options::default() };
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let mut config = config(dtype, Recompute::None);
+        config.model.layers = 1;
+        let raced = trained(&config, 1, simt(options, dtype, None));
+        let plain = trained(&config, 1, simt(Options::default(), dtype, None));
+        assert_eq!(raced.losses, plain.losses, "{dtype}");
+        assert!(raced.parameters == plain.parameters, "{dtype}");
+    }
+}
+
+/// Token by token from the cache, the logits give the losses of the whole sequence at once.
+#[test]
+fn decoding_agrees_with_a_forward_pass() {
+    if !simt_present() {
+        return;
+    }
+    for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 0.03)] {
+        let config = config(dtype, Recompute::None);
+        let table = ParameterTable::new(&config.model);
+        let parameters = initial_parameters(&table, 3);
+        let ids = tokens(5, 20, config.model.vocab);
+        let mut evaluator = Evaluator::new(
+            &config.model,
+            &table,
+            &parameters,
+            [1, 19],
+            simt(Options::default(), dtype, None),
+        )
+        .unwrap();
+        let rows = Rows { tokens: &ids[..19], targets: &ids[1..] };
+        let losses = evaluator.losses(rows).unwrap().to_vec();
+
+        let mut backend = simt(Options::default(), dtype, None);
+        let bytes = |kind| backend.element_bytes(kind);
+        let plan = DecoderPlan::new(&config.model, &table, 24, bytes).unwrap();
+        let parameters = Parameters::upload(&table, &parameters, &mut backend).unwrap();
+        let mut decoder = plan.allocate(&parameters, &mut backend).unwrap();
+        for (at, &id) in ids[..19].iter().enumerate() {
+            let logits = decoder.push(&[id as u32], &mut backend).unwrap();
+            let largest = logits.iter().fold(f32::MIN, |a, &b| a.max(b));
+            let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+            let loss = largest + sum.ln() - logits[ids[at + 1] as usize];
+            let error = (loss - losses[at]).abs() / losses[at];
+            assert!(error < tolerance, "{dtype}: token {at}: {loss} for {}", losses[at]);
+        }
+    }
+}
+
+#[test]
+fn what_no_kernel_can_do_is_refused_before_the_first_step() {
+    if !simt_present() {
+        return;
+    }
+    let refused = |change: &dyn Fn(&mut Config)| {
+        let mut config = config(Dtype::Bf16, Recompute::None);
+        change(&mut config);
+        let backend = simt(Options::default(), config.dtype, None);
+        let plan = Plan::new(&config, &backend).unwrap();
+        Trainer::new(plan, &config, backend).err().expect("a model without kernels").to_string()
+    };
+    let head_dim = refused(&|config| config.model.heads = 8); // 16 values a head
+    for part in ["16", "32, 48, 64, 96", "model.heads"] {
+        assert!(head_dim.contains(part), "{head_dim}");
+    }
+    let hidden = refused(&|config| {
+        config.model.hidden = 100;
+        config.model.heads = 2;
+        config.model.kv_heads = 1;
+    });
+    assert!(hidden.contains("model.hidden"), "{hidden}");
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_with_the_memory_table() {
+    if !simt_present() {
+        return;
+    }
+    let mut config = config(Dtype::Bf16, Recompute::None);
+    config.model.layers = 100;
+    config.model.hidden = 16 << 10;
+    config.model.heads = 128;
+    config.model.ffn = 64 << 10;
+    let backend = simt(Options::default(), config.dtype, None);
+    let plan = Plan::new(&config, &backend).unwrap();
+    let message = Trainer::new(plan, &config, backend).err().unwrap().to_string();
+    for part in ["simt", "working copy", "train.micro_batch"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
