@@ -114,6 +114,15 @@ pub fn source() -> std::path::PathBuf {
     folder.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
 }
 
+/// Whether there is no `python3`; prints the reason.
+pub fn python_is_missing() -> bool {
+    let missing = std::process::Command::new("python3").arg("--version").output().is_err();
+    if missing {
+        println!("skipped: no python3");
+    }
+    missing
+}
+
 /// A training run that takes milliseconds a step, as arguments of `isobath train`.
 pub fn tiny_run(text: &std::path::Path, out: &std::path::Path, sets: &[&str]) -> Vec<String> {
     let train = format!("data.train={text:?}");

@@ -214,10 +214,13 @@ class Stopwatch:
 
 
 def run_isobath(program, benchmark, device, extra):
-    """The report of one process. Errors: subprocess.CalledProcessError, ValueError."""
+    """The report of one process. Errors: ValueError, with what isobath said."""
     command = [str(program), "bench", benchmark, "--device", device, "--json", *extra]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              stdin=subprocess.DEVNULL)
+    except OSError as error:
+        raise ValueError(f"{program} does not start: {error.strerror}") from None
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip()
         raise ValueError(f"`{' '.join(command)}` failed with {done.returncode}: {said}")
@@ -227,6 +230,8 @@ def run_isobath(program, benchmark, device, extra):
 def time_peers(stopwatch, twins_module, entry, made):
     """Adds a round of the twins of a joined row; `made` keeps them for the next one."""
     name = key(entry)
+    if any(peer["name"] == "none" for peer in entry["peers"]):
+        return
     if name not in made:
         try:
             made[name] = twins_module.twins(entry, stopwatch.device)
@@ -302,39 +307,51 @@ def commit_of(program):
 
 
 def measure(args):
-    """A record. Errors: Skip, ValueError (isobath failed)."""
+    """A record; it is written after every row, so that who runs out of time has what was timed.
+    Errors: Skip, ValueError (isobath failed)."""
     device = "cpu" if args.device == "simt" else args.device
     if args.device == "simt" and not args.cpu_twins:
         raise Skip("twins are timed on a GPU, and this is simt")
     torch, twins = modules(device)
     stopwatch = Stopwatch(torch, device)
     started = time.monotonic()
-    reports, rows, made, rounds = [], {}, {}, 0
-    extra = ["--samples", str(args.samples)] if args.samples else []
-    for number in range(args.rounds):
-        before = time.monotonic()
-        new = [run_isobath(args.program, name, args.device, extra) for name in args.bench]
-        reports += new
-        fresh = join(reports)
-        for name, entry in fresh.items():
-            entry["peers"] = rows[name]["peers"] if name in rows else []
-        rows = fresh
-        for entry in rows.values():
-            time_peers(stopwatch, twins, entry, made)
-        rounds = number + 1
-        print(f"round {rounds} of {args.rounds}: {len(rows)} rows", file=sys.stderr)
-        now = time.monotonic()
-        # The first round also compiles; the next one would take at most as long.
-        if args.seconds and now + (now - before) / 2 > started + args.seconds:
-            break
-    ceilings = time_ceilings(stopwatch, twins, rows.values())
     name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU (to try the twins)"
-    return {
+    record = {
         "date": datetime.date.today().isoformat(), "device": name, "driver": driver_version(),
         "torch": torch.__version__, "cuda": torch.version.cuda,
-        "python": sys.version.split()[0], "commit": commit_of(args.program), "rounds": rounds,
-        "ceilings": ceilings, "rows": list(rows.values()), "reports": reports,
+        "python": sys.version.split()[0], "commit": commit_of(args.program), "rounds": 0,
+        "ceilings": {}, "rows": [], "reports": [],
     }
+    peers, made = {}, {}
+    extra = ["--samples", str(args.samples)] if args.samples else []
+    late = lambda: args.seconds and time.monotonic() - started > args.seconds
+    while record["rounds"] < args.rounds and not (record["rounds"] and late()):
+        record["reports"] += [run_isobath(args.program, name, args.device, extra)
+                              for name in args.bench]
+        joined = join(record["reports"])
+        for name, entry in joined.items():
+            entry["peers"] = peers.setdefault(name, entry["peers"])
+        record["rows"] = list(joined.values())
+        if not record["ceilings"]:
+            record["ceilings"] = time_ceilings(stopwatch, twins, record["rows"])
+        record["rounds"] += 1
+        for entry in record["rows"]:
+            if late():
+                if not entry["peers"]:
+                    entry["peers"].append({"name": "none", "error": "no time was left"})
+                continue
+            time_peers(stopwatch, twins, entry, made)
+            write(record, args)
+        write(record, args)
+        print(f"round {record['rounds']} of {args.rounds}: {len(joined)} rows", file=sys.stderr)
+    return record
+
+
+def write(record, args):
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.table:
+        args.table.write_text(table(record))
 
 
 def main():
@@ -368,12 +385,8 @@ def main():
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-    text = table(record)
-    if args.table:
-        args.table.write_text(text)
-    print(text, end="")
+    write(record, args)
+    print(table(record), end="")
     return 0
 
 
