@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
