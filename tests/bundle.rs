@@ -26,8 +26,8 @@ fn script(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A bundle whose program is `isobath`, a shell script, and whose tests are two modules, of which
-/// one fails.
+/// A bundle whose program is `isobath`, a shell script. Of its test modules gemm fails, faults
+/// skips everything, and loss prints nothing.
 fn bundle(folder: &Path, isobath: &str) {
     let run = source().join("tools").join("run-all");
     fs::copy(run, folder.join("run")).unwrap();
@@ -36,8 +36,13 @@ fn bundle(folder: &Path, isobath: &str) {
     let tests = r#"
 if [ "$1" = --list ]; then
   echo "cuda::norm::rows: test"; echo "cuda::gemm::tails: test"; echo "cuda::gemm::tiles: test"
+  echo "cuda::faults::race: test"; echo "cuda::loss::rows: test"
 elif [ "$1" = cuda::gemm:: ]; then
   echo "test result: FAILED. $ISOBATH_TEST_MACHINES $ISOBATH_PROGRAM $ISOBATH_SOURCE"; exit 101
+elif [ "$1" = cuda::faults:: ]; then
+  echo "skipped: no compiler"; echo "test result: ok. 1 passed; 0 failed"
+elif [ "$1" = cuda::norm:: ]; then
+  echo "skipped: no simt: ISOBATH_TEST_MACHINES is cuda"; echo "test result: ok. 1 passed; 0 failed"
 fi
 "#;
     script(&folder.join("isobath-tests"), tests);
@@ -78,6 +83,8 @@ fn a_bundle_goes_on_after_failures() {
         ("conformance", "failed", "error: no GPU"),
         ("test cuda::gemm", "failed", "test result: FAILED. simt"),
         ("test cuda::norm", "ok", ""),
+        ("test cuda::faults", "skipped", "1 of 1 skipped: no compiler"),
+        ("test cuda::loss", "failed", "no result of tests"),
         ("memcheck conformance", "skipped", "is for GPUs"),
         ("train simt", "ok", ""),
         ("train cpu", "ok", ""),
@@ -123,15 +130,19 @@ fn a_bundle_keeps_its_time() {
     let folder = tempfile::tempdir().unwrap();
     bundle(folder.path(), "[ $1 = info ] || { touch began; sleep 60 & sleep 60; }");
     let start = Instant::now();
-    let (output, summary) =
-        run(folder.path(), &["--seconds", "4", "--only", "conf", "--only", "bench"]);
+    let (output, summary) = run(
+        folder.path(),
+        &["--seconds", "7", "--only", "info", "--only", "conf", "--only", "bench"],
+    );
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(folder.path().join("began").exists());
+    // A third of the time is left for the first bench.
     assert_eq!(stage(&summary, "conformance")["status"], "timeout");
+    assert_eq!(stage(&summary, "bench gemm")["status"], "timeout");
     let skipped = stage(&summary, "bench step");
     assert_eq!(skipped["status"], "skipped");
-    assert!(skipped["why"].as_str().unwrap().contains("no time is left of 4 s"), "{skipped}");
+    assert!(skipped["why"].as_str().unwrap().contains("no time is left of 7 s"), "{skipped}");
 }
 
 // ------------------------------------------------------------------ tools/bundle
