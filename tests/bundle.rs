@@ -1,5 +1,5 @@
-//! tools/bundle refuses what would not run elsewhere, and tools/run-all, the `run` of a bundle, goes
-//! on after failures, keeps its time and says what happened. The programs here are shell scripts.
+//! tools/bundle refuses what would not run elsewhere, and tools/run-all, the `run` of a bundle,
+//! goes on after failures, keeps its time and says what happened. Its programs are shell scripts.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -121,7 +121,8 @@ fn a_bundle_goes_on_after_failures() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("is not empty; move it away"));
 }
 
-/// A stage that hangs, with a child that would outlive it, is ended; the rest is skipped and says so.
+/// A stage that hangs, with a child that would outlive it, is ended; the rest is skipped and says
+/// so.
 #[test]
 fn a_bundle_keeps_its_time() {
     if python_is_missing() {

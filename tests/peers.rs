@@ -1,4 +1,4 @@
-//! benches/peers/kernels.py without a GPU: how it joins reports, and the table it makes of a record.
+//! benches/peers/kernels.py without a GPU: how it joins reports, and its table of a record.
 
 use std::fs;
 use std::path::Path;

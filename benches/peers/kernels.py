@@ -6,8 +6,8 @@
 
 Each round is one process of `isobath bench NAME --json`, then the twins of its rows (twins.py) with
 as many samples. As there: a sample is one launch on each of several copies of the buffers, enough
-for 4 times the L2; random normals; CUDA events; medians of all samples. The GPU is kept busy until a
-sample is queued, so that Python's time to launch does not count. The ratio is PyTorch's time over
+for 4 times the L2; random normals; CUDA events; medians of all samples. The GPU is kept busy until
+a sample is queued, so that Python's time to launch does not count. The ratio is PyTorch's time over
 isobath's: above 1 isobath is faster. Needs a GPU and torch; without, it says so and exits with 2.
 """
 
