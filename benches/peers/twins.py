@@ -2,8 +2,8 @@
 
 `twins(row)` gives one or more ways to do what a row did; kernels.py times all of them and takes the
 fastest. A twin makes copies of its buffers (random normals) and does the work once on one copy.
-What it computes beside or short of the kernel's work stands in its name. Nothing here measures time.
-Imported only where torch is.
+What it computes beside or short of the kernel's work stands in its name. Nothing here measures
+time. Imported only where torch is.
 """
 
 from dataclasses import dataclass
