@@ -1,11 +1,13 @@
 //! What `isobath bench` measures and refuses.
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use isobath::bench::{self, Benchmark, Request};
 use isobath::config::{Dtype, NormKind};
 use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{self, Host, Options};
+
+use crate::support;
 
 const SMALL: Request = Request {
     benchmark: Benchmark::Norm,
@@ -72,7 +74,7 @@ fn work_is_counted_by_its_formula() {
 }
 
 fn bench(arguments: &str, variables: &[(&str, &str)]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_isobath"));
+    let mut command = support::isobath();
     command.arg("bench").args(arguments.split_whitespace()).envs(variables.iter().copied());
     command.output().unwrap()
 }

@@ -1,15 +1,16 @@
 //! The real binary: what it prints where, and how it ends.
 
 use std::fs;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 use isobath::cuda::binaries;
 use serde_json::Value;
 
 use crate::config::PAPER;
+use crate::support;
 
 fn isobath(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_isobath")).args(arguments).output().unwrap()
+    support::isobath().args(arguments).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -186,12 +187,8 @@ fn no_command_is_wrong_usage() {
 #[test]
 fn a_full_disk_ends_with_1() {
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_isobath"))
-        .arg("info")
-        .stdout(full)
-        .stderr(Stdio::piped())
-        .output()
-        .unwrap();
+    let output =
+        support::isobath().arg("info").stdout(full).stderr(Stdio::piped()).output().unwrap();
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("stdout") && message.contains("No space left"), "{message}");
@@ -210,7 +207,7 @@ fn a_reader_that_leaves_is_no_failure() {
     assert_eq!(isobath(&prepare).status.code(), Some(0));
     let inspect = ["data", "inspect", shards];
     for arguments in [&["info"][..], &["plan", "--json"], &["--help"], &inspect] {
-        let output = Command::new(env!("CARGO_BIN_EXE_isobath"))
+        let output = support::isobath()
             .args(arguments)
             .stdout(writer.try_clone().unwrap())
             .stderr(Stdio::piped())

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod bundle;
 mod checkpoint;
 mod cli;
 mod commands;
@@ -14,6 +15,7 @@ mod generate;
 mod hf;
 mod model;
 mod optim;
+mod peers;
 mod plan;
 mod random;
 mod support;

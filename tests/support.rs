@@ -102,9 +102,25 @@ pub fn run_config(model: &ModelConfig) -> Config {
     }
 }
 
-/// The real program.
+/// The real program: ISOBATH_PROGRAM, or the one that cargo built together with these tests.
 pub fn isobath() -> std::process::Command {
-    std::process::Command::new(env!("CARGO_BIN_EXE_isobath"))
+    let program = std::env::var_os("ISOBATH_PROGRAM");
+    std::process::Command::new(program.unwrap_or_else(|| env!("CARGO_BIN_EXE_isobath").into()))
+}
+
+/// The folder that holds kernels/ and tests/: ISOBATH_SOURCE, or where these tests were compiled.
+pub fn source() -> std::path::PathBuf {
+    let folder = std::env::var_os("ISOBATH_SOURCE");
+    folder.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
+}
+
+/// Whether there is no `python3`; prints the reason.
+pub fn python_is_missing() -> bool {
+    let missing = std::process::Command::new("python3").arg("--version").output().is_err();
+    if missing {
+        println!("skipped: no python3");
+    }
+    missing
 }
 
 /// A training run that takes milliseconds a step, as arguments of `isobath train`.

@@ -1,12 +1,13 @@
-"""The training step of isobath in PyTorch eager f32: same model, batch, optimizer and clipping.
+"""The training step of isobath in PyTorch: same model, batch, optimizer and clipping.
 
     cargo bench --bench step -- --preset demo --json > ours.json
     python step.py ours.json                          times steps of ours.json's shapes; JSON out
     cargo bench --bench step -- --preset demo --steps 5 --record steps.safetensors
     python step.py ours.json --check steps.safetensors  reproduces losses and gradient norms
 
-As fast as eager PyTorch goes on a CPU without compiling: q, k and v are one matmul, gate and up
-another, attention is scaled_dot_product_attention, AdamW is fused. Needs torch, safetensors, numpy.
+As fast as PyTorch goes: q, k and v are one matmul, gate and up another, attention is
+scaled_dot_product_attention, AdamW is fused. Here on a CPU, eager, in f32; twins.py takes the same
+Trainer to a GPU, compiled, with autocast to bf16. Needs torch, safetensors, numpy.
 """
 
 import argparse
@@ -85,16 +86,24 @@ class Llama(nn.Module):
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream is of the narrow type too.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
+            x = layer(x, cos, sin)
         logits = self.head(self.final_norm(x))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Trainer:
-    def __init__(self, config):
+    """`dtype` "bf16": autocast, with parameters, gradients and moments in f32."""
+
+    def __init__(self, config, device="cpu", dtype="f32", compiled=False):
         self.config = optimizer = config["optimizer"]
-        self.model = Llama(config["model"], config["data"]["sequence"])
+        self.model = Llama(config["model"], config["data"]["sequence"]).to(device)
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
         groups = [
             {"params": [], "weight_decay": optimizer["weight_decay"]},
             {"params": [], "weight_decay": 0.0},
@@ -113,7 +122,8 @@ class Trainer:
 
     def step(self, tokens, targets):
         """The loss, and the gradient norm before clipping."""
-        loss = self.model(tokens, targets)
+        with self.autocast():
+            loss = self.forward(tokens, targets)
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])

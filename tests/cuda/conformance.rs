@@ -1,7 +1,6 @@
 //! Every wrapper of kernels/: the goldens against the formulas, the machines against the goldens.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
 
 use isobath::Error;
@@ -12,6 +11,7 @@ use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
 
 use super::machines::on_every_machine;
+use crate::support::source;
 
 /// Every launch on every machine and schedule; the bits are the same on all schedules of one.
 #[test]
@@ -67,7 +67,7 @@ fn every_kernel_of_the_two_files_has_a_case() {
 #[test]
 fn every_wrapper_has_a_kernel() {
     let read = |name: &str| {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels").join(name);
+        let path = source().join("kernels").join(name);
         std::fs::read_to_string(path).unwrap()
     };
     let header = read("host/wrappers.h");

@@ -34,8 +34,7 @@ fn library() -> &'static Path {
 
 /// The machine with [`KERNELS`]; `None` where this build has none.
 fn machine(options: Options) -> Option<Host> {
-    if !library::AVAILABLE {
-        println!("skipped: this build has no simt");
+    if library::is_missing() {
         return None;
     }
     Some(Host::load(library(), options).unwrap())

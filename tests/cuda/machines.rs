@@ -1,4 +1,7 @@
 //! The machines that a kernel test runs on, and how exact a kernel must be.
+//!
+//! A machine that is not here is skipped with the reason, unless ISOBATH_TEST_MACHINES (simt, cuda,
+//! or both with a comma) asks for it: then it must be here, and the other one is left alone.
 
 use half::bf16;
 use isobath::backend::Backend;
@@ -14,7 +17,7 @@ use crate::support::normals;
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
 /// GPU. What it returns must be the same bits every time on one kind of machine.
 pub fn on_every_machine(mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
-    match host::present() {
+    match simt_here() {
         Ok(()) => {
             let mut first: Option<Vec<u8>> = None;
             for options in schedules() {
@@ -33,7 +36,7 @@ pub fn on_every_machine(mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
 
 /// Runs `test` once on each machine, for what no schedule can change.
 pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
-    match host::present() {
+    match simt_here() {
         Ok(()) => test(&mut Host::new(Options::default()).unwrap()),
         Err(error) => println!("skipped: no simt: {error}"),
     }
@@ -41,10 +44,26 @@ pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
 }
 
 fn on_gpu(mut test: impl FnMut(&mut dyn Driver)) {
-    match nvidia::present() {
+    match asked_for("cuda", nvidia::present()) {
         Ok(()) => test(&mut Nvidia::open(0).unwrap()),
-        Err(error) => println!("skipped: no GPU: {error}"),
+        Err(why) => println!("skipped: no GPU: {why}"),
     }
+}
+
+fn simt_here() -> Result<(), String> {
+    asked_for("simt", host::present())
+}
+
+/// Whether a test runs on this machine, or why not. Panics where it is asked for and not here.
+fn asked_for(machine: &str, present: isobath::Result<()>) -> Result<(), String> {
+    let Ok(asked) = std::env::var("ISOBATH_TEST_MACHINES") else {
+        return present.map_err(|error| error.to_string());
+    };
+    if !asked.split(',').any(|name| name == machine) {
+        return Err(format!("ISOBATH_TEST_MACHINES is `{asked}`"));
+    }
+    present.unwrap_or_else(|error| panic!("ISOBATH_TEST_MACHINES asks for {machine}: {error}"));
+    Ok(())
 }
 
 fn plain(order: Order, asynchronous: Asynchronous, seed: u64) -> Options {

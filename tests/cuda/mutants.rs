@@ -598,8 +598,7 @@ const PLANTED: &[Planted] = &[
 
 #[test]
 fn planted_bugs_are_found_and_named() {
-    if !library::AVAILABLE {
-        println!("skipped: this build has no simt");
+    if library::is_missing() {
         return;
     }
     let mutants: Vec<Mutant> = PLANTED
@@ -839,8 +838,7 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 
 #[test]
 fn every_synchronisation_that_is_broken_is_caught() {
-    if !library::AVAILABLE {
-        println!("skipped: this build has no simt");
+    if library::is_missing() {
         return;
     }
     let (mut mutants, mut keys) = (vec![], vec![]);
@@ -903,8 +901,7 @@ fn the_scan_finds_calls_and_not_comments() {
 /// The true kernels under 200 random schedules each, every access checked: the same bits each time.
 #[test]
 fn random_schedules_of_the_true_kernels_are_clean() {
-    if !library::AVAILABLE {
-        println!("skipped: this build has no simt");
+    if library::is_missing() {
         return;
     }
     const SEEDS: u64 = 200;

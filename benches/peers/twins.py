@@ -1,0 +1,329 @@
+"""The work of each row of `isobath bench`, written for PyTorch as fast as it goes there.
+
+`twins(row)` gives one or more ways to do what a row did; kernels.py times all of them and takes the
+fastest. A twin makes copies of its buffers (random normals) and does the work once on one copy.
+What it computes beside or short of the kernel's work stands in its name. Nothing here measures
+time. Imported only where torch is.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from step import Trainer
+
+# Compiled backwards run again and again on what one forward kept.
+torch._functorch.config.donated_buffer = False
+# One function is compiled for many shapes.
+for limit in "recompile_limit", "cache_size_limit":
+    if hasattr(torch._dynamo.config, limit):
+        setattr(torch._dynamo.config, limit, 1024)
+
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+EPS = 1e-6
+
+
+@dataclass
+class Twin:
+    name: str
+    # Of one copy of what the work reads and writes.
+    bytes: int
+    # One copy.
+    setup: Callable[[], Any]
+    # The work, on a copy.
+    launch: Callable[[Any], Any]
+
+
+class NoTwin(Exception):
+    """Why a row has none."""
+
+
+def twins(row, device="cuda"):
+    """Those of a row of isobath's report. Errors: NoTwin."""
+    missing = [key for key in ("op", "dtype", "sizes") if key not in row]
+    if missing:
+        raise NoTwin(f"the row has no {', '.join(missing)}")
+    makers = {
+        "gemm_nt": gemm, "gemm_nn": gemm, "gemm_tn": gemm,
+        "attention_forward": attention, "attention_backward": attention,
+        "norm_forward": norm, "norm_backward": norm,
+        "loss": loss, "loss_forward": loss, "loss_backward": loss,
+        "adamw": adamw, "gradient_norm": gradient_norm, "step": step,
+    }
+    if row["op"] not in makers:
+        raise NoTwin(f"no twin is written for {row['op']}")
+    if row["dtype"] not in DTYPES:
+        raise NoTwin(f"no twin is written for the type {row['dtype']}")
+    try:
+        return makers[row["op"]](row, device)
+    except KeyError as key:
+        raise NoTwin(f"the row's sizes lack {key}") from None
+
+
+def normal(*shape, dtype, device, grad=False):
+    return torch.randn(shape, dtype=dtype, device=device, requires_grad=grad)
+
+
+def size(*shape):
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def has(row, word):
+    """A property of the row: in its sizes, or else a word of `what`."""
+    value = row["sizes"].get(word)
+    words = [part.strip() for part in row.get("what", "").split(",")]
+    return bool(value) if value is not None else word in words or f"with {word}" in words
+
+
+def with_backward(function):
+    """Setup's last part and launch for the gradients of `function` of a copy's tensors: the
+    forward is done when the copy is made."""
+    def record(inputs, d_out):
+        out = function(*inputs)
+        return out, [tensor for tensor in inputs if tensor.requires_grad], d_out
+
+    def launch(copy):
+        out, inputs, d_out = copy
+        return torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+
+    return record, launch
+
+
+# ------------------------------------------------------------------ gemm
+
+def gemm(row, device):
+    m, n, k = (row["sizes"][key] for key in "MNK")
+    dtype = DTYPES[row["dtype"]]
+    layout = row["op"][-2:]
+    shapes = {"nt": ((m, k), (n, k)), "nn": ((m, k), (k, n)), "tn": ((k, m), (k, n))}[layout]
+
+    def operands():
+        a, b = (normal(*shape, dtype=dtype, device=device) for shape in shapes)
+        return (a.t() if layout == "tn" else a), (b.t() if layout == "nt" else b)
+
+    element = dtype.itemsize
+    bytes = element * (m * k + n * k + m * n)
+    empty = lambda dtype: torch.zeros((m, n), dtype=dtype, device=device)
+    if layout == "tn":
+        # Isobath adds into an f32 gradient, autograd into one of the operands' type.
+        found = [Twin(f"addmm into {row['dtype']}", bytes,
+                      lambda: (*operands(), empty(dtype)),
+                      lambda copy: copy[2].addmm_(copy[0], copy[1]))]
+        if dtype != torch.float32:
+            found.append(Twin("matmul, add to f32", bytes + 4 * m * n,
+                              lambda: (*operands(), empty(torch.float32)),
+                              lambda copy: copy[2].add_(torch.mm(copy[0], copy[1]))))
+        return found
+    if has(row, "residual") or has(row, "addend"):
+        return [Twin("addmm", bytes + element * m * n,
+                     lambda: (*operands(), normal(m, n, dtype=dtype, device=device), empty(dtype)),
+                     lambda copy: torch.addmm(copy[2], copy[0], copy[1], out=copy[3]))]
+    return [Twin("matmul", bytes, lambda: (*operands(), empty(dtype)),
+                 lambda copy: torch.mm(copy[0], copy[1], out=copy[2]))]
+
+
+# ------------------------------------------------------------------ attention
+
+def attention(row, device):
+    sizes, dtype = row["sizes"], DTYPES[row["dtype"]]
+    b, s, h, k, d = (sizes[key] for key in ("B", "S", "H", "K", "D"))
+    backward = row["op"] == "attention_backward"
+    backends = [("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)]
+    if dtype == torch.float32:
+        backends = [("memory-efficient", SDPBackend.EFFICIENT_ATTENTION)]
+    if device == "cpu":
+        backends = [("math", SDPBackend.MATH)]
+    # The memory-efficient kernels know no grouped heads: they get copies.
+    kv_heads = h if dtype == torch.float32 else k
+    elements = b * s * d * (2 * h + 2 * kv_heads)
+    bytes = dtype.itemsize * elements * (2 if backward else 1)
+
+    def tensors():
+        # [B,S,H,D] in memory, as a QKV product leaves it.
+        return [normal(b, s, heads, d, dtype=dtype, device=device).transpose(1, 2)
+                .requires_grad_(backward) for heads in (h, kv_heads, kv_heads)]
+
+    def make(name, backend):
+        def forward(q, key, value):
+            with sdpa_kernel([backend]):
+                return F.scaled_dot_product_attention(
+                    q, key, value, is_causal=True, enable_gqa=kv_heads != h)
+
+        name = f"scaled_dot_product_attention, {name}"
+        if kv_heads != k:
+            name += ", kv heads copied"
+        if not backward:
+            return Twin(name, bytes, tensors, lambda copy: forward(*copy))
+        record, launch = with_backward(forward)
+        d_out = lambda: normal(b, s, h, d, dtype=dtype, device=device).transpose(1, 2)
+        return Twin(name, bytes, lambda: record(tensors(), d_out()), launch)
+
+    return [make(*backend) for backend in backends]
+
+
+# ------------------------------------------------------------------ norm
+
+def norm(row, device):
+    t, c = row["sizes"]["T"], row["sizes"]["C"]
+    dtype = DTYPES[row["dtype"]]
+    layer, residual = has(row, "layer"), has(row, "residual")
+    backward = row["op"] == "norm_backward"
+
+    def normalise(inp, gain):
+        if layer:
+            return F.layer_norm(inp, (c,), gain, None, EPS)
+        return F.rms_norm(inp, (c,), gain, EPS)
+
+    def normalise_sum(inp, gain, residual):
+        total = inp + residual
+        return total, normalise(total, gain)
+
+    forward = normalise_sum if residual and not backward else normalise
+    activations = dtype.itemsize * t * c
+
+    def tensors():
+        # The gain is in the type of the activations: PyTorch is faster so, and isobath's is f32.
+        tensors = [normal(t, c, dtype=dtype, device=device, grad=backward),
+                   normal(c, dtype=dtype, device=device, grad=backward)]
+        if forward is normalise_sum:
+            tensors.append(normal(t, c, dtype=dtype, device=device))
+        return tensors
+
+    def make(name, forward_function):
+        if not backward:
+            bytes = activations * (4 if residual else 2)
+            return Twin(name, bytes, tensors, lambda copy: forward_function(*copy))
+        record, launch = with_backward(forward_function)
+        d_out = lambda: normal(t, c, dtype=dtype, device=device)
+        return Twin(name, 3 * activations, lambda: record(tensors(), d_out()), launch)
+
+    kind = "layer_norm" if layer else "rms_norm"
+    return [make(f"{kind}, eager", forward), make(f"{kind}, compiled", compiled(forward))]
+
+
+# ------------------------------------------------------------------ loss
+
+def loss(row, device):
+    t, v = row["sizes"]["T"], row["sizes"]["V"]
+    dtype = DTYPES[row["dtype"]]
+
+    def cross_entropy(logits, targets):
+        return F.cross_entropy(logits, targets)
+
+    def cross_entropy_f32(logits, targets):
+        return F.cross_entropy(logits.float(), targets)
+
+    logits_bytes = dtype.itemsize * t * v
+
+    def tensors():
+        return [normal(t, v, dtype=dtype, device=device, grad=row["op"] != "loss_forward"),
+                torch.randint(v, (t,), device=device)]
+
+    def both(function):
+        def launch(copy):
+            return torch.autograd.grad(function(*copy), copy[:1])
+        return launch
+
+    def make(name, function):
+        if row["op"] == "loss_forward":
+            return Twin(name, logits_bytes, tensors, lambda copy: function(*copy))
+        if row["op"] == "loss":
+            return Twin(name, 2 * logits_bytes, tensors, both(function))
+        record, launch = with_backward(function)
+        return Twin(name, 2 * logits_bytes, lambda: record(tensors(), None), launch)
+
+    found = [make("cross_entropy, eager", cross_entropy),
+             make("cross_entropy, compiled", compiled(cross_entropy_f32))]
+    return found
+
+
+# ------------------------------------------------------------------ optimizer
+
+def adamw(row, device):
+    count = row["sizes"]["N"]
+    working = row["dtype"] == "bf16"
+
+    def setup():
+        parameter = torch.nn.Parameter(normal(count, dtype=torch.float32, device=device))
+        parameter.grad = normal(count, dtype=torch.float32, device=device)
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                                      fused=True)
+        copy = torch.empty(count, dtype=torch.bfloat16, device=device) if working else None
+        return optimizer, parameter, copy
+
+    def launch(copy):
+        optimizer, parameter, narrow = copy
+        optimizer.step()
+        if narrow is not None:
+            narrow.copy_(parameter.detach())
+
+    # The smallest step of training: all else has been written by the backward pass before.
+    name = "AdamW(fused=True)" + (", then a bf16 copy" if working else "")
+    return [Twin(name, (16 + 2 * working) * count, setup, launch)]
+
+
+def gradient_norm(row, device):
+    count = row["sizes"]["N"]
+    setup = lambda: [normal(count, dtype=torch.float32, device=device)]
+    found = [Twin("_foreach_norm", 4 * count, setup, lambda copy: torch._foreach_norm(copy))]
+    if hasattr(torch.nn.utils, "get_total_norm"):
+        found.append(Twin("get_total_norm", 4 * count, setup, torch.nn.utils.get_total_norm))
+    return found
+
+
+# ------------------------------------------------------------------ step
+
+def step(row, device):
+    """Whole training steps, compiled. A copy is a trainer, and one is enough: it is larger than any
+    L2. It stays for the next round, because compiling it takes long."""
+    sizes = row["sizes"]
+    config = sizes.get("config") or {key: sizes[key] for key in ("model", "optimizer")}
+    config = {**config, "data": {**config.get("data", {}), "sequence": sizes["S"]}}
+    shape = (2, sizes["B"], sizes["S"])
+    kept = []
+
+    def setup():
+        if not kept:
+            trainer = Trainer(config, device, row["dtype"], compiled=True)
+            kept.append((trainer, torch.randint(config["model"]["vocab"], shape, device=device)))
+        return kept[0]
+
+    def launch(copy):
+        trainer, (tokens, targets) = copy
+        trainer.step(tokens, targets)
+
+    kind = "autocast to bf16" if row["dtype"] == "bf16" else "f32"
+    return [Twin(f"training step, compiled, {kind}", 1 << 40, setup, launch)]
+
+
+# ------------------------------------------------------------------ ceilings
+
+def ceilings(units, device):
+    """What this device does at best of each unit in `units`, as (unit, amount, twin)."""
+    found = []
+    if "bytes" in units:
+        count = 1 << (29 if device == "cuda" else 22)
+        setup = lambda: [torch.randn(count // 2, device=device) for _ in range(2)]
+        found.append(("bytes", 4 * count,
+                      Twin("copy on the device", 4 * count, setup,
+                           lambda copy: copy[1].copy_(copy[0]))))
+    edge = 8192 if device == "cuda" else 256
+    for dtype in "bf16", "f32":
+        if f"flops {dtype}" in units:
+            row = {"op": "gemm_nn", "dtype": dtype, "sizes": {"M": edge, "N": edge, "K": edge}}
+            [twin] = gemm(row, device)
+            twin.name = f"matmul of {edge}^3, {dtype}"
+            found.append((f"flops {dtype}", 2 * edge**3, twin))
+    return found

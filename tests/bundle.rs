@@ -1,0 +1,227 @@
+//! tools/bundle refuses what would not run elsewhere, and tools/run-all, the `run` of a bundle,
+//! goes on after failures, keeps its time and says what happened. Its programs are shell scripts.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{python_is_missing, source};
+
+// ------------------------------------------------------------------ run
+
+/// Trains as told: a metrics.jsonl whose loss falls from 4.
+const TRAIN: &str = r#"
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2"
+touch "$2/run.toml"
+printf '{"step":1,"loss":4.0}\n{"step":2,"loss":3.0}\n' > "$2/metrics.jsonl"
+"#;
+
+fn script(path: &Path, text: &str) {
+    fs::write(path, format!("#!/bin/sh\n{text}")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// A bundle whose program is `isobath`, a shell script. Of its test modules gemm fails, faults
+/// skips everything, and loss prints nothing.
+fn bundle(folder: &Path, isobath: &str) {
+    let run = source().join("tools").join("run-all");
+    fs::copy(run, folder.join("run")).unwrap();
+    fs::write(folder.join("COMMIT"), "0123abc\n").unwrap();
+    script(&folder.join("isobath"), isobath);
+    let tests = r#"
+if [ "$1" = --list ]; then
+  echo "cuda::norm::rows: test"; echo "cuda::gemm::tails: test"; echo "cuda::gemm::tiles: test"
+  echo "cuda::faults::race: test"; echo "cuda::loss::rows: test"
+elif [ "$1" = cuda::gemm:: ]; then
+  echo "test result: FAILED. $ISOBATH_TEST_MACHINES $ISOBATH_PROGRAM $ISOBATH_SOURCE"; exit 101
+elif [ "$1" = cuda::faults:: ]; then
+  echo "skipped: no compiler"; echo "test result: ok. 1 passed; 0 failed"
+elif [ "$1" = cuda::norm:: ]; then
+  echo "skipped: no simt: ISOBATH_TEST_MACHINES is cuda"; echo "test result: ok. 1 passed; 0 failed"
+fi
+"#;
+    script(&folder.join("isobath-tests"), tests);
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> (Output, Value) {
+    let output = Command::new("python3").arg(folder.join("run")).args(arguments).output().unwrap();
+    let summary = fs::read(folder.join("results").join("summary.json"));
+    (output, summary.map_or(Value::Null, |text| serde_json::from_slice(&text).unwrap()))
+}
+
+fn stage<'a>(summary: &'a Value, name: &str) -> &'a Value {
+    let stages = summary["stages"].as_array().unwrap();
+    let found = stages.iter().find(|stage| stage["stage"] == name);
+    found.unwrap_or_else(|| panic!("no stage {name} in {summary:#}"))
+}
+
+#[test]
+fn a_bundle_goes_on_after_failures() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let isobath = format!(
+        "case $1 in\n\
+         info) echo '{{\"version\": \"1\"}}';;\n\
+         conformance) echo 'error: no GPU' >&2; exit 2;;\n\
+         train) {TRAIN};;\n\
+         bench) kill -SEGV $$;;\n\
+         esac"
+    );
+    bundle(folder.path(), &isobath);
+    let (output, summary) = run(folder.path(), &["--device", "simt"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!((&summary["finished"], &summary["commit"]), (&true.into(), &"0123abc".into()));
+    for (name, status, why) in [
+        ("info", "ok", ""),
+        ("conformance", "failed", "error: no GPU"),
+        ("test cuda::gemm", "failed", "test result: FAILED. simt"),
+        ("test cuda::norm", "ok", ""),
+        ("test cuda::faults", "skipped", "1 of 1 skipped: no compiler"),
+        ("test cuda::loss", "failed", "no result of tests"),
+        ("memcheck conformance", "skipped", "is for GPUs"),
+        ("train simt", "ok", ""),
+        ("train cpu", "ok", ""),
+        ("train compared", "ok", "after 2 steps: loss 3.0000 on simt"),
+        ("bench norm", "failed", "signal 11"),
+        ("bench step", "failed", "signal 11"),
+        // Not in this folder.
+        ("peers norm", "failed", "kernels.py"),
+    ] {
+        let stage = stage(&summary, name);
+        assert_eq!(stage["status"], status, "{stage:#}");
+        let found = stage["why"].as_str().unwrap_or_default();
+        assert!(found.contains(why), "{stage:#}");
+    }
+    let counted: u64 =
+        summary["counts"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(counted, summary["stages"].as_array().unwrap().len() as u64);
+
+    // The tests were told where everything is; JSON is kept as such, and the losses.
+    let results = folder.path().join("results");
+    let here = folder.path().canonicalize().unwrap().display().to_string();
+    let why = stage(&summary, "test cuda::gemm")["why"].as_str().unwrap();
+    assert!(why.contains(&format!("{here}/isobath {here}")), "{why}");
+    let info: Value =
+        serde_json::from_slice(&fs::read(results.join("info.json")).unwrap()).unwrap();
+    assert_eq!(info["version"], "1");
+    let compared = fs::read(results.join("train-compared.json")).unwrap();
+    let compared: Value = serde_json::from_slice(&compared).unwrap();
+    assert_eq!(compared["losses"], serde_json::json!([[1, 4.0, 4.0], [2, 3.0, 3.0]]));
+
+    // Results are never overwritten.
+    let (output, _) = run(folder.path(), &["--device", "simt"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is not empty; move it away"));
+}
+
+/// A stage that hangs, with a child that would outlive it, is ended; the rest is skipped and says
+/// so.
+#[test]
+fn a_bundle_keeps_its_time() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    bundle(folder.path(), "[ $1 = info ] || { touch began; sleep 60 & sleep 60; }");
+    let start = Instant::now();
+    let (output, summary) = run(
+        folder.path(),
+        &["--seconds", "7", "--only", "info", "--only", "conf", "--only", "bench"],
+    );
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(folder.path().join("began").exists());
+    // A third of the time is left for the first bench.
+    assert_eq!(stage(&summary, "conformance")["status"], "timeout");
+    assert_eq!(stage(&summary, "bench gemm")["status"], "timeout");
+    let skipped = stage(&summary, "bench step");
+    assert_eq!(skipped["status"], "skipped");
+    assert!(skipped["why"].as_str().unwrap().contains("no time is left of 7 s"), "{skipped}");
+}
+
+// ------------------------------------------------------------------ tools/bundle
+
+/// What a check of tools/bundle says; "" where it refuses nothing.
+fn check(call: &str) -> String {
+    let script = format!(
+        "import importlib.machinery, importlib.util, sys\n\
+         sys.dont_write_bytecode = True\n\
+         loader = importlib.machinery.SourceFileLoader('bundle', sys.argv[1])\n\
+         spec = importlib.util.spec_from_loader('bundle', loader)\n\
+         bundle = importlib.util.module_from_spec(spec)\n\
+         loader.exec_module(bundle)\n\
+         try:\n    bundle.{call}\n\
+         except bundle.Refused as refused:\n    print(refused)\n"
+    );
+    let tool = source().join("tools").join("bundle");
+    let output = Command::new("python3").arg("-c").arg(script).arg(tool).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn what_would_not_run_elsewhere_is_refused() {
+    if python_is_missing() {
+        return;
+    }
+    let info = |nvcc: &str, architectures: &str| {
+        format!(
+            "check_kernels({{'build': {{'kernels': {{'nvcc': {nvcc}, \
+             'architectures': '{architectures}'}}}}, 'devices': {{'cuda': {{'why': 'no nvcc'}}}}}})"
+        )
+    };
+    let refused = [
+        ("check_symbols('isobath', 'Name: GLIBC_2.38  Flags')".to_string(), "GLIBC_2.38"),
+        ("check_symbols('isobath', 'Name: GLIBCXX_3.4.31  Flags')".to_string(), "GLIBCXX_3.4.31"),
+        ("check_libraries('x', '(NEEDED)  Shared library: [libcuda.so.1]')".into(), "libcuda"),
+        (info("None", "80,90a"), "no nvcc"),
+        (info("'13.0'", "90a"), "without sm_80"),
+        ("built(['{\"executable\": null}'])".to_string(), "no bin"),
+    ];
+    for (call, part) in refused {
+        let said = check(&call);
+        assert!(said.contains(part) && said.contains("remedy: "), "{call}: {said:?}");
+    }
+    let fine = [
+        "check_symbols('isobath', 'Name: GLIBC_2.36  Flags\\nName: GLIBC_2.4  Flags')".to_string(),
+        "check_libraries('x', '(NEEDED)  Shared library: [libc.so.6]')".to_string(),
+        info("'13.0'", "80,90a"),
+    ];
+    for call in fine {
+        assert_eq!(check(&call), "", "{call}");
+    }
+}
+
+/// The tests of a bundle run where the paths of the machine that built them mean nothing: only
+/// tests/support.rs knows these, and lets the environment name others. What never leaves that
+/// machine may: the compiler of tests (tests/cuda/library.rs) and the build's own tests.
+#[test]
+fn no_test_of_a_bundle_needs_a_path_of_the_machine_that_built_it() {
+    let mut folders = vec![source().join("tests")];
+    let mut read = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let allowed =
+                ["support.rs", "build.rs", "library.rs"].iter().any(|it| path.ends_with(it));
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") && !allowed {
+                let text = fs::read_to_string(&path).unwrap();
+                for name in ["MANIFEST_DIR", "BIN_EXE_isobath"] {
+                    let variable = format!("(\"CARGO_{name}\")");
+                    assert!(!text.contains(&variable), "{}: CARGO_{name}", path.display());
+                }
+                read += 1;
+            }
+        }
+    }
+    assert!(read > 20, "{read} files");
+}
