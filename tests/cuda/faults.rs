@@ -781,8 +781,8 @@ fn shared_functions_name_the_line_of_their_call() {
 
 #[test]
 fn threads_that_have_no_stacks_are_refused() {
-    if !library::AVAILABLE {
-        return println!("skipped: this build has no simt");
+    if library::is_missing() {
+        return;
     }
     let many = Options { multiprocessors: 16, ..plain() };
     let mut host = Host::load(library(), many).unwrap();

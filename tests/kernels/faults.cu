@@ -6,8 +6,8 @@
 // that the compiler does not know.
 #include "isobath.cuh"
 
-#define TEST_KERNEL(name) \
-  KERNEL(name, 1024)      \
+#define TEST_KERNEL(name)                                                                     \
+  KERNEL(name, 1024)                                                                          \
   ([[maybe_unused]] const __grid_constant__ TensorMap map, [[maybe_unused]] uint32_t* global, \
    [[maybe_unused]] int n)
 
@@ -60,7 +60,8 @@ TEST_KERNEL(flag_before_value) {
     store_release(&global[0], 1);
     global[1] = 7;  // here
   } else {
-    while (load_acquire(&global[0]) == 0) {}
+    while (load_acquire(&global[0]) == 0) {
+    }
     global[2] = global[1];  // there
   }
 }
@@ -72,7 +73,8 @@ TEST_KERNEL(atomic_without_fence) {
     global[1] = 7;  // there
     atomicExch(&global[0], 1);
   } else {
-    while (load_acquire(&global[0]) == 0) {}
+    while (load_acquire(&global[0]) == 0) {
+    }
     global[2] = global[1];  // here
   }
 }
@@ -830,8 +832,8 @@ TEST_KERNEL(wgmma_operand_written) {
   float d[4];
   uint32_t a[4] = {1, 2, 3, 4};
   wgmma_fence();
-  a[1] = uint32_t(n);                     // there
-  wgmma<8>(d, a, operand_b(tile), 0);     // here
+  a[1] = uint32_t(n);                  // there
+  wgmma<8>(d, a, operand_b(tile), 0);  // here
   wgmma_commit();
   wgmma_wait<0>();
   put(global, d);
@@ -1068,24 +1070,28 @@ TEST_KERNEL(endless_arithmetic) {
 EXPORT_KERNEL(endless_arithmetic)
 
 TEST_KERNEL(spin_on_a_flag) {
-  while (load_acquire(global) == 0) {}  // here
+  while (load_acquire(global) == 0) {
+  }  // here
 }
 EXPORT_KERNEL(spin_on_a_flag)
 
 TEST_KERNEL(spin_on_an_exchange) {
-  while (atomicCAS(global, 1, 2) != 1) {}  // here
+  while (atomicCAS(global, 1, 2) != 1) {
+  }  // here
 }
 EXPORT_KERNEL(spin_on_an_exchange)
 
 TEST_KERNEL(spin_on_an_addition) {
-  while (atomicAdd(global, 0u) == 0) {}  // here
+  while (atomicAdd(global, 0u) == 0) {
+  }  // here
 }
 EXPORT_KERNEL(spin_on_an_addition)
 
 TEST_KERNEL(spin_on_an_mbarrier) {
   SHARED(uint64_t, barrier, 1);
   start(barrier, 1);
-  while (!mbarrier_try_wait(barrier, 0)) {}  // here
+  while (!mbarrier_try_wait(barrier, 0)) {
+  }  // here
 }
 EXPORT_KERNEL(spin_on_an_mbarrier)
 
@@ -1100,9 +1106,7 @@ __attribute__((noinline)) static uint32_t deep(uint32_t depth, const uint32_t* g
   local[depth % 256] = depth;
   return depth == 0 ? local[0] : deep(depth - 1, global) + local[depth % 256] + *global;
 }
-TEST_KERNEL(stack_overflow) {
-  global[1] = deep(1000000, global);
-}
+TEST_KERNEL(stack_overflow) { global[1] = deep(1000000, global); }
 EXPORT_KERNEL(stack_overflow)
 
 TEST_KERNEL(trap) {
@@ -1111,7 +1115,8 @@ TEST_KERNEL(trap) {
 EXPORT_KERNEL(trap)
 
 TEST_KERNEL(spin_on_a_maximum) {
-  while (atomicMax(global, 0u) == 0) {}  // here
+  while (atomicMax(global, 0u) == 0) {
+  }  // here
 }
 EXPORT_KERNEL(spin_on_a_maximum)
 
@@ -1147,10 +1152,14 @@ TEST_KERNEL(right_polls) {
     }
     return;
   }
-  while (atomicAdd(&global[0], 0u) == 0) {}
-  while (atomicMax(&global[1], 0u) == 0) {}
-  while (atomicCAS(&global[2], 1, 2) != 1) {}
-  while (atomicExch(&global[3], 3) == 3 || load_acquire(&global[2]) == 0) {}
+  while (atomicAdd(&global[0], 0u) == 0) {
+  }
+  while (atomicMax(&global[1], 0u) == 0) {
+  }
+  while (atomicCAS(&global[2], 1, 2) != 1) {
+  }
+  while (atomicExch(&global[3], 3) == 3 || load_acquire(&global[2]) == 0) {
+  }
   global[128] = atomicAdd(&global[9], 0u);
 }
 EXPORT_KERNEL(right_polls)
@@ -1169,7 +1178,8 @@ TEST_KERNEL(right_flag) {
     if (threadIdx.x == 0) store_release(&global[0], 1);
   } else {
     if (threadIdx.x == 0)
-      while (load_acquire(&global[0]) == 0) {}
+      while (load_acquire(&global[0]) == 0) {
+      }
     __syncthreads();
     global[128 + threadIdx.x] = global[64 + (threadIdx.x ^ 33)];
   }
@@ -1260,7 +1270,8 @@ TEST_KERNEL(right_grid_barrier) {
     if (threadIdx.x == 0) {
       __threadfence();
       atomicAdd(&global[0], 1u);
-      while (load_acquire(&global[0]) < round * gridDim.x) {}
+      while (load_acquire(&global[0]) < round * gridDim.x) {
+      }
     }
     __syncthreads();
     const uint32_t other = gridDim.x - 1 - blockIdx.x;
@@ -1464,7 +1475,8 @@ TEST_KERNEL(readers_of_another_block) {
     global[64 + threadIdx.x] = global[8];  // there
     if (threadIdx.x == 0) store_release(&global[0], 1);
   } else if (threadIdx.x == 0) {
-    while (load_acquire(&global[0]) == 0) {}
+    while (load_acquire(&global[0]) == 0) {
+    }
     global[8] = 7;  // here
   }
 }
@@ -1476,10 +1488,12 @@ TEST_KERNEL(right_return) {
     global[8] = 7;
     store_release(&global[0], 1);
   } else if (blockIdx.x == 1 && threadIdx.x == 0) {
-    while (load_acquire(&global[0]) == 0) {}
+    while (load_acquire(&global[0]) == 0) {
+    }
     store_release(&global[1], 1);
   } else if (blockIdx.x == 0 && threadIdx.x == 32) {
-    while (load_acquire(&global[1]) == 0) {}
+    while (load_acquire(&global[1]) == 0) {
+    }
     global[16] = global[8];
   }
 }
@@ -1540,7 +1554,8 @@ TEST_KERNEL(right_chain) {
     if (tile >= TILES) return;
     uint32_t before = 0;
     if (tile > 0) {
-      while (load_acquire(&flags[tile - 1]) == 0) {}
+      while (load_acquire(&flags[tile - 1]) == 0) {
+      }
       before = sums[tile - 1];
     }
     sums[tile] = before + tile;
@@ -1555,7 +1570,8 @@ TEST_KERNEL(right_handoff) {
   const uint32_t block = blockIdx.x, i = threadIdx.x;
   if (block > 0) {
     if (i == 0)
-      while (load_acquire(&global[block - 1]) == 0) {}
+      while (load_acquire(&global[block - 1]) == 0) {
+      }
     __syncthreads();
     rows[block * 64 + i] = rows[(block - 1) * 64 + (i ^ 33)] + 1;
   } else {
