@@ -54,6 +54,40 @@ pub fn kernels_present(
     ))
 }
 
+/// Whether a driver that offers this CUDA version (13000 for 13.0) can be asked for all of it.
+pub fn check_driver(version: i32) -> Result<()> {
+    if version >= OLDEST_DRIVER {
+        return Ok(());
+    }
+    Err(absent(
+        format!("the driver offers CUDA {}", version_text(version)),
+        "install a driver with CUDA 13.0 (580 or newer)",
+    ))
+}
+
+/// Whether there is a GPU of this index among the `count` that CUDA_VISIBLE_DEVICES leaves.
+pub fn check_index(ordinal: usize, count: usize) -> Result<()> {
+    if ordinal < count {
+        return Ok(());
+    }
+    Err(absent(
+        format!("there is no GPU {ordinal}: {count} can be seen"),
+        "check that nvidia-smi lists it and that CUDA_VISIBLE_DEVICES does not hide it",
+    ))
+}
+
+/// Whether kernels were compiled for a GPU of this compute capability.
+pub fn check_gpu(name: &str, capability: (u32, u32)) -> Result<()> {
+    if capability >= OLDEST_GPU {
+        return Ok(());
+    }
+    let (major, minor) = capability;
+    Err(absent(
+        format!("{name} has compute capability {major}.{minor}"),
+        "use a GPU of compute capability 8.0 or newer (A100, RTX 30)",
+    ))
+}
+
 /// Whether libcuda is installed.
 pub fn library_present() -> Result<()> {
     // SAFETY: loads libcuda, whose initialisers touch nothing of ours, if it is there.
@@ -129,23 +163,14 @@ impl Nvidia {
     pub fn open(ordinal: usize) -> Result<Self> {
         present()?;
         let driver_version = driver_version()?;
-        if driver_version < OLDEST_DRIVER {
-            return Err(absent(
-                format!("the driver offers CUDA {}", version_text(driver_version)),
-                "install a driver with CUDA 13.0 (580 or newer)",
-            ));
-        }
+        check_driver(driver_version)?;
+        let gpus = CudaContext::device_count().map_err(cannot_open)?;
+        check_index(ordinal, gpus as usize)?;
         let context = CudaContext::new(ordinal).map_err(cannot_open)?;
         // SAFETY: no memory has been allocated; every order between streams is made by `wait`.
         unsafe { context.disable_event_tracking() };
         let properties = properties_of(&context, driver_version).map_err(cannot_open)?;
-        let (major, minor) = properties.compute_capability;
-        if properties.compute_capability < OLDEST_GPU {
-            return Err(absent(
-                format!("{} has compute capability {major}.{minor}", properties.name),
-                "use a GPU of compute capability 8.0 or newer (A100, RTX 30)",
-            ));
-        }
+        check_gpu(&properties.name, properties.compute_capability)?;
         // The default stream cannot be captured.
         let stream = context.new_stream().map_err(cannot_open)?;
         let mut driver = Nvidia {

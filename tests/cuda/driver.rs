@@ -427,6 +427,23 @@ fn a_missing_gpu_says_what_is_missing() {
 }
 
 #[test]
+fn a_gpu_or_driver_that_is_too_old_is_refused() {
+    for version in [12_000, 13_000] {
+        nvidia::check_driver(version).unwrap();
+    }
+    assert_refused(nvidia::check_driver(11_080), &["device cuda", "CUDA 11.8", "580 or newer"]);
+    for capability in [(8, 0), (8, 6), (9, 0), (10, 0)] {
+        nvidia::check_gpu("a GPU", capability).unwrap();
+    }
+    let parts = ["Tesla V100", "compute capability 7.0", "8.0 or newer"];
+    assert_refused(nvidia::check_gpu("Tesla V100", (7, 0)), &parts);
+    nvidia::check_index(1, 2).unwrap();
+    let parts = ["no GPU 2: 2 can be seen", "CUDA_VISIBLE_DEVICES"];
+    assert_refused(nvidia::check_index(2, 2), &parts);
+    assert_refused(nvidia::check_index(0, 0), &["no GPU 0: 0 can be seen"]);
+}
+
+#[test]
 fn the_device_cpu_has_no_kernels() {
     let opened = cuda::open(DeviceKind::Cpu, Options::default());
     assert_refused(opened.map(|_| ()), &["device cpu", "--device simt"]);
