@@ -271,9 +271,9 @@ impl Backend for Cuda {
         self.driver.free_bytes()
     }
 
-    /// The context and the kernels are on the device by then, and not in what is available.
+    /// A GPU's context and kernels are there by then, and not in what is available.
     fn process_bytes(&self, _: [usize; 2]) -> usize {
-        0
+        self.driver.process_bytes() as usize
     }
 
     fn begin_preparation(&mut self) -> bool {

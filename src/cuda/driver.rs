@@ -159,6 +159,11 @@ pub trait Driver {
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
     /// After all work that uses it has run. Errors: not a live buffer of this driver.
     fn release(&mut self, buffer: Allocation) -> Result<()>;
+    /// Bytes of this machine's memory that the process takes besides buffers and that
+    /// [`Driver::free_bytes`] does not leave out by itself, as measured.
+    fn process_bytes(&self) -> u64 {
+        0
+    }
     /// Bytes that can still be allocated.
     fn free_bytes(&self) -> Result<u64>;
 

@@ -599,6 +599,12 @@ impl Driver for Host {
         }
     }
 
+    /// Program, workers and stacks of a training run of 0.5M parameters on two cores: 88 MiB RSS
+    /// less 14 planned.
+    fn process_bytes(&self) -> u64 {
+        74 << 20
+    }
+
     fn free_bytes(&self) -> Result<u64> {
         Ok(host_memory::available_bytes())
     }

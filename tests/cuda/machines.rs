@@ -54,6 +54,24 @@ fn simt_here() -> Result<(), String> {
     asked_for("simt", host::present())
 }
 
+/// Whether simt is to be tested here; prints why not.
+pub fn has_simt() -> bool {
+    simt_here().inspect_err(|why| println!("skipped: no simt: {why}")).is_ok()
+}
+
+/// The machines to be tested here, opened anew.
+pub fn machines() -> Vec<Box<dyn Driver>> {
+    let mut all: Vec<Box<dyn Driver>> = vec![];
+    if has_simt() {
+        all.push(Box::new(Host::new(Options::default()).unwrap()));
+    }
+    match asked_for("cuda", nvidia::present()) {
+        Ok(()) => all.push(Box::new(Nvidia::open(0).unwrap())),
+        Err(why) => println!("skipped: no GPU: {why}"),
+    }
+    all
+}
+
 /// Whether a test runs on this machine, or why not. Panics where it is asked for and not here.
 fn asked_for(machine: &str, present: isobath::Result<()>) -> Result<(), String> {
     let Ok(asked) = std::env::var("ISOBATH_TEST_MACHINES") else {
@@ -74,13 +92,17 @@ fn plain(order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
 pub fn plain_schedules() -> [Options; 4] {
     [
         plain(Order::Fifo, Asynchronous::Late, 0),
-        plain(Order::Lifo, Asynchronous::Early, 0),
+        Options { workers: 1, ..plain(Order::Lifo, Asynchronous::Early, 0) },
         plain(Order::Random, Asynchronous::Anytime, 1),
         plain(Order::Random, Asynchronous::Late, 2),
     ]
 }
 
+/// Those of every kernel's tests, or the one that SIMT_ORDER and the like ask for.
 fn schedules() -> Vec<Options> {
+    if std::env::vars_os().any(|(name, _)| name.to_string_lossy().starts_with("SIMT_")) {
+        return vec![Options::from_env().unwrap()];
+    }
     let race = |options: Options| Options { race: true, ..options };
     let mut all = plain_schedules().to_vec();
     all.push(race(plain(Order::Fifo, Asynchronous::Late, 0)));

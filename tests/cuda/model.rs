@@ -4,9 +4,9 @@
 use isobath::backend::Backend;
 use isobath::config::{Config, Dtype, ModelConfig, Recompute};
 use isobath::cpu::Cpu;
+use isobath::cuda::Cuda;
 use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Cuda, host};
 use isobath::engine::{DecoderPlan, Evaluator, Parameters, Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::model::parameters::ParameterTable;
@@ -89,11 +89,6 @@ fn simt(options: Options, dtype: Dtype, products: Option<Family>) -> Cuda {
     Cuda::new(Box::new(Host::new(options).unwrap()), dtype, products).unwrap()
 }
 
-/// `None` where this build has no simt.
-fn simt_present() -> bool {
-    host::present().inspect_err(|error| println!("skipped: no simt: {error}")).is_ok()
-}
-
 /// 1 - cosine of the angle between two gradients.
 fn angle(found: &[f64], exact: &[f64]) -> f64 {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
@@ -114,20 +109,23 @@ fn gradients_by_name<'a>(
 
 #[test]
 fn ten_steps_in_f32_are_those_of_the_cpu() {
-    if !simt_present() {
-        return;
-    }
     let config = config(Dtype::F32, Recompute::None);
     let expected = trained(&config, STEPS, Cpu::<f32>::new());
-    let found = trained(&config, STEPS, simt(Options::default(), Dtype::F32, None));
+    for machine in machines() {
+        let backend = Cuda::new(machine, Dtype::F32, None).unwrap();
+        check_parity(&config, &expected, &trained(&config, STEPS, backend));
+    }
+}
+
+fn check_parity(config: &Config, expected: &Trained, found: &Trained) {
     for (step, (found, expected)) in found.losses.iter().zip(&expected.losses).enumerate() {
         let error = (found - expected).abs() / expected;
         println!("step {}: {expected}, error {error:.2e}", step + 1);
         assert!(error < 1e-5, "step {}: {found} for {expected}", step + 1);
     }
     assert!(expected.losses[9] < expected.losses[0], "{:?}", expected.losses);
-    let exact = gradients_by_name(&config, &expected.gradients);
-    for ((name, exact), (_, found)) in exact.zip(gradients_by_name(&config, &found.gradients)) {
+    let exact = gradients_by_name(config, &expected.gradients);
+    for ((name, exact), (_, found)) in exact.zip(gradients_by_name(config, &found.gradients)) {
         let (angle, ratio) = (angle(found, exact), norm(found) / norm(exact));
         assert!(angle < 1e-9, "{name}: 1 - cosine {angle:e}");
         assert!((ratio - 1.0).abs() < 1e-5, "{name}: norm {ratio} times the CPU's");
@@ -137,20 +135,24 @@ fn ten_steps_in_f32_are_those_of_the_cpu() {
 /// Against the same steps in f64: as exact as the plain bf16 formulas, up to a factor of two.
 #[test]
 fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
-    if !simt_present() {
-        return;
-    }
     let config = config(Dtype::Bf16, Recompute::None);
     let exact = trained(&config, STEPS, Cpu::<f64>::new());
     let plain = trained(&config, STEPS, Plain::default());
-    for products in [None, Some(Family::Sm80)] {
-        let found = trained(&config, STEPS, simt(Options::default(), Dtype::Bf16, products));
+    let choices = [None, Some(Family::Sm80)];
+    let runs =
+        choices.iter().flat_map(|&choice| machines().into_iter().map(move |it| (it, choice)));
+    for (machine, products) in runs {
+        let device = machine.device();
+        let found = trained(&config, STEPS, Cuda::new(machine, Dtype::Bf16, products).unwrap());
         let largest = |losses: &[f64]| {
             let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);
             errors.fold(0.0, f64::max)
         };
         let (error, allowed) = (largest(&found.losses), 2.0 * largest(&plain.losses));
-        println!("{products:?}: loss error {error:.2e}, {:.2} of the tolerance", error / allowed);
+        println!(
+            "{device} {products:?}: loss error {error:.2e}, {:.2} of the tolerance",
+            error / allowed
+        );
         assert!(error <= allowed, "{products:?}: {error:e} of {allowed:e}: {:?}", found.losses);
         let norm_error = |found: &Trained| (found.grad_norm / exact.grad_norm - 1.0).abs();
         assert!(norm_error(&found) <= 2.0 * norm_error(&plain).max(2f64.powi(-9)));
@@ -171,7 +173,7 @@ fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
 /// Schedules, numbers of workers, and recomputation change no bit of losses and parameters.
 #[test]
 fn every_schedule_trains_the_same_bits() {
-    if !simt_present() {
+    if !has_simt() {
         return;
     }
     for dtype in [Dtype::Bf16, Dtype::F32] {
@@ -194,7 +196,7 @@ fn every_schedule_trains_the_same_bits() {
 /// One micro-batch forward, backward and the update under the race detector.
 #[test]
 fn a_training_step_is_free_of_races() {
-    if !simt_present() {
+    if !has_simt() {
         return;
     }
     let options = Options { race: true, ..Options::default() };
@@ -211,44 +213,41 @@ fn a_training_step_is_free_of_races() {
 /// Token by token from the cache, the logits give the losses of the whole sequence at once.
 #[test]
 fn decoding_agrees_with_a_forward_pass() {
-    if !simt_present() {
-        return;
-    }
     for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 0.03)] {
         let config = config(dtype, Recompute::None);
-        let table = ParameterTable::new(&config.model);
-        let parameters = initial_parameters(&table, 3);
-        let ids = tokens(5, 20, config.model.vocab);
-        let mut evaluator = Evaluator::new(
-            &config.model,
-            &table,
-            &parameters,
-            [1, 19],
-            simt(Options::default(), dtype, None),
-        )
-        .unwrap();
-        let rows = Rows { tokens: &ids[..19], targets: &ids[1..] };
-        let losses = evaluator.losses(rows).unwrap().to_vec();
-
-        let mut backend = simt(Options::default(), dtype, None);
-        let bytes = |kind| backend.element_bytes(kind);
-        let plan = DecoderPlan::new(&config.model, &table, 24, bytes).unwrap();
-        let parameters = Parameters::upload(&table, &parameters, &mut backend).unwrap();
-        let mut decoder = plan.allocate(&parameters, &mut backend).unwrap();
-        for (at, &id) in ids[..19].iter().enumerate() {
-            let logits = decoder.push(&[id as u32], &mut backend).unwrap();
-            let largest = logits.iter().fold(f32::MIN, |a, &b| a.max(b));
-            let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
-            let loss = largest + sum.ln() - logits[ids[at + 1] as usize];
-            let error = (loss - losses[at]).abs() / losses[at];
-            assert!(error < tolerance, "{dtype}: token {at}: {loss} for {}", losses[at]);
+        for (whole, cached) in machines().into_iter().zip(machines()) {
+            let [whole, cached] = [whole, cached].map(|it| Cuda::new(it, dtype, None).unwrap());
+            check_decoding(&config, whole, cached, tolerance);
         }
+    }
+}
+
+fn check_decoding(config: &Config, whole: Cuda, mut cached: Cuda, tolerance: f32) {
+    let table = ParameterTable::new(&config.model);
+    let parameters = initial_parameters(&table, 3);
+    let ids = tokens(5, 20, config.model.vocab);
+    let size = [1, 19];
+    let mut evaluator = Evaluator::new(&config.model, &table, &parameters, size, whole).unwrap();
+    let rows = Rows { tokens: &ids[..19], targets: &ids[1..] };
+    let losses = evaluator.losses(rows).unwrap();
+
+    let bytes = |kind| cached.element_bytes(kind);
+    let plan = DecoderPlan::new(&config.model, &table, 24, bytes).unwrap();
+    let parameters = Parameters::upload(&table, &parameters, &mut cached).unwrap();
+    let mut decoder = plan.allocate(&parameters, &mut cached).unwrap();
+    for (at, &id) in ids[..19].iter().enumerate() {
+        let logits = decoder.push(&[id as u32], &mut cached).unwrap();
+        let largest = logits.iter().fold(f32::MIN, |a, &b| a.max(b));
+        let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+        let loss = largest + sum.ln() - logits[ids[at + 1] as usize];
+        let error = (loss - losses[at]).abs() / losses[at];
+        assert!(error < tolerance, "{}: token {at}: {loss} for {}", cached.name(), losses[at]);
     }
 }
 
 #[test]
 fn what_no_kernel_can_do_is_refused_before_the_first_step() {
-    if !simt_present() {
+    if !has_simt() {
         return;
     }
     let refused = |change: &dyn Fn(&mut Config)| {
@@ -272,7 +271,7 @@ fn what_no_kernel_can_do_is_refused_before_the_first_step() {
 
 #[test]
 fn a_model_that_does_not_fit_is_refused_with_the_memory_table() {
-    if !simt_present() {
+    if !has_simt() {
         return;
     }
     let mut config = config(Dtype::Bf16, Recompute::None);
