@@ -28,6 +28,11 @@ const VARIANTS: [Variant; 5] = [
     variant(128, 32, 32, 32),
 ];
 
+/// Whether there are kernels for heads of this many values.
+pub fn has_kernels(head_dim: usize) -> bool {
+    VARIANTS.iter().any(|it| it.head_dim == head_dim)
+}
+
 const fn variant(
     head_dim: usize,
     forward_keys: usize,
