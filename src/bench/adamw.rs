@@ -1,5 +1,7 @@
 //! The global gradient norm, and AdamW over flat buffers that all decay.
 
+use std::slice;
+
 use super::Request;
 use super::cost::{Cost, element_bytes};
 use super::report::Row;
@@ -16,7 +18,8 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     let elements = request.elements.unwrap_or(default);
     sizes::check("an update", &[elements])?;
     let dtype = request.kernel_dtype();
-    let decay = [0..elements];
+    let whole = 0..elements;
+    let decay = slice::from_ref(&whole);
     let flat = 4 * elements as u64;
     let working = match dtype {
         Dtype::F32 => None,
@@ -33,7 +36,7 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
             grad_norm: buffers.zeros("gradient norm", 4)?,
         })
     })?;
-    let kernels = AdamW::new(driver, elements as u64, &decay)?;
+    let kernels = AdamW::new(driver, elements as u64, decay)?;
     let samples = samples(driver, request.samples);
     let norm = copies.time(driver, samples, |driver, it| {
         kernels.gradient_norm(driver, StreamId::MAIN, it.gradients, it.grad_norm)
@@ -48,7 +51,7 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         correction1: 1.0 - 0.9,
         correction2: 1.0 - 0.95,
         clip: 1.0,
-        decay: &decay,
+        decay,
     };
     kernels.prepare(driver, StreamId::MAIN, &step)?;
     let update =

@@ -256,11 +256,13 @@ impl Cost {
         Cost::moving("adamw", "", working, Sizes::Flat { n }, bytes * n as u64, formula)
     }
 
-    /// `n` elements; of a type that is not a number's, too.
+    /// Of numbers of any type, or of token ids.
     pub fn copy(element_bytes: u64, n: usize) -> Self {
         let dtype = if element_bytes == 2 { Dtype::Bf16 } else { Dtype::F32 };
         let bytes = 2 * element_bytes * n as u64;
-        Cost::moving("copy", "", dtype, Sizes::Flat { n }, bytes, "[N] read and written")
+        let cost =
+            Cost::moving("copy", "", dtype, Sizes::Flat { n }, bytes, "[N] read and written");
+        Cost { what: format!("copy of {element_bytes}-byte values"), ..cost }
     }
 
     pub fn add(dtype: Dtype, n: usize) -> Self {

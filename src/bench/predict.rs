@@ -28,8 +28,9 @@ use crate::tensor::Kind;
 /// What a copy and a product of 8192 cubed reached on this machine.
 const H200_MEASURED_BYTES_PER_SECOND: f64 = 4.3e12;
 const H200_MEASURED_BF16_FLOPS_PER_SECOND: f64 = 788e12;
-const H200_MEASURED_SOURCE: &str = "measured on an NVIDIA H200 with PyTorch 2.11 and CUDA 13.0, 2026-10-28: copy on the device \
-     4.3 TB/s, read and written; product of 8192 x 8192 x 8192 in bf16, random normals, 788 TFLOP/s";
+const H200_MEASURED_SOURCE: &str = "measured on an NVIDIA H200 with PyTorch 2.11, 2026-10-28: \
+                                    copy on the device 4.3 TB/s, read and written; product of \
+                                    8192 cubed in bf16, random normals, 788 TFLOP/s";
 
 #[derive(Serialize, Clone, Debug)]
 pub struct Prediction {
@@ -92,11 +93,13 @@ impl Prediction {
     pub fn new(config: &Config) -> Result<Self> {
         let config = &config.with_vocab()?;
         let head_dim = config.model.head_dim();
-        if !attention::has_kernels(head_dim) {
+        let head_dims = attention::head_dims();
+        if !head_dims.contains(&head_dim) {
+            let dims = head_dims.map(|it| it.to_string()).join(", ");
             return Err(Error::Config {
-                what: format!("there are no attention kernels for a head dim of {head_dim}"),
-                remedy: "choose model.heads so that model.hidden / model.heads is 32, 48, 64, 96 \
-                         or 128"
+                what: format!("no kernel for a head dim of {head_dim}; there are {dims}"),
+                remedy: "choose model.hidden and model.heads so that model.hidden / model.heads \
+                         is one of these"
                     .to_string(),
             });
         }
@@ -358,7 +361,8 @@ impl fmt::Display for Prediction {
         }
         writeln!(
             f,
-            "\nMB, GFLOP and us of one launch; a step moves {:.2} GB and multiplies for {:.2} TFLOP",
+            "\nMB, GFLOP and us of one launch; a step moves {:.2} GB and multiplies for {:.2} \
+             TFLOP",
             self.bytes as f64 / 1e9,
             self.flops as f64 / 1e12
         )?;

@@ -93,7 +93,7 @@ impl Row {
     }
 
     /// Compares with the ceiling of its unit, as far as there is one.
-    pub(super) fn compare(&mut self, copy: Option<&Row>, peaks: Option<&Peaks>) {
+    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&Peaks>) {
         let percent = |ceiling: f64| 100.0 * self.per_second / ceiling;
         match self.work.unit {
             Unit::Bytes => self.percent_of_copy = copy.map(|copy| percent(copy.per_second)),
@@ -116,21 +116,24 @@ impl fmt::Display for Report {
                 "{:<what$}  {:<shape$} {:>12.1} us {scaled:>8.2} {unit:<7}",
                 row.what, row.shape, row.median_microseconds
             )?;
+            let of_peak = if row.op == "step" { "% MFU" } else { "% of peak" };
             match (row.percent_of_copy, row.percent_of_peak) {
                 (Some(percent), _) => write!(f, " {percent:>5.1} % of copy")?,
-                (None, Some(percent)) => write!(f, " {percent:>5.1} % of peak")?,
+                (None, Some(percent)) => write!(f, " {percent:>5.1} {of_peak}")?,
                 (None, None) => {}
             }
             if let Some(tokens) = row.tokens_per_second {
-                write!(f, "  {:.1} ms, {tokens:.0} tokens/s", row.median_microseconds / 1e3)?;
-                if let Some(mfu) = row.percent_of_peak {
-                    write!(f, ", MFU {mfu:.1} %")?;
-                }
+                write!(f, "  {tokens:.0} tokens/s")?;
             }
             writeln!(f)?;
         }
         let Properties { name, multiprocessors, .. } = &self.machine;
-        writeln!(f, "on {name}, {multiprocessors} multiprocessors; medians, buffers not in L2")?;
+        let samples = self.rows.first().map_or(0, |row| row.samples);
+        let cold = if self.machine.l2_bytes > 0 { ", L2 cold" } else { "" };
+        writeln!(
+            f,
+            "on {name}, {multiprocessors} multiprocessors; medians of {samples} samples{cold}"
+        )?;
         if let Some(step) = self.rows.iter().find(|row| row.tokens_per_second.is_some()) {
             writeln!(f, "FLOPs of a step = tokens * ({})", step.work.formula)?;
             if step.percent_of_peak.is_some() {

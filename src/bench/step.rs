@@ -103,7 +103,7 @@ pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>
                 step,
                 first_row: 0,
                 end_row: (count * batch) as u64,
-                remedy: "choose a smaller optimizer.lr".to_string(),
+                remedy: "choose a smaller optimizer.lr or model.init_std".to_string(),
             });
         }
         let lr = optim::learning_rate(&config.optimizer, step, config.train.steps.max(step + 1));

@@ -28,9 +28,9 @@ const VARIANTS: [Variant; 5] = [
     variant(128, 32, 32, 32),
 ];
 
-/// Whether there are kernels for heads of this many values.
-pub fn has_kernels(head_dim: usize) -> bool {
-    VARIANTS.iter().any(|it| it.head_dim == head_dim)
+/// Those that there are kernels for.
+pub fn head_dims() -> [usize; VARIANTS.len()] {
+    VARIANTS.map(|it| it.head_dim)
 }
 
 const fn variant(
@@ -87,7 +87,7 @@ impl Attention {
             ));
         }
         let Some(variant) = VARIANTS.iter().find(|it| it.head_dim == head_dim) else {
-            let dims = VARIANTS.map(|it| it.head_dim.to_string()).join(", ");
+            let dims = head_dims().map(|it| it.to_string()).join(", ");
             return Err(refusal(
                 device,
                 format!("no kernel for a head dim of {head_dim}; there are {dims}"),
