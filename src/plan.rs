@@ -11,7 +11,7 @@ use crate::config::{Config, DeviceKind, Dtype};
 use crate::cpu::Cpu;
 use crate::device::Device;
 use crate::engine::{MemoryTable, Plan};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// FLOPs of training on one token. Every weight of a matmul is used three times (forward, and
 /// twice backward) by a multiplication and an addition; so is every score of causal attention,
@@ -45,20 +45,8 @@ pub struct PlanReport {
 impl PlanReport {
     /// Errors: a broken shape rule; a vocabulary that only a tokenizer file knows.
     pub fn new(config: &Config) -> Result<Self> {
-        config.validate_shape()?;
-        let vocab = config.vocab().ok_or_else(|| Error::Config {
-            what: format!(
-                "model.vocab = 0 and data.tokenizer = {:?}: the vocabulary is not known before \
-                 the tokenizer is read",
-                config.data.tokenizer
-            ),
-            remedy: "set model.vocab to its number of entries".into(),
-        })?;
-        let mut model = config.model.clone();
-        model.vocab = vocab;
-        model.validate()?;
-
-        let config = &Config { model: model.clone(), ..config.clone() };
+        let config = &config.with_vocab()?;
+        let vocab = config.model.vocab;
         let plan = match (Device::choose(config.device), config.dtype) {
             (Ok(Device::Cpu), Dtype::F32) => Plan::new(config, &Cpu::<f32>::new())?,
             _ => Plan::without_device(config)?,
@@ -67,8 +55,8 @@ impl PlanReport {
         let table = plan.table;
         let count = |id| table.get(id).elements() as u64;
         let head = count(table.head());
-        let embeddings = count(table.embedding()) + if model.tied { 0 } else { head };
-        let blocks: u64 = (1..=model.layers)
+        let embeddings = count(table.embedding()) + if config.model.tied { 0 } else { head };
+        let blocks: u64 = (1..=config.model.layers)
             .map(|layer| {
                 let block = table.block(layer);
                 [block.qkv, block.attention_out, block.gate_up, block.down]
@@ -78,7 +66,7 @@ impl PlanReport {
             })
             .sum();
         let matmul_parameters = blocks + head;
-        let attention = (model.layers * config.data.sequence * model.hidden) as u64;
+        let attention = (config.model.layers * config.data.sequence * config.model.hidden) as u64;
         let flops_per_token = 6 * matmul_parameters + 6 * attention;
         let tokens = config.tokens_per_step() * config.train.steps;
         let parameters = table.parameters() as u64;

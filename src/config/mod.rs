@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use choice::choice;
 pub use presets::preset_names;
 
@@ -44,6 +45,24 @@ impl Config {
             (0, tokenizer) => tokenizer.strip_prefix("train:")?.parse().ok(),
             (vocab, _) => Some(vocab),
         }
+    }
+
+    /// This configuration with its vocabulary in `model.vocab`; it can be planned.
+    ///
+    /// Errors: a broken shape rule; a vocabulary that only a tokenizer file knows.
+    pub fn with_vocab(&self) -> Result<Config> {
+        self.validate_shape()?;
+        let vocab = self.vocab().ok_or_else(|| Error::Config {
+            what: format!(
+                "model.vocab = 0 and data.tokenizer = {:?}: the vocabulary is not known before \
+                 the tokenizer is read",
+                self.data.tokenizer
+            ),
+            remedy: "set model.vocab to its number of entries".into(),
+        })?;
+        let config = Config { model: ModelConfig { vocab, ..self.model.clone() }, ..self.clone() };
+        config.model.validate()?;
+        Ok(config)
     }
 
     /// Tokens that an optimizer step reads.

@@ -28,6 +28,11 @@ const VARIANTS: [Variant; 5] = [
     variant(128, 32, 32, 32),
 ];
 
+/// Those that there are kernels for.
+pub fn head_dims() -> [usize; VARIANTS.len()] {
+    VARIANTS.map(|it| it.head_dim)
+}
+
 const fn variant(
     head_dim: usize,
     forward_keys: usize,
@@ -82,7 +87,7 @@ impl Attention {
             ));
         }
         let Some(variant) = VARIANTS.iter().find(|it| it.head_dim == head_dim) else {
-            let dims = VARIANTS.map(|it| it.head_dim.to_string()).join(", ");
+            let dims = head_dims().map(|it| it.to_string()).join(", ");
             return Err(refusal(
                 device,
                 format!("no kernel for a head dim of {head_dim}; there are {dims}"),

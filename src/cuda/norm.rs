@@ -102,15 +102,28 @@ pub struct Norm {
     gain: KernelId,
 }
 
+/// Values that a thread loads at once.
+fn vector(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => VECTOR_BYTES / 4,
+        Dtype::Bf16 => VECTOR_BYTES / 2,
+    }
+}
+
+/// The narrowest that holds a row.
+fn variant_for(dtype: Dtype, columns: usize) -> Option<&'static Variant> {
+    let holds = |it: &&Variant| {
+        it.threads_per_row * it.vectors_per_thread * vector(dtype) >= columns
+            && columns <= MAX_COLUMNS
+    };
+    VARIANTS.iter().find(holds)
+}
+
 impl Norm {
     /// Errors: rows that are no multiple of 16 bytes, or wider than [`MAX_COLUMNS`].
     pub fn new(driver: &mut dyn Driver, dtype: Dtype, columns: usize) -> Result<Self> {
         let device = driver.device();
-        let element_bytes = match dtype {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        };
-        let vector = VECTOR_BYTES / element_bytes;
+        let vector = vector(dtype);
         if columns == 0 || !columns.is_multiple_of(vector) {
             return Err(refusal(
                 device,
@@ -118,10 +131,7 @@ impl Norm {
                 format!("choose model.hidden as a multiple of {vector}"),
             ));
         }
-        let holds = |it: &&Variant| {
-            it.threads_per_row * it.vectors_per_thread * vector >= columns && columns <= MAX_COLUMNS
-        };
-        let Some(variant) = VARIANTS.iter().find(holds) else {
+        let Some(variant) = variant_for(dtype, columns) else {
             return Err(refusal(
                 device,
                 format!("rows of {columns} values; the widest kernel holds {MAX_COLUMNS}"),
@@ -149,6 +159,17 @@ impl Norm {
     /// machine always uses the same number, so that its sums have one order.
     pub fn partials(&self, rows: usize) -> usize {
         rows.div_ceil(NORM_PARTIAL_ROWS).min(self.backward_blocks)
+    }
+
+    /// As [`Norm::partials`], on a machine that need not be here. `None`: no kernel is so wide.
+    pub fn partials_on(
+        multiprocessors: usize,
+        dtype: Dtype,
+        columns: usize,
+        rows: usize,
+    ) -> Option<usize> {
+        let blocks = multiprocessors * variant_for(dtype, columns)?.backward_blocks as usize;
+        Some(rows.div_ceil(NORM_PARTIAL_ROWS).min(blocks))
     }
 
     /// Errors: more rows than an i32 counts; a mean without a LayerNorm, or the reverse; whatever

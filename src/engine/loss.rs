@@ -47,6 +47,10 @@ impl LossProgram {
         Ok(LossProgram { program, inputs })
     }
 
+    pub(super) fn program(&self) -> &Program {
+        &self.program
+    }
+
     pub(super) fn arena_bytes(&self) -> usize {
         self.program.arena_bytes()
     }

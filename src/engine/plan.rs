@@ -13,7 +13,7 @@ use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
 use crate::optim;
-use crate::tape::{MemoryLine, Purpose};
+use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
 /// What a training run allocates, known before anything is.
@@ -103,6 +103,11 @@ impl Plan {
             optimizer_bytes: 0,
             process_bytes: 0,
         })
+    }
+
+    /// What runs for every micro-batch of training.
+    pub fn training_program(&self) -> &Program {
+        self.training.program()
     }
 
     /// [rows, columns] of the parameter with the most elements.

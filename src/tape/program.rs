@@ -2,7 +2,7 @@
 
 use super::differentiate::{inference_steps, training_steps};
 use super::memory::MemoryPlan;
-use super::{External, Role, Step, Tape, ValueId};
+use super::{External, Role, Step, Tape, Value, ValueId};
 use crate::backend::Backend;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
@@ -56,6 +56,10 @@ impl Program {
 
     pub fn steps(&self) -> &[Step<ValueId>] {
         &self.steps
+    }
+
+    pub fn value(&self, id: ValueId) -> &Value {
+        self.tape.value(id)
     }
 
     fn view(

@@ -1,0 +1,65 @@
+//! The global gradient norm, and AdamW over flat buffers that all decay.
+
+use std::slice;
+
+use super::Request;
+use super::cost::{Cost, element_bytes};
+use super::report::Row;
+use super::sizes;
+use super::timing::{Copies, on_cpu, samples};
+use crate::backend::AdamWStep;
+use crate::config::Dtype;
+use crate::cuda::adamw::{AdamW, AdamWBuffers};
+use crate::cuda::{Driver, StreamId};
+use crate::error::Result;
+
+pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+    let default = if on_cpu(driver) { 1 << 18 } else { 1 << 28 };
+    let elements = request.elements.unwrap_or(default);
+    sizes::check("an update", &[elements])?;
+    let dtype = request.kernel_dtype();
+    let whole = 0..elements;
+    let decay = slice::from_ref(&whole);
+    let flat = 4 * elements as u64;
+    let working = match dtype {
+        Dtype::F32 => None,
+        Dtype::Bf16 => Some(element_bytes(dtype) * elements as u64),
+    };
+    let allocated = 4 * flat + working.unwrap_or(0) + 4;
+    let copies = Copies::new(driver, flat, allocated, |buffers| {
+        Ok(AdamWBuffers {
+            parameters: buffers.normals("parameters", Dtype::F32, elements)?,
+            gradients: buffers.normals("gradients", Dtype::F32, elements)?,
+            moment1: buffers.zeros("moment1", flat)?,
+            moment2: buffers.zeros("moment2", flat)?,
+            working: working.map(|bytes| buffers.zeros("working copy", bytes)).transpose()?,
+            grad_norm: buffers.zeros("gradient norm", 4)?,
+        })
+    })?;
+    let kernels = AdamW::new(driver, elements as u64, decay)?;
+    let samples = samples(driver, request.samples);
+    let norm = copies.time(driver, samples, |driver, it| {
+        kernels.gradient_norm(driver, StreamId::MAIN, it.gradients, it.grad_norm)
+    })?;
+    let step = AdamWStep {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled: true,
+        correction1: 1.0 - 0.9,
+        correction2: 1.0 - 0.95,
+        clip: 1.0,
+        decay,
+    };
+    kernels.prepare(driver, StreamId::MAIN, &step)?;
+    let update =
+        copies.time(driver, samples, |driver, it| kernels.launch(driver, StreamId::MAIN, it))?;
+    kernels.release(driver)?;
+    copies.release(driver)?;
+    Ok(vec![
+        Row::new(Cost::gradient_norm(elements), &norm),
+        Row::new(Cost::adamw(dtype, elements), &update),
+    ])
+}

@@ -1,0 +1,279 @@
+//! What each kernel has to move and to multiply, by formula: counted here once, for benchmarks and
+//! predictions alike.
+//!
+//! Bytes are those that a launch reads from and writes to device memory if every operand moves
+//! once; a scratch buffer that one kernel of an op writes for the next one counts, too. FLOPs are
+//! those of matrix products, two for a multiplication and its addition; the arithmetic of
+//! element-wise kernels is not counted. Sizes are known to be countable.
+
+use super::sizes::Sizes;
+use crate::backend::{AttentionSpec, HeadSpec};
+use crate::config::{Dtype, NormKind};
+use crate::cuda::gemm::{Layout, Output};
+
+/// One launch of an op's kernels.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Cost {
+    pub op: &'static str,
+    /// The op, its type, and what else tells launches of equal sizes apart.
+    pub what: String,
+    pub dtype: Dtype,
+    pub sizes: Sizes,
+    pub bytes: u64,
+    pub bytes_formula: &'static str,
+    pub flops: u64,
+    /// Empty where there are none.
+    pub flops_formula: &'static str,
+}
+
+pub fn element_bytes(dtype: Dtype) -> u64 {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
+    }
+}
+
+/// Bytes of the statistics of a row.
+fn statistics(norm: NormKind) -> u64 {
+    match norm {
+        NormKind::Rms => 4,
+        NormKind::Layer => 8,
+    }
+}
+
+fn product(sizes: &[usize]) -> u64 {
+    sizes.iter().map(|&size| size as u64).product()
+}
+
+impl Cost {
+    /// One that multiplies nothing.
+    fn moving(
+        op: &'static str,
+        detail: &str,
+        dtype: Dtype,
+        sizes: Sizes,
+        bytes: u64,
+        bytes_formula: &'static str,
+    ) -> Self {
+        let what = format!("{op}, {dtype}{detail}");
+        Cost { op, what, dtype, sizes, bytes, bytes_formula, flops: 0, flops_formula: "" }
+    }
+
+    /// The name of the op in each layout.
+    pub fn product_op(layout: Layout) -> &'static str {
+        match layout {
+            Layout::Nt => "gemm_nt",
+            Layout::Nn => "gemm_nn",
+            Layout::Tn => "gemm_tn",
+        }
+    }
+
+    pub fn product(layout: Layout, dtype: Dtype, [m, n, k]: [usize; 3], output: Output) -> Self {
+        let read = element_bytes(dtype) * (product(&[m, k]) + product(&[n, k]));
+        let out = product(&[m, n]);
+        let (detail, written, bytes_formula) = match output {
+            Output::Store { addend: None } => ("", element_bytes(dtype) * out, "A, B; out [M,N]"),
+            Output::Store { addend: Some(_) } => {
+                (", addend", 2 * element_bytes(dtype) * out, "A, B; addend and out [M,N]")
+            }
+            Output::Accumulate => ("", 2 * 4 * out, "A, B; out [M,N] in fp32, read and written"),
+        };
+        let sizes = Sizes::Product { m, n, k };
+        let bytes = read + written;
+        let flops = 2 * product(&[m, n, k]);
+        Cost {
+            flops,
+            flops_formula: "2 M N K",
+            ..Cost::moving(Self::product_op(layout), detail, dtype, sizes, bytes, bytes_formula)
+        }
+    }
+
+    pub fn norm_forward(norm: NormKind, dtype: Dtype, [t, c]: [usize; 2], residual: bool) -> Self {
+        let (tensors, detail, formula) = match residual {
+            false => (2, "", "inp and out [T,C]; gain [C]; statistics [T]"),
+            true => {
+                let formula = "inp, residual, sum and out [T,C]; gain [C]; statistics [T]";
+                (4, ", residual", formula)
+            }
+        };
+        let bytes = tensors * element_bytes(dtype) * product(&[t, c])
+            + 4 * c as u64
+            + statistics(norm) * t as u64;
+        let sizes = Sizes::Norm { t, c, norm, residual };
+        Cost::moving("norm_forward", &format!(", {norm}{detail}"), dtype, sizes, bytes, formula)
+    }
+
+    /// `partials`: rows of partial sums; `residual`: d_inp, the gradient of the residual stream, is
+    /// added to.
+    pub fn norm_backward(
+        norm: NormKind,
+        dtype: Dtype,
+        [t, c]: [usize; 2],
+        partials: usize,
+        residual: bool,
+    ) -> Self {
+        let (tensors, detail, formula) = match residual {
+            false => (
+                3,
+                "",
+                "inp, d_out and d_inp [T,C]; partial sums [P,C] written and read; gain, d_gain \
+                 twice [C]; statistics [T]",
+            ),
+            true => (
+                4,
+                ", residual",
+                "inp, d_out and d_inp twice [T,C]; partial sums [P,C] written and read; gain, \
+                 d_gain twice [C]; statistics [T]",
+            ),
+        };
+        let bytes = tensors * element_bytes(dtype) * product(&[t, c])
+            + (2 * partials as u64 + 3) * 4 * c as u64
+            + statistics(norm) * t as u64;
+        let sizes = Sizes::Norm { t, c, norm, residual };
+        Cost::moving("norm_backward", &format!(", {norm}{detail}"), dtype, sizes, bytes, formula)
+    }
+
+    pub fn attention_forward(spec: AttentionSpec, dtype: Dtype) -> Self {
+        let AttentionSpec { heads: HeadSpec { heads, head_dim, .. }, batch, sequence } = spec;
+        let (t, columns) = (batch * sequence, spec.heads.qkv_columns());
+        let activations = product(&[t, columns]) + product(&[t, heads, head_dim]);
+        let bytes = element_bytes(dtype) * activations + 4 * product(&[t, heads]);
+        let formula = "qkv [T,(H+2K)D]; out [T,HD]; log-sum-exp [B,H,S]";
+        let sizes = Sizes::attention(spec);
+        Cost {
+            flops: 2 * product(&[batch, heads, sequence, sequence, head_dim]),
+            flops_formula: "2 products of 2 B H S^2 D, half of it causal: 2 B H S^2 D",
+            ..Cost::moving("attention_forward", "", dtype, sizes, bytes, formula)
+        }
+    }
+
+    pub fn attention_backward(spec: AttentionSpec, dtype: Dtype) -> Self {
+        let AttentionSpec { heads: HeadSpec { heads, head_dim, .. }, batch, sequence } = spec;
+        let (t, columns) = (batch * sequence, spec.heads.qkv_columns());
+        let activations = 2 * product(&[t, columns]) + 2 * product(&[t, heads, head_dim]);
+        let bytes = element_bytes(dtype) * activations + 3 * 4 * product(&[t, heads]);
+        let formula = "qkv and d_qkv [T,(H+2K)D]; out and d_out [T,HD]; log-sum-exp, and delta \
+                       written and read [B,H,S]";
+        let sizes = Sizes::attention(spec);
+        Cost {
+            flops: 5 * product(&[batch, heads, sequence, sequence, head_dim]),
+            flops_formula: "5 products (scores again, d_scores, d_q, d_k, d_v) of 2 B H S^2 D, \
+                            half of it causal: 5 B H S^2 D; whatever a kernel does twice does not \
+                            count",
+            ..Cost::moving("attention_backward", "", dtype, sizes, bytes, formula)
+        }
+    }
+
+    /// Of T tokens that attend to P rows of a cache.
+    pub fn attention_decode(heads: HeadSpec, dtype: Dtype, t: usize, p: usize) -> Self {
+        let HeadSpec { heads: h, kv_heads, head_dim } = heads;
+        let activations = product(&[t, heads.qkv_columns()])
+            + product(&[t, h, head_dim])
+            + 2 * product(&[t + p, kv_heads, head_dim]);
+        let bytes = element_bytes(dtype) * activations + 4 * t as u64;
+        let formula = "qkv [T,(H+2K)D]; out [T,HD]; keys and values [P,KD], T rows of them \
+                       written; positions [T]";
+        let sizes = Sizes::Decode { t, p, h, k: kv_heads, d: head_dim };
+        Cost {
+            flops: 4 * product(&[t, p, h, head_dim]),
+            flops_formula: "2 products of 2 T P H D",
+            ..Cost::moving("attention_decode", "", dtype, sizes, bytes, formula)
+        }
+    }
+
+    /// The same in both directions.
+    pub fn rotary(
+        op: &'static str,
+        heads: HeadSpec,
+        dtype: Dtype,
+        t: usize,
+        positions: usize,
+    ) -> Self {
+        let HeadSpec { heads: h, kv_heads: k, head_dim: d } = heads;
+        let rotated = product(&[t, h + k, d]);
+        let table = product(&[positions, d]) + t as u64;
+        let bytes = 2 * element_bytes(dtype) * rotated + 4 * table;
+        let formula = "q and k [T,(H+K)D] read and written; table [P,D] once; positions [T]";
+        Cost::moving(op, "", dtype, Sizes::Rotary { t, h, k, d }, bytes, formula)
+    }
+
+    pub fn swiglu_forward(dtype: Dtype, t: usize, f: usize) -> Self {
+        let bytes = 3 * element_bytes(dtype) * product(&[t, f]);
+        let formula = "inp [T,2F]; out [T,F]";
+        Cost::moving("swiglu_forward", "", dtype, Sizes::Ffn { t, f }, bytes, formula)
+    }
+
+    pub fn swiglu_backward(dtype: Dtype, t: usize, f: usize) -> Self {
+        let bytes = 5 * element_bytes(dtype) * product(&[t, f]);
+        let formula = "inp and d_inp [T,2F]; d_out [T,F]";
+        Cost::moving("swiglu_backward", "", dtype, Sizes::Ffn { t, f }, bytes, formula)
+    }
+
+    pub fn embedding_forward(dtype: Dtype, [t, v, c]: [usize; 3]) -> Self {
+        let bytes = element_bytes(dtype) * product(&[t + t.min(v), c]) + 4 * t as u64;
+        let formula = "out [T,C]; min(T,V) rows of the table; tokens [T]";
+        let sizes = Sizes::Embedding { t, v, c };
+        Cost::moving("embedding_forward", "", dtype, sizes, bytes, formula)
+    }
+
+    pub fn embedding_backward(dtype: Dtype, [t, v, c]: [usize; 3]) -> Self {
+        let table = 2 * 4 * product(&[t.min(v), c]);
+        let bytes = element_bytes(dtype) * product(&[t, c]) + table + 4 * t as u64;
+        let formula = "d_out [T,C]; min(T,V) rows of d_table in fp32, read and written; tokens [T]";
+        let sizes = Sizes::Embedding { t, v, c };
+        Cost::moving("embedding_backward", "", dtype, sizes, bytes, formula)
+    }
+
+    pub fn loss_forward(dtype: Dtype, [t, v]: [usize; 2]) -> Self {
+        let bytes = element_bytes(dtype) * product(&[t, v]) + 8 * t as u64;
+        let formula = "logits [T,V]; targets and losses [T]";
+        Cost::moving("loss_forward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
+    }
+
+    pub fn loss_backward(dtype: Dtype, [t, v]: [usize; 2]) -> Self {
+        let bytes = 2 * element_bytes(dtype) * product(&[t, v]) + 8 * t as u64 + 4;
+        let formula = "logits read, their gradient written [T,V]; targets and losses [T]; scale";
+        Cost::moving("loss_backward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
+    }
+
+    pub fn gradient_norm(n: usize) -> Self {
+        let bytes = 4 * n as u64;
+        Cost::moving("gradient_norm", "", Dtype::F32, Sizes::Flat { n }, bytes, "gradients [N]")
+    }
+
+    /// `working`: the type of matmul operands.
+    pub fn adamw(working: Dtype, n: usize) -> Self {
+        let (bytes, formula) = match working {
+            Dtype::F32 => {
+                (28, "parameters and both moments read and written, gradients read [N]: 28 N")
+            }
+            Dtype::Bf16 => (
+                30,
+                "parameters and both moments read and written, gradients read, bf16 copy written \
+                 [N]: 30 N",
+            ),
+        };
+        Cost::moving("adamw", "", working, Sizes::Flat { n }, bytes * n as u64, formula)
+    }
+
+    /// Of numbers of any type, or of token ids.
+    pub fn copy(element_bytes: u64, n: usize) -> Self {
+        let dtype = if element_bytes == 2 { Dtype::Bf16 } else { Dtype::F32 };
+        let bytes = 2 * element_bytes * n as u64;
+        let cost =
+            Cost::moving("copy", "", dtype, Sizes::Flat { n }, bytes, "[N] read and written");
+        Cost { what: format!("copy of {element_bytes}-byte values"), ..cost }
+    }
+
+    pub fn add(dtype: Dtype, n: usize) -> Self {
+        let bytes = 3 * element_bytes(dtype) * n as u64;
+        let formula = "both operands read, one written [N]";
+        Cost::moving("add", "", dtype, Sizes::Flat { n }, bytes, formula)
+    }
+
+    /// Of f32.
+    pub fn zero(n: usize) -> Self {
+        let bytes = 4 * n as u64;
+        Cost::moving("zero", "", Dtype::F32, Sizes::Flat { n }, bytes, "[N] written")
+    }
+}

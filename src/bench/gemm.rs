@@ -1,0 +1,101 @@
+//! The products of a training step: a layer forward (NT), and the gradients of its input (NN) and
+//! of its weight (TN).
+
+use super::Request;
+use super::cost::{Cost, element_bytes};
+use super::report::Row;
+use super::sizes;
+use super::timing::{Copies, on_cpu, samples};
+use crate::config::Dtype;
+use crate::cuda::gemm::{Gemm, Layout, Output, Product};
+use crate::cuda::{Driver, StreamId};
+use crate::error::Result;
+
+/// Of a model of about 1B parameters (hidden 2048, ffn 5632, 32 heads, 8 of them for keys and
+/// values, 32000 tokens): inputs, outputs and tokens of the layers qkv, attention out, gate and up,
+/// and down; of the head, with the tokens whose logits exist at one time.
+const LAYERS: [Layer; 5] = [
+    Layer { tokens: 8192, inputs: 2048, outputs: 3072 },
+    Layer { tokens: 8192, inputs: 2048, outputs: 2048 },
+    Layer { tokens: 8192, inputs: 2048, outputs: 11264 },
+    Layer { tokens: 8192, inputs: 5632, outputs: 2048 },
+    Layer { tokens: 512, inputs: 2048, outputs: 32000 },
+];
+const SQUARES: [usize; 2] = [4096, 8192];
+const ON_CPU: usize = 256;
+
+#[derive(Clone, Copy)]
+struct Layer {
+    tokens: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Layer {
+    /// M, N, K
+    fn product(self, layout: Layout) -> [usize; 3] {
+        let Layer { tokens, inputs, outputs } = self;
+        match layout {
+            Layout::Nt => [tokens, outputs, inputs],
+            Layout::Nn => [tokens, inputs, outputs],
+            Layout::Tn => [outputs, inputs, tokens],
+        }
+    }
+}
+
+pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+    let kernels = Gemm::new(driver, request.kernel_dtype(), request.family)?;
+    let layouts = match request.layout {
+        Some(layout) => vec![layout],
+        None => {
+            let all = [Layout::Nt, Layout::Nn, Layout::Tn].into_iter();
+            all.filter(|&layout| kernels.variants(layout).next().is_some()).collect()
+        }
+    };
+    let mut table = vec![];
+    for layout in layouts {
+        let products = match request.product {
+            Some(product) => vec![product],
+            None if on_cpu(driver) => vec![[ON_CPU; 3]],
+            None => {
+                let layers = LAYERS.iter().map(|layer| layer.product(layout));
+                layers.chain(SQUARES.iter().map(|&size| [size; 3])).collect()
+            }
+        };
+        for product in products {
+            table.push(row(driver, request, &kernels, layout, product)?);
+        }
+    }
+    Ok(table)
+}
+
+fn row(
+    driver: &mut dyn Driver,
+    request: &Request,
+    kernels: &Gemm,
+    layout: Layout,
+    [m, n, k]: [usize; 3],
+) -> Result<Row> {
+    for sides in [[m, k], [n, k], [m, n]] {
+        sizes::check("a factor or result", &sides)?;
+    }
+    let dtype = request.kernel_dtype();
+    let (output, element_out) = match layout {
+        Layout::Nt | Layout::Nn => (Output::Store { addend: None }, element_bytes(dtype)),
+        Layout::Tn => (Output::Accumulate, element_bytes(Dtype::F32)),
+    };
+    let out_bytes = (m * n) as u64 * element_out;
+    let bytes = (m * k + n * k) as u64 * element_bytes(dtype) + out_bytes;
+    let copies = Copies::new(driver, bytes, bytes, |buffers| {
+        let a = buffers.normals("A", dtype, m * k)?;
+        let b = buffers.normals("B", dtype, n * k)?;
+        let out = buffers.zeros("out", out_bytes)?;
+        kernels.plan(buffers.driver, &Product { layout, m, n, k, a, b, out, output })
+    })?;
+    let samples = samples(driver, request.samples);
+    let timing =
+        copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
+    let what = format!("{}, {dtype}", copies.copies[0].variant.kernel);
+    copies.release(driver)?;
+    Ok(Row::new(Cost { what, ..Cost::product(layout, dtype, [m, n, k], output) }, &timing))
+}

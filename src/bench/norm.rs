@@ -1,0 +1,87 @@
+//! RMSNorm and LayerNorm with a depth scale, forward and backward, without and with the residual.
+
+use super::Request;
+use super::cost::{Cost, element_bytes};
+use super::report::Row;
+use super::sizes;
+use super::timing::{Copies, on_cpu, samples};
+use crate::backend::NormSpec;
+use crate::config::{Dtype, NormKind};
+use crate::cuda::norm::{Norm, NormBackward, NormForward};
+use crate::cuda::{DevicePointer, Driver, StreamId};
+use crate::error::Result;
+
+const DEPTH: usize = 3;
+const EPS: f64 = 1e-6;
+
+struct Buffers {
+    inp: DevicePointer,
+    residual: DevicePointer,
+    sum: DevicePointer,
+    gain: DevicePointer,
+    out: DevicePointer,
+    mean: Option<DevicePointer>,
+    rstd: DevicePointer,
+    partial: DevicePointer,
+    d_gain: DevicePointer,
+}
+
+pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+    let (default_rows, default_columns) = if on_cpu(driver) { (256, 1024) } else { (16384, 2048) };
+    let rows = request.rows.unwrap_or(default_rows);
+    let columns = request.columns.unwrap_or(default_columns);
+    sizes::check("a norm", &[rows, columns])?;
+    if i32::try_from(rows).is_err() {
+        return Err(sizes::impossible(format!("a norm of {rows} rows")));
+    }
+    let (dtype, norm) = (request.kernel_dtype(), request.norm);
+    let spec = NormSpec { kind: norm, eps: EPS, depth: DEPTH };
+    let kernels = Norm::new(driver, dtype, columns)?;
+    let partials = kernels.partials(rows);
+    let samples = samples(driver, request.samples);
+
+    let activation = rows as u64 * columns as u64 * element_bytes(dtype);
+    let (row_sums, gains) = (4 * rows as u64, 4 * columns as u64);
+    let allocated = 4 * activation + 2 * row_sums + (partials as u64 + 2) * gains;
+    let copies = Copies::new(driver, 2 * activation, allocated, |buffers| {
+        Ok(Buffers {
+            sum: buffers.zeros("sum", activation)?,
+            out: buffers.zeros("out", activation)?,
+            mean: match norm {
+                NormKind::Layer => Some(buffers.zeros("mean", row_sums)?),
+                NormKind::Rms => None,
+            },
+            rstd: buffers.zeros("rstd", row_sums)?,
+            partial: buffers.zeros("partial", partials as u64 * gains)?,
+            inp: buffers.normals("inp", dtype, rows * columns)?,
+            residual: buffers.normals("residual", dtype, rows * columns)?,
+            gain: buffers.normals("gain", Dtype::F32, columns)?,
+            d_gain: buffers.normals("d_gain", Dtype::F32, columns)?,
+        })
+    })?;
+
+    let mut table = vec![];
+    for with_residual in [false, true] {
+        let timing = copies.time(driver, samples, |driver, it| {
+            let residual = with_residual.then_some((it.residual, it.sum));
+            let Buffers { inp, gain, out, mean, rstd, .. } = *it;
+            let args = NormForward { inp, residual, gain, out, mean, rstd };
+            kernels.forward(driver, StreamId::MAIN, spec, rows, &args)
+        })?;
+        let cost = Cost::norm_forward(norm, dtype, [rows, columns], with_residual);
+        table.push(Row::new(cost, &timing));
+    }
+    for accumulate in [false, true] {
+        let timing = copies.time(driver, samples, |driver, it| {
+            let Buffers { inp, gain, mean, rstd, partial, d_gain, .. } = *it;
+            let (d_out, d_inp) = (it.residual, it.out);
+            let args =
+                NormBackward { inp, gain, mean, rstd, d_out, partial, d_inp, accumulate, d_gain };
+            kernels.backward(driver, StreamId::MAIN, spec, rows, &args)
+        })?;
+        let cost = Cost::norm_backward(norm, dtype, [rows, columns], partials, accumulate);
+        table.push(Row::new(cost, &timing));
+    }
+    copies.release(driver)?;
+    Ok(table)
+}

@@ -1,0 +1,158 @@
+//! What a benchmark found: the JSON that other programs join, and the lines that people read.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::cost::Cost;
+use super::sizes::Sizes;
+use super::timing::Timing;
+use crate::config::Dtype;
+use crate::cuda::Properties;
+use crate::cuda::peaks::Peaks;
+
+#[derive(Serialize, Debug)]
+pub struct Report {
+    pub benchmark: &'static str,
+    pub device: &'static str,
+    pub machine: Properties,
+    /// The ceiling of bytes: a copy of a large buffer on the device, timed in this run. `None`: no
+    /// row counts bytes.
+    pub copy: Option<Row>,
+    /// Where the ceilings of FLOPs come from, if the machine is known.
+    pub peak_source: Option<&'static str>,
+    pub rows: Vec<Row>,
+}
+
+#[derive(Serialize, Clone, Debug)]
+pub struct Row {
+    /// "norm_forward"
+    pub op: &'static str,
+    pub dtype: Dtype,
+    pub sizes: Sizes,
+    /// "norm_forward, bf16, rms, residual"; of a product, its kernel and type.
+    pub what: String,
+    /// The sizes in words: "T=8192 C=4096"
+    pub shape: String,
+    /// How many samples, and launches in each.
+    pub samples: usize,
+    pub launches_per_sample: usize,
+    pub median_microseconds: f64,
+    pub fastest_microseconds: f64,
+    pub work: Work,
+    /// Of the median: bytes or floating-point operations in a second.
+    pub per_second: f64,
+    /// `per_second` as a share of the copy's; of rows that count bytes.
+    pub percent_of_copy: Option<f64>,
+    /// `per_second` as a share of the machine's dense peak, if that is known; of rows that count
+    /// FLOPs. Of a training step this is MFU.
+    pub percent_of_peak: Option<f64>,
+    /// Of a training step.
+    pub tokens_per_second: Option<f64>,
+}
+
+/// What one launch does.
+#[derive(Serialize, Clone, PartialEq, Debug)]
+pub struct Work {
+    pub unit: Unit,
+    pub amount: u64,
+    /// How the amount comes about.
+    pub formula: &'static str,
+}
+
+#[derive(Serialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    Bytes,
+    Flops,
+}
+
+impl Row {
+    /// Counts what its cost has: FLOPs if there are any, else bytes.
+    pub(super) fn new(cost: Cost, timing: &Timing) -> Self {
+        let work = match cost.flops {
+            0 => Work { unit: Unit::Bytes, amount: cost.bytes, formula: cost.bytes_formula },
+            flops => Work { unit: Unit::Flops, amount: flops, formula: cost.flops_formula },
+        };
+        Row {
+            op: cost.op,
+            dtype: cost.dtype,
+            shape: cost.sizes.to_string(),
+            sizes: cost.sizes,
+            what: cost.what,
+            samples: timing.samples(),
+            launches_per_sample: timing.launches_per_sample,
+            median_microseconds: timing.median(),
+            fastest_microseconds: timing.fastest(),
+            per_second: work.amount as f64 / timing.median() * 1e6,
+            work,
+            percent_of_copy: None,
+            percent_of_peak: None,
+            tokens_per_second: None,
+        }
+    }
+
+    /// Compares with the ceiling of its unit, as far as there is one.
+    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&Peaks>) {
+        let percent = |ceiling: f64| 100.0 * self.per_second / ceiling;
+        match self.work.unit {
+            Unit::Bytes => self.percent_of_copy = copy.map(|copy| percent(copy.per_second)),
+            Unit::Flops => {
+                self.percent_of_peak = peaks.map(|it| percent(it.flops_per_second(self.dtype)));
+            }
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows = || self.copy.iter().chain(&self.rows);
+        let width = |text: fn(&Row) -> &str| rows().map(|row| text(row).len()).max().unwrap_or(0);
+        let (what, shape) = (width(|row| &row.what), width(|row| &row.shape));
+        for row in rows() {
+            let (scaled, unit) = scaled(row.per_second, row.work.unit);
+            write!(
+                f,
+                "{:<what$}  {:<shape$} {:>12.1} us {scaled:>8.2} {unit:<7}",
+                row.what, row.shape, row.median_microseconds
+            )?;
+            let of_peak = if row.op == "step" { "% MFU" } else { "% of peak" };
+            match (row.percent_of_copy, row.percent_of_peak) {
+                (Some(percent), _) => write!(f, " {percent:>5.1} % of copy")?,
+                (None, Some(percent)) => write!(f, " {percent:>5.1} {of_peak}")?,
+                (None, None) => {}
+            }
+            if let Some(tokens) = row.tokens_per_second {
+                write!(f, "  {tokens:.0} tokens/s")?;
+            }
+            writeln!(f)?;
+        }
+        let Properties { name, multiprocessors, .. } = &self.machine;
+        let samples = self.rows.first().map_or(0, |row| row.samples);
+        let cold = if self.machine.l2_bytes > 0 { ", L2 cold" } else { "" };
+        writeln!(
+            f,
+            "on {name}, {multiprocessors} multiprocessors; medians of {samples} samples{cold}"
+        )?;
+        if let Some(step) = self.rows.iter().find(|row| row.tokens_per_second.is_some()) {
+            writeln!(f, "FLOPs of a step = tokens * ({})", step.work.formula)?;
+            if step.percent_of_peak.is_some() {
+                writeln!(f, "MFU = FLOPs / time / peak")?;
+            }
+        }
+        match self.peak_source {
+            Some(source) => writeln!(f, "peak: {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// "3.35 TB/s", "612.00 TFLOP/s", "31.00 GFLOP/s"
+fn scaled(per_second: f64, unit: Unit) -> (f64, &'static str) {
+    match (unit, per_second >= 1e12) {
+        (Unit::Bytes, true) => (per_second / 1e12, "TB/s"),
+        (Unit::Bytes, false) => (per_second / 1e9, "GB/s"),
+        (Unit::Flops, true) => (per_second / 1e12, "TFLOP/s"),
+        (Unit::Flops, false) => (per_second / 1e9, "GFLOP/s"),
+    }
+}
