@@ -109,6 +109,12 @@ pub trait Backend {
     /// "cpu", "cuda", "simt".
     fn name(&self) -> &'static str;
 
+    /// Floating-point operations in a second that the machine's matmul units do at most, dense, in
+    /// the type of activations; `None` where that is not known.
+    fn peak_flops_per_second(&self) -> Option<f64> {
+        None
+    }
+
     /// Bytes of one element.
     fn element_bytes(&self, kind: Kind) -> usize;
 

@@ -7,11 +7,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::config::{Config, DeviceKind, Dtype};
+use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
 use crate::device::Device;
 use crate::engine::{MemoryTable, Plan};
 use crate::error::Result;
+use crate::model::parameters::ParameterTable;
 
 /// FLOPs of training on one token. Every weight of a matmul is used three times (forward, and
 /// twice backward) by a multiplication and an addition; so is every score of causal attention,
@@ -56,18 +57,8 @@ impl PlanReport {
         let count = |id| table.get(id).elements() as u64;
         let head = count(table.head());
         let embeddings = count(table.embedding()) + if config.model.tied { 0 } else { head };
-        let blocks: u64 = (1..=config.model.layers)
-            .map(|layer| {
-                let block = table.block(layer);
-                [block.qkv, block.attention_out, block.gate_up, block.down]
-                    .map(count)
-                    .iter()
-                    .sum::<u64>()
-            })
-            .sum();
-        let matmul_parameters = blocks + head;
-        let attention = (config.model.layers * config.data.sequence * config.model.hidden) as u64;
-        let flops_per_token = 6 * matmul_parameters + 6 * attention;
+        let matmul_parameters = matmul_parameters(&config.model, &table);
+        let flops_per_token = flops_per_token(&config.model, &table, config.data.sequence);
         let tokens = config.tokens_per_step() * config.train.steps;
         let parameters = table.parameters() as u64;
         let stored_elements = table.stored_elements() as u64;
@@ -89,6 +80,21 @@ impl PlanReport {
             bytes,
         })
     }
+}
+
+/// N_matmul: weights that a token is multiplied with, the head included.
+fn matmul_parameters(model: &ModelConfig, table: &ParameterTable) -> u64 {
+    let count = |id| table.get(id).elements() as u64;
+    let of_block = |layer| {
+        let block = table.block(layer);
+        [block.qkv, block.attention_out, block.gate_up, block.down].map(count).iter().sum::<u64>()
+    };
+    (1..=model.layers).map(of_block).sum::<u64>() + count(table.head())
+}
+
+/// Of training, by [`FLOPS_FORMULA`].
+pub fn flops_per_token(model: &ModelConfig, table: &ParameterTable, sequence: usize) -> u64 {
+    6 * matmul_parameters(model, table) + 6 * (model.layers * sequence * model.hidden) as u64
 }
 
 /// The tables that people read.

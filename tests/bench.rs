@@ -558,6 +558,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         (&step.1["preset"], &step.1["B"], &step.1["S"]),
         (&json!("tiny"), &json!(2), &json!(64))
     );
+    assert_eq!(step.1["optimizer"]["beta1"], json!(0.9));
     assert_eq!((&step.1["model"]["kv_heads"], &step.1["model"]["vocab"]), (&json!(1), &json!(512)));
     for row in rows {
         for field in ["what", "shape", "dtype"] {
@@ -624,6 +625,7 @@ fn sizes_say_in_words_what_json_says() {
         s: 2048,
         grad_accumulation: 4,
         model: Box::new(small_model()),
+        optimizer: Box::new(run_config(&small_model()).optimizer),
     };
     assert_eq!(step.to_string(), "1b 4 x B=8 S=2048");
     let product = Sizes::Product { m: 1, n: 2, k: 3 };

@@ -289,8 +289,10 @@ def step(row, device):
     """Whole training steps, compiled. A copy is a trainer, and one is enough: it is larger than any
     L2. It stays for the next round, because compiling it takes long."""
     sizes = row["sizes"]
-    config = sizes.get("config") or {key: sizes[key] for key in ("model", "optimizer")}
-    config = {**config, "data": {**config.get("data", {}), "sequence": sizes["S"]}}
+    if sizes["grad_accumulation"] != 1:
+        raise NoTwin("the twin's step is one micro-batch")
+    config = {"model": sizes["model"], "optimizer": sizes["optimizer"],
+              "data": {"sequence": sizes["S"]}}
     shape = (2, sizes["B"], sizes["S"])
     kept = []
 

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::backend::AttentionSpec;
-use crate::config::{ModelConfig, NormKind};
+use crate::config::{ModelConfig, NormKind, OptimizerConfig};
 use crate::error::{Error, Result};
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -72,6 +72,9 @@ pub enum Sizes {
         grad_accumulation: usize,
         #[serde(rename = "model")]
         model: Box<ModelConfig>,
+        /// With the model all that the PyTorch twin of a step needs.
+        #[serde(rename = "optimizer")]
+        optimizer: Box<OptimizerConfig>,
     },
 }
 

@@ -130,6 +130,7 @@ pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>
             s: sequence,
             grad_accumulation: count,
             model: Box::new(config.model.clone()),
+            optimizer: Box::new(config.optimizer.clone()),
         },
         bytes: 0,
         bytes_formula: "",

@@ -18,6 +18,7 @@ use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
+use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::{Allocation, DevicePointer, Driver, StreamId};
 use crate::backend::{
@@ -258,6 +259,11 @@ fn made<K: Eq + Hash, V>(
 impl Backend for Cuda {
     fn name(&self) -> &'static str {
         self.driver.device()
+    }
+
+    fn peak_flops_per_second(&self) -> Option<f64> {
+        let peaks = Peaks::of(&self.driver.properties().name)?;
+        Some(peaks.flops_per_second(self.dtype))
     }
 
     fn element_bytes(&self, kind: Kind) -> usize {

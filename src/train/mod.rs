@@ -35,6 +35,7 @@ use crate::hf::{self, ExportDtype, TokenizerFiles};
 use crate::metrics::{Evaluation, SampleRecord, StepRecord};
 use crate::model::init::initial_parameters;
 use crate::optim;
+use crate::plan::{FLOPS_FORMULA, flops_per_token};
 use crate::rundir::{MetricsLog, RunDir};
 
 /// Batches prepared ahead of the step that trains.
@@ -113,6 +114,11 @@ fn train_on<B: Backend>(
     ));
 
     let plan = Plan::new(&config, &backend)?;
+    let flops = flops_per_token(&config.model, &plan.table, config.data.sequence) as f64;
+    let flops_share = backend.peak_flops_per_second().map(|peak| flops / peak);
+    if flops_share.is_some() {
+        console.say(format!("mfu: tokens/s x FLOPs per token ({FLOPS_FORMULA}) / dense peak"));
+    }
     console.say(format!(
         "{} parameters on {}\n{}",
         plan.table.parameters(),
@@ -138,6 +144,7 @@ fn train_on<B: Backend>(
         interrupt,
         owed,
         saved,
+        flops_share,
     };
     let outcome = session.run(console);
     console.finish();
@@ -299,6 +306,8 @@ struct Session<B> {
     owed: Option<StepRecord>,
     /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
+    /// FLOPs of a token over what the machine does in a second at most, see [`FLOPS_FORMULA`].
+    flops_share: Option<f64>,
 }
 
 impl<B: Backend> Session<B> {
@@ -316,6 +325,9 @@ impl<B: Backend> Session<B> {
                     let mut record = self.step()?;
                     let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
                     record.tokens_per_second = tokens as f64 / seconds;
+                    record.mfu = self
+                        .flops_share
+                        .map(|of_one_token| of_one_token * record.tokens_per_second);
                     console.step(&record, tokens, seconds);
                     record
                 }
