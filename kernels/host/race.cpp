@@ -74,6 +74,11 @@ static Conflict conflict(Verdict verdict, const SharedSlot& slot, uint32_t team,
 
 // ---------------------------------------------------------------- rules
 static bool ordered(const SharedSlot& slot, uint32_t team, const Access& access) {
+  if (slot.flags & PENDING) {
+    if (team != access.team) return knows_foreign_copy(access.known, team, slot.actor, slot.tick);
+    return slot.actor == access.actor ? access.copies > slot.tick
+                                      : knows_copy(access.known, slot.actor, slot.tick);
+  }
   if (team != access.team) [[unlikely]] {
     const Actor actors = slot.flags & WARPGROUP ? 4 : 1;
     for (Actor actor = slot.actor; actor < slot.actor + actors; actor++)
@@ -92,20 +97,35 @@ static bool ordered(const SharedSlot& slot, uint32_t team, const Access& access)
   return true;
 }
 
+// Whether the thread that began a cp.async has not waited for it; it may have, and told nobody.
+static bool pending(const SharedSlot& slot, uint32_t team, const Access& access) {
+  return slot.flags & PENDING && slot.flags & WRITE && team == access.team &&
+         thread_of(slot.actor)->copies_done <= slot.tick;
+}
+
 // An asynchronous access after an ordinary store needs a proxy fence of the writer behind the
 // store, and has to be ordered after that fence as well.
 static bool fenced(const SharedSlot& slot, uint32_t team, const Access& access, bool shared) {
   if (slot.flags & ASYNC || team != access.team) return true;
   const Fiber& writer = *thread_of(slot.actor);
   const std::vector<Tick>& fences = shared ? writer.shared_fences : writer.global_fences;
-  const auto fence = std::lower_bound(fences.begin(), fences.end(), slot.tick);
+  Tick tick = slot.tick;
+  if (slot.flags & PENDING) {
+    const std::vector<std::pair<uint32_t, Tick>>& waits = writer.copy_waits;
+    const auto wait = std::upper_bound(
+        waits.begin(), waits.end(), slot.tick,
+        [](Tick group, const std::pair<uint32_t, Tick>& wait) { return group < wait.first; });
+    if (wait == waits.end()) return false;
+    tick = wait->second;
+  }
+  const auto fence = std::lower_bound(fences.begin(), fences.end(), tick);
   return fence != fences.end() && knows(access.known, slot.actor, *fence + 1);
 }
 
 // Of neighbours that made several reads, only the latest counts, byte by byte.
 static void forget_earlier(std::vector<SameReads>& entries, const SameReads& of) {
   const auto neighbour = [&](const SameReads& read) {
-    return read.first == of.first && read.team == of.team;
+    return read.first == of.first && read.team == of.team && read.flags == of.flags;
   };
   for (size_t later = entries.size() - 1; later > 0; later--) {
     if (!neighbour(entries[later])) continue;
@@ -125,7 +145,8 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   std::vector<SameReads>& entries = reads.entries;
   const uint16_t mask = slot.mask;
   const uint32_t bit = 1u << slot.actor % TOGETHER;
-  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER, bit, mask};
+  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER, bit, mask,
+                       slot.flags};
   // Reads of two other teams: whoever writes here has to be ordered after both, and one more adds
   // hardly anything.
   const auto& [one, two] = reads.teams;
@@ -134,7 +155,8 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   SameReads* unused = nullptr;
   for (size_t i = entries.size(); i-- > 0;) {
     SameReads& other = entries[i];
-    if (other.first != mine.first || other.team != mine.team) continue;
+    if (other.first != mine.first || other.team != mine.team || other.flags != mine.flags)
+      continue;
     if (other.tick == mine.tick && other.place == mine.place && other.mask == mine.mask) {
       other.lanes |= bit;
       return;
@@ -162,7 +184,7 @@ static Conflict check_reads(Reads& reads, const Access& access, uint16_t mask) {
     if (!(read.mask & mask)) continue;
     for (uint32_t lanes = read.lanes; lanes; lanes &= lanes - 1) {
       const Actor actor = read.first + Actor(std::countr_zero(lanes));
-      const SharedSlot slot{read.tick, read.place, actor, read.mask, READ, 0};
+      const SharedSlot slot{read.tick, read.place, actor, read.mask, read.flags, 0};
       if (!ordered(slot, read.team, access))
         return conflict(Verdict::Race, slot, read.team, read.mask & mask);
     }
@@ -180,7 +202,7 @@ static void move_reads(L& line, const Access& access) {
   const uint32_t size = line.size();
   uint32_t kept = 0;
   for (uint32_t i = 0; i < size; i++) {
-    if (slots[i].flags == READ && slots[i].actor < worker->race_team.thread_actors)
+    if (!(slots[i].flags & ~PENDING) && slots[i].actor < worker->race_team.thread_actors)
       add_read(line.reads(), slots[i], team_of(slots[i], access));
     else
       slots[kept++] = slots[i];
@@ -210,11 +232,10 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
         const bool slot_writes = slot.flags & WRITE;
         const bool both_atomic = slot.flags & access.flags & ATOMIC;
         if ((write || slot_writes) && !both_atomic) {
-          const bool own_pending =
-              slot.flags & PENDING && access.flags & COMPLETES && slot.actor == access.actor;
-          if (slot.flags & PENDING && !own_pending)
-            return conflict(Verdict::NotWaited, slot, team, common);
-          if (!ordered(slot, team, access)) return conflict(Verdict::Race, slot, team, common);
+          if (!ordered(slot, team, access)) {
+            const bool not_waited = pending(slot, team, access);
+            return conflict(not_waited ? Verdict::NotWaited : Verdict::Race, slot, team, common);
+          }
           if (access.flags & ASYNC && slot_writes && !fenced(slot, team, access, SHARED_MEMORY))
             return conflict(Verdict::NoProxyFence, slot, team, common);
         }
@@ -247,13 +268,13 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
     if (write) line.initialised |= mask;
   }
   if (recorded) return {};
-  const uint8_t flags = access.flags & ~COMPLETES;
-  const bool by_thread = flags == READ && access.actor < worker->race_team.thread_actors;
+  const bool by_thread = !(access.flags & ~PENDING) && access.actor < worker->race_team.thread_actors;
   if (by_thread && (line.has_reads() || kept >= L::INLINE_SLOTS)) {
     if (!line.has_reads()) move_reads(line, access);
-    add_read(line.reads(), {access.tick, access.place, access.actor, mask, READ, 0}, access.team);
+    add_read(line.reads(), {access.tick, access.place, access.actor, mask, access.flags, 0},
+             access.team);
   } else {
-    record(line, access, mask, flags);
+    record(line, access, mask, access.flags);
   }
   return {};
 }

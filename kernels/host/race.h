@@ -17,13 +17,15 @@ struct Access {
   uint32_t team;
   Place place;
   uint8_t flags;
+  Tick copies = 0;  // groups of cp.async for which the thread has waited
   Access(const Fiber& fiber, uint8_t flags, Place place)
       : known(fiber.known.get()),
         actor(fiber.actor),
-        tick(fiber.now),
+        tick(flags & PENDING ? fiber.copy_group : fiber.now),
         team(worker->team),
         place(place),
-        flags(flags) {}
+        flags(flags),
+        copies(fiber.copies_done) {}
   Access(const Clock& clock, uint8_t flags, Place place)
       : known(clock.known.get()),
         actor(clock.actor),
