@@ -65,6 +65,10 @@ class Repeat {
 void check_shared(Block&, uint32_t address, uint32_t bytes, const Access&);
 void check_global(const void* p, uint32_t bytes, const Access&);
 
+// The same of 16 bytes by each of some lanes, at multiples of 16 in their block's shared memory.
+void check_shared_rows(Block&, Fiber* const* lanes, const uint32_t* addresses, uint32_t count,
+                       uint8_t flags, Place);
+
 // The same for a thread, and for an asynchronous actor: whichever memory it is.
 void race_thread(Fiber&, const void* p, uint32_t bytes, uint8_t flags, Place);
 void race_clock(const Clock&, const void* p, uint32_t bytes, uint8_t flags, Place);

@@ -31,7 +31,9 @@ struct SharedSlot {
   Actor actor;
   uint16_t mask;
   uint8_t flags;
-  uint8_t unused = 0;  // no padding: lines are compared as bytes
+  // The same read by the same lane of several warps (shared memory): bit w stands for the thread
+  // 32 w behind `actor`. 0: `actor` alone.
+  uint8_t warps = 0;
 };
 
 struct GlobalSlot : SharedSlot {
