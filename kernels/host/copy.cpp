@@ -47,8 +47,9 @@ static void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t 
   Worker& w = *worker;
   if (w.race) {
     // Both are as long as the wait takes to come.
-    if (bytes) race_thread(fiber, global, bytes, READ | PENDING, place_of(site));
+    if (bytes) prefetch_global(global);
     race_thread(fiber, shared, size, WRITE | PENDING, place_of(site));
+    if (bytes) race_thread(fiber, global, bytes, READ | PENDING, place_of(site));
   }
   if (w.asynchronous == SIMT_EARLY || (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
     do_copy(copy);

@@ -76,13 +76,15 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   mask &= warp.exists;  // the last warp of a block may be short
   Meeting* meeting = nullptr;
   Meeting* unused = nullptr;
+  bool others = false;
   for (Meeting& other : warp.meetings) {
     if (!other.arrived) {
       unused = &other;
     } else if (other.mask == mask && other.kind == kind && other.site.line == site.line &&
-               !(other.arrived & bit)) {
+               !(other.arrived & bit) && !meeting) {
       meeting = &other;
-      break;
+    } else {
+      others = true;
     }
   }
   if (!meeting) {
@@ -95,6 +97,8 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   }
   // Halves of a warp may be at different places, as long as neither waits for the other.
   for (const Meeting& other : warp.meetings) {
+    if (!others) [[likely]]
+      break;
     if (&other == meeting || !other.arrived) continue;
     const uint32_t together = meeting->arrived | bit;
     const bool waits_for_other = mask & ~together & other.arrived;
