@@ -115,8 +115,8 @@ static bool watched() { return worker && worker->race && current; }
 [[gnu::always_inline]] static inline void hook(const void* p, uint32_t bytes, bool write,
                                                uintptr_t pc) {
   const Fiber* fiber = self();
-  if (fiber && on_stack(*fiber, p) && !fiber->registers && !fiber->products &&
-      !worker->expired()) [[likely]]
+  if (fiber && on_stack(*fiber, p) && !fiber->registers && !fiber->products && !worker->expired())
+      [[likely]]
     return;
   if (watched() && p != &current) access(p, bytes, write, pc);
 }
@@ -124,9 +124,9 @@ static bool watched() { return worker && worker->race && current; }
 }  // namespace simt
 
 // `current` is one of the registers of a GPU: threadIdx and its like.
-#define HOOK(name, bytes, write)                                                               \
-  void __tsan_##name(void* p) {                                                                \
-    simt::hook(p, bytes, write, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));     \
+#define HOOK(name, bytes, write)                                                           \
+  void __tsan_##name(void* p) {                                                            \
+    simt::hook(p, bytes, write, reinterpret_cast<uintptr_t>(__builtin_return_address(0))); \
   }
 #define HOOKS(bytes)                        \
   HOOK(read##bytes, bytes, false)           \

@@ -49,7 +49,6 @@ static Fiber* thread_of(Actor actor) {
 static uint32_t team_of(const SharedSlot&, const Access& access) { return access.team; }
 static uint32_t team_of(const GlobalSlot& slot, const Access&) { return slot.team; }
 
-
 namespace {
 
 enum class Verdict : uint8_t { Fine, Race, NotWaited, NoProxyFence, Uninitialised };
@@ -69,7 +68,9 @@ static Conflict conflict(Verdict verdict, const SharedSlot& slot, uint32_t team,
 // ---------------------------------------------------------------- the same lane of several warps
 constexpr Actor WARPS = 8;  // bits of SharedSlot::warps
 
-static Actor first_of(Actor thread) { return thread - thread / WARP_THREADS % WARPS * WARP_THREADS; }
+static Actor first_of(Actor thread) {
+  return thread - thread / WARP_THREADS % WARPS * WARP_THREADS;
+}
 static uint8_t warp_bit(Actor thread) { return uint8_t(1u << thread / WARP_THREADS % WARPS); }
 
 // Calls `f` with a slot for each of those who are in this one, until it is false.
@@ -88,8 +89,8 @@ static bool each_actor(const SharedSlot& slot, F&& f) {
 static void record(SharedLine& line, const Access& access, uint16_t mask) {
   const bool read = access.flags == READ && access.actor < worker->race_team.thread_actors;
   if (read)
-    line.push_back({access.tick, access.place, first_of(access.actor), mask, READ,
-                    warp_bit(access.actor)});
+    line.push_back(
+        {access.tick, access.place, first_of(access.actor), mask, READ, warp_bit(access.actor)});
   else
     line.push_back({access.tick, access.place, access.actor, mask, access.flags});
 }
@@ -176,8 +177,8 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   std::vector<SameReads>& entries = reads.entries;
   const uint16_t mask = slot.mask;
   const uint32_t bit = 1u << slot.actor % TOGETHER;
-  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER, bit, mask,
-                       slot.flags};
+  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER,
+                       bit,  mask,      slot.flags};
   // Reads of two other teams: whoever writes here has to be ordered after both, and one more adds
   // hardly anything.
   const auto& [one, two] = reads.teams;
@@ -186,8 +187,7 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   SameReads* unused = nullptr;
   for (size_t i = entries.size(); i-- > 0;) {
     SameReads& other = entries[i];
-    if (other.first != mine.first || other.team != mine.team || other.flags != mine.flags)
-      continue;
+    if (other.first != mine.first || other.team != mine.team || other.flags != mine.flags) continue;
     if (other.tick == mine.tick && other.place == mine.place && other.mask == mine.mask) {
       other.lanes |= bit;
       return;
@@ -314,7 +314,8 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
     if (write) line.initialised |= mask;
   }
   if (recorded) return {};
-  const bool by_thread = !(access.flags & ~PENDING) && access.actor < worker->race_team.thread_actors;
+  const bool by_thread =
+      !(access.flags & ~PENDING) && access.actor < worker->race_team.thread_actors;
   if (by_thread && (line.has_reads() || kept >= L::INLINE_SLOTS)) {
     if (!line.has_reads()) move_reads(line, access);
     add_read(line.reads(), {access.tick, access.place, access.actor, mask, access.flags},

@@ -67,8 +67,8 @@ void check_global(const void* p, uint32_t bytes, const Access&);
 // Brings the line of an address, which will be checked soon, near.
 inline void prefetch_global(const void* p) {
   const auto address = reinterpret_cast<uintptr_t>(p);
-  __builtin_prefetch(
-      &shadow_page(address).lines[address % SHADOW_PAGE_BYTES / GlobalLine::BYTES], 1);
+  __builtin_prefetch(&shadow_page(address).lines[address % SHADOW_PAGE_BYTES / GlobalLine::BYTES],
+                     1);
 }
 
 // The same of 16 bytes by each of some lanes, at multiples of 16 in their block's shared memory.

@@ -197,8 +197,7 @@ struct MatrixArgument {
 
 constexpr uint32_t MATRIX_ROW_BYTES = 16;
 
-static void check_matrix_row(const Fiber& fiber, const MatrixArgument& argument,
-                             const char* what) {
+static void check_matrix_row(const Fiber& fiber, const MatrixArgument& argument, const char* what) {
   if (reinterpret_cast<uintptr_t>(argument.row) % MATRIX_ROW_BYTES) [[unlikely]] {
     fail_at(fiber, what, argument.site, "the row's address is not a multiple of 16");
   }
