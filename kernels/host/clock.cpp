@@ -10,11 +10,22 @@ bool knows_foreign(const Vector* known, uint32_t team, Actor actor, Tick tick) {
   return other != known->foreign.end() && knows(other->second, actor, tick);
 }
 
+bool knows_foreign_copy(const Vector* known, uint32_t team, Actor thread, Tick group) {
+  if (!known) return false;
+  const auto other = known->foreign.find(team);
+  return other != known->foreign.end() && knows_copy(other->second.get(), thread, group);
+}
+
+static void join_ticks(std::vector<Tick>& sum, const std::vector<Tick>& other) {
+  if (sum.size() < other.size()) sum.resize(other.size());
+  Tick* to = sum.data();
+  const Tick* from = other.data();
+  for (size_t i = 0; i < other.size(); i++) to[i] = std::max(to[i], from[i]);
+}
+
 static void join_into(Vector& sum, const Vector& other) {
-  if (sum.ticks.size() < other.ticks.size()) sum.ticks.resize(other.ticks.size());
-  Tick* to = sum.ticks.data();
-  const Tick* from = other.ticks.data();
-  for (size_t i = 0; i < other.ticks.size(); i++) to[i] = std::max(to[i], from[i]);
+  join_ticks(sum.ticks, other.ticks);
+  join_ticks(sum.copies, other.copies);
   for (const auto& [team, known] : other.foreign) {
     Known& mine = sum.foreign[team];
     mine = joined(mine, known);
@@ -45,15 +56,23 @@ Known raised(const Known& known, Actor actor, Tick tick) {
   return sum;
 }
 
+Known raised_copies(const Known& known, Actor thread, Tick groups) {
+  if (!groups || knows_copy(known.get(), thread, groups - 1)) return known;
+  auto sum = known ? std::make_shared<Vector>(*known) : std::make_shared<Vector>();
+  if (sum->copies.size() <= thread) sum->copies.resize(thread + 1);
+  sum->copies[thread] = groups;
+  return sum;
+}
+
 Known seen_from(uint32_t team, uint32_t of, const Known& known) {
   if (team == of || !known) return known;
   auto seen = std::make_shared<Vector>();
   if (const auto own = known->foreign.find(team); own != known->foreign.end())
-    seen->ticks = own->second->ticks;
+    seen->ticks = own->second->ticks, seen->copies = own->second->copies;
   for (const auto& [third, its] : known->foreign)
     if (third != team) seen->foreign.emplace(third, its);
   auto theirs = std::make_shared<Vector>();
-  theirs->ticks = known->ticks;
+  theirs->ticks = known->ticks, theirs->copies = known->copies;
   seen->foreign.emplace(of, std::move(theirs));
   return seen;
 }

@@ -46,8 +46,10 @@ static void cp_async(void* shared, const void* global, uint32_t bytes, uint32_t 
                site};
   Worker& w = *worker;
   if (w.race) {
-    if (bytes) race_thread(fiber, global, bytes, READ, place_of(site));
+    // Both are as long as the wait takes to come.
+    if (bytes) prefetch_global(global);
     race_thread(fiber, shared, size, WRITE | PENDING, place_of(site));
+    if (bytes) race_thread(fiber, global, bytes, READ | PENDING, place_of(site));
   }
   if (w.asynchronous == SIMT_EARLY || (w.asynchronous == SIMT_ANYTIME && random_bits() % 4 == 0)) {
     do_copy(copy);
@@ -63,13 +65,11 @@ void cp_async_wait(int groups, Site) {
     const CpAsync& copy = fiber.copies[done];
     if (copy.group + uint32_t(groups) >= fiber.copy_group) break;
     if (!copy.copied) do_copy(copy);
-    if (worker->race) {
-      // The source may be read until now.
-      if (copy.bytes) race_thread(fiber, copy.from, copy.bytes, READ, place_of(copy.site));
-      race_thread(fiber, copy.to, copy.bytes + copy.zeros, WRITE | COMPLETES, place_of(copy.site));
-    }
   }
   fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + long(done));
+  if (!worker->race || fiber.copy_group <= fiber.copies_done + uint32_t(groups)) return;
+  fiber.copies_done = fiber.copy_group - uint32_t(groups);
+  fiber.copy_waits.emplace_back(fiber.copies_done, fiber.now);
 }
 
 // ---------------------------------------------------------------- issue

@@ -79,12 +79,16 @@ static void access_shared(Fiber& fiber, Block& block, const void* p, uint32_t by
   check_shared(block, address, bytes, Access(fiber, write ? WRITE : READ, place));
 }
 
-static void access(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
+static bool on_stack(const Fiber& fiber, const void* p) {
+  return size_t(static_cast<const uint8_t*>(p) - fiber.stack_bottom) < STACK_BYTES;
+}
+
+[[gnu::noinline]] static void access(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
   Worker& w = *worker;
   Fiber& fiber = *self();
   if (w.expired()) [[unlikely]]
     spins(fiber, pc);
-  if (size_t(static_cast<const uint8_t*>(p) - fiber.stack_bottom) < STACK_BYTES) {
+  if (on_stack(fiber, p)) {
     if (fiber.registers) touch_registers(fiber, p, bytes, write, pc);
     if (pending_product(fiber)) check_registers(fiber, p, bytes, write, pc);
     return;
@@ -107,13 +111,22 @@ static void access(const void* p, uint32_t bytes, bool write, uintptr_t pc) {
 // Whether a kernel runs in race mode; not in constructors, or behind its end.
 static bool watched() { return worker && worker->race && current; }
 
+// Most accesses are to the stack of a thread that uses no wgmma.
+[[gnu::always_inline]] static inline void hook(const void* p, uint32_t bytes, bool write,
+                                               uintptr_t pc) {
+  const Fiber* fiber = self();
+  if (fiber && on_stack(*fiber, p) && !fiber->registers && !fiber->products && !worker->expired())
+      [[likely]]
+    return;
+  if (watched() && p != &current) access(p, bytes, write, pc);
+}
+
 }  // namespace simt
 
 // `current` is one of the registers of a GPU: threadIdx and its like.
-#define HOOK(name, bytes, write)                                                               \
-  void __tsan_##name(void* p) {                                                                \
-    if (simt::watched() && p != &simt::current)                                                \
-      simt::access(p, bytes, write, reinterpret_cast<uintptr_t>(__builtin_return_address(0))); \
+#define HOOK(name, bytes, write)                                                           \
+  void __tsan_##name(void* p) {                                                            \
+    simt::hook(p, bytes, write, reinterpret_cast<uintptr_t>(__builtin_return_address(0))); \
   }
 #define HOOKS(bytes)                        \
   HOOK(read##bytes, bytes, false)           \

@@ -127,6 +127,8 @@ struct Fiber : ThreadIndices {
   Actor actor = 0;
   Tick now = 1;
   Known known;
+  Tick copies_done = 0;                               // groups of cp.async for which it has waited
+  std::vector<std::pair<uint32_t, Tick>> copy_waits;  // those groups, and when it waited
   // When fence.proxy.async came, for each kind of memory; and fence.mbarrier_init last.
   std::vector<Tick> shared_fences, global_fences;
   Tick mbarrier_fence = 0;

@@ -6,8 +6,14 @@
 
 namespace simt {
 
+// What a thread knows, and what it has done until now.
+static Known given_by(const Fiber& fiber) {
+  const Known known = raised(fiber.known, fiber.actor, fiber.now);
+  return raised_copies(known, fiber.actor, fiber.copies_done);
+}
+
 void race_release(Fiber& fiber, Collected& to) {
-  to.add(fiber.known, fiber.actor, fiber.now);
+  to.add(fiber.known, fiber.actor, fiber.now, fiber.copies_done);
   fiber.now++;
 }
 
@@ -22,12 +28,12 @@ void race_threadfence(Fiber& fiber) {
     fiber.known = joined(fiber.known, fiber.pending);
     fiber.pending.reset();
   }
-  fiber.released = raised(fiber.known, fiber.actor, fiber.now);
+  fiber.released = given_by(fiber);
   fiber.now++;
 }
 
 Clock race_handover(Fiber& fiber, Actor actor, Tick tick) {
-  Clock clock{actor, tick, raised(fiber.known, fiber.actor, fiber.now)};
+  Clock clock{actor, tick, given_by(fiber)};
   fiber.now++;
   return clock;
 }
@@ -49,7 +55,7 @@ void race_atomic(Fiber& fiber, const void* p, uint32_t bytes, bool reads, bool w
   if (!writes) return;
   Known given = fiber.released;
   if (order == Order::Release) {
-    given = raised(fiber.known, fiber.actor, fiber.now);
+    given = given_by(fiber);
     fiber.now++;
   }
   // An atomic read-modify-write continues the release sequence of the one before it.

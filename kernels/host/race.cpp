@@ -49,13 +49,6 @@ static Fiber* thread_of(Actor actor) {
 static uint32_t team_of(const SharedSlot&, const Access& access) { return access.team; }
 static uint32_t team_of(const GlobalSlot& slot, const Access&) { return slot.team; }
 
-static void record(SharedLine& line, const Access& access, uint16_t mask, uint8_t flags) {
-  line.push_back({access.tick, access.place, access.actor, mask, flags, 0});
-}
-static void record(GlobalLine& line, const Access& access, uint16_t mask, uint8_t flags) {
-  line.push_back({{access.tick, access.place, access.actor, mask, flags, 0}, access.team});
-}
-
 namespace {
 
 enum class Verdict : uint8_t { Fine, Race, NotWaited, NoProxyFence, Uninitialised };
@@ -72,8 +65,46 @@ static Conflict conflict(Verdict verdict, const SharedSlot& slot, uint32_t team,
   return {verdict, {slot, team}, bytes};
 }
 
+// ---------------------------------------------------------------- the same lane of several warps
+constexpr Actor WARPS = 8;  // bits of SharedSlot::warps
+
+static Actor first_of(Actor thread) {
+  return thread - thread / WARP_THREADS % WARPS * WARP_THREADS;
+}
+static uint8_t warp_bit(Actor thread) { return uint8_t(1u << thread / WARP_THREADS % WARPS); }
+
+// Calls `f` with a slot for each of those who are in this one, until it is false.
+template <class F>
+static bool each_actor(const SharedSlot& slot, F&& f) {
+  if (!slot.warps) return f(slot);
+  SharedSlot one = slot;
+  one.warps = 0;
+  for (uint32_t warps = slot.warps; warps; warps &= warps - 1) {
+    one.actor = slot.actor + Actor(std::countr_zero(warps)) * WARP_THREADS;
+    if (!f(one)) return false;
+  }
+  return true;
+}
+
+static void record(SharedLine& line, const Access& access, uint16_t mask) {
+  const bool read = access.flags == READ && access.actor < worker->race_team.thread_actors;
+  if (read)
+    line.push_back(
+        {access.tick, access.place, first_of(access.actor), mask, READ, warp_bit(access.actor)});
+  else
+    line.push_back({access.tick, access.place, access.actor, mask, access.flags});
+}
+static void record(GlobalLine& line, const Access& access, uint16_t mask) {
+  line.push_back({{access.tick, access.place, access.actor, mask, access.flags}, access.team});
+}
+
 // ---------------------------------------------------------------- rules
-static bool ordered(const SharedSlot& slot, uint32_t team, const Access& access) {
+static bool ordered_one(const SharedSlot& slot, uint32_t team, const Access& access) {
+  if (slot.flags & PENDING) {
+    if (team != access.team) return knows_foreign_copy(access.known, team, slot.actor, slot.tick);
+    return slot.actor == access.actor ? access.copies > slot.tick
+                                      : knows_copy(access.known, slot.actor, slot.tick);
+  }
   if (team != access.team) [[unlikely]] {
     const Actor actors = slot.flags & WARPGROUP ? 4 : 1;
     for (Actor actor = slot.actor; actor < slot.actor + actors; actor++)
@@ -92,20 +123,41 @@ static bool ordered(const SharedSlot& slot, uint32_t team, const Access& access)
   return true;
 }
 
+static bool ordered(const SharedSlot& slot, uint32_t team, const Access& access) {
+  if (!slot.warps) [[likely]]
+    return ordered_one(slot, team, access);
+  return each_actor(slot, [&](const SharedSlot& one) { return ordered_one(one, team, access); });
+}
+
+// Whether the thread that began a cp.async has not waited for it; it may have, and told nobody.
+static bool pending(const SharedSlot& slot, uint32_t team, const Access& access) {
+  return slot.flags & PENDING && slot.flags & WRITE && team == access.team &&
+         thread_of(slot.actor)->copies_done <= slot.tick;
+}
+
 // An asynchronous access after an ordinary store needs a proxy fence of the writer behind the
 // store, and has to be ordered after that fence as well.
 static bool fenced(const SharedSlot& slot, uint32_t team, const Access& access, bool shared) {
   if (slot.flags & ASYNC || team != access.team) return true;
   const Fiber& writer = *thread_of(slot.actor);
   const std::vector<Tick>& fences = shared ? writer.shared_fences : writer.global_fences;
-  const auto fence = std::lower_bound(fences.begin(), fences.end(), slot.tick);
+  Tick tick = slot.tick;
+  if (slot.flags & PENDING) {
+    const std::vector<std::pair<uint32_t, Tick>>& waits = writer.copy_waits;
+    const auto wait = std::upper_bound(
+        waits.begin(), waits.end(), slot.tick,
+        [](Tick group, const std::pair<uint32_t, Tick>& wait) { return group < wait.first; });
+    if (wait == waits.end()) return false;
+    tick = wait->second;
+  }
+  const auto fence = std::lower_bound(fences.begin(), fences.end(), tick);
   return fence != fences.end() && knows(access.known, slot.actor, *fence + 1);
 }
 
 // Of neighbours that made several reads, only the latest counts, byte by byte.
 static void forget_earlier(std::vector<SameReads>& entries, const SameReads& of) {
   const auto neighbour = [&](const SameReads& read) {
-    return read.first == of.first && read.team == of.team;
+    return read.first == of.first && read.team == of.team && read.flags == of.flags;
   };
   for (size_t later = entries.size() - 1; later > 0; later--) {
     if (!neighbour(entries[later])) continue;
@@ -125,7 +177,8 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   std::vector<SameReads>& entries = reads.entries;
   const uint16_t mask = slot.mask;
   const uint32_t bit = 1u << slot.actor % TOGETHER;
-  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER, bit, mask};
+  const SameReads mine{team, slot.tick, slot.place, slot.actor / TOGETHER * TOGETHER,
+                       bit,  mask,      slot.flags};
   // Reads of two other teams: whoever writes here has to be ordered after both, and one more adds
   // hardly anything.
   const auto& [one, two] = reads.teams;
@@ -134,7 +187,7 @@ static void add_read(Reads& reads, const SharedSlot& slot, uint32_t team) {
   SameReads* unused = nullptr;
   for (size_t i = entries.size(); i-- > 0;) {
     SameReads& other = entries[i];
-    if (other.first != mine.first || other.team != mine.team) continue;
+    if (other.first != mine.first || other.team != mine.team || other.flags != mine.flags) continue;
     if (other.tick == mine.tick && other.place == mine.place && other.mask == mine.mask) {
       other.lanes |= bit;
       return;
@@ -162,7 +215,7 @@ static Conflict check_reads(Reads& reads, const Access& access, uint16_t mask) {
     if (!(read.mask & mask)) continue;
     for (uint32_t lanes = read.lanes; lanes; lanes &= lanes - 1) {
       const Actor actor = read.first + Actor(std::countr_zero(lanes));
-      const SharedSlot slot{read.tick, read.place, actor, read.mask, READ, 0};
+      const SharedSlot slot{read.tick, read.place, actor, read.mask, read.flags};
       if (!ordered(slot, read.team, access))
         return conflict(Verdict::Race, slot, read.team, read.mask & mask);
     }
@@ -180,8 +233,11 @@ static void move_reads(L& line, const Access& access) {
   const uint32_t size = line.size();
   uint32_t kept = 0;
   for (uint32_t i = 0; i < size; i++) {
-    if (slots[i].flags == READ && slots[i].actor < worker->race_team.thread_actors)
-      add_read(line.reads(), slots[i], team_of(slots[i], access));
+    if (!(slots[i].flags & ~PENDING) && slots[i].actor < worker->race_team.thread_actors)
+      each_actor(slots[i], [&](const SharedSlot& one) {
+        add_read(line.reads(), one, team_of(slots[i], access));
+        return true;
+      });
     else
       slots[kept++] = slots[i];
   }
@@ -210,11 +266,15 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
         const bool slot_writes = slot.flags & WRITE;
         const bool both_atomic = slot.flags & access.flags & ATOMIC;
         if ((write || slot_writes) && !both_atomic) {
-          const bool own_pending =
-              slot.flags & PENDING && access.flags & COMPLETES && slot.actor == access.actor;
-          if (slot.flags & PENDING && !own_pending)
-            return conflict(Verdict::NotWaited, slot, team, common);
-          if (!ordered(slot, team, access)) return conflict(Verdict::Race, slot, team, common);
+          if (!ordered(slot, team, access)) {
+            each_actor(slot, [&](const SharedSlot& one) {  // the first of them that is not
+              if (ordered_one(one, team, access)) return true;
+              static_cast<SharedSlot&>(slot) = one;
+              return false;
+            });
+            const bool not_waited = pending(slot, team, access);
+            return conflict(not_waited ? Verdict::NotWaited : Verdict::Race, slot, team, common);
+          }
           if (access.flags & ASYNC && slot_writes && !fenced(slot, team, access, SHARED_MEMORY))
             return conflict(Verdict::NoProxyFence, slot, team, common);
         }
@@ -226,7 +286,14 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
         }
         // What this access replaces: all that a write is ordered after, the earlier reads of a
         // read.
-        if (write ? !both_atomic : earlier_read && ordered(slot, team, access)) {
+        const bool same_read = SHARED_MEMORY && slot.warps && slot.mask == mask &&
+                               slot.tick == access.tick && slot.place == access.place &&
+                               access.flags == READ && slot.actor == first_of(access.actor) &&
+                               access.actor < worker->race_team.thread_actors;
+        if (same_read) {
+          slot.warps |= warp_bit(access.actor);
+          recorded = true;
+        } else if (write ? !both_atomic : earlier_read && ordered(slot, team, access)) {
           slot.mask &= ~mask;
           if (!slot.mask) continue;
         } else if (both_atomic && slot.actor == access.actor && team == access.team &&
@@ -247,13 +314,14 @@ static Conflict check(L& line, const Access& access, uint16_t mask) {
     if (write) line.initialised |= mask;
   }
   if (recorded) return {};
-  const uint8_t flags = access.flags & ~COMPLETES;
-  const bool by_thread = flags == READ && access.actor < worker->race_team.thread_actors;
+  const bool by_thread =
+      !(access.flags & ~PENDING) && access.actor < worker->race_team.thread_actors;
   if (by_thread && (line.has_reads() || kept >= L::INLINE_SLOTS)) {
     if (!line.has_reads()) move_reads(line, access);
-    add_read(line.reads(), {access.tick, access.place, access.actor, mask, READ, 0}, access.team);
+    add_read(line.reads(), {access.tick, access.place, access.actor, mask, access.flags},
+             access.team);
   } else {
-    record(line, access, mask, flags);
+    record(line, access, mask);
   }
   return {};
 }
@@ -334,6 +402,15 @@ void check_shared(Block& block, uint32_t address, uint32_t bytes, const Access& 
   check_shared_line(block, lines, index, first_mask(address, end), access);
   for (index++; index * SharedLine::BYTES < end; index++)
     check_shared_line(block, lines, index, first_mask(index * SharedLine::BYTES, end), access);
+}
+
+void check_shared_rows(Block& block, Fiber* const* lanes, const uint32_t* addresses, uint32_t count,
+                       uint8_t flags, Place place) {
+  std::vector<SharedLine>& lines = worker->race_team.shared[block.rank];
+  for (uint32_t i = 0; i < count; i++) {
+    const Access access(*lanes[i], flags, place);
+    check_shared_line(block, lines, addresses[i] / SharedLine::BYTES, 0xffff, access);
+  }
 }
 
 // The lines of [address, end), which are of one page; the first that is not fine, or null.

@@ -17,13 +17,15 @@ struct Access {
   uint32_t team;
   Place place;
   uint8_t flags;
+  Tick copies = 0;  // groups of cp.async for which the thread has waited
   Access(const Fiber& fiber, uint8_t flags, Place place)
       : known(fiber.known.get()),
         actor(fiber.actor),
-        tick(fiber.now),
+        tick(flags & PENDING ? fiber.copy_group : fiber.now),
         team(worker->team),
         place(place),
-        flags(flags) {}
+        flags(flags),
+        copies(fiber.copies_done) {}
   Access(const Clock& clock, uint8_t flags, Place place)
       : known(clock.known.get()),
         actor(clock.actor),
@@ -62,6 +64,16 @@ class Repeat {
 // An access to bytes of shared or global memory that exist.
 void check_shared(Block&, uint32_t address, uint32_t bytes, const Access&);
 void check_global(const void* p, uint32_t bytes, const Access&);
+// Brings the line of an address, which will be checked soon, near.
+inline void prefetch_global(const void* p) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  __builtin_prefetch(&shadow_page(address).lines[address % SHADOW_PAGE_BYTES / GlobalLine::BYTES],
+                     1);
+}
+
+// The same of 16 bytes by each of some lanes, at multiples of 16 in their block's shared memory.
+void check_shared_rows(Block&, Fiber* const* lanes, const uint32_t* addresses, uint32_t count,
+                       uint8_t flags, Place);
 
 // The same for a thread, and for an asynchronous actor: whichever memory it is.
 void race_thread(Fiber&, const void* p, uint32_t bytes, uint8_t flags, Place);

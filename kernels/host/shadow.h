@@ -20,19 +20,20 @@ enum AccessFlags : uint8_t {
   WRITE = 1,
   ATOMIC = 2,
   ASYNC = 4,       // through the asynchronous proxy: TMA, bulk copies, wgmma operands
-  PENDING = 8,     // a cp.async that nobody has waited for
+  PENDING = 8,     // a cp.async: complete, and ordered, when its thread has waited for its group
   WARPGROUP = 16,  // four actors, one per warp, beginning with `actor`
-  COMPLETES = 32,  // the thread has waited for its own cp.async: PENDING no more
   READS_TOO = 64,  // an atomic that writes what it read
 };
 
 struct SharedSlot {
-  Tick tick;
+  Tick tick;  // of a cp.async: its group
   Place place;
   Actor actor;
   uint16_t mask;
   uint8_t flags;
-  uint8_t unused = 0;  // no padding: lines are compared as bytes
+  // The same read by the same lane of several warps (shared memory): bit w stands for the thread
+  // 32 w behind `actor`. 0: `actor` alone.
+  uint8_t warps = 0;
 };
 
 struct GlobalSlot : SharedSlot {
@@ -48,6 +49,7 @@ struct SameReads {
   Actor first;     // the actor of bit 0
   uint32_t lanes;  // whose read it is
   uint16_t mask;
+  uint8_t flags;  // READ, PENDING
 };
 
 // The reads of a line that many threads read, and the first two teams to do so with their bytes.

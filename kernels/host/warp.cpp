@@ -76,13 +76,15 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   mask &= warp.exists;  // the last warp of a block may be short
   Meeting* meeting = nullptr;
   Meeting* unused = nullptr;
+  bool others = false;
   for (Meeting& other : warp.meetings) {
     if (!other.arrived) {
       unused = &other;
     } else if (other.mask == mask && other.kind == kind && other.site.line == site.line &&
-               !(other.arrived & bit)) {
+               !(other.arrived & bit) && !meeting) {
       meeting = &other;
-      break;
+    } else {
+      others = true;
     }
   }
   if (!meeting) {
@@ -95,6 +97,8 @@ void meet(Collective kind, uint32_t mask, void* argument, Act act, Site site) {
   }
   // Halves of a warp may be at different places, as long as neither waits for the other.
   for (const Meeting& other : warp.meetings) {
+    if (!others) [[likely]]
+      break;
     if (&other == meeting || !other.arrived) continue;
     const uint32_t together = meeting->arrived | bit;
     const bool waits_for_other = mask & ~together & other.arrived;
@@ -191,29 +195,38 @@ struct MatrixArgument {
   Site site;
 };
 
+constexpr uint32_t MATRIX_ROW_BYTES = 16;
+
+static void check_matrix_row(const Fiber& fiber, const MatrixArgument& argument, const char* what) {
+  if (reinterpret_cast<uintptr_t>(argument.row) % MATRIX_ROW_BYTES) [[unlikely]] {
+    fail_at(fiber, what, argument.site, "the row's address is not a multiple of 16");
+  }
+  check_own_block(fiber, argument.row, what, argument.site);
+  checked_shared(argument.row, MATRIX_ROW_BYTES, what, argument.site);
+}
+
 // Lanes 8j to 8j+7 give the rows of matrix j.
-static uint16_t* matrix_row(Warp& warp, void** arguments, int matrix, int row, bool write) {
-  const uint32_t lane = uint32_t(matrix * 8 + row);
-  auto& argument = *static_cast<MatrixArgument*>(arguments[lane]);
-  const char* what = write ? "stmatrix" : "ldmatrix";
-  constexpr uint32_t ROW_BYTES = 16;
-  if (reinterpret_cast<uintptr_t>(argument.row) % ROW_BYTES) [[unlikely]] {
-    fail_at(*warp.lanes[lane], what, argument.site, "the row's address is not a multiple of 16");
+static void matrix_rows(Warp& warp, void** arguments, int count, bool write, uint16_t** rows) {
+  Block& block = *warp.lanes[0]->block;
+  uint32_t addresses[WARP_THREADS];
+  const auto lanes = uint32_t(count * 8);
+  for (uint32_t lane = 0; lane < lanes; lane++) {
+    const auto& argument = *static_cast<MatrixArgument*>(arguments[lane]);
+    check_matrix_row(*warp.lanes[lane], argument, write ? "stmatrix" : "ldmatrix");
+    addresses[lane] = offset_in(&block, argument.row);
+    rows[lane] = reinterpret_cast<uint16_t*>(argument.row);
   }
-  check_own_block(*warp.lanes[lane], argument.row, what, argument.site);
-  checked_shared(argument.row, ROW_BYTES, what, argument.site);
-  if (worker->race) {
-    race_thread(*warp.lanes[lane], argument.row, ROW_BYTES, write ? WRITE : READ,
-                place_of(argument.site));
-  }
-  return reinterpret_cast<uint16_t*>(argument.row);
+  if (!worker->race) return;
+  const Site site = static_cast<MatrixArgument*>(arguments[0])->site;
+  check_shared_rows(block, warp.lanes, addresses, lanes, write ? WRITE : READ, place_of(site));
 }
 
 static void load_matrices(Warp& warp, uint32_t, void** arguments) {
   const auto& first = *static_cast<MatrixArgument*>(arguments[0]);
+  uint16_t* all[WARP_THREADS];
+  matrix_rows(warp, arguments, first.count, false, all);
   for (int matrix = 0; matrix < first.count; matrix++) {
-    const uint16_t* rows[8];
-    for (int row = 0; row < 8; row++) rows[row] = matrix_row(warp, arguments, matrix, row, false);
+    const uint16_t* const* rows = all + matrix * 8;
     for (int lane = 0; lane < 32; lane++) {
       const int row = lane / 4, column = lane % 4 * 2;
       const uint32_t low = first.transposed ? rows[column][row] : rows[row][column];
@@ -225,9 +238,10 @@ static void load_matrices(Warp& warp, uint32_t, void** arguments) {
 
 static void store_matrices(Warp& warp, uint32_t, void** arguments) {
   const auto& first = *static_cast<MatrixArgument*>(arguments[0]);
+  uint16_t* all[WARP_THREADS];
+  matrix_rows(warp, arguments, first.count, true, all);
   for (int matrix = 0; matrix < first.count; matrix++) {
-    uint16_t* rows[8];
-    for (int row = 0; row < 8; row++) rows[row] = matrix_row(warp, arguments, matrix, row, true);
+    uint16_t* const* rows = all + matrix * 8;
     for (int lane = 0; lane < 32; lane++) {
       const int row = lane / 4, column = lane % 4 * 2;
       const uint32_t pair = static_cast<MatrixArgument*>(arguments[lane])->registers[matrix];

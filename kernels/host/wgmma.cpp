@@ -379,7 +379,10 @@ static void issue(const Call& call, Site site) {
     product.source[thread] = call.registers;
     std::memcpy(product.registers[thread], call.registers, sizeof product.registers[thread]);
   }
-  if (worker->race) product.known[thread / WARP_THREADS].add(fiber.known, fiber.actor, fiber.now);
+  if (worker->race) {
+    product.known[thread / WARP_THREADS].add(fiber.known, fiber.actor, fiber.now,
+                                             fiber.copies_done);
+  }
 }
 
 void wgmma_shared(float* d, int n, uint64_t a, uint64_t b, int scale_d, bool trans_a, bool trans_b,

@@ -1093,10 +1093,17 @@ fn every_reader_counts_and_every_source_is_kept() {
         &mut host,
         &["no fence.proxy.async", "at {here}", "after a write by {thread 1} at {there}"],
     );
-    case("cp_async_source_overwritten").fails(
-        &mut host,
-        &["data race on global memory at byte", "a write by", "at {here}", "a read by", "{there}"],
-    );
+    for name in [
+        "cp_async_source_overwritten",
+        "cp_async_source_overwritten_by_itself",
+        "cp_async_source_overwritten_between_barriers",
+    ] {
+        let race = "data race on global memory at byte";
+        case(name).fails(&mut host, &[race, "a write by", "at {here}", "a read by", "{there}"]);
+    }
+    case("cp_async_fenced_before_its_wait")
+        .fails(&mut host, &["no fence.proxy.async", "at {here}", "after a write by", "{there}"]);
+    case("right_cp_async_fence").run(&mut host).expect("no fault");
 }
 
 /// Two blocks that wait for each other and are no cooperative launch: a worker that comes late

@@ -1524,6 +1524,58 @@ TEST_KERNEL(cp_async_source_overwritten) {
 }
 EXPORT_KERNEL(cp_async_source_overwritten)
 
+TEST_KERNEL(cp_async_source_overwritten_by_itself) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // there
+  cp_async_commit();
+  global[threadIdx.x * 4] = 5;  // here
+  cp_async_wait<0>();
+}
+EXPORT_KERNEL(cp_async_source_overwritten_by_itself)
+
+// Barriers on both sides of the write order it with the instruction, not with the copy.
+TEST_KERNEL(cp_async_source_overwritten_between_barriers) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // there
+  cp_async_commit();
+  __syncthreads();
+  global[(threadIdx.x ^ 1) * 4] = 5;  // here
+  __syncthreads();
+  cp_async_wait<0>();
+}
+EXPORT_KERNEL(cp_async_source_overwritten_between_barriers)
+
+// What cp.async wrote needs the fence too, behind the wait.
+TEST_KERNEL(cp_async_fenced_before_its_wait) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // there
+  cp_async_commit();
+  fence_proxy_async();
+  cp_async_wait<0>();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(global + 128, tile, 512);  // here
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(cp_async_fenced_before_its_wait)
+
+TEST_KERNEL(right_cp_async_fence) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);
+  cp_async_commit();
+  cp_async_wait<0>();
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(global + 128, tile, 512);
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+EXPORT_KERNEL(right_cp_async_fence)
+
 // Additions of many blocks to the same elements, in bulk and one by one.
 TEST_KERNEL(right_additions) {
   SHARED(float, row, 32);
