@@ -209,7 +209,7 @@ DEVICE Head head_of(const bf16* qkv, int b, int head, int sequence, int heads, i
 // ---------------------------------------------------------------- forward
 // 32 rows for a warp: a fragment of k or v, once read, serves two products. Tiles of keys and
 // values take turns in a ring of three, of which one is used and two are loaded or being loaded;
-// with the queries these are 80 KiB for D = 128: two blocks on a multiprocessor of sm_80.
+// with the queries these are at most 60 KiB (D = 96): two blocks on a multiprocessor of sm_80.
 constexpr int FORWARD_QUERIES = WARPS * 32, FORWARD_RING = 3;
 
 template <int D, int KEYS>

@@ -41,6 +41,30 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
     assert_eq!((&bf16["working_copy"], &f32["working_copy"]), (&(gradients / 2).into(), &0.into()));
 }
 
+/// Bytes of the logits that training holds at one time.
+fn logits_bytes(arguments: &[&str]) -> u64 {
+    let bytes = plan(arguments)["bytes"].take();
+    let lines = bytes["tensors"].as_array().unwrap();
+    let line = lines.iter().find(|line| line["name"] == "logits").unwrap();
+    line["bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn a_machine_for_bf16_holds_more_logits_at_one_time_in_whole_tiles() {
+    let of = |vocab: u64, dtype: &str| {
+        let sets = [format!("model.vocab={vocab}"), format!("dtype={dtype}")];
+        let common = ["--preset", "130m", "--device", "cuda", "--set", &sets[0], "--set", &sets[1]];
+        logits_bytes(&common)
+    };
+    for (vocab, f32, bf16) in
+        [(32_000_u64, 512_u64, 4096_u64), (50_257, 256, 2560), (128_256, 128, 1024)]
+    {
+        let stored = u64::next_multiple_of(vocab, 8);
+        assert_eq!(of(vocab, "f32"), (f32 * stored * 4).next_multiple_of(256), "{vocab}");
+        assert_eq!(of(vocab, "bf16"), (bf16 * stored * 2).next_multiple_of(256), "{vocab}");
+    }
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_run_takes_the_memory_that_the_plan_says() {

@@ -287,7 +287,7 @@ fn planned_memory_is_never_overwritten_before_its_last_read() {
         Purpose::Training { recompute: Recompute::None },
         Purpose::Training { recompute: Recompute::Block },
     ] {
-        let recorded = record_loss(&model, &table, 2, 24, 0.0).unwrap();
+        let recorded = record_loss(&model, &table, 2, 24, 0.0, None).unwrap();
         let kept = [recorded.losses];
         let program = Program::new(recorded.tape, purpose, &kept, |_| 4).unwrap();
         let total: usize = program.memory().lines.iter().map(|line| line.bytes).sum();

@@ -145,8 +145,8 @@ pub struct Nvidia {
     names: Vec<String>,
     /// Kernel files without code for this GPU.
     unusable: Vec<&'static str>,
-    /// Launched since the device was last known to be well: one of them caused a late error.
-    pending: Vec<KernelId>,
+    /// Launched on each stream since it was last waited for: one of them caused a late error.
+    pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
     capture: Capture,
     captured: Vec<(KernelId, Arguments)>,
@@ -250,32 +250,29 @@ impl Nvidia {
         if !is_kernel_fault(error.0) || self.pending.is_empty() {
             return absent(text_of(error), "see dmesg and nvidia-smi; start the program again");
         }
-        let mut names: Vec<&str> = vec![];
-        for kernel in self.pending.iter().rev().filter_map(|&kernel| self.find(kernel).ok()) {
-            if !names.contains(&kernel.info.name.as_str()) && names.len() < NAMED_LAUNCHES {
-                names.push(&kernel.info.name);
-            }
-        }
-        let what = match names.len() {
-            1 => text_of(error),
-            _ => format!("{}; one of these, the latest first", text_of(error)),
-        };
+        let pending = self.pending.iter().rev().filter_map(|&(kernel, _)| self.find(kernel).ok());
+        let (kernel, hint) = suspects(pending.map(|kernel| kernel.info.name.as_str()));
         Error::Launch {
-            kernel: names.join(", "),
+            kernel,
             device: DEVICE.to_string(),
-            what,
+            what: text_of(error) + &hint,
             remedy: "run it with --device simt --race, or with CUDA_LAUNCH_BLOCKING=1 to see which"
                 .to_string(),
         }
     }
 
-    fn launched(&mut self, kernels: &[KernelId]) {
-        // Enough to name the last few distinct ones; a training step launches hundreds.
-        const KEPT: usize = 1024;
-        self.pending.extend_from_slice(kernels);
+    fn launched(&mut self, kernel: KernelId, stream: StreamId) {
+        // Several micro-batches of a deep model; behind them the same kernels come again.
+        const KEPT: usize = 1 << 14;
+        self.pending.push((kernel, stream));
         if self.pending.len() > 2 * KEPT {
             self.pending.drain(..self.pending.len() - KEPT);
         }
+    }
+
+    /// A stream was waited for, and nothing was wrong: what ran on it is above suspicion.
+    fn finished(&mut self, stream: StreamId) {
+        self.pending.retain(|&(_, on)| on != stream);
     }
 
     /// Asks for dynamic shared memory beyond what every kernel may use.
@@ -321,6 +318,26 @@ impl Nvidia {
             remedy: remedy.to_string(),
         }
     }
+}
+
+/// Whom an error that came late may be due to, of all that were launched since the last wait, the
+/// latest first: the distinct names, as many as an error shows, and what it says of them.
+pub fn suspects<'a>(latest_first: impl Iterator<Item = &'a str>) -> (String, String) {
+    let mut names: Vec<&str> = vec![];
+    for name in latest_first {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let hint = match names.len() {
+        0 | 1 => String::new(),
+        all if all <= NAMED_LAUNCHES => "; one of these, the latest first".to_string(),
+        all => {
+            format!("; one of these, the latest first, or of {} before them", all - NAMED_LAUNCHES)
+        }
+    };
+    names.truncate(NAMED_LAUNCHES);
+    (names.join(", "), hint)
 }
 
 /// Errors that end the context: a kernel did something wrong while it ran.
@@ -689,7 +706,7 @@ impl Driver for Nvidia {
         if recorded {
             self.captured.push((launch.kernel, arguments.clone()));
         } else {
-            self.launched(&[launch.kernel]);
+            self.launched(launch.kernel, launch.stream);
         }
         Ok(())
     }
@@ -698,23 +715,27 @@ impl Driver for Nvidia {
         self.capture.forbid(DEVICE, "a copy from host memory")?;
         self.memory.check(DEVICE, "write", to, from.len() as u64)?;
         self.bind()?;
-        let stream = self.stream(stream)?;
+        let to_wait_for = self.stream(stream)?;
         // SAFETY: the target lies in a live buffer of ours; `from` outlives the copy, because the
         // stream is waited for.
-        unsafe { result::memcpy_htod_async(to.0, from, stream.cu_stream()) }
-            .and_then(|()| stream.synchronize())
-            .map_err(|error| self.failed(error))
+        unsafe { result::memcpy_htod_async(to.0, from, to_wait_for.cu_stream()) }
+            .and_then(|()| to_wait_for.synchronize())
+            .map_err(|error| self.failed(error))?;
+        self.finished(stream);
+        Ok(())
     }
 
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
         self.capture.forbid(DEVICE, "a copy to host memory")?;
         self.memory.check(DEVICE, "read", from, to.len() as u64)?;
         self.bind()?;
-        let stream = self.stream(stream)?;
+        let to_wait_for = self.stream(stream)?;
         // SAFETY: as in `to_device`.
-        unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }
-            .and_then(|()| stream.synchronize())
-            .map_err(|error| self.failed(error))
+        unsafe { result::memcpy_dtoh_async(to, from.0, to_wait_for.cu_stream()) }
+            .and_then(|()| to_wait_for.synchronize())
+            .map_err(|error| self.failed(error))?;
+        self.finished(stream);
+        Ok(())
     }
 
     fn on_device(
@@ -812,7 +833,7 @@ impl Driver for Nvidia {
         Ok(GraphId(self.graphs.len() as u32 - 1))
     }
 
-    fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
+    fn launch_graph(&mut self, graph: GraphId, on: StreamId) -> Result<()> {
         self.capture.forbid(DEVICE, "a graph")?;
         self.bind()?;
         let Some(recorded) = self.graphs.get(graph.0 as usize) else {
@@ -822,12 +843,12 @@ impl Driver for Nvidia {
         for (kernel, arguments) in &recorded.launches {
             check_arguments(DEVICE, &self.find(*kernel)?.info, arguments, &self.memory)?;
         }
-        let stream = self.stream(stream)?.cu_stream();
+        let stream = self.stream(on)?.cu_stream();
         // SAFETY: the graph was instantiated in this context and lives as long as `self`.
         unsafe { result::graph::launch(recorded.graph.cu_graph_exec(), stream) }
             .map_err(|error| self.failed(error))?;
         let kernels: Vec<KernelId> = recorded.launches.iter().map(|(kernel, _)| *kernel).collect();
-        self.launched(&kernels);
+        kernels.into_iter().for_each(|kernel| self.launched(kernel, on));
         Ok(())
     }
 }

@@ -10,6 +10,13 @@ use crate::model::{LossTape, RotaryInputs, record_loss, rotary_table};
 use crate::tape::{BoundProgram, External, MemoryLine, Program, Purpose, ValueId};
 use crate::tensor::{BufferId, Kind, View};
 
+/// Elements of logits at one time in bf16, which means a GPU or simt: 256 MiB, for 32000 columns
+/// 4096 tokens. With 512, as the CPU has them, the gradient of the head's input is 64 to 256 tiles
+/// of 64 x 64 for 132 multiprocessors (hidden 512 to 2048), and by its bytes the gradient of its
+/// weight, read and written for every chunk, costs a quarter of the head's time. Computed for an
+/// H100, not measured.
+const NARROW_LOGITS: usize = 128 << 20;
+
 /// The loss of [B,S] tokens, not yet bound to memory.
 pub(super) struct LossProgram {
     program: Program,
@@ -38,8 +45,10 @@ impl LossProgram {
         purpose: Purpose,
         element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
+        let narrow = element_bytes(Kind::Activation) == 2;
+        let logits = narrow.then_some(NARROW_LOGITS);
         let LossTape { tape, tokens, targets, scale, rotary, losses } =
-            record_loss(config, table, batch, sequence, z_loss)?;
+            record_loss(config, table, batch, sequence, z_loss, logits)?;
         let classes = config.vocab;
         let inputs =
             LossInputs { tokens, targets, scale, rotary, losses, batch, sequence, classes };

@@ -123,16 +123,21 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// Records the loss of `batch` rows of `sequence` tokens.
+/// Records the loss of `batch` rows of `sequence` tokens; `logits`: see [`Tape::hold_logits`],
+/// `None` for the tape's own number.
 pub fn record_loss(
     config: &ModelConfig,
     table: &ParameterTable,
     batch: usize,
     sequence: usize,
     z_loss: f64,
+    logits: Option<usize>,
 ) -> Result<LossTape> {
     let t = batch * sequence;
     let mut recorder = Recorder::new(config, table);
+    if let Some(elements) = logits {
+        recorder.tape.hold_logits(elements);
+    }
     let tokens = recorder.tape.index_input("tokens", &[t]);
     let targets = recorder.tape.index_input("targets", &[t]);
     let scale = recorder.tape.input("loss scale", &[1]);

@@ -21,8 +21,11 @@ use crate::config::NormKind;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
 
-/// Most elements of logits that exist at one time, if that is at least 64 tokens' worth.
+/// Most elements of logits that exist at one time, if that is at least [`LOGITS_TOKENS`]' worth;
+/// see [`Tape::hold_logits`].
 const LOGITS_ELEMENTS: usize = 16 << 20;
+/// A chunk is a multiple of this: no tile of a matmul is cut.
+const LOGITS_TOKENS: usize = 128;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct ValueId(usize);
@@ -61,11 +64,18 @@ struct Recorded {
     block: Option<usize>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Tape {
     values: Vec<Value>,
     ops: Vec<Recorded>,
     block: Option<usize>,
+    logits_elements: usize,
+}
+
+impl Default for Tape {
+    fn default() -> Self {
+        Tape { values: vec![], ops: vec![], block: None, logits_elements: LOGITS_ELEMENTS }
+    }
 }
 
 impl Tape {
@@ -75,6 +85,12 @@ impl Tape {
 
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.0]
+    }
+
+    /// Losses that are recorded from here on hold up to so many elements of logits at one time:
+    /// more of them fill a larger machine, and read the head and its gradient less often.
+    pub fn hold_logits(&mut self, elements: usize) {
+        self.logits_elements = elements;
     }
 
     fn push(&mut self, name: &'static str, sizes: &[usize], kind: Kind, role: Role) -> ValueId {
@@ -286,7 +302,8 @@ impl Tape {
         self.check("cross-entropy", "weight", weight, &[v.max(classes), c])?;
         self.check("cross-entropy", "targets", targets, &[t])?;
         self.check("cross-entropy", "scale", scale, &[1])?;
-        let chunk = (LOGITS_ELEMENTS / v / 64 * 64).clamp(64, t.max(64)).min(t);
+        let tokens = self.logits_elements / v / LOGITS_TOKENS * LOGITS_TOKENS;
+        let chunk = tokens.max(LOGITS_TOKENS).min(t);
         let spec = LossSpec { classes, chunk, z_loss };
         let logits = self.activation("logits", &[chunk, v]);
         let losses = self.statistic("losses", &[t]);

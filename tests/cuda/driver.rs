@@ -444,6 +444,20 @@ fn a_gpu_or_driver_that_is_too_old_is_refused() {
 }
 
 #[test]
+fn a_late_error_names_the_latest_kernels_and_says_how_many_more_it_may_be() {
+    let of = |names: &[&str]| nvidia::suspects(names.iter().copied());
+    assert_eq!(of(&["loss", "loss"]), ("loss".to_string(), String::new()));
+    let (names, hint) = of(&["loss", "norm", "loss", "gemm"]);
+    assert_eq!(
+        (names.as_str(), hint.as_str()),
+        ("loss, norm, gemm", "; one of these, the latest first")
+    );
+    let (names, hint) = of(&["a", "b", "c", "a", "d", "e", "f", "g", "h", "i", "j", "a"]);
+    assert_eq!(names, "a, b, c, d, e, f, g, h");
+    assert_eq!(hint, "; one of these, the latest first, or of 2 before them");
+}
+
+#[test]
 fn the_device_cpu_has_no_kernels() {
     let opened = cuda::open(DeviceKind::Cpu, Options::default());
     assert_refused(opened.map(|_| ()), &["device cpu", "--device simt"]);
