@@ -1,9 +1,6 @@
 //! What `isobath bench` measures, predicts and refuses.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::process::Output;
-use std::rc::Rc;
 
 use isobath::bench::cost::Cost;
 use isobath::bench::{self, Benchmark, Machine, Prediction, Request, Sizes, StepRequest, Unit};
@@ -12,16 +9,14 @@ use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, Peaks};
-use isobath::cuda::{
-    Allocation, Arguments, Cuda, DevicePointer, Driver, EventId, GraphId, KernelId, KernelInfo,
-    Launch, Properties, StreamId, TensorMap, TensorMapSpec,
-};
+use isobath::cuda::{Cuda, DevicePointer, Driver};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::plan::PlanReport;
 use isobath::{Error, Result};
 use serde_json::{Value, json};
 
+use crate::cuda::counting::{Counting, Counts};
 use crate::support::{isobath, run_config, small_model, tokens};
 
 fn open() -> Result<Box<dyn Driver>> {
@@ -321,75 +316,6 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     assert!(matches!(&error, Error::Config { what, .. } if what.contains("head dim of 52")));
 }
 
-/// What a driver was asked to run: kernels by name, "copy" and "fill".
-type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
-
-/// simt, and a count of what it runs.
-struct Counting {
-    host: Host,
-    counts: Counts,
-}
-
-impl Counting {
-    fn count(&self, name: &str) {
-        *self.counts.borrow_mut().entry(name.to_string()).or_default() += 1;
-    }
-}
-
-#[rustfmt::skip]
-impl Driver for Counting {
-    fn device(&self) -> &'static str { self.host.device() }
-    fn properties(&self) -> &Properties { self.host.properties() }
-    fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
-        self.host.allocate(label, bytes)
-    }
-    fn release(&mut self, buffer: Allocation) -> Result<()> { self.host.release(buffer) }
-    fn free_bytes(&self) -> Result<u64> { self.host.free_bytes() }
-    fn kernel(&mut self, name: &str) -> Result<KernelId> { self.host.kernel(name) }
-    fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo> { self.host.kernel_info(kernel) }
-    fn kernel_names(&self) -> Vec<String> { self.host.kernel_names() }
-    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        self.host.tensor_map(spec)
-    }
-    fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
-        self.count(&self.kernel_info(launch.kernel)?.name);
-        self.host.launch(launch, arguments)
-    }
-    fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
-        self.host.to_device(stream, from, to)
-    }
-    fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
-        self.host.to_host(stream, from, to)
-    }
-    fn on_device(
-        &mut self, stream: StreamId, from: DevicePointer, to: DevicePointer, bytes: u64,
-    ) -> Result<()> {
-        self.count("copy");
-        self.host.on_device(stream, from, to, bytes)
-    }
-    fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
-        self.count("fill");
-        self.host.fill(stream, to, bytes, value)
-    }
-    fn new_stream(&mut self) -> Result<StreamId> { self.host.new_stream() }
-    fn new_event(&mut self) -> Result<EventId> { self.host.new_event() }
-    fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
-        self.host.record(event, stream)
-    }
-    fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
-        self.host.wait(stream, event)
-    }
-    fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
-        self.host.elapsed_ms(from, to)
-    }
-    fn synchronize(&mut self) -> Result<()> { self.host.synchronize() }
-    fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }
-    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> { self.host.end_capture(stream) }
-    fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
-        self.host.launch_graph(graph, stream)
-    }
-}
-
 /// How the kernels of an op begin; the op behind a name that several of them share.
 const KERNELS: [(&str, &str); 17] = [
     ("gemm_sm80_nt_", "gemm_nt"),
@@ -421,7 +347,7 @@ fn a_prediction_lists_what_a_training_step_launches() {
         config.train.recompute = recompute;
         let counts = Counts::default();
         let host = Host::new(Options::default()).unwrap();
-        let driver = Box::new(Counting { host, counts: counts.clone() });
+        let driver = Box::new(Counting { counts: counts.clone(), ..Counting::new(host) });
         let backend = Cuda::new(driver, config.dtype, Some(Family::Sm80)).unwrap();
         let plan = Plan::new(&config, &backend).unwrap();
         let mut trainer = Trainer::new(plan, &config, backend).unwrap();

@@ -5,6 +5,7 @@ mod adamw;
 mod attention;
 mod commands;
 mod conformance;
+pub mod counting;
 mod driver;
 mod embedding;
 mod faults;

@@ -6,6 +6,7 @@ use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product, Variant};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 
+use super::counting::Counting;
 use super::machines::*;
 use crate::support::normals;
 
@@ -416,6 +417,23 @@ fn the_family_fits_the_machine_and_the_type() {
 }
 
 /// A tile is chosen for the fewest and fastest waves.
+/// A build for sm_80 alone holds no wgmma kernels, and still trains on an H100.
+#[test]
+fn a_family_that_is_not_in_the_build_is_passed_over() {
+    if !has_simt() {
+        return;
+    }
+    let host = || Host::new(Options::default()).unwrap();
+    let driver = &mut Counting { lacks: Some("gemm_sm90"), ..Counting::new(host()) };
+    let gemm = Gemm::new(driver, Dtype::Bf16, None).unwrap();
+    assert!(LAYOUTS.iter().flat_map(|&it| gemm.variants(it)).all(|it| it.family == Family::Sm80));
+    let error = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap_err().to_string();
+    assert!(error.contains("gemm_sm90"), "{error}");
+    let driver = &mut Counting { lacks: Some("gemm_"), ..Counting::new(host()) };
+    let error = Gemm::new(driver, Dtype::Bf16, None).unwrap_err().to_string();
+    assert!(error.contains("gemm_sm90"), "{error}");
+}
+
 #[test]
 fn the_tile_fits_the_result() {
     on_each_machine(|driver| {

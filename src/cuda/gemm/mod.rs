@@ -137,7 +137,7 @@ pub struct GemmPlan {
 
 impl Gemm {
     /// `choice`: one family for all layouts that it has; `None`: for each layout the best one that
-    /// this machine runs.
+    /// this machine runs and this build holds.
     ///
     /// Errors: a family that this machine or this type does not have; a build without its kernels.
     pub fn new(driver: &mut dyn Driver, dtype: Dtype, choice: Option<Family>) -> Result<Self> {
@@ -161,10 +161,23 @@ impl Gemm {
         let mut kernels = vec![];
         for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
             let of = |it: Family| it.variants().iter().filter(move |it| it.layout == layout);
-            let best = families.iter().copied().find(|&family| of(family).next().is_some());
-            let Some(family) = choice.or(best) else { continue };
-            for variant in of(family) {
-                kernels.push((variant, driver.kernel(variant.kernel)?));
+            let best = families.iter().copied().filter(|&family| of(family).next().is_some());
+            let candidates = choice.map_or_else(|| best.collect(), |family| vec![family]);
+            // A build for fewer architectures lacks whole files: the next family is as right.
+            let mut missing = None;
+            for family in candidates {
+                let found = of(family).map(|it| Ok((it, driver.kernel(it.kernel)?)));
+                match found.collect::<Result<Vec<_>>>() {
+                    Ok(found) => {
+                        kernels.extend(found);
+                        missing = None;
+                        break;
+                    }
+                    Err(error) => missing = missing.or(Some(error)),
+                }
+            }
+            if let Some(error) = missing {
+                return Err(error);
             }
         }
         Ok(Gemm { device, multiprocessors, dtype, kernels })

@@ -1,0 +1,93 @@
+//! A driver between a test and simt: it counts what runs, and can leave kernels out.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use isobath::Result;
+use isobath::cuda::host::Host;
+use isobath::cuda::{
+    Allocation, Arguments, DevicePointer, Driver, EventId, GraphId, KernelId, KernelInfo, Launch,
+    Properties, StreamId, TensorMap, TensorMapSpec,
+};
+
+/// What a driver was asked to run: kernels by name, "copy" and "fill".
+pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
+
+/// simt, and a count of what it runs.
+pub struct Counting {
+    pub host: Host,
+    pub counts: Counts,
+    /// Kernels whose names begin so are not in this build.
+    pub lacks: Option<&'static str>,
+}
+
+impl Counting {
+    pub fn new(host: Host) -> Self {
+        Counting { host, counts: Counts::default(), lacks: None }
+    }
+
+    fn count(&self, name: &str) {
+        *self.counts.borrow_mut().entry(name.to_string()).or_default() += 1;
+    }
+}
+
+#[rustfmt::skip]
+impl Driver for Counting {
+    fn device(&self) -> &'static str { self.host.device() }
+    fn properties(&self) -> &Properties { self.host.properties() }
+    fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.host.allocate(label, bytes)
+    }
+    fn release(&mut self, buffer: Allocation) -> Result<()> { self.host.release(buffer) }
+    fn free_bytes(&self) -> Result<u64> { self.host.free_bytes() }
+    fn kernel(&mut self, name: &str) -> Result<KernelId> {
+        match self.lacks {
+            Some(prefix) if name.starts_with(prefix) => self.host.kernel(&format!("no_{name}")),
+            _ => self.host.kernel(name),
+        }
+    }
+    fn process_bytes(&self) -> u64 { self.host.process_bytes() }
+    fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo> { self.host.kernel_info(kernel) }
+    fn kernel_names(&self) -> Vec<String> { self.host.kernel_names() }
+    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        self.host.tensor_map(spec)
+    }
+    fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
+        self.count(&self.kernel_info(launch.kernel)?.name);
+        self.host.launch(launch, arguments)
+    }
+    fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.host.to_device(stream, from, to)
+    }
+    fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.host.to_host(stream, from, to)
+    }
+    fn on_device(
+        &mut self, stream: StreamId, from: DevicePointer, to: DevicePointer, bytes: u64,
+    ) -> Result<()> {
+        self.count("copy");
+        self.host.on_device(stream, from, to, bytes)
+    }
+    fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
+        self.count("fill");
+        self.host.fill(stream, to, bytes, value)
+    }
+    fn new_stream(&mut self) -> Result<StreamId> { self.host.new_stream() }
+    fn new_event(&mut self) -> Result<EventId> { self.host.new_event() }
+    fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.host.record(event, stream)
+    }
+    fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
+        self.host.wait(stream, event)
+    }
+    fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
+        self.host.elapsed_ms(from, to)
+    }
+    fn synchronize(&mut self) -> Result<()> { self.host.synchronize() }
+    fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }
+    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> { self.host.end_capture(stream) }
+    fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
+        self.host.launch_graph(graph, stream)
+    }
+}
