@@ -1070,28 +1070,24 @@ TEST_KERNEL(endless_arithmetic) {
 EXPORT_KERNEL(endless_arithmetic)
 
 TEST_KERNEL(spin_on_a_flag) {
-  while (load_acquire(global) == 0) {
-  }  // here
+  while (load_acquire(global) == 0) continue;  // here
 }
 EXPORT_KERNEL(spin_on_a_flag)
 
 TEST_KERNEL(spin_on_an_exchange) {
-  while (atomicCAS(global, 1, 2) != 1) {
-  }  // here
+  while (atomicCAS(global, 1, 2) != 1) continue;  // here
 }
 EXPORT_KERNEL(spin_on_an_exchange)
 
 TEST_KERNEL(spin_on_an_addition) {
-  while (atomicAdd(global, 0u) == 0) {
-  }  // here
+  while (atomicAdd(global, 0u) == 0) continue;  // here
 }
 EXPORT_KERNEL(spin_on_an_addition)
 
 TEST_KERNEL(spin_on_an_mbarrier) {
   SHARED(uint64_t, barrier, 1);
   start(barrier, 1);
-  while (!mbarrier_try_wait(barrier, 0)) {
-  }  // here
+  while (!mbarrier_try_wait(barrier, 0)) continue;  // here
 }
 EXPORT_KERNEL(spin_on_an_mbarrier)
 
@@ -1115,8 +1111,7 @@ TEST_KERNEL(trap) {
 EXPORT_KERNEL(trap)
 
 TEST_KERNEL(spin_on_a_maximum) {
-  while (atomicMax(global, 0u) == 0) {
-  }  // here
+  while (atomicMax(global, 0u) == 0) continue;  // here
 }
 EXPORT_KERNEL(spin_on_a_maximum)
 
