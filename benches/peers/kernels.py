@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 BENCHMARKS = ["gemm", "attention", "norm", "loss", "adamw", "step"]
-# As in src/bench.rs.
+# As in src/bench/timing.rs.
 L2_SIZES, MOST_COPIES = 4, 64
 WARM_UP_SAMPLES = 2
 # Of the copies of one twin; the rest of the GPU's memory is others'.
