@@ -13,6 +13,7 @@ pub mod config;
 pub mod cpu;
 pub mod cuda;
 pub mod data;
+pub mod depth;
 pub mod device;
 pub mod durable;
 pub mod engine;
