@@ -19,6 +19,7 @@ pub mod durable;
 pub mod engine;
 pub mod error;
 pub mod evaluate;
+pub mod figure;
 pub mod generate;
 pub mod hf;
 pub mod host_memory;

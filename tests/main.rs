@@ -11,6 +11,7 @@ mod cpu;
 mod cuda;
 mod data;
 mod evaluate;
+mod figure;
 mod generate;
 mod hf;
 mod model;
