@@ -372,6 +372,19 @@ impl Tokenizer {
         self.end_of_text
     }
 
+    /// The id that tokenizer.json has put before every text, as Llama's do; [`Self::encode`] leaves
+    /// it out.
+    pub fn start_of_text(&self) -> Result<Option<u32>> {
+        let Kind::HuggingFace(inner) = &self.kind else { return Ok(None) };
+        let text = "a";
+        let marked = inner.encode_fast(text, true).map_err(|error| broken(&self.origin, error))?;
+        let plain = self.encode(text)?;
+        Ok(match marked.get_ids() {
+            [first, rest @ ..] if rest.starts_with(&plain) => Some(*first),
+            _ => None,
+        })
+    }
+
     /// SHA-256 of [`Self::json`]: shards and checkpoints carry it.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
