@@ -31,6 +31,7 @@ pub mod plan;
 pub mod random;
 pub mod rundir;
 pub mod tape;
+pub mod tasks;
 pub mod tensor;
 pub mod tensor_file;
 pub mod train;

@@ -21,4 +21,5 @@ mod plan;
 mod random;
 mod support;
 mod tape;
+mod tasks;
 mod train;

@@ -72,12 +72,7 @@ impl Corpus {
         progress: bool,
         in_memory_bytes: u64,
     ) -> Result<Self> {
-        if !(0.0..1.0).contains(&config.held_out) {
-            return Err(Error::Config {
-                what: format!("data.held_out is {}, a share from 0 to below 1", config.held_out),
-                remedy: "set it to 0.1, or to 0 to hold nothing out".into(),
-            });
-        }
+        check_share(config.held_out)?;
         let Some(train) = Input::parse("train", &config.train)? else {
             return Err(Error::Config {
                 what: "data.train is empty".into(),
@@ -185,6 +180,40 @@ impl Input {
             }
         }
         Ok(documents)
+    }
+}
+
+/// The documents of text, or of its last `held_out` share, which a run with that `data.held_out`
+/// does not train on; all in memory.
+///
+/// Errors: those of [`Corpus::open`], and shards, which hold no text.
+pub fn read_texts(specs: &[String], field: &str, held_out: f64) -> Result<Vec<String>> {
+    check_share(held_out)?;
+    let documents = match Input::parse("train", specs)? {
+        None => vec![],
+        Some(Input::Shards(paths)) => {
+            return Err(Error::Data {
+                path: paths[0].clone(),
+                what: "shards hold tokens, not text".into(),
+                remedy: "give the text that they were made of".into(),
+            });
+        }
+        Some(input) => input.read(field)?,
+    };
+    let documents = match held_out {
+        0.0 => documents,
+        share => split_documents(documents, share).1,
+    };
+    Ok(documents.into_iter().map(|document| document.text).collect())
+}
+
+fn check_share(held_out: f64) -> Result<()> {
+    match (0.0..1.0).contains(&held_out) {
+        true => Ok(()),
+        false => Err(Error::Config {
+            what: format!("data.held_out is {held_out}, a share from 0 to below 1"),
+            remedy: "set it to 0.1, or to 0 to hold nothing out".into(),
+        }),
     }
 }
 
