@@ -1,5 +1,6 @@
 //! Multiple-choice tasks; one module for each part of src/tasks.
 
+mod command;
 mod draw;
 mod file;
 mod prompt;

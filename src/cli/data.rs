@@ -1,4 +1,4 @@
-//! `isobath data`: train a tokenizer, turn text into shards, look into shards.
+//! `isobath data`: train a tokenizer, turn text into shards, look into shards, make a task of text.
 //!
 //! Arguments in, a report out: on stdout, as text or with `--json` as one object. Progress goes to
 //! stderr. The work itself is done in `isobath::data`.
@@ -6,10 +6,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use isobath::data::corpus::train_on_files;
+use isobath::data::corpus::{read_texts, train_on_files};
 use isobath::data::prepare::{PrepareOptions, TOKENIZER_FILE, prepare, write_whole};
 use isobath::data::shard::{self, Shard, short};
 use isobath::data::tokenizer::Tokenizer;
+use isobath::tasks::{DrawOptions, draw, json_lines};
 
 use super::output::say;
 
@@ -77,6 +78,41 @@ pub enum DataCommand {
         /// Check every block of every shard
         #[arg(long)]
         verify: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a multiple-choice task of text: which of several continuations follows?
+    Task {
+        /// .txt or .jsonl files, plain, .gz or .zst, or bundled:austen
+        #[arg(required = true, value_name = "TEXT")]
+        texts: Vec<String>,
+        /// Where to write it
+        #[arg(long, value_name = "FILE.jsonl")]
+        out: PathBuf,
+        /// Draw from this last share of the text only: what a run with that data.held_out holds out
+        #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+        held_out: f64,
+        #[arg(long, default_value_t = DrawOptions::default().questions)]
+        questions: usize,
+        /// Choices of a question
+        #[arg(long, default_value_t = DrawOptions::default().choices)]
+        choices: usize,
+        /// Characters before the choices, at most
+        #[arg(long, value_name = "CHARACTERS", default_value_t = DrawOptions::default().context)]
+        context: usize,
+        /// Characters of a choice, at most
+        #[arg(
+            long,
+            value_name = "CHARACTERS",
+            default_value_t = DrawOptions::default().continuation
+        )]
+        continuation: usize,
+        #[arg(long, default_value_t = DrawOptions::default().seed)]
+        seed: u64,
+        /// JSON field of .jsonl files that holds the text
+        #[arg(long, default_value = "text")]
+        field: String,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -157,6 +193,59 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        DataCommand::Task {
+            texts,
+            out,
+            held_out,
+            questions,
+            choices,
+            context,
+            continuation,
+            seed,
+            field,
+            json,
+        } => {
+            let documents = read_texts(&texts, &field, held_out)?;
+            let options = DrawOptions { questions, choices, context, continuation, seed };
+            write_task(&documents, &options, &out, json)
+        }
+    }
+}
+
+/// Draws a task and writes it whole.
+fn write_task(
+    documents: &[String],
+    options: &DrawOptions,
+    out: &Path,
+    json: bool,
+) -> anyhow::Result<()> {
+    if out.extension().is_none_or(|extension| extension != "jsonl") {
+        return Err(isobath::Error::Usage {
+            what: format!("--out {} is no name of a .jsonl file", out.display()),
+            remedy: "end it in .jsonl: `eval --task` tells by the name what is in a file".into(),
+        }
+        .into());
+    }
+    let questions = draw(documents, options)?;
+    write_whole(out, json_lines(&questions).as_bytes())?;
+    let bytes: usize = documents.iter().map(String::len).sum();
+    match json {
+        true => say!(
+            "{}",
+            serde_json::json!({
+                "task": out,
+                "questions": questions.len(),
+                "choices": options.choices,
+                "seed": options.seed,
+                "text_bytes": bytes,
+            })
+        ),
+        false => say!(
+            "{}: {} questions of {} choices from {bytes} bytes of text",
+            out.display(),
+            questions.len(),
+            options.choices
+        ),
     }
 }
 
