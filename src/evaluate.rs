@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
+use tempfile::TempDir;
 
-use crate::config::{DataConfig, DeviceKind, Dtype, Rows as RowKind};
+use crate::config::{DataConfig, DeviceKind, Dtype, ModelConfig, Rows as RowKind};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
@@ -63,27 +64,67 @@ pub struct Report {
 /// Reads the model and the text, and computes the loss; `progress` sees (batches done, of).
 pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Report> {
     let model = LoadedModel::open(&request.model)?;
-    let data = DataConfig {
-        train: request.data.clone(),
-        valid: Vec::new(),
-        held_out: 0.0,
-        tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),
-        field: request.field.clone(),
-        rows: RowKind::Packed,
-        sequence: 1,
-    };
-    let cache = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
-    let corpus = Corpus::open(&data, cache.path(), true)?;
-    let text = &corpus.train;
+    let text = Text::open(&model, &request.data, &request.field)?;
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
     match device {
-        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, text, progress),
+        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, &text.tokens, progress),
         Device::Cuda | Device::Simt => {
             let backend = open_kernels(device.kind(), dtype)?;
-            evaluate_on(backend, request, &model, text, progress)
+            evaluate_on(backend, request, &model, &text.tokens, progress)
         }
     }
+}
+
+/// A text in a model's own tokens.
+pub(crate) struct Text {
+    pub tokens: TokenSource,
+    /// Shards of a text too large for memory, gone with it.
+    _cache: TempDir,
+}
+
+impl Text {
+    /// `data`, `field`: as in [`Request`].
+    pub fn open(model: &LoadedModel, data: &[String], field: &str) -> Result<Self> {
+        let data = DataConfig {
+            train: data.to_vec(),
+            valid: Vec::new(),
+            held_out: 0.0,
+            tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),
+            field: field.to_string(),
+            rows: RowKind::Packed,
+            sequence: 1,
+        };
+        let cache = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
+        let corpus = Corpus::open(&data, cache.path(), true)?;
+        Ok(Text { tokens: corpus.train, _cache: cache })
+    }
+}
+
+/// Tokens in a window, for `batch` windows at one time. Errors: more than the model reads, or than
+/// a device counts.
+pub(crate) fn window_tokens(
+    asked: Option<usize>,
+    batch: usize,
+    config: &ModelConfig,
+) -> Result<usize> {
+    let sequence = asked.unwrap_or(config.max_sequence.min(LONGEST_WINDOW));
+    if sequence > config.max_sequence {
+        return Err(Error::Usage {
+            what: format!(
+                "windows of {sequence} tokens; the model reads at most {}",
+                config.max_sequence
+            ),
+            remedy: "give a smaller --sequence".to_string(),
+        });
+    }
+    if batch.checked_mul(sequence).is_none_or(|tokens| tokens > MOST_TOKENS) {
+        return Err(Error::Usage {
+            what: format!("{batch} windows of {sequence} tokens at one time"),
+            remedy: format!("give a smaller --batch: at most {MOST_TOKENS} tokens together"),
+        });
+    }
+    Ok(sequence)
 }
 
 fn evaluate_on<B: crate::backend::Backend>(
@@ -93,23 +134,7 @@ fn evaluate_on<B: crate::backend::Backend>(
     text: &TokenSource,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Report> {
-    let longest = model.config.max_sequence.min(LONGEST_WINDOW);
-    let sequence = request.sequence.unwrap_or(longest);
-    if sequence > model.config.max_sequence {
-        return Err(Error::Usage {
-            what: format!(
-                "windows of {sequence} tokens; the model reads at most {}",
-                model.config.max_sequence
-            ),
-            remedy: "give a smaller --sequence".to_string(),
-        });
-    }
-    if request.batch.checked_mul(sequence).is_none_or(|tokens| tokens > MOST_TOKENS) {
-        return Err(Error::Usage {
-            what: format!("{} windows of {sequence} tokens at one time", request.batch),
-            remedy: format!("give a smaller --batch: at most {MOST_TOKENS} tokens together"),
-        });
-    }
+    let sequence = window_tokens(request.sequence, request.batch, &model.config)?;
     let windows = Windows::new(text, sequence, request.batch, 0)?;
     let LoadedModel { config, table, parameters, .. } = model;
     let size = [request.batch, sequence];

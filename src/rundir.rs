@@ -317,10 +317,26 @@ pub fn checkpoint_folder(run: &Path, step: u64) -> PathBuf {
 
 /// The steps for which a run has a folder, in order; nothing is said about their contents.
 pub fn checkpoint_steps(run: &Path) -> Result<Vec<u64>> {
-    let names = names(&run.join(CHECKPOINTS))?;
-    let mut steps: Vec<u64> = names.iter().filter_map(|name| step_of(name)).collect();
+    steps_in(&run.join(CHECKPOINTS), "")
+}
+
+/// The steps after which something in a folder is named, with `suffix` behind, in order; none if
+/// there is no such folder.
+pub(crate) fn steps_in(folder: &Path, suffix: &str) -> Result<Vec<u64>> {
+    let names = names(folder)?;
+    let step = |name: &String| step_of(name.strip_suffix(suffix)?);
+    let mut steps: Vec<u64> = names.iter().filter_map(step).collect();
     steps.sort_unstable();
     Ok(steps)
+}
+
+/// The run that a checkpoint's folder lies in, and its step; `None` for a folder of no run.
+pub fn run_and_step(checkpoint: &Path) -> Option<(PathBuf, u64)> {
+    let folder = checkpoint.canonicalize().ok()?;
+    let step = step_of(&folder.file_name()?.to_string_lossy())?;
+    let checkpoints = folder.parent()?;
+    let run = checkpoints.parent()?;
+    (checkpoints.file_name()? == CHECKPOINTS).then(|| (run.to_path_buf(), step))
 }
 
 /// The step whose checkpoint has this name; none if it is no checkpoint's.
@@ -329,7 +345,8 @@ fn step_of(name: &str) -> Option<u64> {
     (folder_name(step) == name).then_some(step)
 }
 
-fn folder_name(step: u64) -> String {
+/// "step-00000200": of the checkpoint, and of what else is kept for a step.
+pub(crate) fn folder_name(step: u64) -> String {
     format!("{STEP}{step:08}")
 }
 

@@ -10,6 +10,7 @@ mod config;
 mod cpu;
 mod cuda;
 mod data;
+mod depth;
 mod evaluate;
 mod figure;
 mod generate;

@@ -6,6 +6,7 @@ use isobath::config::{ModelConfig, NormKind, Recompute};
 use isobath::cpu::{Cpu, Float};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::parameters::ParameterTable;
+use isobath::model::pieces::{BlockTape, record_block};
 use isobath::model::{record_decode, record_loss};
 use isobath::tape::{Access, External, Program, Purpose, Tape};
 use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
@@ -294,6 +295,11 @@ fn planned_memory_is_never_overwritten_before_its_last_read() {
         assert!(program.arena_bytes() < total, "{purpose:?} shares no memory");
         check_memory(program, &kept);
     }
+    let BlockTape { tape, inp, out, .. } = record_block(&model, &table, 2, [2, 24]).unwrap();
+    let purpose = Purpose::VectorJacobian { out: Some(out), inp };
+    let program = Program::new(tape, purpose, &[out], |_| 4).unwrap();
+    let d_inp = program.gradient(inp).unwrap();
+    check_memory(program, &[out, d_inp]);
 }
 
 #[test]

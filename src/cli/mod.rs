@@ -7,6 +7,7 @@ mod bench;
 mod config;
 mod conformance;
 mod data;
+mod depth;
 mod eval;
 mod generate;
 mod info;
@@ -41,6 +42,8 @@ enum Command {
     Data(data::DataCommand),
     /// Count parameters, FLOPs and bytes of a configuration, without data or device
     Plan(plan::PlanArgs),
+    /// Measure what each layer of a model contributes
+    Depth(depth::DepthArgs),
     /// Time kernels on a GPU, or run and check them on the CPU machine
     Bench(bench::BenchArgs),
     /// Compare what every kernel wrapper does on a device with its golden output
@@ -58,6 +61,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Depth(args) => depth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Conformance(args) => conformance::run(args),
         Command::Info(args) => info::run(args),

@@ -9,7 +9,7 @@ use super::float::Float;
 
 /// A matrix as a slice with strides: element (r, c) is `data[r * row_stride + c * column_stride]`.
 #[derive(Clone, Copy)]
-pub(super) struct Matrix<'a, T> {
+pub(crate) struct Matrix<'a, T> {
     data: &'a [T],
     row_stride: usize,
     column_stride: usize,
@@ -31,7 +31,7 @@ impl<'a, T> Matrix<'a, T> {
 }
 
 /// out [m,n] = a [m,k] b [k,n], or += with `accumulate`; all threads.
-pub(super) fn matmul<T: Float>(
+pub(crate) fn matmul<T: Float>(
     [m, n, k]: [usize; 3],
     a: Matrix<T>,
     b: Matrix<T>,

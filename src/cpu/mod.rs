@@ -17,6 +17,7 @@ mod tile;
 mod vectorise;
 
 pub use float::Float;
+pub(crate) use matmul::{Matrix, matmul};
 pub use tile::TileProduct;
 pub use vectorise::Level;
 

@@ -1,7 +1,23 @@
 //! Depth diagnostics: what each layer of a model contributes.
+//!
+//! [`measure`] reads a text once through [`crate::engine::Layerwise`] and fills a [`DepthReport`]:
+//! the sums over the stream are in `streams`, least squares in `affine`, Jacobians in `jacobian`;
+//! `sound` refuses what is not finite, `figures` draws and `files` keeps a report. No definition stands anywhere but beside its code.
 
+mod affine;
+mod figures;
+mod files;
+mod jacobian;
+mod measure;
 mod report;
+mod sound;
+mod streams;
 
+pub use affine::{AffineMap, Explained, Moments};
+pub use figures::{figures, variance_over_training};
+pub use files::{ReportFiles, reports_of_run};
+pub use measure::{Measure, Request, measure, measure_on};
 pub use report::{
     Angular, DepthReport, Jacobian, JacobianReport, Linear, LinearReport, Skipped, TaskReport,
 };
+pub use streams::{StreamSums, angular_distance, rescaled};

@@ -26,7 +26,7 @@ pub struct DepthReport {
     /// Of the whole model on those tokens, in nats.
     pub loss: f64,
     pub perplexity: f64,
-    /// [L+1]: mean over tokens of the variance over features of the stream.
+    /// [L+1]: mean over tokens of the variance over features (divided by C - 1) of the stream.
     pub variance: Option<Vec<f64>>,
     pub angular: Option<Angular>,
     /// [L]
@@ -63,6 +63,8 @@ pub struct Skipped {
 pub struct JacobianReport {
     /// Sampled tokens.
     pub tokens: usize,
+    /// They stand among the first so many of their windows.
+    pub context: usize,
     /// [L]
     pub blocks: Vec<Jacobian>,
 }
@@ -89,8 +91,10 @@ pub struct LinearReport {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Linear {
     pub loss: f64,
+    /// Against the whole model on the same tokens.
     pub loss_increase: f64,
-    /// Share of the variance of the block's output minus its input that the map explains.
+    /// Share of the variance of the block's output minus its input that the map explains, on the
+    /// tokens of the loss.
     pub explained: f64,
 }
 

@@ -17,6 +17,11 @@ use crate::tensor::{BufferId, Kind, View};
 /// H100, not measured.
 const NARROW_LOGITS: usize = 128 << 20;
 
+/// What [`Tape::hold_logits`](crate::tape::Tape::hold_logits) is told; `None`: the tape's own number.
+pub(super) fn held_logits(element_bytes: impl Fn(Kind) -> usize) -> Option<usize> {
+    (element_bytes(Kind::Activation) == 2).then_some(NARROW_LOGITS)
+}
+
 /// The loss of [B,S] tokens, not yet bound to memory.
 pub(super) struct LossProgram {
     program: Program,
@@ -45,8 +50,7 @@ impl LossProgram {
         purpose: Purpose,
         element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
-        let narrow = element_bytes(Kind::Activation) == 2;
-        let logits = narrow.then_some(NARROW_LOGITS);
+        let logits = held_logits(&element_bytes);
         let LossTape { tape, tokens, targets, scale, rotary, losses } =
             record_loss(config, table, batch, sequence, z_loss, logits)?;
         let classes = config.vocab;

@@ -1,11 +1,13 @@
 //! A model on a device: its buffers and its programs.
 //!
-//! [`Plan`] says what a training run will need; [`Trainer`], [`Evaluator`] and [`Decoder`] allocate
-//! once and then only run. None knows where batches come from or where checkpoints go.
+//! [`Plan`] says what a training run will need; [`Trainer`], [`Evaluator`], [`Layerwise`] and
+//! [`Decoder`] allocate once and then only run. None knows where batches come from or where
+//! checkpoints go.
 
 mod batches;
 mod decoder;
 mod evaluator;
+mod layerwise;
 mod loss;
 mod parameters;
 mod plan;
@@ -13,6 +15,7 @@ mod trainer;
 
 pub use decoder::{Decoder, DecoderPlan};
 pub use evaluator::Evaluator;
+pub use layerwise::{Backward, Layerwise};
 pub use parameters::Parameters;
 pub use plan::{MemoryTable, Plan};
 pub use trainer::{StepOutcome, Trainer};

@@ -6,6 +6,7 @@
 pub mod block;
 pub mod init;
 pub mod parameters;
+pub mod pieces;
 
 use crate::backend::{HeadSpec, NormSpec};
 use crate::config::ModelConfig;
@@ -110,16 +111,37 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// tokens [T] -> residual stream [T,C]
+    fn embed(&mut self, tokens: ValueId) -> Result<ValueId> {
+        let embedding = self.parameter(self.table.embedding());
+        self.tape.embedding(tokens, embedding)
+    }
+
     /// tokens [T] -> final norm [T,C]
     fn body(&mut self, tokens: ValueId, attention: &block::Attention) -> Result<ValueId> {
-        let embedding = self.parameter(self.table.embedding());
-        let mut stream = self.tape.embedding(tokens, embedding)?;
+        let mut stream = self.embed(tokens)?;
         for layer in 1..=self.config.layers {
             self.tape.begin_block(layer);
             stream = block::record(self, layer, stream, attention)?;
             self.tape.end_block();
         }
+        self.final_norm(stream)
+    }
+
+    fn final_norm(&mut self, stream: ValueId) -> Result<ValueId> {
         self.norm(stream, self.table.final_norm())
+    }
+
+    /// final norm [T,C] -> losses [T]
+    fn losses(
+        &mut self,
+        out: ValueId,
+        targets: ValueId,
+        scale: ValueId,
+        z_loss: f64,
+    ) -> Result<ValueId> {
+        let head = self.parameter(self.table.head());
+        self.tape.cross_entropy(out, head, targets, scale, self.config.vocab, z_loss)
     }
 }
 
@@ -144,8 +166,7 @@ pub fn record_loss(
     let rotary = recorder.rotary_inputs(t, sequence);
     let attention = block::Attention::Whole { rotary, batch, sequence };
     let out = recorder.body(tokens, &attention)?;
-    let head = recorder.parameter(table.head());
-    let losses = recorder.tape.cross_entropy(out, head, targets, scale, config.vocab, z_loss)?;
+    let losses = recorder.losses(out, targets, scale, z_loss)?;
     Ok(LossTape { tape: recorder.tape, tokens, targets, scale, rotary, losses })
 }
 

@@ -1,4 +1,5 @@
-//! From recorded ops to the steps of a training pass: the backward rule of each op.
+//! From recorded ops to the steps of a training pass, or of a vector-Jacobian product: the backward
+//! rule of each op.
 //!
 //! Ops are visited in reverse. The first contribution to an activation's gradient is written, the
 //! rest are added; a residual passes its gradient on without a copy, so the gradient of the
@@ -14,6 +15,9 @@ use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
 
+/// Values, and the gradient of each.
+pub(super) type Gradients = Vec<(ValueId, ValueId)>;
+
 /// Forward and backward steps, over `tape.values` grown by gradients, scratch and recomputed
 /// activations.
 pub(super) fn training_steps(
@@ -21,31 +25,31 @@ pub(super) fn training_steps(
     recompute: Recompute,
     kept: &[ValueId],
 ) -> Result<Vec<Step<ValueId>>> {
-    let ops = tape.ops.clone();
-    let mut pass = Pass { values: &mut tape.values, gradients: HashMap::new(), steps: Vec::new() };
-    for recorded in &ops {
-        // The loss is computed with its gradient, from one computation of the logits.
-        if !matches!(recorded.op, Op::CrossEntropy { .. }) {
-            pass.steps.push(Step::Forward(recorded.op));
-        }
-    }
-    let mut renamed: HashMap<ValueId, ValueId> = HashMap::new();
-    let mut current = None;
-    for recorded in ops.iter().rev() {
-        if recompute == Recompute::Block && recorded.block != current {
-            current = recorded.block;
-            renamed.clear();
-            if current.is_some() {
-                for again in ops.iter().filter(|o| o.block == current) {
-                    let op = again.op.map(&mut |id, access| pass.rename(id, access, &mut renamed));
-                    pass.steps.push(Step::Forward(op));
-                }
-            }
-        }
-        pass.backward(recorded.op, &renamed)?;
-    }
-    let steps = std::mem::take(&mut pass.steps);
-    Ok(drop_unread(steps, &tape.values, kept))
+    let pass = Pass::over(tape, recompute, None)?;
+    Ok(drop_unread(pass.steps, pass.values, kept))
+}
+
+/// Forward and backward steps from the gradient of `out`, an input of the program, or from the
+/// tape's own loss, to that of `inp`; and the gradient of each of the two. Errors: `inp` does not
+/// lead there.
+pub(super) fn vector_jacobian_steps(
+    tape: &mut Tape,
+    out: Option<ValueId>,
+    inp: ValueId,
+    kept: &[ValueId],
+) -> Result<(Vec<Step<ValueId>>, Gradients)> {
+    let seed = out.map(|out| {
+        let Value { shape, kind, .. } = tape.values[out.0];
+        let d_out = tape.push("output gradient", shape.sizes(), kind, Role::Input);
+        (out, d_out)
+    });
+    let pass = Pass::over(tape, Recompute::None, seed)?;
+    let Some(&d_inp) = pass.gradients.get(&inp) else {
+        return Err(Error::NoGradient { op: "an input that the output does not depend on" });
+    };
+    let kept: Vec<ValueId> = kept.iter().copied().chain([d_inp]).collect();
+    let steps = drop_unread(pass.steps, pass.values, &kept);
+    Ok((steps, seed.into_iter().chain([(inp, d_inp)]).collect()))
 }
 
 /// Forward steps only.
@@ -85,7 +89,41 @@ struct Pass<'a> {
     steps: Vec<Step<ValueId>>,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// Every op forward, then backward; `seed`: a value and its gradient to begin with.
+    fn over(
+        tape: &'a mut Tape,
+        recompute: Recompute,
+        seed: Option<(ValueId, ValueId)>,
+    ) -> Result<Self> {
+        let ops = tape.ops.clone();
+        let gradients = seed.into_iter().collect();
+        let mut pass = Pass { values: &mut tape.values, gradients, steps: Vec::new() };
+        for recorded in &ops {
+            // The loss is computed with its gradient, from one computation of the logits.
+            if !matches!(recorded.op, Op::CrossEntropy { .. }) {
+                pass.steps.push(Step::Forward(recorded.op));
+            }
+        }
+        let mut renamed: HashMap<ValueId, ValueId> = HashMap::new();
+        let mut current = None;
+        for recorded in ops.iter().rev() {
+            if recompute == Recompute::Block && recorded.block != current {
+                current = recorded.block;
+                renamed.clear();
+                if current.is_some() {
+                    for again in ops.iter().filter(|o| o.block == current) {
+                        let op =
+                            again.op.map(&mut |id, access| pass.rename(id, access, &mut renamed));
+                        pass.steps.push(Step::Forward(op));
+                    }
+                }
+            }
+            pass.backward(recorded.op, &renamed)?;
+        }
+        Ok(pass)
+    }
+
     fn push(&mut self, name: &'static str, shape: Shape, kind: Kind) -> ValueId {
         self.values.push(Value { name, shape, kind, role: Role::Activation });
         ValueId(self.values.len() - 1)

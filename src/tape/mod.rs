@@ -150,6 +150,11 @@ impl Tape {
         self.push(name, sizes, Kind::Statistic, Role::Input)
     }
 
+    /// Activations that the caller writes before a run.
+    pub fn activation_input(&mut self, name: &'static str, sizes: &[usize]) -> ValueId {
+        self.push(name, sizes, Kind::Activation, Role::Input)
+    }
+
     /// Memory that lives elsewhere: a parameter, or a cache.
     pub fn external(
         &mut self,

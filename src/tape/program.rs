@@ -1,6 +1,6 @@
 //! A program: steps whose memory is planned, and, once bound, whose operands are views.
 
-use super::differentiate::{inference_steps, training_steps};
+use super::differentiate::{Gradients, inference_steps, training_steps, vector_jacobian_steps};
 use super::memory::MemoryPlan;
 use super::{External, Role, Step, Tape, Value, ValueId};
 use crate::backend::Backend;
@@ -11,7 +11,16 @@ use crate::tensor::{BufferId, Kind, View};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Purpose {
     Inference,
-    Training { recompute: Recompute },
+    Training {
+        recompute: Recompute,
+    },
+    /// The gradient of `inp` from that of `out`, which the caller writes before a run; `None`: from
+    /// the tape's own loss. Both are [`Program::gradient`]s. Parameter gradients accumulate as in
+    /// training.
+    VectorJacobian {
+        out: Option<ValueId>,
+        inp: ValueId,
+    },
 }
 
 /// A tape made ready for one purpose; it needs [`Program::arena_bytes`] of memory to run.
@@ -19,6 +28,8 @@ pub enum Purpose {
 pub struct Program {
     tape: Tape,
     steps: Vec<Step<ValueId>>,
+    /// Of the values that the purpose names.
+    gradients: Gradients,
     memory: MemoryPlan,
 }
 
@@ -38,12 +49,25 @@ impl Program {
         kept: &[ValueId],
         element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
-        let steps = match purpose {
-            Purpose::Inference => inference_steps(&tape),
-            Purpose::Training { recompute } => training_steps(&mut tape, recompute, kept)?,
+        let (steps, gradients) = match purpose {
+            Purpose::Inference => (inference_steps(&tape), Vec::new()),
+            Purpose::Training { recompute } => {
+                (training_steps(&mut tape, recompute, kept)?, Vec::new())
+            }
+            Purpose::VectorJacobian { out, inp } => {
+                vector_jacobian_steps(&mut tape, out, inp, kept)?
+            }
         };
-        let memory = MemoryPlan::new(&steps, &tape.values, kept, element_bytes);
-        Ok(Program { tape, steps, memory })
+        let read = gradients.iter().map(|(_, gradient)| gradient);
+        let kept: Vec<ValueId> = kept.iter().chain(read).copied().collect();
+        let memory = MemoryPlan::new(&steps, &tape.values, &kept, element_bytes);
+        Ok(Program { tape, steps, gradients, memory })
+    }
+
+    /// The gradient of a value that [`Purpose::VectorJacobian`] names. That of `out` may share its
+    /// memory with that of `inp`, so it is to be written before every run.
+    pub fn gradient(&self, of: ValueId) -> Option<ValueId> {
+        self.gradients.iter().find(|(value, _)| *value == of).map(|(_, gradient)| *gradient)
     }
 
     pub fn arena_bytes(&self) -> usize {
