@@ -8,12 +8,15 @@
 //! its tests, where there is simt: ISOBATH_SIMT_MACHINE (the machine's static library),
 //! ISOBATH_SIMT_COMPILE (command and flags for a host kernel) and ISOBATH_SIMT_HOOKS (the flags of
 //! the race-checked variant), both separated by \x1f.
+//! What else it says is in build/commit.rs.
 //! A compiler that is installed after a build is seen after `touch build.rs`.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{env, fs, process};
 
+#[path = "build/commit.rs"]
+mod commit;
 #[path = "build/host.rs"]
 mod host;
 #[path = "build/jobs.rs"]
@@ -51,6 +54,7 @@ fn main() {
 fn build() -> Result<(), String> {
     let root = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(variable("OUT_DIR")?);
+    commit::tell(&root);
     let sources = Sources::read(&root)?;
     let docs_only = env::var_os("DOCS_RS").map(|_| "this is a build of the documentation");
 

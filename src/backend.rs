@@ -109,6 +109,11 @@ pub trait Backend {
     /// "cpu", "cuda", "simt".
     fn name(&self) -> &'static str;
 
+    /// What computes, for the record of a run: "NVIDIA H200"; the name where no more is known.
+    fn machine(&self) -> String {
+        self.name().to_string()
+    }
+
     /// Floating-point operations in a second that the machine's matmul units do at most, dense, in
     /// the type of activations; `None` where that is not known.
     fn peak_flops_per_second(&self) -> Option<f64> {

@@ -35,5 +35,6 @@ pub mod tasks;
 pub mod tensor;
 pub mod tensor_file;
 pub mod train;
+pub mod version;
 
 pub use error::{Error, Result};

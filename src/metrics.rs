@@ -1,6 +1,10 @@
-//! The lines of metrics.jsonl: the one record of a run that everything else derives from.
+//! The lines of metrics.jsonl, the one record of a run that everything else derives from, and of
+//! its two companions.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use crate::version::Program;
 
 /// One optimizer step.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
@@ -53,4 +57,30 @@ pub struct SampleRecord {
     pub step: u64,
     pub prompt: String,
     pub text: String,
+}
+
+/// One process that trained the run, a line of sessions.jsonl: a run that was resumed has several.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SessionRecord {
+    /// Steps done when it began.
+    pub step: u64,
+    /// UTC, RFC 3339, such as "2026-11-28T22:14:03Z".
+    pub started: String,
+    /// Where it computed: "cpu", "NVIDIA H200", "simt (CPU)".
+    pub machine: String,
+    #[serde(flatten)]
+    pub program: Program,
+}
+
+impl SessionRecord {
+    /// Of this process, now.
+    pub fn new(step: u64, machine: String) -> Self {
+        let now = Timestamp::now();
+        SessionRecord {
+            step,
+            started: Timestamp::from_second(now.as_second()).unwrap_or(now).to_string(),
+            machine,
+            program: Program::this(),
+        }
+    }
 }

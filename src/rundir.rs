@@ -8,6 +8,7 @@
 //! ```text
 //! run.toml               the resolved configuration
 //! metrics.jsonl          one line per step; metrics.jsonl.old: lines that a resume cut off
+//! sessions.jsonl         one line per process that trained here: program, commit, device
 //! samples.jsonl          printed samples; samples.jsonl.old: those that a resume cut off
 //! data/                  shards of a text too large for memory
 //! checkpoints/step-00000200/
@@ -27,6 +28,7 @@ use crate::error::{Error, Result};
 pub const CONFIG: &str = "run.toml";
 pub const METRICS: &str = "metrics.jsonl";
 pub const SAMPLES: &str = "samples.jsonl";
+pub const SESSIONS: &str = "sessions.jsonl";
 pub const CUT_METRICS: &str = "metrics.jsonl.old";
 pub const CUT_SAMPLES: &str = "samples.jsonl.old";
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -235,6 +237,11 @@ impl RunDir {
     /// Opens samples.jsonl for new lines.
     pub fn samples(&self) -> Result<MetricsLog> {
         self.log(SAMPLES)
+    }
+
+    /// Opens sessions.jsonl for a new line.
+    pub fn sessions(&self) -> Result<MetricsLog> {
+        self.log(SESSIONS)
     }
 
     fn log(&self, name: &str) -> Result<MetricsLog> {

@@ -261,6 +261,10 @@ impl Backend for Cuda {
         self.driver.device()
     }
 
+    fn machine(&self) -> String {
+        self.driver.properties().name.clone()
+    }
+
     fn peak_flops_per_second(&self) -> Option<f64> {
         let peaks = Peaks::of(&self.driver.properties().name)?;
         Some(peaks.flops_per_second(self.dtype))

@@ -32,7 +32,7 @@ use crate::engine::{Plan, Rows, StepOutcome, Trainer};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, generate};
 use crate::hf::{self, ExportDtype, TokenizerFiles};
-use crate::metrics::{Evaluation, SampleRecord, StepRecord};
+use crate::metrics::{Evaluation, SampleRecord, SessionRecord, StepRecord};
 use crate::model::init::initial_parameters;
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, flops_per_token};
@@ -125,12 +125,14 @@ fn train_on<B: Backend>(
         backend.name(),
         plan.memory()
     ));
+    let machine = backend.machine();
     let mut trainer = Trainer::new(plan, &config, backend)?;
     let Start { state, loader, owed, saved } = match resume {
         true => restore(&mut trainer, &directory, &config, &corpus, console)?,
         false => begin(&mut trainer, &config, &corpus)?,
     };
     directory.write_config(&config.to_toml()?)?;
+    directory.sessions()?.append(&SessionRecord::new(state.step, machine))?;
     let mut session = Session {
         metrics: directory.metrics()?,
         samples: directory.samples()?,
