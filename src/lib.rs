@@ -29,6 +29,7 @@ pub mod model;
 pub mod optim;
 pub mod plan;
 pub mod random;
+pub mod report;
 pub mod rundir;
 pub mod tape;
 pub mod tasks;

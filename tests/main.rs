@@ -20,6 +20,7 @@ mod optim;
 mod peers;
 mod plan;
 mod random;
+mod report;
 mod support;
 mod tape;
 mod tasks;

@@ -14,6 +14,7 @@ mod info;
 mod model;
 mod output;
 mod plan;
+mod report;
 mod train;
 
 use std::io::{self, Write};
@@ -48,6 +49,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Compare what every kernel wrapper does on a device with its golden output
     Conformance(conformance::ConformanceArgs),
+    /// Make one page of figures out of runs
+    Report(report::ReportArgs),
     /// Show the devices, presets and texts of this build
     Info(info::InfoArgs),
 }
@@ -64,6 +67,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Depth(args) => depth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Conformance(args) => conformance::run(args),
+        Command::Report(args) => report::run(args),
         Command::Info(args) => info::run(args),
     }
 }

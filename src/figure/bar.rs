@@ -38,7 +38,8 @@ pub struct BarChart {
     /// What the categories are, such as "layer".
     pub x_label: String,
     pub categories: Vec<String>,
-    /// Linear; zero is always on it.
+    /// Linear; zero is on it unless its range says otherwise. Bars that a range cuts off are marked,
+    /// and their values written below.
     pub y: Axis,
     pub groups: Vec<BarGroup>,
 }
@@ -93,10 +94,29 @@ impl Figure for BarChart {
         Drawing::new(&self.title, bottom + 2.0 * LINE + 4.0, html! { (legend.body) (body) })
             .describe(&self.description())
             .note(left_out(missing, why))
+            .note(self.cut_off(&plot))
     }
 }
 
 impl BarChart {
+    /// The values of bars that end outside of the plot.
+    fn cut_off(&self, plot: &Plot) -> Option<String> {
+        let mut cut = Vec::new();
+        for (n, category) in self.categories.iter().enumerate() {
+            let outside = |value: &f64| value.is_finite() && !plot.y.contains(*value);
+            let values: Vec<String> = self
+                .groups
+                .iter()
+                .filter_map(|group| Some((group, group.values.get(n).copied().filter(outside)?)))
+                .map(|(group, value)| format!("{} ({})", short(value), group.name))
+                .collect();
+            if !values.is_empty() {
+                cut.push(format!("{} {category}: {}", self.x_label, values.join(", ")));
+            }
+        }
+        (!cut.is_empty()).then(|| format!("Cut off: {}.", cut.join("; ")))
+    }
+
     /// One plot for each group; the marks of the categories below the last.
     fn stacked(&self, above: f64, ys: Option<(f64, f64)>) -> (Markup, f64) {
         let xs = Some((0.0, self.categories.len() as f64));
@@ -167,6 +187,9 @@ impl BarChart {
                                         (short(*value))
                                     }
                                 }
+                                @if !plot.y.contains(*value) {
+                                    path .fig-cut d=(cut(left(n, g), width, plot, *value)) {}
+                                }
                             }
                         }
                     }
@@ -175,4 +198,11 @@ impl BarChart {
             path .fig-axis d={ "M" (fixed(plot.left)) "," (fixed(zero)) "H" (fixed(plot.right)) } {}
         }
     }
+}
+
+/// Two slanting lines across the end of a bar that does not end in the plot.
+fn cut(left: f64, width: f64, plot: &Plot, value: f64) -> String {
+    let y = if value > 0.0 { plot.top + 9.0 } else { plot.bottom - 9.0 };
+    let line = |y: f64| format!("M{},{}l{},-4", fixed(left - 1.0), fixed(y), fixed(width + 2.0));
+    format!("{}{}", line(y), line(y + 4.0))
 }

@@ -4,8 +4,8 @@ use maud::{Markup, PreEscaped, html};
 
 use super::theme::{STYLE, Style};
 
-/// Units of every figure's width. At 328 pixels, what a phone leaves, text is 9 pixels high.
-pub(super) const WIDTH: f64 = 420.0;
+/// Units of every figure's width. At 310 pixels, what a phone leaves, text is 9 pixels high.
+pub(super) const WIDTH: f64 = 380.0;
 /// Free space on the left and right of everything.
 pub(super) const MARGIN: f64 = 8.0;
 /// Height of a line of text.
@@ -139,6 +139,18 @@ pub(super) fn legend(entries: &[(&str, Style)]) -> Legend {
     };
     let bottom = if placed.is_empty() { 26.0 } else { y + LINE * 0.5 };
     Legend { body, bottom }
+}
+
+/// A piece of a series' line with its marker, for a text beside the figures.
+pub fn sample(style: Style) -> Markup {
+    html! {
+        svg .fig-sample viewBox={ "0 0 " (SAMPLE) " 8" } aria-hidden="true" {
+            g class=(style.class()) {
+                path .fig-line stroke-dasharray=[style.dashes()] d={ "M0,4h" (SAMPLE) } {}
+                path .fig-mark d=(style.marker(SAMPLE / 2.0, 4.0)) {}
+            }
+        }
+    }
 }
 
 /// About how wide a text of the ordinary size is.

@@ -16,8 +16,8 @@ mod theme;
 mod thin;
 
 pub use bar::{BarChart, BarGroup};
-pub use drawing::{Drawing, Figure};
+pub use drawing::{Drawing, Figure, sample};
 pub use heat::HeatMap;
 pub use line::{Axis, LineChart, Point, Series};
 pub use scale::{ScaleKind, short};
-pub use theme::{PAPER, SERIES, STYLE, Style, Themed};
+pub use theme::{GROUND, INK, MUTED, PAPER, RULE, SERIES, STYLE, Style, Themed};

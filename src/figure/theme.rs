@@ -19,10 +19,13 @@ const fn themed(light: &'static str, dark: &'static str) -> Themed {
     Themed { light, dark }
 }
 
+/// What figures are drawn on, and what lies around them on a page.
 pub const PAPER: Themed = themed("#ffffff", "#14181d");
-const INK: Themed = themed("#1c2126", "#e3e8ed");
-const MUTED: Themed = themed("#59626c", "#9aa5b1");
-const GRID: Themed = themed("#e1e5ea", "#2b323a");
+pub const GROUND: Themed = themed("#f5f6f8", "#0c0f13");
+pub const INK: Themed = themed("#1c2126", "#e3e8ed");
+pub const MUTED: Themed = themed("#59626c", "#9aa5b1");
+/// Lines that only divide.
+pub const RULE: Themed = themed("#e1e5ea", "#2b323a");
 const AXIS: Themed = themed("#8a939d", "#6b7681");
 
 /// Blue, vermilion, green, plum, olive, indigo, grey, brown; their counterparts in the dark.
@@ -68,7 +71,7 @@ impl Style {
 
     pub(super) fn dashes(self) -> Option<&'static str> {
         match self {
-            Style::Nth(n) => Some(DASHES[n % DASHES.len()]).filter(|dashes| *dashes != "none"),
+            Style::Nth(n) => Some(DASHES[shape(n)]).filter(|dashes| *dashes != "none"),
             Style::Ordered(_) => None,
         }
     }
@@ -76,7 +79,7 @@ impl Style {
     /// Path of the marker around (x, y).
     pub(super) fn marker(self, x: f64, y: f64) -> String {
         let n = match self {
-            Style::Nth(n) => n % 8,
+            Style::Nth(n) => shape(n),
             Style::Ordered(_) => 0,
         };
         let shape = match n {
@@ -91,6 +94,11 @@ impl Style {
         };
         format!("M{x:.1},{y:.1}{shape}")
     }
+}
+
+/// Which dashes and which marker: the ninth series has the first one's colour, but not its shape.
+fn shape(n: usize) -> usize {
+    (n + n / SERIES.len()) % DASHES.len()
 }
 
 /// Every tenth colour of viridis (van der Walt and Smith, 2015; public domain).
@@ -127,11 +135,12 @@ pub static STYLE: LazyLock<String> = LazyLock::new(|| {
             write!(css, "{selector}{{{property}:{value}}}").unwrap();
         };
         rule(".fig-paper", "fill", pick(PAPER));
+        rule(".fig-cut", "stroke", pick(PAPER));
         rule(".fig-ink", "fill", pick(INK));
         rule(".fig-text", "fill", pick(MUTED));
-        rule(".fig-grid", "stroke", pick(GRID));
+        rule(".fig-grid", "stroke", pick(RULE));
         rule(".fig-axis", "stroke", pick(AXIS));
-        rule(".fig-empty", "fill", pick(GRID));
+        rule(".fig-empty", "fill", pick(RULE));
         for (n, colour) in SERIES.into_iter().enumerate() {
             rule(&format!(".fig-c{n}"), "color", pick(colour));
         }
@@ -148,7 +157,7 @@ pub static STYLE: LazyLock<String> = LazyLock::new(|| {
          .fig-line{{fill:none;stroke:currentColor;stroke-width:1.6;stroke-linejoin:round}}\
          .fig-mark{{fill:currentColor}}\
          .fig-band{{fill:currentColor;fill-opacity:.2}}\
-         .fig-grid,.fig-axis{{stroke-width:1;fill:none}}\
+         .fig-grid,.fig-axis{{stroke-width:1;fill:none}}.fig-cut{{stroke-width:2;fill:none}}\
          .fig-end{{text-anchor:end}}.fig-mid{{text-anchor:middle}}\
          {light}{}@media(prefers-color-scheme:dark){{{dark}{}}}",
         ordered(0.78, 0.02),

@@ -1,0 +1,232 @@
+//! A run's folder, read for the report: what it was told, what it recorded, what was measured in it.
+//!
+//! Nothing is locked and nothing is written, so a run that still trains can be read; a last line
+//! that it is just writing is left out. The configuration is kept as the table that it is: runs of
+//! other versions of this program have other keys.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use toml::Table;
+
+use crate::config::Config;
+use crate::depth::DepthReport;
+use crate::error::{Error, Result};
+use crate::metrics::{Evaluation, SessionRecord, StepRecord};
+use crate::model::parameters::ParameterTable;
+use crate::rundir::{CONFIG, METRICS, SESSIONS};
+
+/// Folder of a run that holds what `isobath depth` measured, one file per checkpoint.
+pub const DEPTH: &str = "depth";
+
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The folder's name, with as much of the path as tells it from the others.
+    pub name: String,
+    pub folder: PathBuf,
+    /// run.toml as it stands.
+    pub toml: String,
+    pub config: Table,
+    /// At least one; `step` ascends.
+    pub steps: Vec<StepRecord>,
+    /// At least one step from the second on: seconds of training behind each step.
+    pub seconds: Vec<f64>,
+    /// Whether the last line of the metrics was not whole.
+    pub torn: bool,
+    /// None for runs of versions that did not record them.
+    pub sessions: Vec<SessionRecord>,
+    /// One for each checkpoint that was measured, in the order of training.
+    pub depth: Vec<DepthReport>,
+    /// `None` where this version cannot read the configuration.
+    pub parameters: Option<u64>,
+}
+
+impl Run {
+    /// Errors: no run.toml, or one that is not TOML; no metrics, none yet, or a line that is none.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let toml = fs::read_to_string(&path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::Usage {
+                what: format!("{} holds no run: it has no {CONFIG}", folder.display()),
+                remedy: "name folders that `isobath train` wrote, such as runs/demo".into(),
+            },
+            _ => Error::io("read", &path)(error),
+        })?;
+        let config: Table = toml.parse().map_err(|error: toml::de::Error| Error::Data {
+            path: path.clone(),
+            what: format!("not TOML: {}", error.message()),
+            remedy: format!("restore it, or leave {} out", folder.display()),
+        })?;
+        let path = folder.join(METRICS);
+        let Lines { records: steps, torn } = read_lines::<StepRecord>(&path)?;
+        if steps.is_empty() {
+            return Err(Error::Data {
+                path,
+                what: "there is no step in it".into(),
+                remedy: format!("train the run first, or leave {} out", folder.display()),
+            });
+        }
+        let sessions = match folder.join(SESSIONS) {
+            path if path.exists() => read_lines(&path)?.records,
+            _ => Vec::new(),
+        };
+        let parameters = Config::from_toml(&toml).ok().filter(|c| c.validate_shape().is_ok());
+        Ok(Run {
+            name: String::new(),
+            folder: folder.to_path_buf(),
+            parameters: parameters.map(|c| ParameterTable::new(&c.model).parameters() as u64),
+            toml,
+            config,
+            seconds: seconds(&steps),
+            steps,
+            torn,
+            sessions,
+            depth: read_depth(&folder.join(DEPTH))?,
+        })
+    }
+
+    /// The value of a dotted key of the configuration, as TOML writes it, a string without quotes.
+    pub fn setting(&self, key: &str) -> Option<String> {
+        let (table, key) = match key.split_once('.') {
+            Some((table, key)) => (self.config.get(table)?.as_table()?, key),
+            None => (&self.config, key),
+        };
+        let value = table.get(key)?;
+        Some(value.as_str().map_or_else(|| value.to_string(), str::to_string))
+    }
+
+    pub fn last(&self) -> &StepRecord {
+        &self.steps[self.steps.len() - 1]
+    }
+
+    /// Steps that were followed by an evaluation.
+    pub fn evaluations(&self) -> impl Iterator<Item = (&StepRecord, &Evaluation)> {
+        self.steps.iter().filter_map(|step| Some((step, step.evaluation.as_ref()?)))
+    }
+}
+
+/// Seconds of training behind each step, evaluations left out: the sum of tokens over tokens per
+/// second.
+fn seconds(steps: &[StepRecord]) -> Vec<f64> {
+    let mut sum = 0.0;
+    let mut tokens = 0;
+    let mut behind = |step: &StepRecord| {
+        let these = step.tokens.saturating_sub(tokens) as f64;
+        tokens = step.tokens;
+        if step.tokens_per_second > 0.0 {
+            sum += these / step.tokens_per_second;
+        }
+        sum
+    };
+    steps.iter().map(&mut behind).collect()
+}
+
+struct Lines<T> {
+    records: Vec<T>,
+    torn: bool,
+}
+
+/// One record per line. A last line without its end was not written to the end, and is no error.
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Lines<T>> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
+    let (mut records, mut line, mut number) = (Vec::new(), Vec::new(), 0);
+    loop {
+        line.clear();
+        number += 1;
+        if file.read_until(b'\n', &mut line).map_err(Error::io("read", path))? == 0 {
+            return Ok(Lines { records, torn: false });
+        }
+        let whole = line.ends_with(b"\n");
+        match serde_json::from_slice(&line) {
+            Ok(record) => records.push(record),
+            Err(_) if !whole => return Ok(Lines { records, torn: true }),
+            Err(_) if line.trim_ascii().is_empty() => {}
+            Err(error) => {
+                return Err(Error::Data {
+                    path: path.to_path_buf(),
+                    what: format!("line {number} is no record of this program: {error}"),
+                    remedy: "correct or remove the line".into(),
+                });
+            }
+        }
+    }
+}
+
+/// Every .json file of the folder; none where there is no folder.
+fn read_depth(folder: &Path) -> Result<Vec<DepthReport>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("read", folder)(error)),
+    };
+    let mut reports = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let text = fs::read(&path).map_err(Error::io("read", &path))?;
+        let report: DepthReport = serde_json::from_slice(&text).map_err(|error| Error::Data {
+            path: path.clone(),
+            what: format!("not what this version of `isobath depth` writes: {error}"),
+            remedy: "measure again with `isobath depth`, or remove the file".into(),
+        })?;
+        reports.push((report.step, path, report));
+    }
+    // What has no step comes last: it is no checkpoint of a run, so it is taken for the final one.
+    reports.sort_by(|a, b| (a.0.is_none(), a.0, &a.1).cmp(&(b.0.is_none(), b.0, &b.1)));
+    Ok(reports.into_iter().map(|(_, _, report)| report).collect())
+}
+
+/// Reads all runs. A folder that is no run but holds some stands for those.
+///
+/// Errors: those of [`Run::read`]; a folder named twice.
+pub fn read_runs(folders: &[PathBuf]) -> Result<Vec<Run>> {
+    let mut all: Vec<PathBuf> = Vec::new();
+    for folder in folders {
+        let inner = if folder.join(CONFIG).exists() { Vec::new() } else { inner_runs(folder)? };
+        match inner.is_empty() {
+            true => all.push(folder.clone()),
+            false => all.extend(inner),
+        }
+    }
+    let mut runs = all.iter().map(|folder| Run::read(folder)).collect::<Result<Vec<_>>>()?;
+    for (n, folder) in all.iter().enumerate() {
+        let real = |folder: &PathBuf| folder.canonicalize().unwrap_or_else(|_| folder.clone());
+        if all[..n].iter().any(|other| real(other) == real(folder)) {
+            return Err(Error::Usage {
+                what: format!("{} is named twice", folder.display()),
+                remedy: "name every run once".into(),
+            });
+        }
+        runs[n].name = distinct_name(folder, &all);
+    }
+    Ok(runs)
+}
+
+/// Folders in `folder` that hold a run, by name.
+fn inner_runs(folder: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        if path.join(CONFIG).exists() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The last parts of the path, as many as no other path ends with.
+fn distinct_name(folder: &Path, all: &[PathBuf]) -> String {
+    let real = |folder: &Path| folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    let folder = real(folder);
+    let others: Vec<PathBuf> = all.iter().map(|f| real(f)).filter(|f| *f != folder).collect();
+    let parts: Vec<_> = folder.components().collect();
+    let tails = (1..=parts.len()).map(|n| parts[parts.len() - n..].iter().collect::<PathBuf>());
+    let unique = tails.into_iter().find(|tail| !others.iter().any(|other| other.ends_with(tail)));
+    unique.unwrap_or(folder.clone()).display().to_string()
+}
