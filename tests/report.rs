@@ -94,6 +94,7 @@ fn depth_report(step: u64, growth: f64) -> DepthReport {
         gradient_norm: Some(layers(&|l| 0.5 + 0.1 * l)),
         jacobian: Some(JacobianReport {
             tokens: 8,
+            context: 16,
             blocks: layers(&|l| l + 1.0)
                 .into_iter()
                 .map(|l| Jacobian {
