@@ -3,10 +3,11 @@
 
 Makes small data sets of a text in the layouts of seven public ones, and one by `isobath data task`,
 and lets both programs score MODEL on them: the harness by its own tasks (arc_easy, hellaswag, piqa,
-boolq, openbookqa, winogrande, and the group mmlu with its 57 subjects), with nothing replaced but
-where the rows come from. The words are drawn blindly from the text, so the questions mean nothing;
-what is compared is every log-likelihood, every answer, the accuracies and their standard errors,
-also of questions that are longer than the model's window. Exit status 0 if all agree.
+boolq, openbookqa, winogrande, and the groups mmlu and mmlu_continuation with 57 subjects), with
+nothing replaced but where the rows come from, which scores are told, and which examples are shown.
+The words are drawn blindly from the text, so the questions mean nothing; what is compared is every
+log-likelihood, every answer, the accuracies and their standard errors, also of questions that are
+longer than the model's window. Exit status 0 if all agree.
 
 Needs lm-eval 0.4.13 with torch and transformers:
     python tests/harness_check.py --model runs/NAME/checkpoints/step-00000200 \
@@ -196,7 +197,7 @@ class Check:
 
     def report(self) -> bool:
         print(
-            f"{self.name:24} {self.questions:4} questions ({self.truncated} truncated), "
+            f"{self.name:27} {self.questions:4} questions ({self.truncated} truncated), "
             f"{self.answers} answers, largest difference {self.largest:.1e}: "
             f"{'FAIL' if self.failures else 'agree'}"
         )
@@ -210,9 +211,8 @@ class Programs:
 
     def __init__(self, arguments: argparse.Namespace, folder: pathlib.Path):
         self.arguments, self.folder = arguments, folder
-        self.model = HFLM(
-            pretrained=arguments.model, dtype="float32", device="cpu", batch_size=16
-        )
+        model = arguments.model
+        self.model = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=16)
         self.manager = TaskManager()
 
     def variant(self, task: str, **changes) -> str:
