@@ -20,7 +20,20 @@ pub struct Sink<H> {
     pub accumulate: bool,
 }
 
-/// Rows of a [`Backend::norm_backward`] partial sum of the gain's gradient.
+/// What the gradient of a branch's gain is made of and where it goes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct GainGradient<H> {
+    /// [T,C], what was multiplied by the gain.
+    pub inp: H,
+    /// [C] or [1]
+    pub gain: H,
+    /// [ceil(T/NORM_PARTIAL_ROWS), C], scratch.
+    pub partial: H,
+    /// As gain; added to.
+    pub d_gain: H,
+}
+
+/// Rows of a partial sum of a gain's gradient, see [`Backend::norm_backward`].
 pub const NORM_PARTIAL_ROWS: usize = 64;
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -29,6 +42,15 @@ pub struct NormSpec {
     pub eps: f64,
     /// The gain is divided by sqrt(depth) before it is applied; 1: not scaled.
     pub depth: usize,
+}
+
+/// a x + b g f: how a branch f is added to the stream x, with a learnt factor g or without.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ResidualSpec {
+    /// a
+    pub stream_scale: f64,
+    /// b
+    pub branch_scale: f64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -198,6 +220,27 @@ pub trait Backend {
         partial: View,
         d_inp: Sink<View>,
         d_gain: View,
+    ) -> Result<()>;
+
+    /// out = stream_scale residual + branch_scale gain inp; inp, residual, out [T,C]; gain [C], or
+    /// [1] for all columns; without one it is 1.
+    fn scaled_residual_forward(
+        &mut self,
+        spec: ResidualSpec,
+        inp: View,
+        residual: View,
+        gain: Option<View>,
+        out: View,
+    ) -> Result<()>;
+    /// d_inp = branch_scale gain d_out; then d_out *= stream_scale, which makes it the gradient of
+    /// the residual. With a gain, d_gain += branch_scale times the sum over tokens of d_out inp, over
+    /// columns, too, for a gain of [1]; partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch.
+    fn scaled_residual_backward(
+        &mut self,
+        spec: ResidualSpec,
+        d_out: View,
+        d_inp: View,
+        gain: Option<GainGradient<View>>,
     ) -> Result<()>;
 
     /// out = inp weight^T (+ residual); inp [T,I], weight [O,I], out and residual [T,O].

@@ -85,10 +85,7 @@ impl PlanReport {
 /// N_matmul: weights that a token is multiplied with, the head included.
 fn matmul_parameters(model: &ModelConfig, table: &ParameterTable) -> u64 {
     let count = |id| table.get(id).elements() as u64;
-    let of_block = |layer| {
-        let block = table.block(layer);
-        [block.qkv, block.attention_out, block.gate_up, block.down].map(count).iter().sum::<u64>()
-    };
+    let of_block = |layer| table.block(layer).matrices().map(count).iter().sum::<u64>();
     (1..=model.layers).map(of_block).sum::<u64>() + count(table.head())
 }
 

@@ -308,7 +308,7 @@ fn unknown_keys_in_a_file_come_with_path_and_line() {
 fn unknown_values_are_refused_with_the_allowed_ones_nearest_first() {
     assert_refused(
         resolve(&["model.placement=prr"]),
-        &["model.placement = \"prr\"", "use `pre` or `lns`"],
+        &["model.placement = \"prr\"", "use `pre`, `lns`, `post`,"],
     );
     assert_refused(
         resolve(&["optimizer.schedule=cosin"]),

@@ -114,6 +114,44 @@ fn norm_gradients() {
     norm_case(NormKind::Layer, 65, 33, 1, true);
 }
 
+/// `gains`: 0 for none, 1, or C.
+fn scaled_residual_case(t: usize, c: usize, gains: usize, spec: ResidualSpec) {
+    let cpu = &mut Cpu::<f64>::new();
+    let (inp, residual) = (filled(cpu, &[t, c], 1), filled(cpu, &[t, c], 2));
+    let gain = (gains > 0).then(|| filled(cpu, &[gains], 3));
+    let (out, d_inp) = (view(cpu, &[t, c]), view(cpu, &[t, c]));
+    let d_out = filled(cpu, &[t, c], 4);
+    let partial = view(cpu, &[t.div_ceil(NORM_PARTIAL_ROWS), c]);
+    let d_gain = filled(cpu, &[gains.max(1)], 5);
+    let before = values(cpu, d_gain);
+    let mut forward = |cpu: &mut Cpu<f64>| {
+        cpu.scaled_residual_forward(spec, inp, residual, gain, out).unwrap();
+    };
+    // d_out becomes the gradient of the residual, so the differences read a copy.
+    let d_residual = filled(cpu, &[t, c], 4);
+    let gradient = gain.map(|gain| GainGradient { inp, gain, partial, d_gain });
+    cpu.scaled_residual_backward(spec, d_residual, d_inp, gradient).unwrap();
+    let name = format!("[{t},{c}] gains {gains} {spec:?}");
+    let outs = [(out, d_out)];
+    check(&format!("{name} d_inp"), cpu, inp, d_inp, &outs, &mut forward);
+    check(&format!("{name} d_residual"), cpu, residual, d_residual, &outs, &mut forward);
+    if let Some(gain) = gain {
+        cpu.values_mut(d_gain).iter_mut().zip(before).for_each(|(d, before)| *d -= before);
+        check(&format!("{name} d_gain"), cpu, gain, d_gain, &outs, &mut forward);
+    }
+}
+
+#[test]
+fn scaled_residual_gradients() {
+    let plain = ResidualSpec { stream_scale: 1.0, branch_scale: 1.0 };
+    let both = ResidualSpec { stream_scale: 1.7, branch_scale: 0.4 };
+    scaled_residual_case(5, 7, 0, plain);
+    scaled_residual_case(66, 17, 0, both);
+    scaled_residual_case(66, 17, 17, both);
+    scaled_residual_case(5, 33, 1, plain);
+    scaled_residual_case(130, 5, 1, both);
+}
+
 #[test]
 fn norm_multiplies_by_the_rounded_effective_gain() {
     let cpu = &mut Cpu::<f32>::new();

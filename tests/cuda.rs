@@ -18,3 +18,4 @@ mod mutants;
 mod norm;
 mod plain;
 mod pointwise;
+mod residual;

@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
-use isobath::config::{InitKind, ModelConfig, NormKind, Placement};
+use isobath::config::{
+    DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, InitKind, LnsPosition, ModelConfig, NormKind, Placement,
+};
 use isobath::cpu::Cpu;
 use isobath::engine::{Evaluator, Rows};
 use isobath::hf::{self, Export, ExportDtype, TokenizerFiles};
@@ -26,6 +28,9 @@ pub fn small_model() -> ModelConfig {
         max_sequence: 64,
         norm: NormKind::Rms,
         placement: Placement::Lns,
+        lns_position: LnsPosition::AfterNorm,
+        mix_post: DEFAULT_MIX_POST,
+        layer_scale: DEFAULT_LAYER_SCALE,
         norm_eps: 1e-6,
         rope_theta: 10000.0,
         tied: false,
@@ -238,8 +243,8 @@ fn lns_gains_are_exported_as_the_network_applies_them() {
     for layer in 1..=config.layers {
         let block = table.block(layer);
         let norms = [
-            (block.attention_norm, "input_layernorm"),
-            (block.ffn_norm, "post_attention_layernorm"),
+            (block.attention.norm, "input_layernorm"),
+            (block.ffn.norm, "post_attention_layernorm"),
         ];
         for (id, name) in norms {
             let weights = &parameters[table.get(id).range()];
@@ -285,7 +290,7 @@ fn inference_uses_the_stored_gains_as_they_are() {
     let tensors = read_tensors(&folder.path().join("model.safetensors"));
     for layer in 1..=inference.layers {
         let name = format!("model.layers.{}.input_layernorm.weight", layer - 1);
-        let stored = table.get(table.block(layer).attention_norm).range();
+        let stored = table.get(table.block(layer).attention.norm).range();
         assert_same_bits(&name, &parameters[stored], &f32s(&tensors[&name].2));
     }
 }
@@ -310,6 +315,70 @@ fn the_exported_model_computes_the_same_bits() {
     assert_ne!(unscaled, before, "without the fold the losses are others");
 }
 
+/// Noise around what a gain of a branch may be.
+fn with_branch_gains(table: &ParameterTable, parameters: &mut [f32]) {
+    for parameter in table.entries().iter().filter(|parameter| parameter.tensors.is_empty()) {
+        let values = &mut parameters[parameter.range()];
+        values.iter_mut().zip(noise(4096, 9)).for_each(|(gain, noise)| *gain = 0.6 + 0.3 * noise);
+    }
+}
+
+/// Whatever was trained, a folder computes it; what does not fold has another name and the reason.
+#[test]
+fn folders_of_every_placement_compute_what_was_trained() {
+    let placements = Placement::NAMES.iter().map(|name| name.parse().unwrap());
+    let placements = placements.map(|placement| ModelConfig { placement, ..small_model() });
+    let positions = LnsPosition::NAMES.iter().map(|name| name.parse().unwrap());
+    let positions = positions.map(|lns_position| ModelConfig { lns_position, ..small_model() });
+    let tokens: Vec<i32> = (0..64).map(|i| i * 37 % 70).collect();
+    let losses = |config: &ModelConfig, table: &ParameterTable, parameters: &[f32]| {
+        let cpu = Cpu::<f64>::new();
+        let mut model = Evaluator::new(config, table, parameters, [2, 32], cpu).unwrap();
+        model.losses(Rows { tokens: &tokens, targets: &tokens }).unwrap().to_vec()
+    };
+    let (mut stock, mut others) = (0, 0);
+    for config in placements.chain(positions) {
+        let config = ModelConfig { layers: 3, mix_post: 0.3, ..config };
+        let what = format!("{} {}", config.placement, config.lns_position);
+        let table = ParameterTable::new(&config);
+        let mut parameters = random_parameters(&table, 7);
+        with_branch_gains(&table, &mut parameters);
+        let folder = tempfile::tempdir().unwrap();
+        export(&config, &parameters, ExportDtype::F32, folder.path());
+        let (read, read_table, read_parameters) = hf::load_for_inference(folder.path()).unwrap();
+        let before = losses(&config, &table, &parameters);
+        let after = losses(&read, &read_table, &read_parameters);
+        for (before, after) in before.iter().zip(&after) {
+            // Folding rounds each weight once.
+            assert!((before - after).abs() < 2e-5 * before.abs(), "{what}: {before} {after}");
+        }
+        assert_eq!(
+            hf::trained_placement(folder.path()).unwrap(),
+            Some((config.placement, config.lns_position)),
+            "{what}"
+        );
+        let text = fs::read_to_string(folder.path().join("config.json")).unwrap();
+        match hf::not_stock(&config) {
+            None => {
+                assert_eq!(read.placement, Placement::Pre, "{what}");
+                assert!(text.contains("\"LlamaForCausalLM\""), "{what}");
+                stock += 1;
+            }
+            Some(why) => {
+                let mut expected = config.clone();
+                expected.layer_scale = DEFAULT_LAYER_SCALE;
+                assert_eq!(read, expected, "{what}");
+                assert!(text.contains("\"model_type\": \"isobath\""), "{what}");
+                let reason: Value = serde_json::from_str(&text).unwrap();
+                assert_eq!(reason["isobath"]["not_stock"], Value::from(why), "{what}");
+                others += 1;
+            }
+        }
+    }
+    // post, deepnorm, mix, sandwich and before-norm do not fold.
+    assert_eq!((stock, others), (9, 5));
+}
+
 #[test]
 fn a_stock_model_becomes_lns_without_changing_what_it_computes() {
     let stock = ModelConfig { placement: Placement::Pre, ..small_model() };
@@ -322,8 +391,8 @@ fn a_stock_model_becomes_lns_without_changing_what_it_computes() {
     let mut filled = vec![0.0; table.stored_elements()];
     hf::fill(&hf::load(folder.path()).unwrap(), &table, &mut filled).unwrap();
     for layer in 1..=stock.layers {
-        let weights = &filled[table.get(table.block(layer).ffn_norm).range()];
-        let gains = &parameters[pre_table.get(pre_table.block(layer).ffn_norm).range()];
+        let weights = &filled[table.get(table.block(layer).ffn.norm).range()];
+        let gains = &parameters[pre_table.get(pre_table.block(layer).ffn.norm).range()];
         for (w, gain) in weights.iter().zip(gains) {
             assert_eq!(*w, gain * (layer as f32).sqrt());
         }
@@ -463,7 +532,7 @@ fn rope_theta_is_found_in_either_place() {
 #[test]
 fn what_this_program_does_not_compute_is_refused_by_name() {
     let cases = [
-        ("model_type", json!("mistral"), "model_type is \"mistral\""),
+        ("model_type", json!("qwen2"), "model_type is \"qwen2\""),
         ("attention_bias", json!(true), "attention_bias is true"),
         ("mlp_bias", json!(true), "mlp_bias is true"),
         ("hidden_act", json!("gelu"), "hidden_act is \"gelu\""),
@@ -482,9 +551,9 @@ fn what_this_program_does_not_compute_is_refused_by_name() {
         ("vocab_size", json!("many"), "cannot be read"),
         (
             "isobath",
-            json!({"version": 2, "norm": "rms", "placement": "lns", "gains": "folded",
+            json!({"version": 3, "norm": "rms", "placement": "lns", "gains": "folded",
             "init": "normal", "init_std": 0.02, "embedding_std": 0.02}),
-            "isobath.version is 2",
+            "isobath.version is 3",
         ),
     ];
     for (key, value, expected) in cases {
@@ -493,6 +562,23 @@ fn what_this_program_does_not_compute_is_refused_by_name() {
         let message = refusal(hf::load(folder.path()));
         assert_contains(&message, &[expected, "config.json"]);
     }
+}
+
+/// Mistral's layout is LLaMA's, unless attention has a window.
+#[test]
+fn a_mistral_without_a_sliding_window_is_a_llama() {
+    let (folder, ..) = folder_of(&small_model());
+    let mut with = |window: Value| {
+        edit_config(folder.path(), |c| {
+            c["model_type"] = json!("mistral");
+            c["sliding_window"] = window;
+            c.as_object_mut().unwrap().remove("isobath");
+        });
+        hf::load(folder.path())
+    };
+    assert_eq!(with(Value::Null).unwrap().config().placement, Placement::Pre);
+    let message = refusal(with(json!(4096)));
+    assert_contains(&message, &["sliding_window is 4096", "config.json"]);
 }
 
 #[test]

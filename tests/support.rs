@@ -1,8 +1,9 @@
 //! What several test modules need: small models, random numbers, comparisons that explain.
 
 use isobath::config::{
-    CheckpointConfig, Config, DataConfig, DeviceKind, Dtype, InitKind, ModelConfig, NormKind,
-    OptimizerConfig, OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig,
+    CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, InitKind,
+    LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement, Recompute, Rows,
+    ScheduleKind, TrainConfig,
 };
 use isobath::random::Philox;
 
@@ -30,6 +31,9 @@ pub fn small_model() -> ModelConfig {
         max_sequence: 64,
         norm: NormKind::Rms,
         placement: Placement::Lns,
+        lns_position: LnsPosition::AfterNorm,
+        mix_post: DEFAULT_MIX_POST,
+        layer_scale: 0.5,
         norm_eps: 1e-6,
         rope_theta: 10_000.0,
         tied: false,

@@ -2,7 +2,7 @@
 
 use isobath::Error;
 use isobath::backend::{Backend, HeadSpec, NormSpec};
-use isobath::config::{ModelConfig, NormKind, Recompute};
+use isobath::config::{LnsPosition, ModelConfig, NormKind, Placement, Recompute};
 use isobath::cpu::{Cpu, Float};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::parameters::ParameterTable;
@@ -38,6 +38,10 @@ fn parameters(table: &ParameterTable) -> Vec<f32> {
     let mut flat = vec![0.0f32; table.stored_elements()];
     for parameter in table.entries() {
         let columns = parameter.stored.columns();
+        if parameter.tensors.is_empty() {
+            // The gain of a branch: as large as its first value.
+            flat[parameter.range()].iter_mut().for_each(|gain| *gain = 0.6);
+        }
         for tensor in &parameter.tensors {
             for row in 0..tensor.shape.rows() {
                 let at = parameter.offset + (tensor.first_row + row) * columns;
@@ -121,6 +125,36 @@ fn gradients_of_a_whole_model_match_finite_differences() {
     check_model_gradients(small_model());
     check_model_gradients(ModelConfig { tied: true, ..small_model() });
     check_model_gradients(ModelConfig { norm: NormKind::Layer, kv_heads: 1, ..small_model() });
+}
+
+/// Every placement, LNS position and norm; three blocks, so that `mix` has one of them post.
+fn placements() -> Vec<ModelConfig> {
+    let names = Placement::NAMES.iter().map(|name| name.parse().unwrap());
+    let of_placement = names.map(|placement| ModelConfig { placement, ..small_model() });
+    let positions = LnsPosition::NAMES.iter().map(|name| name.parse().unwrap());
+    let of_position = positions.map(|lns_position| ModelConfig { lns_position, ..small_model() });
+    let all = of_placement.chain(of_position);
+    all.map(|model| ModelConfig { layers: 3, mix_post: 0.3, ..model }).collect()
+}
+
+#[test]
+fn gradients_of_every_placement_match_finite_differences() {
+    for model in placements() {
+        check_model_gradients(model);
+    }
+    let layer = ModelConfig { norm: NormKind::Layer, layers: 3, ..small_model() };
+    check_model_gradients(ModelConfig { placement: Placement::Sandwich, ..layer.clone() });
+    check_model_gradients(ModelConfig { lns_position: LnsPosition::BeforeNorm, ..layer });
+}
+
+#[test]
+fn recomputation_changes_no_bit_of_any_placement() {
+    for model in placements() {
+        let run =
+            |recompute| step(&mut trainer::<f32>(&model, [2, 12], recompute), model.vocab, 24);
+        let what = (model.placement, model.lns_position);
+        assert!(run(Recompute::None) == run(Recompute::Block), "{what:?}");
+    }
 }
 
 #[test]

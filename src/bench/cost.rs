@@ -133,6 +133,45 @@ impl Cost {
         Cost::moving("norm_backward", &format!(", {norm}{detail}"), dtype, sizes, bytes, formula)
     }
 
+    pub fn scaled_residual_forward(dtype: Dtype, [t, c]: [usize; 2], gain: bool) -> Self {
+        let bytes =
+            3 * element_bytes(dtype) * product(&[t, c]) + if gain { 4 * c as u64 } else { 0 };
+        let (detail, formula) = match gain {
+            false => ("", "inp, residual and out [T,C]"),
+            true => (", gain", "inp, residual and out [T,C]; gain [C]"),
+        };
+        let sizes = Sizes::ScaledResidual { t, c };
+        Cost::moving("scaled_residual_forward", detail, dtype, sizes, bytes, formula)
+    }
+
+    /// `gain`: rows of the partial sums of its gradient; `in_place`: d_out is scaled, too.
+    pub fn scaled_residual_backward(
+        dtype: Dtype,
+        [t, c]: [usize; 2],
+        gain: Option<usize>,
+        in_place: bool,
+    ) -> Self {
+        let tensors = 2 + u64::from(gain.is_some()) + u64::from(in_place);
+        let gain_bytes = gain.map_or(0, |partials| (2 * partials as u64 + 3) * 4 * c as u64);
+        let bytes = tensors * element_bytes(dtype) * product(&[t, c]) + gain_bytes;
+        let (detail, formula) = match (gain.is_some(), in_place) {
+            (false, false) => ("", "d_out and d_inp [T,C]"),
+            (false, true) => (", in place", "d_out twice and d_inp [T,C]"),
+            (true, false) => (
+                ", gain",
+                "inp, d_out and d_inp [T,C]; partial sums [P,C] written and read; gain, d_gain \
+                 twice [C]",
+            ),
+            (true, true) => (
+                ", gain, in place",
+                "inp, d_out twice and d_inp [T,C]; partial sums [P,C] written and read; gain, \
+                 d_gain twice [C]",
+            ),
+        };
+        let sizes = Sizes::ScaledResidual { t, c };
+        Cost::moving("scaled_residual_backward", detail, dtype, sizes, bytes, formula)
+    }
+
     pub fn attention_forward(spec: AttentionSpec, dtype: Dtype) -> Self {
         let AttentionSpec { heads: HeadSpec { heads, head_dim, .. }, batch, sequence } = spec;
         let (t, columns) = (batch * sequence, spec.heads.qkv_columns());

@@ -239,6 +239,9 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             Op::Norm { spec, inp, residual, .. } => {
                 vec![Cost::norm_forward(spec.kind, dtype, matrix(inp), residual.is_some())]
             }
+            Op::ScaledResidual { gain, out, .. } => {
+                vec![Cost::scaled_residual_forward(dtype, matrix(out), gain.is_some())]
+            }
             Op::Linear { inp, residual, out, .. } => {
                 let sizes = [rows(inp), columns(out), columns(inp)];
                 vec![product(Layout::Nt, sizes, store(residual.is_some()))]
@@ -269,6 +272,11 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
                 let on_machine = Norm::partials_on(machine.multiprocessors, dtype, c, t);
                 let partials = on_machine.unwrap_or(rows(partial));
                 vec![Cost::norm_backward(spec.kind, dtype, [t, c], partials, accumulate)]
+            }
+            Gradient::ScaledResidual { spec, d_out, gain, .. } => {
+                let gain = gain.map(|it| rows(it.partial));
+                let in_place = spec.stream_scale != 1.0;
+                vec![Cost::scaled_residual_backward(dtype, matrix(d_out), gain, in_place)]
             }
             Gradient::Linear { inp, d_out, d_inp: Sink { accumulate, .. }, .. } => {
                 let [t, inputs] = matrix(inp);

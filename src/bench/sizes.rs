@@ -46,6 +46,10 @@ pub enum Sizes {
         #[serde(rename = "residual")]
         residual: bool,
     },
+    ScaledResidual {
+        t: usize,
+        c: usize,
+    },
     Ffn {
         t: usize,
         f: usize,
@@ -92,7 +96,7 @@ impl fmt::Display for Sizes {
             Sizes::Attention { b, s, h, k, d } => format!("B={b} S={s} H={h} K={k} D={d}"),
             Sizes::Decode { t, p, h, k, d } => format!("T={t} P={p} H={h} K={k} D={d}"),
             Sizes::Rotary { t, h, k, d } => format!("T={t} H={h} K={k} D={d}"),
-            Sizes::Norm { t, c, .. } => format!("T={t} C={c}"),
+            Sizes::Norm { t, c, .. } | Sizes::ScaledResidual { t, c } => format!("T={t} C={c}"),
             Sizes::Ffn { t, f } => format!("T={t} F={f}"),
             Sizes::Embedding { t, v, c } => format!("T={t} V={v} C={c}"),
             Sizes::Loss { t, v } => format!("T={t} V={v}"),

@@ -20,6 +20,11 @@ use crate::error::{Error, Result};
 use choice::choice;
 pub use presets::preset_names;
 
+/// `model.mix_post` of every preset: "Mix-LN", table 3.
+pub const DEFAULT_MIX_POST: f64 = 0.25;
+/// `model.layer_scale` of every preset.
+pub const DEFAULT_LAYER_SCALE: f64 = 1e-4;
+
 /// Entries of the tokenizer `bytes`: 256 bytes and the end of text. No tokenizer has fewer.
 pub const BYTE_VOCAB: usize = 257;
 
@@ -102,6 +107,12 @@ pub struct ModelConfig {
     pub max_sequence: usize,
     pub norm: NormKind,
     pub placement: Placement,
+    /// For `lns`.
+    pub lns_position: LnsPosition,
+    /// Share of the blocks that `mix` makes `post`, rounded to a whole number of blocks.
+    pub mix_post: f64,
+    /// What the lambda of `layerscale` start from.
+    pub layer_scale: f64,
     pub norm_eps: f64,
     pub rope_theta: f64,
     /// Whether the output projection is the embedding.
@@ -128,30 +139,60 @@ choice! {
 }
 
 choice! {
-    /// Where the norms stand in a block and what scales them.
+    /// Where the norms stand in a block and what scales its branches. x is the residual stream, f
+    /// attention or the FFN, N a norm, l the 1-based index of the block, L their number.
     pub enum Placement {
-        /// x + f(norm(x))
+        /// x + f(N(x))
         Pre = "pre",
-        /// x + f(norm(x) / sqrt(l)), l the 1-based block index: "The Curse of Depth", equation 12.
+        /// x + f(N(x) / sqrt(l)): "The Curse of Depth", equation 12. `lns_position` moves the scale.
         Lns = "lns",
-    }
-}
-
-impl Placement {
-    /// The number whose square root divides both norms of block `layer` (counted from 1).
-    pub fn depth(self, layer: usize) -> usize {
-        match self {
-            Placement::Pre => 1,
-            Placement::Lns => layer,
-        }
+        /// N(x + f(x)): Vaswani et al. 2017.
+        Post = "post",
+        /// N(alpha x + f(x)), alpha = (2L)^(1/4); the first values of v, o and the FFN are
+        /// multiplied by beta = (8L)^(-1/4): Wang et al. 2022, "DeepNet", decoder only.
+        Deepnorm = "deepnorm",
+        /// The first `mix_post` of the blocks as `post`, the rest as `pre`: Li et al. 2024, "Mix-LN".
+        Mix = "mix",
+        /// x + N(f(N(x))): Ding et al. 2021, "CogView".
+        Sandwich = "sandwich",
+        /// x + diag(lambda) f(N(x)), lambda learnt from `layer_scale` on: Touvron et al. 2021.
+        Layerscale = "layerscale",
+        /// x + s f(N(x)), s a number learnt from 1/sqrt(L) on: De & Smith 2020, as used in "The
+        /// Curse of Depth", section 6.
+        Skipinit = "skipinit",
     }
 }
 
 choice! {
-    /// How the matrices get their first values.
+    /// Where `placement = "lns"` divides by sqrt(l); "The Curse of Depth", table 8.
+    pub enum LnsPosition {
+        /// The output of both norms: the method.
+        AfterNorm = "after-norm",
+        /// The input of both norms.
+        BeforeNorm = "before-norm",
+        /// The output of attention and of the FFN.
+        AfterBranch = "after-branch",
+        /// The output of the attention's norm only.
+        AttentionNorm = "attention-norm",
+        /// The output of the FFN's norm only.
+        FfnNorm = "ffn-norm",
+        /// Nowhere: the gains of both norms start at 1/sqrt(l). The same function at first, trained
+        /// otherwise; what the authors' later code does.
+        GainInit = "gain-init",
+    }
+}
+
+choice! {
+    /// How the matrices of the blocks get their first values; the head always has N(0, init_std^2).
     pub enum InitKind {
         /// N(0, init_std^2), not scaled with depth.
         Normal = "normal",
+        /// Normal, with the output projections of attention and FFN divided by sqrt(2L).
+        Scaled = "scaled",
+        /// Normal, with the output projections of block l divided by sqrt(2l).
+        DepthScaled = "depth-scaled",
+        /// N(0, 2 / (rows + columns)): Glorot & Bengio 2010, equation 12; what DeepNet starts from.
+        Xavier = "xavier",
     }
 }
 

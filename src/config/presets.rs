@@ -6,8 +6,9 @@
 //! `data.train` and `data.tokenizer` are empty and have to be given.
 
 use super::{
-    CheckpointConfig, Config, DataConfig, DeviceKind, Dtype, InitKind, ModelConfig, NormKind,
-    OptimizerConfig, OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig, nearest,
+    CheckpointConfig, Config, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype,
+    InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement,
+    Recompute, Rows, ScheduleKind, TrainConfig, nearest,
 };
 use crate::error::{Error, Result};
 
@@ -113,6 +114,9 @@ fn demo() -> Config {
             max_sequence: 256,
             norm: NormKind::Rms,
             placement: Placement::Lns,
+            lns_position: LnsPosition::AfterNorm,
+            mix_post: DEFAULT_MIX_POST,
+            layer_scale: DEFAULT_LAYER_SCALE,
             norm_eps: 1e-6,
             rope_theta: 10_000.0,
             tied: false,
@@ -174,6 +178,9 @@ fn paper(paper: &PaperModel) -> Config {
             max_sequence: paper.max_sequence,
             norm: NormKind::Rms,
             placement: Placement::Lns,
+            lns_position: LnsPosition::AfterNorm,
+            mix_post: DEFAULT_MIX_POST,
+            layer_scale: DEFAULT_LAYER_SCALE,
             norm_eps: 1e-6,
             rope_theta: 10_000.0,
             tied: false,

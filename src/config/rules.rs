@@ -7,7 +7,7 @@
 use std::fmt::{Debug, Display};
 
 use super::BYTE_VOCAB;
-use super::{Config, DeviceKind, Dtype, ModelConfig};
+use super::{Config, DeviceKind, Dtype, LnsPosition, ModelConfig, Placement};
 use crate::error::{Error, Result};
 
 // Far above any model that can be stored; below them no product of sizes overflows.
@@ -196,6 +196,21 @@ impl ModelConfig {
         at_most("model.vocab", self.vocab, MOST_VOCAB)?;
         at_least_one("model.max_sequence", self.max_sequence)?;
         at_most("model.max_sequence", self.max_sequence, MOST_SEQUENCE)?;
+        within("model.mix_post", self.mix_post, "from 0 to 1", |share| {
+            (0.0..=1.0).contains(&share)
+        })?;
+        not_negative("model.layer_scale", self.layer_scale)?;
+        rule(
+            self.placement == Placement::Lns || self.lns_position == LnsPosition::AfterNorm,
+            "model.lns_position",
+            self.lns_position,
+            || {
+                (
+                    format!("model.placement = {} has no 1/sqrt(l) to place", self.placement),
+                    "set model.placement to lns, or model.lns_position to after-norm".into(),
+                )
+            },
+        )?;
         positive("model.norm_eps", self.norm_eps)?;
         positive("model.rope_theta", self.rope_theta)?;
         not_negative("model.init_std", self.init_std)?;

@@ -13,6 +13,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod pointwise;
+mod residual;
 mod tile;
 mod vectorise;
 
@@ -24,7 +25,8 @@ pub use vectorise::Level;
 use memory::Memory;
 
 use crate::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
+    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
+    ResidualSpec, Sink,
 };
 use crate::error::Result;
 use crate::host_memory;
@@ -201,6 +203,42 @@ impl<T: Float> Backend for Cpu<T> {
             spec,
             norm::Backward { inp, gain, mean, rstd, d_out, partial, d_inp, accumulate, d_gain },
         );
+        Ok(())
+    }
+
+    fn scaled_residual_forward(
+        &mut self,
+        spec: ResidualSpec,
+        inp: View,
+        residual: View,
+        gain: Option<View>,
+        out: View,
+    ) -> Result<()> {
+        let columns = inp.shape.columns();
+        let ([out], [inp, residual, values]) =
+            self.memory.borrow::<T, 1, 3>([out], [inp, residual, gain.unwrap_or(inp)]);
+        residual::forward(spec, columns, inp, residual, gain.map(|_| values), out);
+        Ok(())
+    }
+
+    fn scaled_residual_backward(
+        &mut self,
+        spec: ResidualSpec,
+        d_out: View,
+        d_inp: View,
+        gain: Option<GainGradient<View>>,
+    ) -> Result<()> {
+        let columns = d_out.shape.columns();
+        let Some(gain) = gain else {
+            let ([d_out, d_inp], []) = self.memory.borrow::<T, 2, 0>([d_out, d_inp], []);
+            residual::backward(spec, columns, d_out, d_inp, None);
+            return Ok(());
+        };
+        let GainGradient { inp, gain, partial, d_gain } = gain;
+        let ([d_out, d_inp, partial, d_gain], [inp, gain]) =
+            self.memory.borrow::<T, 4, 2>([d_out, d_inp, partial, d_gain], [inp, gain]);
+        let gain = residual::Gain { inp, gain, partial, d_gain };
+        residual::backward(spec, columns, d_out, d_inp, Some(gain));
         Ok(())
     }
 

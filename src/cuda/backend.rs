@@ -20,9 +20,11 @@ use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
+use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
 use super::{Allocation, DevicePointer, Driver, StreamId};
 use crate::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
+    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
+    ResidualSpec, Sink,
 };
 use crate::config::Dtype;
 use crate::error::Result;
@@ -45,6 +47,7 @@ struct Layers {
     pointwise: Pointwise,
     products: HashMap<Product, GemmPlan>,
     norms: HashMap<usize, Norm>,
+    residuals: HashMap<usize, ScaledResidual>,
     attentions: HashMap<HeadSpec, Attention>,
     embeddings: HashMap<usize, Embedding>,
     losses: HashMap<LossSize, Loss>,
@@ -71,6 +74,7 @@ impl Cuda {
             pointwise: Pointwise::new(&mut *driver, dtype)?,
             products: HashMap::new(),
             norms: HashMap::new(),
+            residuals: HashMap::new(),
             attentions: HashMap::new(),
             embeddings: HashMap::new(),
             losses: HashMap::new(),
@@ -100,6 +104,17 @@ impl Cuda {
         let (driver, dtype) = (&mut *self.driver, self.dtype);
         let norm = made(&mut self.layers.norms, columns, || Norm::new(driver, dtype, columns))?;
         Ok(ready(self.preparing, &mut *self.driver, norm))
+    }
+
+    fn scaled_residual(&mut self, columns: usize) -> Result<Ready<'_, ScaledResidual>> {
+        let (driver, dtype) = (&mut *self.driver, self.dtype);
+        let make = || ScaledResidual::new(driver, dtype, columns);
+        let residual = made(&mut self.layers.residuals, columns, make)?;
+        Ok(ready(self.preparing, &mut *self.driver, residual))
+    }
+
+    fn gain(&self, gain: View) -> Gain {
+        Gain { gain: self.address(gain), count: gain.shape.elements() }
     }
 
     fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
@@ -451,6 +466,47 @@ impl Backend for Cuda {
         let Some((driver, norm)) = self.norm(columns)? else { return Ok(()) };
         assert!(norm.partials(rows) <= scratch_rows, "too few rows for partial sums");
         norm.backward(driver, STREAM, spec, rows, &addresses)
+    }
+
+    fn scaled_residual_forward(
+        &mut self,
+        spec: ResidualSpec,
+        inp: View,
+        residual: View,
+        gain: Option<View>,
+        out: View,
+    ) -> Result<()> {
+        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
+        let addresses = ResidualForward {
+            inp: self.address(inp),
+            residual: self.address(residual),
+            gain: gain.map(|gain| self.gain(gain)),
+            out: self.address(out),
+        };
+        let Some((driver, layer)) = self.scaled_residual(columns)? else { return Ok(()) };
+        layer.forward(driver, STREAM, spec, rows, &addresses)
+    }
+
+    fn scaled_residual_backward(
+        &mut self,
+        spec: ResidualSpec,
+        d_out: View,
+        d_inp: View,
+        gain: Option<GainGradient<View>>,
+    ) -> Result<()> {
+        let [rows, columns] = [d_out.shape.rows(), d_out.shape.columns()];
+        let addresses = ResidualBackward {
+            d_out: self.address(d_out),
+            d_inp: self.address(d_inp),
+            gain: gain.map(|it| GainBackward {
+                gain: self.gain(it.gain),
+                inp: self.address(it.inp),
+                partial: self.address(it.partial),
+                d_gain: self.address(it.d_gain),
+            }),
+        };
+        let Some((driver, layer)) = self.scaled_residual(columns)? else { return Ok(()) };
+        layer.backward(driver, STREAM, spec, rows, &addresses)
     }
 
     fn linear_forward(

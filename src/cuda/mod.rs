@@ -16,6 +16,7 @@ pub mod norm;
 pub mod nvidia;
 pub mod peaks;
 pub mod pointwise;
+pub mod residual;
 mod rows;
 
 pub use backend::Cuda;

@@ -15,7 +15,7 @@ use super::{TokenizerFiles, folder_config};
 use crate::config::ModelConfig;
 use crate::durable::{Fingerprint, write_new};
 use crate::error::{Error, Result};
-use crate::model::parameters::{HfTensor, Parameter, ParameterTable};
+use crate::model::parameters::{HfTensor, Parameter, ParameterTable, RowScale};
 use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
 
 /// Element type of model.safetensors.
@@ -106,10 +106,15 @@ impl Export<'_> {
             for row in tensor.first_row..tensor.first_row + rows {
                 let start = parameter.offset + row * stored_columns;
                 let mut values = &self.parameters[start..start + columns];
+                folded.clear();
                 if parameter.depth != 1 {
                     let scale = (parameter.depth as f32).sqrt();
-                    folded.clear();
                     folded.extend(values.iter().map(|w| w / scale));
+                } else if let Some(scale) = parameter.row_scale {
+                    let scale = self.row_scale(scale, row);
+                    folded.extend(values.iter().map(|w| w * scale));
+                }
+                if !folded.is_empty() {
                     values = &folded;
                 }
                 match self.dtype {
@@ -123,5 +128,14 @@ impl Export<'_> {
             }
         }
         file.finish()
+    }
+
+    /// What row `row` of a projection out of a branch is multiplied by.
+    fn row_scale(&self, scale: RowScale, row: usize) -> f32 {
+        let learnt = scale.parameter.map_or(1.0, |id| {
+            let values = &self.parameters[self.table.get(id).range()];
+            values[if values.len() == 1 { 0 } else { row }]
+        });
+        scale.constant as f32 * learnt
     }
 }

@@ -12,8 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{CONFIG, TokenizerFiles};
-use crate::config::{InitKind, ModelConfig, NormKind, Placement};
+use crate::config::{
+    DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, InitKind, LnsPosition, ModelConfig, NormKind, Placement,
+};
 use crate::error::{Error, Result};
+use crate::model::placement;
 
 /// rope_theta where a folder tells none.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -27,6 +30,15 @@ struct Ours {
     version: u32,
     norm: NormKind,
     placement: Placement,
+    #[serde(default = "after_norm")]
+    lns_position: LnsPosition,
+    #[serde(default = "default_mix_post")]
+    mix_post: f64,
+    /// The placement that was trained, where the weights hold what it adds; since version 2.
+    trained: Option<Placement>,
+    trained_position: Option<LnsPosition>,
+    /// Why this is no stock LLaMA.
+    not_stock: Option<String>,
     /// The written gains are divided by the depth scale of the placement.
     gains: Gains,
     init: InitKind,
@@ -40,7 +52,16 @@ enum Gains {
     Folded,
 }
 
-const OUR_VERSION: u32 = 1;
+/// What folders of version 1 mean.
+fn after_norm() -> LnsPosition {
+    LnsPosition::AfterNorm
+}
+
+fn default_mix_post() -> f64 {
+    DEFAULT_MIX_POST
+}
+
+const OUR_VERSION: u32 = 2;
 
 /// The keys of a config.json that decide what is computed.
 #[derive(Deserialize)]
@@ -64,6 +85,7 @@ struct Raw {
     partial_rotary_factor: Option<f64>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
+    sliding_window: Option<usize>,
     tie_word_embeddings: Option<bool>,
     quantization_config: Option<Value>,
     isobath: Option<Ours>,
@@ -78,16 +100,24 @@ struct Rope {
 }
 
 pub(super) fn to_json(config: &ModelConfig, tokenizer: &TokenizerFiles, dtype: &str) -> Value {
-    // A LayerNorm network is no LLaMA: a name that transformers does not know keeps it from
-    // loading the gains into RMSNorms.
-    let (model_type, architecture) = match config.norm {
-        NormKind::Rms => ("llama", "LlamaForCausalLM"),
-        NormKind::Layer => ("isobath", "IsobathForCausalLM"),
+    // For a network that is no LLaMA, a name that transformers does not know, so that it does not
+    // load the weights into another one.
+    let not_stock = not_stock(config);
+    let (model_type, architecture) = match &not_stock {
+        None => ("llama", "LlamaForCausalLM"),
+        Some(_) => ("isobath", "IsobathForCausalLM"),
     };
+    let written = placement::folded(config);
+    let folds = written != *config;
     let ours = Ours {
         version: OUR_VERSION,
         norm: config.norm,
-        placement: config.placement,
+        placement: written.placement,
+        lns_position: written.lns_position,
+        mix_post: config.mix_post,
+        trained: folds.then_some(config.placement),
+        trained_position: folds.then_some(config.lns_position),
+        not_stock,
         gains: Gains::Folded,
         init: config.init,
         init_std: config.init_std,
@@ -120,15 +150,38 @@ pub(super) fn to_json(config: &ModelConfig, tokenizer: &TokenizerFiles, dtype: &
     })
 }
 
+/// Why transformers cannot run this model, whatever is folded; `None`: it can.
+pub fn not_stock(config: &ModelConfig) -> Option<String> {
+    match config.norm {
+        NormKind::Layer => {
+            Some("model.norm is \"layer\", and stock LLaMA has RMSNorms".to_string())
+        }
+        NormKind::Rms => placement::stock_obstacle(config).map(|why| match config.placement {
+            Placement::Lns => format!("lns_position \"{}\": {why}", config.lns_position),
+            placement => format!("placement \"{placement}\": {why}"),
+        }),
+    }
+}
+
+/// What a folder says of itself besides its model: the placement that was trained.
+pub fn trained_placement(folder: &Path) -> Result<Option<(Placement, LnsPosition)>> {
+    let raw = read(folder)?;
+    Ok(raw.isobath.map(|ours| {
+        (ours.trained.unwrap_or(ours.placement), ours.trained_position.unwrap_or(ours.lns_position))
+    }))
+}
+
 /// The model that a folder holds. A folder that this program wrote gets its placement back; any
 /// other is `pre`, which is what stock LLaMA computes.
 pub fn model_config(folder: &Path) -> Result<ModelConfig> {
+    validated(read(folder)?, &folder.join(CONFIG))
+}
+
+fn read(folder: &Path) -> Result<Raw> {
     let path = folder.join(CONFIG);
     let text = fs::read(&path).map_err(Error::io("read", &path))?;
-    let raw: Raw = serde_json::from_slice(&text).map_err(|e| {
-        refused(&path, format!("cannot be read: {e}"), "repair or replace the file")
-    })?;
-    validated(raw, &path)
+    serde_json::from_slice(&text)
+        .map_err(|e| refused(&path, format!("cannot be read: {e}"), "repair or replace the file"))
 }
 
 fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
@@ -139,9 +192,10 @@ fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
         }
         (None, names) => names.iter().flatten().next().cloned().unwrap_or_default(),
     };
-    if family != "llama" && family != "isobath" {
+    if !["llama", "mistral", "isobath"].contains(&family.as_str()) {
         let what = format!("model_type is \"{family}\"");
-        return Err(refused(path, what, "use a folder with model_type \"llama\""));
+        let remedy = "use a folder with model_type \"llama\" (or \"mistral\": the same layout)";
+        return Err(refused(path, what, remedy));
     }
     if family == "isobath" && raw.isobath.is_none() {
         let what = "model_type is \"isobath\", but the key isobath is missing".to_string();
@@ -193,6 +247,9 @@ fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
         max_sequence: size("max_position_embeddings", raw.max_position_embeddings.or(Some(2048)))?,
         norm: ours.map_or(NormKind::Rms, |o| o.norm),
         placement: ours.map_or(Placement::Pre, |o| o.placement),
+        lns_position: ours.map_or(LnsPosition::AfterNorm, |o| o.lns_position),
+        mix_post: ours.map_or(DEFAULT_MIX_POST, |o| o.mix_post),
+        layer_scale: DEFAULT_LAYER_SCALE,
         norm_eps: number("rms_norm_eps", raw.rms_norm_eps.unwrap_or(1e-6))?,
         rope_theta: number("rope_theta", rope_theta(&raw, path)?)?,
         tied: raw.tie_word_embeddings.unwrap_or(false),
@@ -219,6 +276,8 @@ fn unsupported(raw: &Raw, path: &Path) -> Result<()> {
         Some("attention_bias is true".to_string())
     } else if raw.mlp_bias == Some(true) {
         Some("mlp_bias is true".to_string())
+    } else if let Some(window) = raw.sliding_window {
+        Some(format!("sliding_window is {window}"))
     } else if scaled.is_some() {
         scaled
     } else if let Some(factor) = partial {
@@ -228,7 +287,8 @@ fn unsupported(raw: &Raw, path: &Path) -> Result<()> {
     } else {
         raw.quantization_config.as_ref().map(|_| "quantization_config: quantized".to_string())
     };
-    let remedy = "supported: LLaMA without biases, with plain rope, SwiGLU and bf16, f16 or f32";
+    let remedy = "supported: LLaMA without biases and sliding window, with plain rope, SwiGLU and bf16, f16 \
+                  or f32";
     what.map_or(Ok(()), |what| Err(refused(path, what, remedy)))
 }
 

@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{CONFIG, INDEX, MODEL, folder_config};
-use crate::config::{ModelConfig, Placement};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTable;
+use crate::model::parameters::{Init, ParameterTable};
+use crate::model::placement;
 use crate::tensor::Shape;
 use crate::tensor_file::{Dtype, TensorReader};
 
@@ -224,6 +225,9 @@ pub fn fill(model: &HfModel, table: &ParameterTable, parameters: &mut [f32]) -> 
                 }
             }
         }
+        if let (true, Init::Constant(value)) = (parameter.tensors.is_empty(), parameter.init) {
+            parameters[parameter.range()].fill(value as f32); // folded into others by the export
+        }
         if parameter.depth != 1 {
             let scale = (parameter.depth as f32).sqrt();
             parameters[parameter.range()].iter_mut().for_each(|gain| *gain *= scale);
@@ -232,11 +236,15 @@ pub fn fill(model: &HfModel, table: &ParameterTable, parameters: &mut [f32]) -> 
     Ok(())
 }
 
-/// A folder as `eval` and `generate` use it: placement `pre`, the stored gains as they are, so
-/// the network computes what stock LLaMA computes, whatever placement it was trained with.
+/// A folder as `eval` and `generate` use it: where everything folds, placement `pre` and the stored
+/// gains as they are, so the network computes what stock LLaMA computes, whatever placement it was
+/// trained with; else the placement that was trained.
 pub fn load_for_inference(folder: &Path) -> Result<(ModelConfig, ParameterTable, Vec<f32>)> {
     let model = load(folder)?;
-    let config = ModelConfig { placement: Placement::Pre, ..model.config.clone() };
+    let config = match placement::stock_obstacle(&model.config) {
+        None => placement::stock(&model.config),
+        Some(_) => model.config.clone(),
+    };
     let table = ParameterTable::new(&config);
     let mut parameters = vec![0.0; table.stored_elements()];
     fill(&model, &table, &mut parameters)?;

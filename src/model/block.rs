@@ -1,8 +1,9 @@
-//! One block of the model: the one place that knows where norms stand.
+//! One block of the model, recorded in the form that its placement has.
 
+use super::parameters::{BlockParameters, BranchParameters};
+use super::placement::{BlockForm, NormForm, Order, block_form};
 use super::{Recorder, RotaryInputs, cache_index, heads};
-use crate::backend::AttentionSpec;
-use crate::config::Placement;
+use crate::backend::{AttentionSpec, ResidualSpec};
 use crate::error::Result;
 use crate::tape::{External, ValueId};
 use crate::tensor::Kind;
@@ -22,24 +23,53 @@ pub(crate) fn record(
     stream: ValueId,
     attention: &Attention,
 ) -> Result<ValueId> {
-    let parameters = recorder.table.block(layer);
-    match recorder.config.placement {
-        // x + f(norm(x) / sqrt(depth)); the parameter table knows the depth, 1 for `pre`.
-        Placement::Pre | Placement::Lns => {
-            let inp = recorder.norm(stream, parameters.attention_norm)?;
-            let weight = recorder.parameter(parameters.qkv);
+    let form = block_form(recorder.config, layer);
+    let BlockParameters { attention: around, qkv, ffn, gate_up } = recorder.table.block(layer);
+    let stream =
+        add_branch(recorder, &form, form.attention_norm, around, stream, |recorder, inp| {
+            let weight = recorder.parameter(qkv);
             let qkv = recorder.tape.linear("qkv", inp, weight, None)?;
-            let out = attend(recorder, layer, qkv, attention)?;
-            let weight = recorder.parameter(parameters.attention_out);
-            let stream = recorder.tape.linear("residual stream", out, weight, Some(stream))?;
+            attend(recorder, layer, qkv, attention)
+        })?;
+    add_branch(recorder, &form, form.ffn_norm, ffn, stream, |recorder, inp| {
+        let weight = recorder.parameter(gate_up);
+        let gate_up = recorder.tape.linear("gate and up", inp, weight, None)?;
+        recorder.tape.swiglu(gate_up)
+    })
+}
 
-            let inp = recorder.norm(stream, parameters.ffn_norm)?;
-            let weight = recorder.parameter(parameters.gate_up);
-            let gate_up = recorder.tape.linear("gate and up", inp, weight, None)?;
-            let out = recorder.tape.swiglu(gate_up)?;
-            let weight = recorder.parameter(parameters.down);
-            recorder.tape.linear("residual stream", out, weight, Some(stream))
+/// Adds one branch to the stream. `inner` is the branch without the projection out of it.
+fn add_branch(
+    recorder: &mut Recorder,
+    form: &BlockForm,
+    norm: NormForm,
+    parameters: BranchParameters,
+    stream: ValueId,
+    inner: impl FnOnce(&mut Recorder, ValueId) -> Result<ValueId>,
+) -> Result<ValueId> {
+    let inp = match form.order {
+        Order::Pre | Order::Sandwich => recorder.norm(stream, parameters.norm, norm.input_depth)?,
+        Order::Post => stream,
+    };
+    let inner = inner(recorder, inp)?;
+    let weight = recorder.parameter(parameters.out);
+    let sum = if form.order != Order::Sandwich && form.sum.is_plain() {
+        recorder.tape.linear("residual stream", inner, weight, Some(stream))?
+    } else {
+        let mut branch = recorder.tape.linear("branch", inner, weight, None)?;
+        if let Some(out_norm) = parameters.out_norm {
+            branch = recorder.norm(branch, out_norm, 1)?;
         }
+        let gain = parameters.gain.map(|id| recorder.parameter(id));
+        let spec = ResidualSpec {
+            stream_scale: form.sum.stream_scale,
+            branch_scale: form.sum.branch_scale,
+        };
+        recorder.tape.scaled_residual(spec, branch, stream, gain)?
+    };
+    match form.order {
+        Order::Pre | Order::Sandwich => Ok(sum),
+        Order::Post => recorder.norm(sum, parameters.norm, norm.input_depth),
     }
 }
 

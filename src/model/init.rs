@@ -1,4 +1,4 @@
-//! First values of the parameters: one random stream per parameter, addressed by element, so that
+//! First values of the parameters: one random stream per matrix, addressed by element, so that
 //! they are the same on every device and for any number of threads.
 
 use rayon::prelude::*;
@@ -9,23 +9,31 @@ use crate::random::Philox;
 /// Elements that one task draws.
 const ELEMENTS_PER_TASK: usize = 1 << 14;
 
-/// The flat buffer at step 0; padding is zero. Parameter i of the table has random stream i.
+/// The flat buffer at step 0; padding is zero.
 pub fn initial_parameters(table: &ParameterTable, seed: u64) -> Vec<f32> {
     let mut flat = vec![0.0; table.stored_elements()];
-    for (stream, parameter) in table.entries().iter().enumerate() {
+    for parameter in table.entries() {
         let values = &mut flat[parameter.range()];
-        match parameter.init {
-            Init::Ones => values.fill(1.0),
-            Init::Normal { std } => {
-                let generator = Philox::new(seed, stream as u64);
-                let tasks = values.par_chunks_mut(ELEMENTS_PER_TASK).enumerate();
-                tasks.for_each(|(task, values)| {
-                    generator.fill_normal((task * ELEMENTS_PER_TASK) as u64, values);
-                    values.iter_mut().for_each(|value| *value *= std as f32);
-                });
-                clear_padding(parameter, values);
+        let row = parameter.stored.columns();
+        let (std, first_below, std_below) = match parameter.init {
+            Init::Constant(value) => {
+                values.fill(value as f32);
+                continue;
             }
-        }
+            Init::Normal { std } => (std, values.len(), std),
+            Init::NormalRows { std, row: first, std_below } => (std, first * row, std_below),
+        };
+        let generator = Philox::new(seed, parameter.stream);
+        let tasks = values.par_chunks_mut(ELEMENTS_PER_TASK).enumerate();
+        tasks.for_each(|(task, values)| {
+            let first = task * ELEMENTS_PER_TASK;
+            generator.fill_normal(first as u64, values);
+            let (above, below) =
+                values.split_at_mut(first_below.saturating_sub(first).min(values.len()));
+            above.iter_mut().for_each(|value| *value *= std as f32);
+            below.iter_mut().for_each(|value| *value *= std_below as f32);
+        });
+        clear_padding(parameter, values);
     }
     flat
 }

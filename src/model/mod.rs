@@ -1,12 +1,13 @@
 //! The LLaMA, recorded on the tape: RMSNorm, rotary attention with grouped kv heads, SwiGLU, no
 //! biases. Touvron et al. 2023.
 //!
-//! Where norms stand and what scales them is decided in [`block`] alone.
+//! Where norms stand and what scales them is decided in [`placement`] alone.
 
 pub mod block;
 pub mod init;
 pub mod parameters;
 pub mod pieces;
+pub mod placement;
 
 use crate::backend::{HeadSpec, NormSpec};
 use crate::config::ModelConfig;
@@ -95,10 +96,18 @@ impl<'a> Recorder<'a> {
         })
     }
 
-    /// The norm whose gain is parameter `id`, scaled with that parameter's depth.
-    pub(crate) fn norm(&mut self, stream: ValueId, id: ParameterId) -> Result<ValueId> {
+    /// The norm of inp / sqrt(input_depth) whose gain is parameter `id`, scaled with that
+    /// parameter's depth.
+    pub(crate) fn norm(
+        &mut self,
+        stream: ValueId,
+        id: ParameterId,
+        input_depth: usize,
+    ) -> Result<ValueId> {
         let depth = self.table.get(id).depth;
-        let spec = NormSpec { kind: self.config.norm, eps: self.config.norm_eps, depth };
+        // x/r / sqrt(var(x)/r^2 + eps) = x / sqrt(var(x) + r^2 eps), with r^2 = input_depth.
+        let eps = self.config.norm_eps * input_depth as f64;
+        let spec = NormSpec { kind: self.config.norm, eps, depth };
         let gain = self.parameter(id);
         self.tape.norm(spec, stream, gain)
     }
@@ -129,7 +138,7 @@ impl<'a> Recorder<'a> {
     }
 
     fn final_norm(&mut self, stream: ValueId) -> Result<ValueId> {
-        self.norm(stream, self.table.final_norm())
+        self.norm(stream, self.table.final_norm(), 1)
     }
 
     /// final norm [T,C] -> losses [T]

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::placement::{BranchGain, NormForm, Order, block_form, block_init, stock_obstacle};
 use crate::config::ModelConfig;
 use crate::tensor::{Shape, View};
 
@@ -19,11 +20,25 @@ pub const WIDTH_MULTIPLE: usize = 8;
 /// How a parameter gets its first values.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Init {
-    Ones,
+    Constant(f64),
     /// N(0, std^2)
     Normal {
         std: f64,
     },
+    /// N(0, std^2), and from row `row` on N(0, std_below^2).
+    NormalRows {
+        std: f64,
+        row: usize,
+        std_below: f64,
+    },
+}
+
+/// What the rows of a matrix are multiplied by where it is used, and exported.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct RowScale {
+    pub constant: f64,
+    /// One factor for each row, or one for all.
+    pub parameter: Option<ParameterId>,
 }
 
 /// One Hugging Face tensor inside a stored parameter: rows `first_row..` and the first columns.
@@ -48,6 +63,11 @@ pub struct Parameter {
     pub decay: bool,
     /// The gain is divided by sqrt(depth) where it is used and exported (LNS); 1: not scaled.
     pub depth: usize,
+    /// `None`: as they are. Only where the export folds it, see [`stock_obstacle`].
+    pub row_scale: Option<RowScale>,
+    /// The random stream of the first values: the same matrix has the same in every placement.
+    pub stream: u64,
+    /// Empty where the export folds it into another parameter.
     pub tensors: Vec<HfTensor>,
 }
 
@@ -61,7 +81,7 @@ impl Parameter {
         View { offset: flat.offset + self.offset * element_bytes, shape: self.stored, ..flat }
     }
 
-    /// Elements without padding.
+    /// Elements without padding, as a Hugging Face folder has them.
     pub fn elements(&self) -> usize {
         self.tensors.iter().map(|t| t.shape.elements()).sum()
     }
@@ -75,91 +95,170 @@ pub struct ParameterId(pub usize);
 pub struct ParameterTable {
     entries: Vec<Parameter>,
     stored: usize,
+    streams: u64,
+    blocks: Vec<BlockParameters>,
+    final_norm: ParameterId,
+    head: ParameterId,
+}
+
+/// What stands around one branch of a block.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct BranchParameters {
+    pub norm: ParameterId,
+    /// The projection out of the branch: [C, H D] or [C, F].
+    pub out: ParameterId,
+    /// Of the norm behind the projection.
+    pub out_norm: Option<ParameterId>,
+    /// [C] or [1]: the learnt factor of the branch.
+    pub gain: Option<ParameterId>,
 }
 
 /// Where the parameters of one block lie in the table.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct BlockParameters {
-    pub attention_norm: ParameterId,
+    pub attention: BranchParameters,
     /// [(H + 2K) D, C]: rows of q, then k, then v.
     pub qkv: ParameterId,
-    /// [C, H D]
-    pub attention_out: ParameterId,
-    pub ffn_norm: ParameterId,
+    pub ffn: BranchParameters,
     /// [2 F, C]: rows of gate, then up; F rounded up to [`WIDTH_MULTIPLE`].
     pub gate_up: ParameterId,
-    /// [C, F]
-    pub down: ParameterId,
+}
+
+impl BlockParameters {
+    /// The four matrices that a token is multiplied with.
+    pub fn matrices(&self) -> [ParameterId; 4] {
+        [self.qkv, self.attention.out, self.gate_up, self.ffn.out]
+    }
 }
 
 impl ParameterTable {
     pub fn new(config: &ModelConfig) -> Self {
-        let mut table = ParameterTable { entries: Vec::new(), stored: 0 };
-        let (c, f, v) = (config.hidden, config.ffn, config.vocab);
-        let (f_stored, v_stored) =
-            (f.next_multiple_of(WIDTH_MULTIPLE), v.next_multiple_of(WIDTH_MULTIPLE));
-        let (q_rows, kv_rows) =
-            (config.heads * config.head_dim(), config.kv_heads * config.head_dim());
-        let normal = Init::Normal { std: config.init_std };
-        let one = |name: &str, sizes: &[usize]| {
-            vec![HfTensor { name: name.to_string(), first_row: 0, shape: Shape::new(sizes) }]
+        let mut table = ParameterTable {
+            entries: Vec::new(),
+            stored: 0,
+            streams: 0,
+            blocks: Vec::new(),
+            final_norm: ParameterId(0),
+            head: ParameterId(0),
         };
-
-        table.push(
-            "embedding",
-            &[v_stored, c],
-            Init::Normal { std: config.embedding_std },
-            false,
-            1,
-            one("model.embed_tokens.weight", &[v, c]),
-        );
+        let (c, v) = (config.hidden, config.vocab);
+        let v_stored = v.next_multiple_of(WIDTH_MULTIPLE);
+        let embedding = one("model.embed_tokens.weight", &[v, c]);
+        let init = Init::Normal { std: config.embedding_std };
+        table.push("embedding", &[v_stored, c], init, embedding);
         for layer in 1..=config.layers {
-            let depth = config.placement.depth(layer);
-            let ours = |name: &str| format!("layers.{layer}.{name}");
-            let hf = |name: &str| format!("model.layers.{}.{name}.weight", layer - 1);
-            let rows = |name: &str, first_row: usize, rows: usize| HfTensor {
-                name: hf(name),
-                first_row,
-                shape: Shape::new(&[rows, c]),
-            };
-            let gain = one(&hf("input_layernorm"), &[c]);
-            table.push(&ours("attention_norm"), &[c], Init::Ones, false, depth, gain);
-            let qkv = vec![
-                rows("self_attn.q_proj", 0, q_rows),
-                rows("self_attn.k_proj", q_rows, kv_rows),
-                rows("self_attn.v_proj", q_rows + kv_rows, kv_rows),
-            ];
-            table.push(&ours("qkv"), &[q_rows + 2 * kv_rows, c], normal, true, 1, qkv);
-            let out = one(&hf("self_attn.o_proj"), &[c, q_rows]);
-            table.push(&ours("attention_out"), &[c, q_rows], normal, true, 1, out);
-            let gain = one(&hf("post_attention_layernorm"), &[c]);
-            table.push(&ours("ffn_norm"), &[c], Init::Ones, false, depth, gain);
-            let gate_up = vec![rows("mlp.gate_proj", 0, f), rows("mlp.up_proj", f_stored, f)];
-            table.push(&ours("gate_up"), &[2 * f_stored, c], normal, true, 1, gate_up);
-            let down = one(&hf("mlp.down_proj"), &[c, f]);
-            table.push(&ours("down"), &[c, f_stored], normal, true, 1, down);
+            let block = table.push_block(config, layer);
+            table.blocks.push(block);
         }
-        table.push("final_norm", &[c], Init::Ones, false, 1, one("model.norm.weight", &[c]));
+        let gain = one("model.norm.weight", &[c]);
+        table.final_norm = table.push("final_norm", &[c], Init::Constant(1.0), gain);
         if !config.tied {
-            table.push("head", &[v_stored, c], normal, true, 1, one("lm_head.weight", &[v, c]));
+            let init = Init::Normal { std: config.init_std };
+            table.head = table.push("head", &[v_stored, c], init, one("lm_head.weight", &[v, c]));
+            table.entries[table.head.0].decay = true;
         }
         table
     }
 
+    /// The first six parameters are those of stock LLaMA, in the same order for every placement.
+    fn push_block(&mut self, config: &ModelConfig, layer: usize) -> BlockParameters {
+        let (form, init) = (block_form(config, layer), block_init(config, layer));
+        let (c, f) = (config.hidden, config.ffn);
+        let f_stored = f.next_multiple_of(WIDTH_MULTIPLE);
+        let (q, kv) = (config.heads * config.head_dim(), config.kv_heads * config.head_dim());
+        let ours = |name: &str| format!("layers.{layer}.{name}");
+        let hf = |name: &str| format!("model.layers.{}.{name}.weight", layer - 1);
+        let rows = |name: &str, first_row: usize, rows: usize| HfTensor {
+            name: hf(name),
+            first_row,
+            shape: Shape::new(&[rows, c]),
+        };
+        let norm = |table: &mut Self, name: &str, tensor: &str, norm: NormForm| {
+            let init = Init::Constant(norm.gain);
+            let id = table.push(&ours(name), &[c], init, one(&hf(tensor), &[c]));
+            table.entries[id.0].depth = norm.depth;
+            id
+        };
+        let matrix = |table: &mut Self, name: &str, sizes: [usize; 2], init, tensors| {
+            let id = table.push(&ours(name), &sizes, init, tensors);
+            table.entries[id.0].decay = true;
+            id
+        };
+        let normal = |std| Init::Normal { std };
+
+        let attention_norm = norm(self, "attention_norm", "input_layernorm", form.attention_norm);
+        let tensors = vec![
+            rows("self_attn.q_proj", 0, q),
+            rows("self_attn.k_proj", q, kv),
+            rows("self_attn.v_proj", q + kv, kv),
+        ];
+        let qkv_init = match init.query_key == init.value {
+            true => normal(init.value),
+            false => Init::NormalRows { std: init.query_key, row: q + kv, std_below: init.value },
+        };
+        let qkv = matrix(self, "qkv", [q + 2 * kv, c], qkv_init, tensors);
+        let tensors = one(&hf("self_attn.o_proj"), &[c, q]);
+        let std = normal(init.attention_out);
+        let attention_out = matrix(self, "attention_out", [c, q], std, tensors);
+        let ffn_norm = norm(self, "ffn_norm", "post_attention_layernorm", form.ffn_norm);
+        let tensors = vec![rows("mlp.gate_proj", 0, f), rows("mlp.up_proj", f_stored, f)];
+        let gate_up = matrix(self, "gate_up", [2 * f_stored, c], normal(init.gate_up), tensors);
+        let tensors = one(&hf("mlp.down_proj"), &[c, f]);
+        let down = matrix(self, "down", [c, f_stored], normal(init.down), tensors);
+
+        // What only some placements have draws no random numbers and takes no random stream.
+        let streams = self.streams;
+        let mut around = |norm: ParameterId, out: ParameterId, name: &str, tensor: &str| {
+            let out_norm = (form.order == Order::Sandwich).then(|| {
+                let tensors = one(&hf(&format!("{tensor}.out_norm")), &[c]);
+                self.push(&ours(&format!("{name}_out_norm")), &[c], Init::Constant(1.0), tensors)
+            });
+            let gain = form.sum.gain.map(|gain| {
+                let (size, first) = match gain {
+                    BranchGain::Channels(first) => (c, first),
+                    BranchGain::Scalar(first) => (1, first),
+                };
+                let init = Init::Constant(first);
+                self.push(&ours(&format!("{name}_gain")), &[size], init, Vec::new())
+            });
+            let scaled = gain.is_some() || form.sum.branch_scale != 1.0;
+            if scaled && stock_obstacle(config).is_none() {
+                let constant = form.sum.branch_scale;
+                self.entries[out.0].row_scale = Some(RowScale { constant, parameter: gain });
+            }
+            BranchParameters { norm, out, out_norm, gain }
+        };
+        let attention = around(attention_norm, attention_out, "attention", "self_attn");
+        let ffn = around(ffn_norm, down, "ffn", "mlp");
+        self.streams = streams;
+        BlockParameters { attention, qkv, ffn, gate_up }
+    }
+
+    /// Without decay and scales.
     fn push(
         &mut self,
         name: &str,
         sizes: &[usize],
         init: Init,
-        decay: bool,
-        depth: usize,
         tensors: Vec<HfTensor>,
-    ) {
+    ) -> ParameterId {
         let stored = Shape::new(sizes);
-        let offset = self.stored;
+        let (offset, stream) = (self.stored, self.streams);
         self.stored = (offset + stored.elements()).next_multiple_of(ALIGNMENT);
+        self.streams += 1;
         let name = name.to_string();
-        self.entries.push(Parameter { name, stored, offset, init, decay, depth, tensors });
+        self.entries.push(Parameter {
+            name,
+            stored,
+            offset,
+            init,
+            decay: false,
+            depth: 1,
+            row_scale: None,
+            stream,
+            tensors,
+        });
+        ParameterId(self.entries.len() - 1)
     }
 
     pub fn entries(&self) -> &[Parameter] {
@@ -186,26 +285,20 @@ impl ParameterTable {
 
     /// `layer` counts from 1.
     pub fn block(&self, layer: usize) -> BlockParameters {
-        let at = |i: usize| ParameterId(1 + (layer - 1) * 6 + i);
-        BlockParameters {
-            attention_norm: at(0),
-            qkv: at(1),
-            attention_out: at(2),
-            ffn_norm: at(3),
-            gate_up: at(4),
-            down: at(5),
-        }
+        self.blocks[layer - 1]
     }
 
     pub fn final_norm(&self) -> ParameterId {
-        ParameterId(self.entries.iter().position(|p| p.name == "final_norm").unwrap_or(0))
+        self.final_norm
     }
 
     /// The output projection: the embedding itself when it is tied.
     pub fn head(&self) -> ParameterId {
-        match self.entries.last() {
-            Some(last) if last.name == "head" => ParameterId(self.entries.len() - 1),
-            _ => self.embedding(),
-        }
+        self.head
     }
+}
+
+/// A parameter that is one tensor.
+fn one(name: &str, sizes: &[usize]) -> Vec<HfTensor> {
+    vec![HfTensor { name: name.to_string(), first_row: 0, shape: Shape::new(sizes) }]
 }

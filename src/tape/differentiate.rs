@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Access, External, Gradient, Op, Residual, Role, Step, Tape, Value, ValueId};
-use crate::backend::{NORM_PARTIAL_ROWS, Sink};
+use crate::backend::{GainGradient, NORM_PARTIAL_ROWS, Sink};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
@@ -194,6 +194,13 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// Scratch for the sums that make the gradient of a gain; `out` [T,C].
+    fn gain_partial(&mut self, out: ValueId) -> ValueId {
+        let [t, c] = [0, 1].map(|i| self.values[out.0].shape.sizes()[i]);
+        let shape = Shape::new(&[t.div_ceil(NORM_PARTIAL_ROWS), c]);
+        self.push("gain partial sums", shape, Kind::Statistic)
+    }
+
     fn parameter_gradient(&mut self, of: ValueId) -> Result<ValueId> {
         if let Some(&gradient) = self.gradients.get(&of) {
             return Ok(gradient);
@@ -226,12 +233,7 @@ impl<'a> Pass<'a> {
             Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let normalised = residual.map_or(inp, |r| r.sum);
-                let [t, c] = [0, 1].map(|i| self.values[out.0].shape.sizes()[i]);
-                let partial = self.push(
-                    "norm partial sums",
-                    Shape::new(&[t.div_ceil(NORM_PARTIAL_ROWS), c]),
-                    Kind::Statistic,
-                );
+                let partial = self.gain_partial(out);
                 let d_inp = self.sink(normalised);
                 let d_gain = self.parameter_gradient(gain)?;
                 self.steps.push(Step::Backward(Gradient::Norm {
@@ -249,6 +251,20 @@ impl<'a> Pass<'a> {
                     self.pass_copy(d_inp.to, inp);
                     self.pass_on(d_inp.to, residual);
                 }
+            }
+            Op::ScaledResidual { spec, inp, residual, gain, out } => {
+                let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let gain = match gain {
+                    None => None,
+                    Some(gain) => Some(GainGradient {
+                        inp: kept(inp),
+                        gain,
+                        partial: self.gain_partial(out),
+                        d_gain: self.parameter_gradient(gain)?,
+                    }),
+                };
+                self.written(inp, |d_inp| Gradient::ScaledResidual { spec, d_out, d_inp, gain });
+                self.pass_on(d_out, residual);
             }
             Op::Linear { inp, weight, residual, out } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };

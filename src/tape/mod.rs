@@ -16,7 +16,7 @@ pub use memory::{MemoryLine, MemoryPlan};
 pub use op::{Access, Gradient, Op, Residual, Step};
 pub use program::{BoundProgram, Program, Purpose};
 
-use crate::backend::{AttentionSpec, HeadSpec, LossSpec, NormSpec};
+use crate::backend::{AttentionSpec, HeadSpec, LossSpec, NormSpec, ResidualSpec};
 use crate::config::NormKind;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
@@ -215,6 +215,26 @@ impl Tape {
         let rstd = self.statistic("norm rstd", &[t]);
         self.record(Op::Norm { spec, inp, residual, gain, out, mean, rstd });
         Ok((residual.map_or(inp, |r| r.sum), out))
+    }
+
+    /// inp, residual [T,C], gain [C] or [1] -> stream_scale residual + branch_scale gain inp [T,C]
+    pub fn scaled_residual(
+        &mut self,
+        spec: ResidualSpec,
+        inp: ValueId,
+        residual: ValueId,
+        gain: Option<ValueId>,
+    ) -> Result<ValueId> {
+        let [t, c] = self.sizes("scaled residual", inp)?;
+        self.check("scaled residual", "residual", residual, &[t, c])?;
+        if let Some(gain) = gain {
+            let [columns] = self.sizes("scaled residual", gain)?;
+            let expected = if columns == 1 { 1 } else { c };
+            self.check("scaled residual", "gain", gain, &[expected])?;
+        }
+        let out = self.activation("residual stream", &[t, c]);
+        self.record(Op::ScaledResidual { spec, inp, residual, gain, out });
+        Ok(out)
     }
 
     /// inp [T,I], weight [O,I], residual [T,O] -> [T,O]

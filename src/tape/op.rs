@@ -5,7 +5,9 @@
 //! access (`map`), one that runs it (`run`), and [`Op`] has one more in `differentiate.rs`; an op
 //! without a backward pass does not compile.
 
-use crate::backend::{AttentionSpec, Backend, HeadSpec, LossSpec, NormSpec, Sink};
+use crate::backend::{
+    AttentionSpec, Backend, GainGradient, HeadSpec, LossSpec, NormSpec, ResidualSpec, Sink,
+};
 use crate::error::Result;
 use crate::tensor::View;
 
@@ -35,6 +37,13 @@ pub enum Op<H> {
         out: H,
         mean: Option<H>,
         rstd: H,
+    },
+    ScaledResidual {
+        spec: ResidualSpec,
+        inp: H,
+        residual: H,
+        gain: Option<H>,
+        out: H,
     },
     Linear {
         inp: H,
@@ -102,6 +111,12 @@ pub enum Gradient<H> {
         partial: H,
         d_inp: Sink<H>,
         d_gain: H,
+    },
+    ScaledResidual {
+        spec: ResidualSpec,
+        d_out: H,
+        d_inp: H,
+        gain: Option<GainGradient<H>>,
     },
     Linear {
         inp: H,
@@ -174,6 +189,7 @@ impl<H: Copy> Op<H> {
         match self {
             Op::Embedding { .. } => "embedding",
             Op::Norm { .. } => "norm",
+            Op::ScaledResidual { .. } => "scaled residual",
             Op::Linear { .. } => "linear",
             Op::Rotary { .. } => "rotary",
             Op::Attention { .. } => "attention",
@@ -198,6 +214,13 @@ impl<H: Copy> Op<H> {
                 out: f(out, Write),
                 mean: mean.map(|mean| f(mean, Write)),
                 rstd: f(rstd, Write),
+            },
+            Op::ScaledResidual { spec, inp, residual, gain, out } => Op::ScaledResidual {
+                spec,
+                inp: f(inp, Read),
+                residual: f(residual, Read),
+                gain: gain.map(|gain| f(gain, Read)),
+                out: f(out, Write),
             },
             Op::Linear { inp, weight, residual, out } => Op::Linear {
                 inp: f(inp, Read),
@@ -251,6 +274,9 @@ impl Op<View> {
                 let residual = residual.map(|r| (r.residual, r.sum));
                 backend.norm_forward(spec, inp, residual, gain, out, mean, rstd)
             }
+            Op::ScaledResidual { spec, inp, residual, gain, out } => {
+                backend.scaled_residual_forward(spec, inp, residual, gain, out)
+            }
             Op::Linear { inp, weight, residual, out } => {
                 backend.linear_forward(inp, weight, residual, out)
             }
@@ -293,6 +319,17 @@ impl<H: Copy> Gradient<H> {
                     d_gain: f(d_gain, Update),
                 }
             }
+            Gradient::ScaledResidual { spec, d_out, d_inp, gain } => Gradient::ScaledResidual {
+                spec,
+                d_out: f(d_out, if spec.stream_scale == 1.0 { Read } else { Update }),
+                d_inp: f(d_inp, Write),
+                gain: gain.map(|g| GainGradient {
+                    inp: f(g.inp, Read),
+                    gain: f(g.gain, Read),
+                    partial: f(g.partial, Write),
+                    d_gain: f(g.d_gain, Update),
+                }),
+            },
             Gradient::Linear { inp, weight, d_out, d_inp, d_weight } => Gradient::Linear {
                 inp: f(inp, Read),
                 weight: f(weight, Read),
@@ -355,6 +392,9 @@ impl Gradient<View> {
             }
             Gradient::Norm { spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain } => {
                 backend.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain)
+            }
+            Gradient::ScaledResidual { spec, d_out, d_inp, gain } => {
+                backend.scaled_residual_backward(spec, d_out, d_inp, gain)
             }
             Gradient::Linear { inp, weight, d_out, d_inp, d_weight } => {
                 backend.linear_backward(inp, weight, d_out, d_inp, d_weight)

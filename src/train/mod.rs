@@ -271,7 +271,8 @@ fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
     for (table, only) in tables {
         let Some(values) = now[table].as_object() else { continue };
         for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
-            let before = &saved[table][key];
+            // A version without this key knew no other value than its default.
+            let Some(before) = saved[table].get(key) else { continue };
             if before != value {
                 return Err(Error::Config {
                     what: format!("{table}.{key} is {value}, the checkpoint has {before}"),

@@ -2,7 +2,7 @@
 //! bits whatever the schedule, and text from a cache.
 
 use isobath::backend::Backend;
-use isobath::config::{Config, Dtype, ModelConfig, Recompute};
+use isobath::config::{Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
 use isobath::cuda::Cuda;
 use isobath::cuda::gemm::Family;
@@ -123,7 +123,7 @@ fn check_parity(config: &Config, expected: &Trained, found: &Trained) {
         println!("step {}: {expected}, error {error:.2e}", step + 1);
         assert!(error < 1e-5, "step {}: {found} for {expected}", step + 1);
     }
-    assert!(expected.losses[9] < expected.losses[0], "{:?}", expected.losses);
+    assert!(expected.losses.last() < expected.losses.first(), "{:?}", expected.losses);
     let exact = gradients_by_name(config, &expected.gradients);
     for ((name, exact), (_, found)) in exact.zip(gradients_by_name(config, &found.gradients)) {
         let (angle, ratio) = (angle(found, exact), norm(found) / norm(exact));
@@ -144,29 +144,74 @@ fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
     for (machine, products) in runs {
         let device = machine.device();
         let found = trained(&config, STEPS, Cuda::new(machine, Dtype::Bf16, products).unwrap());
-        let largest = |losses: &[f64]| {
-            let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);
-            errors.fold(0.0, f64::max)
-        };
-        let (error, allowed) = (largest(&found.losses), 2.0 * largest(&plain.losses));
-        println!(
-            "{device} {products:?}: loss error {error:.2e}, {:.2} of the tolerance",
-            error / allowed
-        );
-        assert!(error <= allowed, "{products:?}: {error:e} of {allowed:e}: {:?}", found.losses);
-        let norm_error = |found: &Trained| (found.grad_norm / exact.grad_norm - 1.0).abs();
-        assert!(norm_error(&found) <= 2.0 * norm_error(&plain).max(2f64.powi(-9)));
+        check_bf16(&format!("{device} {products:?}"), &config, &found, &plain, &exact);
+    }
+}
 
-        let all = gradients_by_name(&config, &exact.gradients)
-            .zip(gradients_by_name(&config, &plain.gradients))
-            .zip(gradients_by_name(&config, &found.gradients));
-        for (((name, exact), (_, plain)), (_, found)) in all {
-            let (is, allowed) = (angle(found, exact), 2.0 * angle(plain, exact));
-            assert!(is <= allowed, "{products:?} {name}: 1 - cosine {is:e} of {allowed:e}");
-            let ratio = |values: &[f64]| (norm(values) / norm(exact) - 1.0).abs();
-            let (is, allowed) = (ratio(found), 2.0 * ratio(plain).max(2f64.powi(-8)));
-            assert!(is <= allowed, "{products:?} {name}: norm off by {is:e} of {allowed:e}");
+fn check_bf16(what: &str, config: &Config, found: &Trained, plain: &Trained, exact: &Trained) {
+    let largest = |losses: &[f64]| {
+        let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);
+        errors.fold(0.0, f64::max)
+    };
+    let (error, allowed) = (largest(&found.losses), 2.0 * largest(&plain.losses));
+    println!("{what}: loss error {error:.2e}, {:.2} of the tolerance", error / allowed);
+    assert!(error <= allowed, "{what}: {error:e} of {allowed:e}: {:?}", found.losses);
+    let norm_error = |found: &Trained| (found.grad_norm / exact.grad_norm - 1.0).abs();
+    assert!(norm_error(found) <= 2.0 * norm_error(plain).max(2f64.powi(-9)), "{what}");
+
+    let all = gradients_by_name(config, &exact.gradients)
+        .zip(gradients_by_name(config, &plain.gradients))
+        .zip(gradients_by_name(config, &found.gradients));
+    for (((name, exact), (_, plain)), (_, found)) in all {
+        // A gradient of one number has no angle but its sign; the cosine itself is rounded.
+        let (is, allowed) = (angle(found, exact), 2.0 * angle(plain, exact) + 1e-15);
+        assert!(is <= allowed, "{what} {name}: 1 - cosine {is:e} of {allowed:e}");
+        let ratio = |values: &[f64]| (norm(values) / norm(exact) - 1.0).abs();
+        let (is, allowed) = (ratio(found), 2.0 * ratio(plain).max(2f64.powi(-8)));
+        assert!(is <= allowed, "{what} {name}: norm off by {is:e} of {allowed:e}");
+    }
+}
+
+/// Every placement and LNS position, three steps in f32 and in bf16; one step of those with gains
+/// and scales of branches is free of races.
+#[test]
+fn every_placement_trains_as_on_the_cpu() {
+    let placements = Placement::NAMES.iter().map(|name| ModelConfig {
+        placement: name.parse().unwrap(),
+        ..config(Dtype::F32, Recompute::None).model
+    });
+    let positions = LnsPosition::NAMES.iter().map(|name| ModelConfig {
+        lns_position: name.parse().unwrap(),
+        ..config(Dtype::F32, Recompute::None).model
+    });
+    let steps = 3;
+    for model in placements.chain(positions) {
+        let what = format!("{} {}", model.placement, model.lns_position);
+        println!("{what}");
+        let with = |dtype| Config { model: model.clone(), ..config(dtype, Recompute::None) };
+        let (f32, bf16) = (with(Dtype::F32), with(Dtype::Bf16));
+        let expected = trained(&f32, steps, Cpu::<f32>::new());
+        let exact = trained(&bf16, steps, Cpu::<f64>::new());
+        let plain = trained(&bf16, steps, Plain::default());
+        for machine in machines() {
+            let found = trained(&f32, steps, Cuda::new(machine, Dtype::F32, None).unwrap());
+            check_parity(&f32, &expected, &found);
         }
+        for machine in machines() {
+            let found = trained(&bf16, steps, Cuda::new(machine, Dtype::Bf16, None).unwrap());
+            check_bf16(&what, &bf16, &found, &plain, &exact);
+        }
+    }
+    if !has_simt() {
+        return;
+    }
+    for placement in [Placement::Deepnorm, Placement::Layerscale, Placement::Skipinit] {
+        let mut config = config(Dtype::Bf16, Recompute::None);
+        (config.model.placement, config.model.layers) = (placement, 1);
+        let options = Options { race: true, ..Options::default() };
+        let raced = trained(&config, 1, simt(options, Dtype::Bf16, None));
+        let plain = trained(&config, 1, simt(Options::default(), Dtype::Bf16, None));
+        assert!(raced.parameters == plain.parameters, "{placement}");
     }
 }
 

@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use half::bf16;
 use isobath::Result;
 use isobath::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NormSpec, Sink,
+    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
+    ResidualSpec, Sink,
 };
 use isobath::cpu::Cpu;
 use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
@@ -198,6 +199,32 @@ impl Backend for Plain {
         self.round_in_place(d_inp.to);
         Ok(())
     }
+    fn scaled_residual_forward(
+        &mut self,
+        spec: ResidualSpec,
+        inp: View,
+        residual: View,
+        gain: Option<View>,
+        out: View,
+    ) -> Result<()> {
+        self.cpu.scaled_residual_forward(spec, inp, residual, gain, out)?;
+        self.round_in_place(out);
+        Ok(())
+    }
+
+    fn scaled_residual_backward(
+        &mut self,
+        spec: ResidualSpec,
+        d_out: View,
+        d_inp: View,
+        gain: Option<GainGradient<View>>,
+    ) -> Result<()> {
+        self.cpu.scaled_residual_backward(spec, d_out, d_inp, gain)?;
+        self.round_in_place(d_out);
+        self.round_in_place(d_inp);
+        Ok(())
+    }
+
     fn linear_forward(
         &mut self,
         inp: View,
