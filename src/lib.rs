@@ -9,6 +9,7 @@
 pub mod backend;
 pub mod bench;
 pub mod checkpoint;
+pub mod compare;
 pub mod config;
 pub mod cpu;
 pub mod cuda;
@@ -31,6 +32,7 @@ pub mod plan;
 pub mod random;
 pub mod report;
 pub mod rundir;
+pub mod stock;
 pub mod tape;
 pub mod tasks;
 pub mod tensor;

@@ -364,7 +364,7 @@ fn retention_keeps_the_last_and_every_nth() {
     ];
     for (keep_last, keep_every, expected) in cases {
         let (_folder, run) = run_with(&all);
-        let keep = CheckpointConfig { every: 1, keep_last, keep_every };
+        let keep = CheckpointConfig { every: 1, keep_last, keep_every, initial: false };
         let deleted = checkpoint::retain(&run, &keep).unwrap();
         let left = checkpoint_steps(run.path()).unwrap();
         assert_eq!(left, expected, "keep_last {keep_last}, keep_every {keep_every}");
@@ -388,7 +388,7 @@ fn retention_never_deletes_the_newest_that_can_be_loaded() {
     damage(5, "trainer.safetensors"); // sizes still hold: only the hash tells
     damage(4, "model.safetensors");
     fs::remove_file(checkpoint_folder(run.path(), 2).join("MANIFEST.json")).unwrap();
-    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0 };
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
     assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [1, 4]);
     // 2 is unfinished: not ours to delete; 3 is the newest that holds
     assert_eq!(checkpoint_steps(run.path()).unwrap(), [2, 3, 5]);
@@ -610,7 +610,7 @@ fn child_fills_its_disk() {
     assert_eq!(error.exit_code(), 1);
     assert_eq!(names(&run.checkpoints()).len() as u64, saved);
     assert_latest(run.path(), saved);
-    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0 };
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
     checkpoint::retain(&run, &keep).unwrap();
     if saved > 1 {
         Training::at(saved + 1).save(&run).unwrap();
@@ -667,7 +667,7 @@ fn child_has_a_read_only_run() {
     assert_contains(&message, &["step-00000002: not saved", "Read-only file system"]);
     assert_contains(&message, &["remedy: choose a folder on a writable file system"]);
     assert_latest(&path, 1);
-    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0 };
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
     assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0]);
     drop(run);
     make_read_only(&path);
@@ -761,7 +761,7 @@ fn child_saves_in_a_loop() {
     let Some(path) = child_run() else { return };
     let run = RunDir::resume(&path).unwrap();
     let first = checkpoint::latest(&run).unwrap().verified.unwrap().step() + 1;
-    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0 };
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
     println!();
     for step in first.. {
         Training::at(step).save(&run).unwrap();

@@ -102,7 +102,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             weight_decay: 0.1,
             clip: 1.0,
         },
-        checkpoint: CheckpointConfig { every: 0, keep_last: 2, keep_every: 0 },
+        checkpoint: CheckpointConfig { every: 0, keep_last: 2, keep_every: 0, initial: false },
     }
 }
 

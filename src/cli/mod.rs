@@ -4,6 +4,7 @@
 //! anything. What a command was asked for goes to stdout; everything else goes to stderr.
 
 mod bench;
+mod compare;
 mod config;
 mod conformance;
 mod data;
@@ -15,6 +16,7 @@ mod model;
 mod output;
 mod plan;
 mod report;
+mod stock;
 mod train;
 
 use std::io::{self, Write};
@@ -34,10 +36,16 @@ struct Cli {
 enum Command {
     /// Train a model: without arguments, the bundled demo
     Train(train::TrainArgs),
+    /// Train several variants on the same data from the same seeds, and table what came of them
+    Compare(compare::CompareArgs),
     /// Measure the loss of a model on a text
     Eval(eval::EvalArgs),
     /// Continue a text
     Generate(generate::GenerateArgs),
+    /// Write a model as a stock Hugging Face LLaMA folder
+    Export(stock::ExportArgs),
+    /// Write a model without some of its layers as a stock Hugging Face LLaMA folder
+    Prune(stock::PruneArgs),
     /// Train a tokenizer, turn text into shards, look into shards
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -60,6 +68,9 @@ enum Command {
 pub fn run() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Train(args) => train::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Export(args) => stock::export(args),
+        Command::Prune(args) => stock::prune(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Data(command) => data::run(command),

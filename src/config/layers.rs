@@ -54,6 +54,14 @@ impl Config {
         layers.finish()
     }
 
+    /// This configuration with some values changed, each `key=value`. Errors: as
+    /// [`Config::resolve`].
+    pub fn with_sets(&self, sets: &[String]) -> Result<Self> {
+        let mut layers = Layers::new(self.clone())?;
+        sets.iter().try_for_each(|set| layers.lay_flag(set))?;
+        layers.finish()
+    }
+
     /// Reads what [`Config::to_toml`] wrote.
     ///
     /// Errors: as [`Config::resolve`]; also a key that is missing, because a value from some

@@ -301,6 +301,8 @@ pub struct CheckpointConfig {
     pub keep_last: usize,
     /// Checkpoints whose step is a multiple of this stay for ever; 0: none.
     pub keep_every: u64,
+    /// Whether the first values are a checkpoint, too: that of step 0, which stays for ever.
+    pub initial: bool,
 }
 
 /// TOML has no null, and every key has to be visible in the saved file.

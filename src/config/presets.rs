@@ -157,7 +157,7 @@ fn demo() -> Config {
             weight_decay: 0.1,
             clip: 1.0,
         },
-        checkpoint: CheckpointConfig { every: 500, keep_last: 2, keep_every: 0 },
+        checkpoint: CheckpointConfig { every: 500, keep_last: 2, keep_every: 0, initial: false },
     }
 }
 
@@ -221,6 +221,6 @@ fn paper(paper: &PaperModel) -> Config {
             weight_decay: 0.0,
             clip: 0.0,
         },
-        checkpoint: CheckpointConfig { every: 1_000, keep_last: 2, keep_every: 0 },
+        checkpoint: CheckpointConfig { every: 1_000, keep_last: 2, keep_every: 0, initial: false },
     }
 }

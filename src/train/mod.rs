@@ -318,6 +318,9 @@ impl<B: Backend> Session<B> {
         let steps = self.config.train.steps;
         console.start(self.state.step, steps);
         self.interrupt.arm();
+        if self.config.checkpoint.initial && self.state.step == 0 {
+            self.save()?;
+        }
         let mut evaluation = None;
         let mut sample = None;
         while (self.owed.is_some() || self.state.step < steps) && !self.interrupt.asked() {

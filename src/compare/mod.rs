@@ -1,0 +1,204 @@
+//! Several variants of one configuration, trained on the same data in the same order from the same
+//! seeds, and what came of each.
+//!
+//! ```text
+//! base config + variant + seed -> OUT/VARIANT-seedS, a run like any other -> table, compare.json
+//! ```
+//!
+//! Every run is resumable: what is complete is only read, what was interrupted goes on. A run whose
+//! loss stops being finite is a result, not an error: it is recorded with its step.
+
+mod table;
+mod variant;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+pub use table::{Comparison, RunResult, Spread, VariantResult};
+pub use variant::Variant;
+
+use crate::config::Config;
+use crate::durable::replace;
+use crate::error::{Error, Result};
+use crate::metrics::StepRecord;
+use crate::rundir::{CONFIG, METRICS, RunDir};
+use crate::train::{Console, Interrupt, Run, train};
+
+/// In the folder of a comparison.
+pub const COMPARISON: &str = "compare.json";
+/// In the folder of a run that ended with a loss or gradient that was not finite.
+const DIVERGED: &str = "diverged.json";
+
+/// What to compare.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What all variants have in common.
+    pub base: Config,
+    /// The first is what the others are compared with.
+    pub variants: Vec<Variant>,
+    /// Runs of each variant; seeds count up from the base's.
+    pub seeds: u64,
+    /// One folder for all runs.
+    pub folder: PathBuf,
+}
+
+/// A run of a comparison before it is trained.
+#[derive(Clone, Debug)]
+struct Planned {
+    variant: usize,
+    config: Config,
+    folder: PathBuf,
+}
+
+/// Trains what is not trained yet, variant by variant within a seed, so that an interrupted
+/// comparison has whole seeds; `None` if `interrupt` asked to stop.
+///
+/// Errors: those of training; a folder that holds a run of another configuration.
+pub fn compare(
+    request: &Request,
+    interrupt: Interrupt,
+    console: &mut Console,
+) -> Result<Option<Comparison>> {
+    let planned = plan(request)?;
+    let mut results = Vec::new();
+    for (at, run) in planned.iter().enumerate() {
+        let name = &run.config.name;
+        console.say(format!("run {} of {}: {name}", at + 1, planned.len()));
+        match outcome(run, interrupt, console)? {
+            Some(result) => results.push((run.variant, result)),
+            None => return Ok(None),
+        }
+    }
+    let comparison = Comparison::new(&request.variants, results);
+    let text = serde_json::to_vec_pretty(&comparison).map_err(|error| Error::Usage {
+        what: format!("the comparison cannot be written as JSON: {error}"),
+        remedy: "report this: it is a defect".to_string(),
+    })?;
+    replace(&request.folder.join(COMPARISON), &text)?;
+    Ok(Some(comparison))
+}
+
+/// Every run, checked before the first one is trained.
+fn plan(request: &Request) -> Result<Vec<Planned>> {
+    let Request { base, variants, seeds, folder } = request;
+    if *seeds == 0 {
+        let what = "0 seeds: nothing to train".to_string();
+        return Err(Error::Usage { what, remedy: "give --seeds 1 or more".to_string() });
+    }
+    variant::check_names(variants)?;
+    let mut planned = Vec::new();
+    for seed in base.seed..base.seed + seeds {
+        for (at, variant) in variants.iter().enumerate() {
+            let mut config = variant.apply(base)?;
+            config.seed = seed;
+            config.name = format!("{}-seed{seed}", variant.name);
+            config.validate()?;
+            let folder = folder.join(&config.name);
+            planned.push(Planned { variant: at, config, folder });
+        }
+    }
+    planned.iter().try_for_each(check_folder)?;
+    Ok(planned)
+}
+
+/// Refuses a folder that holds a run of another configuration.
+fn check_folder(run: &Planned) -> Result<()> {
+    let path = run.folder.join(CONFIG);
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut saved = Config::resolve(None, Some(&path), &[])?;
+    // What training resolves from its input, and what does not change the result.
+    saved.model.vocab = run.config.model.vocab;
+    saved.device = run.config.device;
+    if saved == run.config {
+        return Ok(());
+    }
+    let differs = first_difference(&saved, &run.config);
+    Err(Error::Usage {
+        what: format!("{} holds a run of another configuration: {differs}", run.folder.display()),
+        remedy: "choose another folder with --out, or remove that run".to_string(),
+    })
+}
+
+/// "optimizer.lr is 0.004 there and 0.008 now"
+fn first_difference(saved: &Config, now: &Config) -> String {
+    let table = |config: &Config| serde_json::to_value(config).unwrap_or_default();
+    let (saved, now) = (table(saved), table(now));
+    let keys = now.as_object().into_iter().flatten();
+    for (key, value) in keys {
+        match value.as_object() {
+            None if saved[key] != *value => {
+                return format!("{key} is {} there and {value} now", saved[key]);
+            }
+            None => {}
+            Some(inner) => {
+                for (name, value) in
+                    inner.iter().filter(|(name, value)| saved[key][*name] != **value)
+                {
+                    let before = &saved[key][name];
+                    return format!("{key}.{name} is {before} there and {value} now");
+                }
+            }
+        }
+    }
+    "it has other keys".to_string()
+}
+
+/// Trains a run to its end, unless it is there already; `None` if it was interrupted.
+fn outcome(
+    run: &Planned,
+    interrupt: Interrupt,
+    console: &mut Console,
+) -> Result<Option<RunResult>> {
+    let Planned { config, folder, .. } = run;
+    let diverged = folder.join(DIVERGED);
+    let began = folder.join(CONFIG).exists();
+    if !diverged.exists() && !(began && is_complete(folder, config.train.steps)?) {
+        let resume = began && RunDir::check_exists(folder).is_ok();
+        let run = Run { config: config.clone(), folder: folder.clone(), resume };
+        match train(run, interrupt, console) {
+            Ok(outcome) if outcome.interrupted => return Ok(None),
+            Ok(_) => {}
+            Err(Error::NonFinite { what, step, .. }) => {
+                console.say(format!("{}: {what} stopped being finite at step {step}", config.name));
+                let text = serde_json::to_vec(&Diverged { what, step }).unwrap_or_default();
+                replace(&diverged, &text)?;
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    let steps = read_metrics(folder)?;
+    RunResult::new(config, folder, &steps, diverged.exists()).map(Some)
+}
+
+#[derive(Serialize)]
+struct Diverged {
+    what: &'static str,
+    step: u64,
+}
+
+/// Whether the last step, with its evaluation, is in the metrics and in a checkpoint.
+fn is_complete(folder: &Path, steps: u64) -> Result<bool> {
+    let has_checkpoint = crate::rundir::checkpoint_steps(folder)?.last() == Some(&steps);
+    let metrics = folder.join(METRICS);
+    let last = if metrics.exists() { read_metrics(folder)?.pop() } else { None };
+    Ok(has_checkpoint && last.is_some_and(|record| record.step == steps))
+}
+
+fn read_metrics(folder: &Path) -> Result<Vec<StepRecord>> {
+    let path = folder.join(METRICS);
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let lines = text.lines().enumerate();
+    lines
+        .map(|(at, line)| {
+            serde_json::from_str(line).map_err(|error| Error::Data {
+                path: path.clone(),
+                what: format!("line {}: {error}", at + 1),
+                remedy: "continue the run with `isobath train --resume`, which repairs it".into(),
+            })
+        })
+        .collect()
+}
