@@ -568,7 +568,7 @@ fn what_this_program_does_not_compute_is_refused_by_name() {
 #[test]
 fn a_mistral_without_a_sliding_window_is_a_llama() {
     let (folder, ..) = folder_of(&small_model());
-    let mut with = |window: Value| {
+    let with = |window: Value| {
         edit_config(folder.path(), |c| {
             c["model_type"] = json!("mistral");
             c["sliding_window"] = window;

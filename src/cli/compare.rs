@@ -1,14 +1,20 @@
 //! `isobath compare`: several variants of one configuration, on the same data from the same seeds.
 
+use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
-use isobath::Result;
 use isobath::compare::{COMPARISON, Request, Variant, compare};
+use isobath::report::{Heading, page, read_runs};
 use isobath::train::{Console, Interrupt, default_folder};
+use isobath::{Error, Result};
+use jiff::Timestamp;
 
 use super::config::ConfigArgs;
 use super::output;
+
+/// The page of all runs, in the folder of a comparison.
+const PAGE: &str = "report.html";
 
 #[derive(Args, Debug)]
 pub struct CompareArgs {
@@ -54,6 +60,17 @@ pub fn run(args: CompareArgs) -> anyhow::Result<()> {
         eprintln!("stopped; the same command goes on");
         return Ok(());
     };
+    // Runs of a variant that diverged at its first step have nothing to draw.
+    let folders = comparison.variants.iter().flat_map(|variant| &variant.runs);
+    let folders: Vec<PathBuf> =
+        folders.filter(|run| run.step > 0).map(|run| run.folder.clone()).collect();
+    let page_at = request.folder.join(PAGE);
+    if !folders.is_empty() {
+        let heading = Heading { title: Some(request.base.name.clone()), made: Timestamp::now() };
+        let page = page(&heading, &read_runs(&folders)?);
+        fs::write(&page_at, page).map_err(Error::io("write", &page_at))?;
+        eprintln!("report      {}", page_at.display());
+    }
     eprintln!("runs        {}", request.folder.display());
     eprintln!("comparison  {}", request.folder.join(COMPARISON).display());
     if args.json {

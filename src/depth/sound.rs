@@ -1,13 +1,12 @@
 //! What cannot be measured is said, not reported as NaN: weights, streams and results that are not
 //! finite.
 
-use std::fs;
 use std::path::Path;
 
 use rayon::prelude::*;
-use serde_json::Value;
 
 use super::report::DepthReport;
+use crate::config::LnsPosition;
 use crate::error::{Error, Result};
 use crate::hf;
 use crate::loaded::LoadedModel;
@@ -74,10 +73,11 @@ pub fn check_report(report: &DepthReport) -> Result<()> {
     Ok(())
 }
 
-/// What the folder says of its placement; `None` for a folder of others.
+/// The placement that was trained, with its LNS position where that is not the method's; `None` for a
+/// folder of others.
 pub fn placement(folder: &Path) -> Result<Option<String>> {
-    let path = folder.join(hf::CONFIG);
-    let text = fs::read(&path).map_err(Error::io("read", &path))?;
-    let config: Value = serde_json::from_slice(&text).unwrap_or_default();
-    Ok(config["isobath"]["placement"].as_str().map(str::to_string))
+    Ok(hf::trained_placement(folder)?.map(|(placement, position)| match position {
+        LnsPosition::AfterNorm => placement.to_string(),
+        position => format!("{placement} {position}"),
+    }))
 }

@@ -153,7 +153,9 @@ fn check_bf16(what: &str, config: &Config, found: &Trained, plain: &Trained, exa
         let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);
         errors.fold(0.0, f64::max)
     };
-    let (error, allowed) = (largest(&found.losses), 2.0 * largest(&plain.losses));
+    // Over few steps the plain formulas may be exact by chance: an eighth of a rounding counts.
+    let allowed = 2.0 * largest(&plain.losses).max(2f64.powi(-12));
+    let error = largest(&found.losses);
     println!("{what}: loss error {error:.2e}, {:.2} of the tolerance", error / allowed);
     assert!(error <= allowed, "{what}: {error:e} of {allowed:e}: {:?}", found.losses);
     let norm_error = |found: &Trained| (found.grad_norm / exact.grad_norm - 1.0).abs();

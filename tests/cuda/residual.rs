@@ -104,7 +104,7 @@ fn plain(dtype: Dtype, case: Case, with: &Operands) -> Results {
         _ => b * with.gain[column] as f32,
     };
     let mut results: Results = Default::default();
-    let mut sums = vec![0f32; case.columns];
+    let (mut sums, mut total) = (vec![0f32; case.columns], 0f32);
     for i in 0..case.rows * case.columns {
         let column = i % case.columns;
         let (inp, d) = (with.inp[i] as f32, with.d_out[i] as f32);
@@ -112,10 +112,11 @@ fn plain(dtype: Dtype, case: Case, with: &Operands) -> Results {
         results[1].push(stored(factor(column) * d));
         results[2].push(stored(a * d));
         sums[column] += d * inp;
+        total += d * inp;
     }
     let d_gain = with.d_gain.iter().map(|&before| before as f32);
     results[3] = match case.gains {
-        1 => d_gain.map(|before| f64::from(before + b * sums.iter().sum::<f32>())).collect(),
+        1 => d_gain.map(|before| f64::from(before + b * total)).collect(),
         _ => d_gain.zip(sums).map(|(before, sum)| f64::from(before + b * sum)).collect(),
     };
     results
