@@ -1,21 +1,23 @@
 // A branch added to the residual stream with scales, forward and backward.
 //
 // Contract: src/cuda/residual.rs launches; nothing is allocated. Activations are bf16 or f32 (type
-// T), computed with in fp32 and rounded once; gains and their sums are fp32. Every address and every
-// row is 16-byte aligned. `gain` null: 1; gains 1: one number for all columns, else one a column.
-// d_inp is written; d_out is multiplied by the stream's scale in place, unless that is 1; sums have
-// a fixed order.
+// T), computed with in fp32 and rounded once; gains and their sums are fp32. Every address and
+// every row is 16-byte aligned. `gain` null: 1; gains 1: one number for all columns, else one a
+// column. d_inp is written; d_out is multiplied by the stream's scale in place, unless that is 1;
+// sums have a fixed order.
 //
-// A block has a strip of 32 vectors and CHUNK rows; a warp walks over the rows of its strip, so that
-// a column's factor is loaded once and the sums of its gradient stay in registers until the end.
+// A block has a strip of 32 vectors and CHUNK rows; a warp walks over the rows of its strip, so
+// that a column's factor is loaded once and the sums of its gradient stay in registers until the
+// end.
 #include "isobath.cuh"
 
 constexpr int WARP = 32;
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 // Rows of a block, and of a partial sum: NORM_PARTIAL_ROWS in src/backend.rs.
 constexpr int CHUNK = 64;
-// Rows that a warp loads before the first is used: four loads of each operand are under way.
-constexpr int ROWS = 4;
+// Rows that a warp loads before the first is used: two loads of each operand are under way; with
+// four the registers do not suffice for the blocks below.
+constexpr int ROWS = 2;
 
 // The strip and the rows of this thread.
 struct Place {
@@ -81,8 +83,8 @@ DEVICE void forward(const T* inp,       // [T,C]
 }
 
 // ---------------------------------------------------------------- backward
-// d_inp = branch_scale gain d_out; partial[chunk] = branch_scale times the sum of d_out inp over its
-// rows (where there is a gain); d_out *= stream_scale
+// d_inp = branch_scale gain d_out; partial[chunk] = branch_scale times the sum of d_out inp over
+// its rows (where there is a gain); d_out *= stream_scale
 template <class T>
 DEVICE void backward(const T* inp,       // [T,C], null without a gain
                      const float* gain,  // [gains] or null
@@ -136,8 +138,8 @@ DEVICE void backward(const T* inp,       // [T,C], null without a gain
   }
   if (!gain) return;
 
-  // The warps' sums, added up in the order of the warps; column j of a vector lies at j WARP + lane,
-  // where neighbours meet no bank conflict.
+  // The warps' sums, added up in the order of the warps; column j of a vector lies at j WARP +
+  // lane, where neighbours meet no bank conflict.
   constexpr int SPAN = WARP * VALUES<T>;
   SHARED(float, warp_sums, WARPS* SPAN);
   const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP;
@@ -156,19 +158,19 @@ DEVICE void backward(const T* inp,       // [T,C], null without a gain
 }
 
 // ---------------------------------------------------------------- kernels
-#define RESIDUAL_KERNELS(type)                                                                     \
-  KERNEL(scaled_residual_forward_##type, THREADS, 4)                                               \
-  (const type* inp, const type* residual, const float* gain, type* out, int rows, int columns,     \
-   int gains, float stream_scale, float branch_scale) {                                            \
-    forward<type>(inp, residual, gain, out, rows, columns, gains, stream_scale, branch_scale);     \
-  }                                                                                                \
-  EXPORT_KERNEL(scaled_residual_forward_##type)                                                    \
-  KERNEL(scaled_residual_backward_##type, THREADS, 3)                                              \
-  (const type* inp, const float* gain, type* d_out, type* d_inp, float* partial, int rows,         \
-   int columns, int gains, float stream_scale, float branch_scale) {                               \
-    backward<type>(inp, gain, d_out, d_inp, partial, rows, columns, gains, stream_scale,           \
-                   branch_scale);                                                                  \
-  }                                                                                                \
+#define RESIDUAL_KERNELS(type)                                                                 \
+  KERNEL(scaled_residual_forward_##type, THREADS, 4)                                           \
+  (const type* inp, const type* residual, const float* gain, type* out, int rows, int columns, \
+   int gains, float stream_scale, float branch_scale) {                                        \
+    forward<type>(inp, residual, gain, out, rows, columns, gains, stream_scale, branch_scale); \
+  }                                                                                            \
+  EXPORT_KERNEL(scaled_residual_forward_##type)                                                \
+  KERNEL(scaled_residual_backward_##type, THREADS, 3)                                          \
+  (const type* inp, const float* gain, type* d_out, type* d_inp, float* partial, int rows,     \
+   int columns, int gains, float stream_scale, float branch_scale) {                           \
+    backward<type>(inp, gain, d_out, d_inp, partial, rows, columns, gains, stream_scale,       \
+                   branch_scale);                                                              \
+  }                                                                                            \
   EXPORT_KERNEL(scaled_residual_backward_##type)
 
 RESIDUAL_KERNELS(bf16)
