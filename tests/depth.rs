@@ -58,6 +58,7 @@ fn request(measures: &[Measure], sequence: usize, batch: usize) -> Request {
         measures: measures.to_vec(),
         jacobian_tokens: 3,
         jacobian_context: 5,
+        task: None,
         device: DeviceKind::Cpu,
         dtype: None,
     }
@@ -640,7 +641,7 @@ impl Case {
     }
 }
 
-fn count(svg: &Path, mark: &str) -> usize {
+fn count_marks(svg: &Path, mark: &str) -> usize {
     let text = fs::read_to_string(svg).unwrap();
     roxmltree::Document::parse(&text).unwrap();
     text.matches(mark).count()
@@ -681,8 +682,8 @@ fn a_run_is_measured_into_its_own_folder() {
     ];
     for (name, mark, expected) in marks {
         let svg = depth.join(format!("step-00000008-{name}.svg"));
-        assert_eq!(count(&svg, mark), expected, "{name}");
-        assert_eq!(count(&svg, "prefers-color-scheme"), 1, "{name}: light and dark");
+        assert_eq!(count_marks(&svg, mark), expected, "{name}");
+        assert_eq!(count_marks(&svg, "prefers-color-scheme"), 1, "{name}: light and dark");
     }
     assert_eq!(fs::read_dir(&depth).unwrap().count(), 1 + marks.len());
 
@@ -725,7 +726,7 @@ fn every_checkpoint_of_a_run_is_measured() {
     assert_ne!(reports[0].variance, reports[1].variance);
     let over_training = case.run.join("depth/variance-over-training.svg");
     // Two series of an embedding and two layers each.
-    assert_eq!(count(&over_training, ")</title>"), 2 * 3);
+    assert_eq!(count_marks(&over_training, ")</title>"), 2 * 3);
     let (code, _, message) = case.depth(case.folder.path(), &["--every-checkpoint"]);
     assert_eq!(code, Some(2));
     assert!(message.contains("has no checkpoints"), "{message}");
@@ -806,4 +807,69 @@ fn what_cannot_be_measured_is_refused_with_the_numbers() {
     refused(&two, &["fitted on 20 of 40", "they need 34"]);
     refused(&["--data", "no.txt"], &["no.txt"]);
     assert!(!case.run.join("depth").exists());
+}
+
+/// Each changed model is also made by hand: the layer's two output matrices are zero, so it adds
+/// nothing, and `isobath eval --task` scores that folder.
+#[test]
+fn a_task_loses_what_it_loses_without_the_layer() {
+    let case = Case::new(&["model.layers=3", "train.steps=40", "optimizer.lr=0.01"]);
+    let from = case.run.join("checkpoints/step-00000040");
+    let questions = case.folder.path().join("questions.jsonl");
+    let words: Vec<&str> = crate::data::AUSTEN.split_whitespace().skip(200).collect();
+    let lines: Vec<String> = words
+        .chunks_exact(12)
+        .take(40)
+        .enumerate()
+        .map(|(i, words)| {
+            let (context, right, wrong) = (words[..3].join(" "), words[3], words[9]);
+            let answer = i % 2;
+            let choices = if answer == 0 { [right, wrong] } else { [wrong, right] };
+            serde_json::json!({"context": context, "choices": choices, "answer": answer})
+                .to_string()
+        })
+        .collect();
+    fs::write(&questions, lines.join("\n")).unwrap();
+    let questions = questions.to_str().unwrap();
+    let accuracy = |model: &Path| {
+        let arguments = ["eval", model.to_str().unwrap(), "--task", questions, "--device", "cpu"];
+        let output = isobath().args(arguments).args(["--shots", "1", "--json"]).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        let score: Value = serde_json::from_slice(&output.stdout).expect(&message);
+        [score["acc_norm"]["mean"].as_f64().unwrap(), score["questions"].as_f64().unwrap()]
+    };
+    let more = ["--measure", "skipped", "--task", questions, "--shots", "1", "--json"];
+    let (code, out, message) = case.depth(&case.run, &more);
+    assert_eq!(code, Some(0), "{message}");
+    let report: DepthReport = serde_json::from_str(&out).unwrap();
+    let found = report.task.unwrap();
+    let [whole, count] = accuracy(&from);
+    assert_eq!((found.accuracy, found.questions as f64, found.shots), (whole, count, 1));
+    assert!(found.standard_error.unwrap() > 0.0);
+
+    for (layer, change) in (1..=3).zip(&found.change) {
+        let folder = case.folder.path().join(format!("without-{layer}"));
+        fs::create_dir(&folder).unwrap();
+        for name in ["config.json", "tokenizer.json"] {
+            fs::copy(from.join(name), folder.join(name)).unwrap();
+        }
+        let mut bytes = fs::read(from.join("model.safetensors")).unwrap();
+        for name in ["self_attn.o_proj", "mlp.down_proj"] {
+            let name = format!("model.layers.{}.{name}.weight", layer - 1);
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let data = file.tensor(&name).unwrap().data();
+            let start = data.as_ptr() as usize - bytes.as_ptr() as usize;
+            let range = start..start + data.len();
+            bytes[range].fill(0);
+        }
+        fs::write(folder.join("model.safetensors"), bytes).unwrap();
+        let expected = 100.0 * (accuracy(&folder)[0] - whole);
+        assert!((change - expected).abs() < 1e-9, "layer {layer}: {change}, not {expected}");
+    }
+    assert!(found.change.iter().any(|&change| change != 0.0), "{:?}", found.change);
+    let svg = case.run.join("depth/step-00000040-task.svg");
+    assert_eq!(count_marks(&svg, ", layer "), 3);
+    let (code, _, message) = case.depth(&case.run, &["--task", "no.jsonl"]);
+    assert_eq!(code, Some(2));
+    assert!(message.contains("no.jsonl"), "{message}");
 }

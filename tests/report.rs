@@ -110,7 +110,7 @@ fn depth_report(step: u64, growth: f64) -> DepthReport {
             shots: 0,
             questions: 100,
             accuracy: 0.4,
-            standard_error: 0.05,
+            standard_error: Some(0.05),
             change: layers(&|l| l - 4.0),
         }),
     }

@@ -8,7 +8,8 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::ProgressBar;
 use isobath::Error;
 use isobath::depth::{
-    DepthReport, Measure, ReportFiles, Request, figures, measure, variance_over_training,
+    DepthReport, Measure, ReportFiles, Request, TaskRequest, figures, measure,
+    variance_over_training,
 };
 use isobath::rundir::{checkpoint_folder, checkpoint_steps};
 use serde::Serialize;
@@ -44,6 +45,12 @@ pub struct DepthArgs {
     /// They stand among the first so many of their windows; the cost grows with it
     #[arg(long, value_name = "TOKENS", default_value = "32")]
     jacobian_context: NonZeroUsize,
+    /// Multiple-choice questions to ask without each layer, as in `isobath eval --task`
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    /// Questions of the task shown with their answers before each one
+    #[arg(long, value_name = "K", default_value = "0", requires = "task")]
+    shots: usize,
     /// Where to write JSON and figures [default: RUN/depth for a run's model, else nowhere]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -73,6 +80,7 @@ impl DepthArgs {
             measures: if self.measure.is_empty() { all() } else { self.measure.clone() },
             jacobian_tokens: self.jacobian_tokens.into(),
             jacobian_context: self.jacobian_context.into(),
+            task: self.task.clone().map(|path| TaskRequest { path, shots: self.shots }),
             device: self.model.device,
             dtype: self.model.dtype,
         }
@@ -165,6 +173,10 @@ fn table(report: &DepthReport) -> String {
         columns.push(("linear", signed(&mut linear.iter().map(|l| l.loss_increase))));
         columns.push(("explained", fixed(&mut linear.iter().map(|l| l.explained))));
     }
+    if let Some(task) = &report.task {
+        let points = task.change.iter().map(|change| format!("{change:+.2}"));
+        columns.push(("accuracy", points.collect()));
+    }
     let placement = report.placement.as_deref().map_or(String::new(), |p| format!(", {p}"));
     let mut text = format!(
         "{}: {} layers of {} features{placement}\nloss {:.6}, perplexity {:.4} over {} tokens in \
@@ -179,6 +191,13 @@ fn table(report: &DepthReport) -> String {
     );
     if let Some(variance) = &report.variance {
         text.push_str(&format!("variance of the embedding {:.4}\n", variance[0]));
+    }
+    if let Some(task) = &report.task {
+        let error = task.standard_error.map_or(String::new(), |e| format!(" \u{b1} {e:.4}"));
+        text.push_str(&format!(
+            "accuracy {:.4}{error} on {} questions; below, its change in points without a layer\n",
+            task.accuracy, task.questions
+        ));
     }
     text.push('\n');
     let width = |(name, cells): &(&str, Vec<String>)| {

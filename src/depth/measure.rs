@@ -11,6 +11,7 @@ use super::jacobian::{self, Sample};
 use super::report::{DepthReport, Jacobian, JacobianReport, Linear, LinearReport, Skipped};
 use super::sound;
 use super::streams::StreamSums;
+use super::task::{TaskRequest, change_of_accuracy};
 use crate::backend::Backend;
 use crate::config::choice::choice;
 use crate::config::{DeviceKind, Dtype};
@@ -61,25 +62,39 @@ pub struct Request {
     pub jacobian_tokens: usize,
     /// They stand among the first so many of their windows.
     pub jacobian_context: usize,
+    pub task: Option<TaskRequest>,
     pub device: DeviceKind,
     /// f32 on the CPU and bf16 elsewhere if nobody says.
     pub dtype: Option<Dtype>,
 }
 
-/// Reads the model and the text, and measures; `progress` sees (work done, of).
-pub fn measure(request: &Request, progress: impl FnMut(u64, u64)) -> Result<DepthReport> {
+/// Reads the model and the text, and measures; `progress` sees (work done, of), and once more from
+/// the beginning for a task.
+pub fn measure(request: &Request, mut progress: impl FnMut(u64, u64)) -> Result<DepthReport> {
     let model = LoadedModel::open(&request.model)?;
     sound::check_parameters(&model)?;
     let text = Text::open(&model, &request.data, &request.field)?;
+    let task = request.task.as_ref().map(|task| task.prompts(&model)).transpose()?;
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
-    match device {
-        Device::Cpu => measure_on(Cpu::<f32>::new(), request, &model, &text.tokens, progress),
+    let mut report = match device {
+        Device::Cpu => measure_on(Cpu::<f32>::new(), request, &model, &text.tokens, &mut progress),
         Device::Cuda | Device::Simt => {
             let backend = open_kernels(device.kind(), dtype)?;
-            measure_on(backend, request, &model, &text.tokens, progress)
+            measure_on(backend, request, &model, &text.tokens, &mut progress)
         }
-    }
+    }?;
+    let Some(prompts) = task else { return Ok(report) };
+    // Another shape, and so other programs: the first ones and their memory are gone by now.
+    let (prompts, batch) = (&prompts, request.batch);
+    report.task = Some(match device {
+        Device::Cpu => change_of_accuracy(&model, prompts, batch, Cpu::<f32>::new(), progress),
+        Device::Cuda | Device::Simt => {
+            let backend = open_kernels(device.kind(), dtype)?;
+            change_of_accuracy(&model, prompts, batch, backend, progress)
+        }
+    }?);
+    Ok(report)
 }
 
 /// Sizes, all checked.

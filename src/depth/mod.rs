@@ -1,7 +1,8 @@
 //! Depth diagnostics: what each layer of a model contributes.
 //!
 //! [`measure`] reads a text once through [`crate::engine::Layerwise`] and fills a [`DepthReport`]:
-//! the sums over the stream are in `streams`, least squares in `affine`, Jacobians in `jacobian`;
+//! the sums over the stream are in `streams`, least squares in `affine`, Jacobians in `jacobian`,
+//! accuracies in `task`;
 //! `sound` refuses what is not finite, `figures` draws and `files` keeps a report. No definition stands anywhere but beside its code.
 
 mod affine;
@@ -12,6 +13,7 @@ mod measure;
 mod report;
 mod sound;
 mod streams;
+mod task;
 
 pub use affine::{AffineMap, Explained, Moments};
 pub use figures::{figures, variance_over_training};
@@ -21,3 +23,4 @@ pub use report::{
     Angular, DepthReport, Jacobian, JacobianReport, Linear, LinearReport, Skipped, TaskReport,
 };
 pub use streams::{StreamSums, angular_distance, rescaled};
+pub use task::TaskRequest;

@@ -105,7 +105,8 @@ pub struct TaskReport {
     pub questions: usize,
     /// Of the whole model, by length-normalised log-likelihood, 0..1.
     pub accuracy: f64,
-    pub standard_error: f64,
+    /// `None` where there is a single question.
+    pub standard_error: Option<f64>,
     /// [L]: accuracy without the block minus accuracy with it, in percentage points (negative:
     /// the block helps).
     pub change: Vec<f64>,
