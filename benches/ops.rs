@@ -189,10 +189,10 @@ impl Ops<'_> {
         let [lse, delta] = [self.tensor(&[b, heads.heads, s])?, self.tensor(&[b, heads.heads, s])?];
         let product = b * s * s * columns; // half of a product of all queries and all keys
         self.time(group, "attention forward", flops(2 * product), |cpu| {
-            cpu.attention_forward(spec, qkv, out, lse)
+            cpu.attention_forward(spec, qkv, None, out, lse)
         });
         self.time(group, "attention backward", flops(5 * product), |cpu| {
-            cpu.attention_backward(spec, qkv, out, lse, d_out, delta, d_qkv)
+            cpu.attention_backward(spec, qkv, None, out, lse, d_out, delta, d_qkv)
         });
         Ok(())
     }

@@ -160,7 +160,7 @@ impl Steps<'_> {
     fn run(&mut self, trainer: &mut Trainer<Cpu<f32>>) -> isobath::Result<StepOutcome> {
         let [tokens, targets] = self.rows(self.done);
         self.done += 1;
-        let rows = Rows { tokens: &tokens, targets: &targets };
+        let rows = Rows::new(&tokens, &targets);
         let outcome = trainer.accumulate(std::iter::once(rows))?;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, self.done, self.config.train.steps);

@@ -3,14 +3,15 @@
 //
 // Contract: as attention_sm80.cu, with every value fp32: qkv, d_qkv [T,(H+2K)D], out, d_out [T,HD],
 // log_sum_exp and delta [B,H,S]; d_qkv is written entirely; addresses are multiples of 16 bytes; no
-// atomics, every sum has a fixed order. The same algorithm in tiles of 32 x 32 scores; a thread has
-// 4 rows and 2 columns of them, 16 threads share a row and its softmax. Nothing is loaded while
-// something is computed: this kernel is for parity, not for speed.
+// atomics, every sum has a fixed order; `documents` kernels as there. The same algorithm in tiles
+// of 32 x 32 scores; a thread has 4 rows and 2 columns of them, 16 threads share a row and its
+// softmax. Nothing is loaded while something is computed: this kernel is for parity, not for speed.
 #include "isobath.cuh"
 
 constexpr int TILE = 32, ROW_THREADS = 16, THREADS = 128;
 constexpr int ROWS = TILE / (THREADS / ROW_THREADS), COLUMNS = TILE / ROW_THREADS;  // of a thread
 constexpr float MINUS_INFINITY = -__builtin_huge_valf();
+constexpr float LOWEST = -3.402823466e38f;  // as in attention_sm80.cu
 
 // ---------------------------------------------------------------- tiles in shared memory
 // Rows are 16 bytes longer than what they hold: then vectors of 8 rows in a row, an odd number of
@@ -180,11 +181,19 @@ DEVICE Head head_of(const float* qkv, int b, int head, int sequence, int heads, 
           (size_t(b) * heads + head) * sequence};
 }
 
+// The first key that a row of one sequence sees: where its document begins. Starts [S] do not
+// descend. Rows behind the end of the sequence see what the last row sees.
+template <bool DOCUMENTS>
+DEVICE int document_start(const int* starts, int row, int sequence) {
+  return DOCUMENTS ? starts[min(row, sequence - 1)] : 0;
+}
+
 // ---------------------------------------------------------------- forward
-template <int D>
-DEVICE void attention_forward(const float* qkv,    // [T,(H+2K)D]
-                              float* out,          // [T,HD]
-                              float* log_sum_exp,  // [B,H,S]
+template <int D, bool DOCUMENTS>
+DEVICE void attention_forward(const float* qkv,            // [T,(H+2K)D]
+                              const int* document_starts,  // [B,S], if DOCUMENTS
+                              float* out,                  // [T,HD]
+                              float* log_sum_exp,          // [B,H,S]
                               int sequence, int heads, int kv_heads, float scale) {
   SHARED_DYNAMIC(shared);
   float* const queries = reinterpret_cast<float*>(shared);
@@ -200,9 +209,15 @@ DEVICE void attention_forward(const float* qkv,    // [T,(H+2K)D]
   float sums[ROWS][D / ROW_THREADS];
   clear<D>(sums);
   float highest[ROWS], totals[ROWS];
+  const int* const starts = document_starts + size_t(b) * sequence;
+  int start[ROWS];
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) highest[i] = MINUS_INFINITY, totals[i] = 0;
-  for (int first_key = 0; first_key <= first; first_key += TILE) {
+  for (int i = 0; i < ROWS; ++i) {
+    highest[i] = LOWEST, totals[i] = 0;
+    start[i] = document_start<DOCUMENTS>(starts, first + row + i, sequence);
+  }
+  const int first_tile = document_start<DOCUMENTS>(starts, first, sequence) / TILE;
+  for (int first_key = first_tile * TILE; first_key <= first; first_key += TILE) {
     __syncthreads();
     load_tile<D>(keys, at.k, at.stride, first_key, sequence);
     load_tile<D>(values, at.v, at.stride, first_key, sequence);
@@ -214,8 +229,9 @@ DEVICE void attention_forward(const float* qkv,    // [T,(H+2K)D]
       float most = MINUS_INFINITY;
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
-        // Only on the diagonal can a key be hidden, or lie behind the end of the sequence.
-        const bool hidden = first_key + column + j * ROW_THREADS > first + row + i;
+        // Only on the diagonal can a later key be hidden, or lie behind the end of the sequence.
+        const int key = first_key + column + j * ROW_THREADS;
+        const bool hidden = key > first + row + i || (DOCUMENTS && key < start[i]);
         scores[i][j] = hidden ? MINUS_INFINITY : scores[i][j] * scale;
         most = fmaxf(most, scores[i][j]);
       }
@@ -245,13 +261,14 @@ DEVICE void attention_forward(const float* qkv,    // [T,(H+2K)D]
 }
 
 // ---------------------------------------------------------------- backward
-template <int D>
-DEVICE void attention_backward_q(const float* qkv,          // [T,(H+2K)D]
-                                 const float* out,          // [T,HD]
-                                 const float* log_sum_exp,  // [B,H,S]
-                                 const float* d_out,        // [T,HD]
-                                 float* delta,              // [B,H,S]
-                                 float* d_qkv,              // [T,(H+2K)D], the q heads of it
+template <int D, bool DOCUMENTS>
+DEVICE void attention_backward_q(const float* qkv,            // [T,(H+2K)D]
+                                 const int* document_starts,  // [B,S], if DOCUMENTS
+                                 const float* out,            // [T,HD]
+                                 const float* log_sum_exp,    // [B,H,S]
+                                 const float* d_out,          // [T,HD]
+                                 float* delta,                // [B,H,S]
+                                 float* d_qkv,                // [T,(H+2K)D], the q heads of it
                                  int sequence, int heads, int kv_heads, float scale) {
   SHARED_DYNAMIC(shared);
   float* const queries = reinterpret_cast<float*>(shared);
@@ -268,10 +285,13 @@ DEVICE void attention_backward_q(const float* qkv,          // [T,(H+2K)D]
   load_tile<D>(keys, out + at.out, at.out_stride, first, sequence);  // until the first keys
   finish_loads();
 
+  const int* const starts = document_starts + size_t(b) * sequence;
+  int start[ROWS];
   float lse[ROWS], deltas[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     const bool exists = first + row + i < sequence;
+    start[i] = document_start<DOCUMENTS>(starts, first + row + i, sequence);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < D / ROW_THREADS; ++j) {
@@ -286,7 +306,8 @@ DEVICE void attention_backward_q(const float* qkv,          // [T,(H+2K)D]
 
   float d_q[ROWS][D / ROW_THREADS];
   clear<D>(d_q);
-  for (int first_key = 0; first_key <= first; first_key += TILE) {
+  const int first_tile = document_start<DOCUMENTS>(starts, first, sequence) / TILE;
+  for (int first_key = first_tile * TILE; first_key <= first; first_key += TILE) {
     __syncthreads();
     load_tile<D>(keys, at.k, at.stride, first_key, sequence);
     load_tile<D>(values, at.v, at.stride, first_key, sequence);
@@ -298,7 +319,8 @@ DEVICE void attention_backward_q(const float* qkv,          // [T,(H+2K)D]
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
-        const bool hidden = first_key + column + j * ROW_THREADS > first + row + i;
+        const int key = first_key + column + j * ROW_THREADS;
+        const bool hidden = key > first + row + i || (DOCUMENTS && key < start[i]);
         const float probable = hidden ? 0.0f : expf(p[i][j] * scale - lse[i]);
         d_s[i][j] = probable * (d_s[i][j] - deltas[i]);
       }
@@ -311,12 +333,13 @@ DEVICE void attention_backward_q(const float* qkv,          // [T,(H+2K)D]
 }
 
 // Rows are keys here, columns queries.
-template <int D>
-DEVICE void attention_backward_kv(const float* qkv,          // [T,(H+2K)D]
-                                  const float* log_sum_exp,  // [B,H,S]
-                                  const float* d_out,        // [T,HD]
-                                  const float* delta,        // [B,H,S]
-                                  float* d_qkv,              // [T,(H+2K)D], its k and v heads
+template <int D, bool DOCUMENTS>
+DEVICE void attention_backward_kv(const float* qkv,            // [T,(H+2K)D]
+                                  const int* document_starts,  // [B,S], if DOCUMENTS
+                                  const float* log_sum_exp,    // [B,H,S]
+                                  const float* d_out,          // [T,HD]
+                                  const float* delta,          // [B,H,S]
+                                  float* d_qkv,                // [T,(H+2K)D], its k and v heads
                                   int sequence, int heads, int kv_heads, float scale) {
   SHARED_DYNAMIC(shared);
   float* const keys = reinterpret_cast<float*>(shared);
@@ -335,9 +358,12 @@ DEVICE void attention_backward_kv(const float* qkv,          // [T,(H+2K)D]
   float d_k[ROWS][D / ROW_THREADS], d_v[ROWS][D / ROW_THREADS];
   clear<D>(d_k);
   clear<D>(d_v);
+  const int* const starts = document_starts + size_t(b) * sequence;
   for (int member = 0; member < group; ++member) {
     const size_t statistics = at.statistics + size_t(member) * sequence;
     for (int first = first_key; first < sequence; first += TILE) {
+      // From here on no query sees one of these keys.
+      if (document_start<DOCUMENTS>(starts, first, sequence) >= first_key + TILE) break;
       __syncthreads();
       load_tile<D>(queries, at.q + member * D, at.stride, first, sequence);
       load_tile<D>(d_outs, d_out + at.out + member * D, at.out_stride, first, sequence);
@@ -351,9 +377,11 @@ DEVICE void attention_backward_kv(const float* qkv,          // [T,(H+2K)D]
         const bool exists = query < sequence;
         const float lse = exists ? log_sum_exp[statistics + query] : -MINUS_INFINITY;
         const float query_delta = exists ? delta[statistics + query] : 0.0f;
+        const int start = document_start<DOCUMENTS>(starts, query, sequence);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-          const bool hidden = first_key + row + i > query;
+          const int key = first_key + row + i;
+          const bool hidden = key > query || (DOCUMENTS && key < start);
           p[i][j] = hidden ? 0.0f : expf(p[i][j] * scale - lse);
           d_s[i][j] = p[i][j] * (d_s[i][j] - query_delta);
         }
@@ -370,28 +398,35 @@ DEVICE void attention_backward_kv(const float* qkv,          // [T,(H+2K)D]
 }
 
 // ---------------------------------------------------------------- kernels
+#define ATTENTION_KERNELS_OF(name, documents, d, blocks)                                          \
+  KERNEL(attention_forward_##name##f32_##d, THREADS, blocks)                                      \
+  (const float* qkv, const int* document_starts, float* out, float* log_sum_exp, int sequence,    \
+   int heads, int kv_heads, float scale, float) {                                                 \
+    attention_forward<d, documents>(qkv, document_starts, out, log_sum_exp, sequence, heads,      \
+                                    kv_heads, scale);                                             \
+  }                                                                                               \
+  EXPORT_KERNEL(attention_forward_##name##f32_##d)                                                \
+  KERNEL(attention_backward_q_##name##f32_##d, THREADS, blocks)                                   \
+  (const float* qkv, const int* document_starts, const float* out, const float* log_sum_exp,      \
+   const float* d_out, float* delta, float* d_qkv, int sequence, int heads, int kv_heads,         \
+   float scale, float) {                                                                          \
+    attention_backward_q<d, documents>(qkv, document_starts, out, log_sum_exp, d_out, delta,      \
+                                       d_qkv, sequence, heads, kv_heads, scale);                  \
+  }                                                                                               \
+  EXPORT_KERNEL(attention_backward_q_##name##f32_##d)                                             \
+  KERNEL(attention_backward_kv_##name##f32_##d, THREADS, blocks)                                  \
+  (const float* qkv, const int* document_starts, const float* log_sum_exp, const float* d_out,    \
+   const float* delta, float* d_qkv, int sequence, int heads, int kv_heads, float scale, float) { \
+    attention_backward_kv<d, documents>(qkv, document_starts, log_sum_exp, d_out, delta, d_qkv,   \
+                                        sequence, heads, kv_heads, scale);                        \
+  }                                                                                               \
+  EXPORT_KERNEL(attention_backward_kv_##name##f32_##d)
+
 // Head dim, and blocks that a multiprocessor shall hold: what shared memory has room for on sm_80.
-#define ATTENTION_KERNELS(d, blocks)                                                               \
-  KERNEL(attention_forward_f32_##d, THREADS, blocks)                                               \
-  (const float* qkv, float* out, float* log_sum_exp, int sequence, int heads, int kv_heads,        \
-   float scale, float) {                                                                           \
-    attention_forward<d>(qkv, out, log_sum_exp, sequence, heads, kv_heads, scale);                 \
-  }                                                                                                \
-  EXPORT_KERNEL(attention_forward_f32_##d)                                                         \
-  KERNEL(attention_backward_q_f32_##d, THREADS, blocks)                                            \
-  (const float* qkv, const float* out, const float* log_sum_exp, const float* d_out, float* delta, \
-   float* d_qkv, int sequence, int heads, int kv_heads, float scale, float) {                      \
-    attention_backward_q<d>(qkv, out, log_sum_exp, d_out, delta, d_qkv, sequence, heads, kv_heads, \
-                            scale);                                                                \
-  }                                                                                                \
-  EXPORT_KERNEL(attention_backward_q_f32_##d)                                                      \
-  KERNEL(attention_backward_kv_f32_##d, THREADS, blocks)                                           \
-  (const float* qkv, const float* log_sum_exp, const float* d_out, const float* delta,             \
-   float* d_qkv, int sequence, int heads, int kv_heads, float scale, float) {                      \
-    attention_backward_kv<d>(qkv, log_sum_exp, d_out, delta, d_qkv, sequence, heads, kv_heads,     \
-                             scale);                                                               \
-  }                                                                                                \
-  EXPORT_KERNEL(attention_backward_kv_f32_##d)
+// Plain kernels are given a null for document_starts, so that all are launched alike.
+#define ATTENTION_KERNELS(...)               \
+  ATTENTION_KERNELS_OF(, false, __VA_ARGS__) \
+  ATTENTION_KERNELS_OF(documents_, true, __VA_ARGS__)
 ATTENTION_KERNELS(32, 4)
 ATTENTION_KERNELS(48, 3)
 ATTENTION_KERNELS(64, 3)

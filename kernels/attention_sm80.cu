@@ -5,7 +5,9 @@
 // fused projection put them, qkv [T,(H+2K)D] with T = B S; out, d_out [T,HD]; log_sum_exp (natural)
 // and delta [B,H,S] fp32; d_qkv, like qkv, is written entirely. Addresses are multiples of 16
 // bytes. Softmax, sums and statistics are fp32; P and dS are rounded to bf16 where they are
-// multiplied. No atomics, every sum has a fixed order.
+// multiplied. No atomics, every sum has a fixed order. The kernels named `documents` read
+// document_starts [B,S] besides: query i of a row sees keys document_starts[i] to i, and tiles
+// that this hides are not computed either.
 //
 // FlashAttention-2 (Dao 2023, algorithms 1 and 2). A warp owns rows of the result, and the scores
 // of these rows never leave its registers: what mma.sync gives as D fits as A of the next product.
@@ -16,6 +18,9 @@
 
 constexpr int WARP = 32, THREADS = 128, WARPS = THREADS / WARP;
 constexpr float MINUS_INFINITY = -__builtin_huge_valf();
+// Below every score, yet what a mask hides lies infinitely far below it: a row that sees nothing of
+// its first tiles adds up exp(-infinity), not exp(0).
+constexpr float LOWEST = -3.402823466e38f;
 constexpr float LOG2_E = 1.44269504088896340736f, LN_2 = 0.69314718055994530942f;
 
 // ---------------------------------------------------------------- tiles in shared memory
@@ -206,16 +211,49 @@ DEVICE Head head_of(const bf16* qkv, int b, int head, int sequence, int heads, i
           (size_t(b) * heads + head) * sequence};
 }
 
+// ---------------------------------------------------------------- documents
+// Where the documents of one sequence begin; without DOCUMENTS, one begins at 0. Starts do not
+// descend, so that the first and the last row of a tile bound what its rows see.
+template <bool DOCUMENTS>
+struct Documents {
+  const int* starts;  // [S]
+  int sequence;
+};
+
+// The first key that a row sees. Rows behind the end of the sequence see what the last one sees.
+template <bool DOCUMENTS>
+DEVICE int start_of(Documents<DOCUMENTS> documents, int row) {
+  return DOCUMENTS ? documents.starts[min(row, documents.sequence - 1)] : 0;
+}
+// Whether `row`, and with it every later one, sees no key before `end`.
+template <bool DOCUMENTS>
+DEVICE bool hidden_before(Documents<DOCUMENTS> documents, int end, int row) {
+  return DOCUMENTS && start_of(documents, row) >= end;
+}
+// The first tile of `rows` rows, of first to end, that sees no key before `key_end`; or end.
+template <bool DOCUMENTS>
+DEVICE int tiles_seeing(Documents<DOCUMENTS> documents, int key_end, int first, int end, int rows) {
+  while (DOCUMENTS && first < end) {
+    const int middle = first + (end - first) / 2;
+    if (hidden_before(documents, key_end, middle * rows))
+      end = middle;
+    else
+      first = middle + 1;
+  }
+  return end;
+}
+
 // ---------------------------------------------------------------- forward
 // 32 rows for a warp: a fragment of k or v, once read, serves two products. Tiles of keys and
 // values take turns in a ring of three, of which one is used and two are loaded or being loaded;
 // with the queries these are at most 60 KiB (D = 96): two blocks on a multiprocessor of sm_80.
 constexpr int FORWARD_QUERIES = WARPS * 32, FORWARD_RING = 3;
 
-template <int D, int KEYS>
-DEVICE void attention_forward(const bf16* qkv,     // [T,(H+2K)D]
-                              bf16* out,           // [T,HD]
-                              float* log_sum_exp,  // [B,H,S]
+template <int D, int KEYS, bool DOCUMENTS>
+DEVICE void attention_forward(const bf16* qkv,             // [T,(H+2K)D]
+                              const int* document_starts,  // [B,S], if DOCUMENTS
+                              bf16* out,                   // [T,HD]
+                              float* log_sum_exp,          // [B,H,S]
                               int sequence, int heads, int kv_heads, float scale_log2) {
   constexpr int QUERIES = FORWARD_QUERIES;
   SHARED_DYNAMIC(queries);
@@ -225,10 +263,12 @@ DEVICE void attention_forward(const bf16* qkv,     // [T,(H+2K)D]
   const int first = (int(gridDim.y) - 1 - int(blockIdx.y)) * QUERIES;
   const int b = int(blockIdx.x) / heads, head = int(blockIdx.x) % heads;
   const Head at = head_of<D>(qkv, b, head, sequence, heads, kv_heads);
+  const Documents<DOCUMENTS> documents{document_starts + size_t(b) * sequence, sequence};
+  const int first_tile = start_of(documents, first) / KEYS;
   const int tiles = (min(first + QUERIES, sequence) + KEYS - 1) / KEYS;
 
   // Item 2 t of the ring are the keys of tile t, item 2 t + 1 its values.
-  int loaded = 0, load_slot = 0, use_slot = 0;
+  int loaded = 2 * first_tile, load_slot = 0, use_slot = 0;
   const auto load_next = [&] {
     if (loaded < 2 * tiles)
       load_tile<D, KEYS>(ring + load_slot * TILE_BYTES<D, KEYS>, loaded % 2 ? at.v : at.k,
@@ -256,17 +296,33 @@ DEVICE void attention_forward(const bf16* qkv,     // [T,(H+2K)D]
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) highest[m][half] = MINUS_INFINITY, totals[m][half] = 0;
+    for (int half = 0; half < 2; ++half) highest[m][half] = LOWEST, totals[m][half] = 0;
   uint8_t* const warp_queries = queries + warp * TILE_BYTES<D, 32>;
   const int first_row = first + warp * 32;
 
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = first_tile; tile < tiles; ++tile) {
     const int first_key = tile * KEYS;
     uint8_t* const keys = use_next();
-    const bool visible = first_key <= first_row + 31;  // to any row of this warp
+    // To any row of this warp. Where its documents begin later than the block's first one, it
+    // computes what is masked anyway: registers are short, and other warps have to be waited for.
+    const bool visible = first_key <= first_row + 31;
     float scores[2][KEYS / 8][4];
     if (visible) {
       multiply_rows<D, 2, KEYS>(scores, warp_queries, keys, offsets);
+      if (hidden_before(documents, first_key + 1, first_row + 31)) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int start = start_of(documents, first_row + m * 16 + half * 8 + lane / 4);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                if (first_key + n * 8 + lane % 4 * 2 + i < start)
+                  scores[m][n][half * 2 + i] = MINUS_INFINITY;
+          }
+      }
       if (first_key + KEYS - 1 > first_row) {
         // Also what lies behind the end of the sequence, for all rows that are in it.
 #pragma unroll
@@ -289,7 +345,6 @@ DEVICE void attention_forward(const bf16* qkv,     // [T,(H+2K)D]
             most = fmaxf(most, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
           most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
           most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-          // Finite: the first tile has a key that every row sees.
           most = fmaxf(highest[m][half], most * scale_log2);
           const float rescale = exp2_approx(highest[m][half] - most);
           highest[m][half] = most;
@@ -340,13 +395,14 @@ DEVICE float probability(float score, float scale_log2, float lse_log2) {
   return exp2_approx(score * scale_log2 - lse_log2);
 }
 
-template <int D, int KEYS>
-DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
-                                 const bf16* out,           // [T,HD]
-                                 const float* log_sum_exp,  // [B,H,S]
-                                 const bf16* d_out,         // [T,HD]
-                                 float* delta,              // [B,H,S]
-                                 bf16* d_qkv,               // [T,(H+2K)D], the q heads of it
+template <int D, int KEYS, bool DOCUMENTS>
+DEVICE void attention_backward_q(const bf16* qkv,             // [T,(H+2K)D]
+                                 const int* document_starts,  // [B,S], if DOCUMENTS
+                                 const bf16* out,             // [T,HD]
+                                 const float* log_sum_exp,    // [B,H,S]
+                                 const bf16* d_out,           // [T,HD]
+                                 float* delta,                // [B,H,S]
+                                 bf16* d_qkv,                 // [T,(H+2K)D], the q heads of it
                                  int sequence, int heads, int kv_heads, float scale,
                                  float scale_log2) {
   constexpr int QUERIES = BACKWARD_ROWS, KEY_BYTES = TILE_BYTES<D, KEYS>;
@@ -358,6 +414,8 @@ DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
   const int first = (int(gridDim.y) - 1 - int(blockIdx.y)) * QUERIES;
   const int b = int(blockIdx.x) / heads, head = int(blockIdx.x) % heads;
   const Head at = head_of<D>(qkv, b, head, sequence, heads, kv_heads);
+  const Documents<DOCUMENTS> documents{document_starts + size_t(b) * sequence, sequence};
+  const int first_tile = start_of(documents, first) / KEYS;
   const int tiles = (min(first + QUERIES, sequence) + KEYS - 1) / KEYS;
   const auto load_stage = [&](int tile) {
     uint8_t* const stage = stages + tile % 2 * 2 * KEY_BYTES;
@@ -367,7 +425,7 @@ DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
   };
   load_tile<D, QUERIES>(queries, at.q, first, sequence);
   load_tile<D, QUERIES>(d_outs, {d_out + at.out, at.out_stride}, first, sequence);
-  load_stage(0);
+  load_stage(first_tile);
 
   // Meanwhile delta: the four lanes that share a row of the scores add up its row of out d_out.
   uint8_t* const warp_queries = queries + warp * TILE_BYTES<D, 16>;
@@ -402,14 +460,16 @@ DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
   }
 
   float d_q[1][D / 8][4] = {};
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = first_tile; tile < tiles; ++tile) {
     uint8_t* const keys = stages + tile % 2 * 2 * KEY_BYTES;
     uint8_t* const values = keys + KEY_BYTES;
     const int first_key = tile * KEYS;
     cp_async_wait<0>();
     __syncthreads();  // everyone's copies, and the end of the use of the other stage
     if (tile + 1 < tiles) load_stage(tile + 1);
-    if (first_key > first_row + 15) continue;  // hidden from all rows of this warp
+    // Hidden from all rows of this warp.
+    if (first_key > first_row + 15 || hidden_before(documents, first_key + KEYS, first_row))
+      continue;
 
     float p[1][KEYS / 8][4], d_s[1][KEYS / 8][4];
     multiply_rows<D, 1, KEYS>(p, warp_queries, keys, offsets);
@@ -424,6 +484,17 @@ DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
         if (masked && key > first_row + lane / 4 + i / 2 * 8) probable = 0;
         d_s[0][n][i] = probable * (d_s[0][n][i] - deltas[i / 2]);
       }
+    if (hidden_before(documents, first_key + 1, first_row + 15)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int start = start_of(documents, first_row + half * 8 + lane / 4);
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (first_key + n * 8 + lane % 4 * 2 + i < start) d_s[0][n][half * 2 + i] = 0;
+      }
+    }
     add_weighted_rows<D, 1, KEYS>(d_q, d_s, keys, offsets);
   }
 
@@ -437,12 +508,13 @@ DEVICE void attention_backward_q(const bf16* qkv,           // [T,(H+2K)D]
 template <int QUERIES>
 constexpr int STATISTICS_BYTES = 2 * QUERIES * int(sizeof(float));
 
-template <int D, int QUERIES>
-DEVICE void attention_backward_kv(const bf16* qkv,           // [T,(H+2K)D]
-                                  const float* log_sum_exp,  // [B,H,S]
-                                  const bf16* d_out,         // [T,HD]
-                                  const float* delta,        // [B,H,S]
-                                  bf16* d_qkv,               // [T,(H+2K)D], its k and v heads
+template <int D, int QUERIES, bool DOCUMENTS>
+DEVICE void attention_backward_kv(const bf16* qkv,             // [T,(H+2K)D]
+                                  const int* document_starts,  // [B,S], if DOCUMENTS
+                                  const float* log_sum_exp,    // [B,H,S]
+                                  const bf16* d_out,           // [T,HD]
+                                  const float* delta,          // [B,H,S]
+                                  bf16* d_qkv,                 // [T,(H+2K)D], its k and v heads
                                   int sequence, int heads, int kv_heads, float scale,
                                   float scale_log2) {
   constexpr int KEYS = BACKWARD_ROWS, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
@@ -458,8 +530,12 @@ DEVICE void attention_backward_kv(const bf16* qkv,           // [T,(H+2K)D]
   const int group = heads / kv_heads;
   const Head at = head_of<D>(qkv, b, kv_head * group, sequence, heads, kv_heads);
 
-  // Steps: all tiles of queries from the diagonal on, for one query head after the other.
-  const int first_tile = first_key / QUERIES, end_tile = (sequence + QUERIES - 1) / QUERIES;
+  // Steps: all tiles of queries from the diagonal on, up to the end of the last key's document, for
+  // one query head after the other.
+  const Documents<DOCUMENTS> documents{document_starts + size_t(b) * sequence, sequence};
+  const int first_tile = first_key / QUERIES;
+  const int end_tile = tiles_seeing(documents, first_key + KEYS, first_tile,
+                                    (sequence + QUERIES - 1) / QUERIES, QUERIES);
   const int steps = group * (end_tile - first_tile);
   int load_member = 0, load_tile_index = first_tile, load_stage_index = 0;
   const auto load_stage = [&] {
@@ -499,7 +575,8 @@ DEVICE void attention_backward_kv(const bf16* qkv,           // [T,(H+2K)D]
     cp_async_wait<0>();
     __syncthreads();  // everyone's copies, and the end of the use of the other stage
     if (step + 1 < steps) load_stage();
-    if (first + QUERIES - 1 < warp_key) continue;  // no query sees a key of this warp
+    // No query sees a key of this warp.
+    if (first + QUERIES - 1 < warp_key || hidden_before(documents, warp_key + 16, first)) continue;
 
     float p[1][QUERIES / 8][4], d_s[1][QUERIES / 8][4];  // transposed: [keys,queries]
     multiply_rows<D, 1, QUERIES>(p, warp_keys, queries, offsets);
@@ -519,6 +596,18 @@ DEVICE void attention_backward_kv(const bf16* qkv,           // [T,(H+2K)D]
         d_s[0][n][i] = probable * (d_s[0][n][i] - (i % 2 ? deltas.y : deltas.x));
       }
     }
+    if (hidden_before(documents, warp_key + 1, first + QUERIES - 1)) {
+#pragma unroll
+      for (int n = 0; n < QUERIES / 8; ++n)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int start = start_of(documents, first + n * 8 + lane % 4 * 2 + odd);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (warp_key + lane / 4 + half * 8 < start)
+              p[0][n][half * 2 + odd] = d_s[0][n][half * 2 + odd] = 0;
+        }
+    }
     add_weighted_rows<D, 1, QUERIES>(d_v, p, d_outs, offsets);
     add_weighted_rows<D, 1, QUERIES>(d_k, d_s, queries, offsets);
   }
@@ -530,32 +619,44 @@ DEVICE void attention_backward_kv(const bf16* qkv,           // [T,(H+2K)D]
 }
 
 // ---------------------------------------------------------------- kernels
-// Head dim, rows of the other side in a stage (d_q, d_k and d_v), and blocks that a multiprocessor
-// shall hold, which is what the registers allow without spills (forward, d_q, d_k and d_v).
-#define ATTENTION_KERNELS(d, forward_keys, keys, queries, forward_blocks, q_blocks, kv_blocks)    \
-  KERNEL(attention_forward_bf16_##d, THREADS, forward_blocks)                                     \
-  (const bf16* qkv, bf16* out, float* log_sum_exp, int sequence, int heads, int kv_heads, float,  \
-   float scale_log2) {                                                                            \
-    attention_forward<d, forward_keys>(qkv, out, log_sum_exp, sequence, heads, kv_heads,          \
-                                       scale_log2);                                               \
-  }                                                                                               \
-  EXPORT_KERNEL(attention_forward_bf16_##d)                                                       \
-  KERNEL(attention_backward_q_bf16_##d, THREADS, q_blocks)                                        \
-  (const bf16* qkv, const bf16* out, const float* log_sum_exp, const bf16* d_out, float* delta,   \
-   bf16* d_qkv, int sequence, int heads, int kv_heads, float scale, float scale_log2) {           \
-    attention_backward_q<d, keys>(qkv, out, log_sum_exp, d_out, delta, d_qkv, sequence, heads,    \
-                                  kv_heads, scale, scale_log2);                                   \
-  }                                                                                               \
-  EXPORT_KERNEL(attention_backward_q_bf16_##d)                                                    \
-  KERNEL(attention_backward_kv_bf16_##d, THREADS, kv_blocks)                                      \
-  (const bf16* qkv, const float* log_sum_exp, const bf16* d_out, const float* delta, bf16* d_qkv, \
-   int sequence, int heads, int kv_heads, float scale, float scale_log2) {                        \
-    attention_backward_kv<d, queries>(qkv, log_sum_exp, d_out, delta, d_qkv, sequence, heads,     \
-                                      kv_heads, scale, scale_log2);                               \
-  }                                                                                               \
-  EXPORT_KERNEL(attention_backward_kv_bf16_##d)
-ATTENTION_KERNELS(32, 64, 64, 64, 3, 3, 3)
-ATTENTION_KERNELS(48, 64, 64, 64, 2, 3, 2)
-ATTENTION_KERNELS(64, 64, 64, 64, 2, 3, 2)
-ATTENTION_KERNELS(96, 64, 64, 32, 2, 2, 2)
-ATTENTION_KERNELS(128, 32, 32, 32, 2, 2, 2)
+#define ATTENTION_KERNELS(name, documents, d, forward_keys, keys, queries, forward_blocks,         \
+                          q_blocks, kv_blocks)                                                     \
+  KERNEL(attention_forward_##name##bf16_##d, THREADS, forward_blocks)                              \
+  (const bf16* qkv, const int* document_starts, bf16* out, float* log_sum_exp, int sequence,       \
+   int heads, int kv_heads, float, float scale_log2) {                                             \
+    attention_forward<d, forward_keys, documents>(qkv, document_starts, out, log_sum_exp,          \
+                                                  sequence, heads, kv_heads, scale_log2);          \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_forward_##name##bf16_##d)                                                \
+  KERNEL(attention_backward_q_##name##bf16_##d, THREADS, q_blocks)                                 \
+  (const bf16* qkv, const int* document_starts, const bf16* out, const float* log_sum_exp,         \
+   const bf16* d_out, float* delta, bf16* d_qkv, int sequence, int heads, int kv_heads,            \
+   float scale, float scale_log2) {                                                                \
+    attention_backward_q<d, keys, documents>(qkv, document_starts, out, log_sum_exp, d_out, delta, \
+                                             d_qkv, sequence, heads, kv_heads, scale, scale_log2); \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_backward_q_##name##bf16_##d)                                             \
+  KERNEL(attention_backward_kv_##name##bf16_##d, THREADS, kv_blocks)                               \
+  (const bf16* qkv, const int* document_starts, const float* log_sum_exp, const bf16* d_out,       \
+   const float* delta, bf16* d_qkv, int sequence, int heads, int kv_heads, float scale,            \
+   float scale_log2) {                                                                             \
+    attention_backward_kv<d, queries, documents>(qkv, document_starts, log_sum_exp, d_out, delta,  \
+                                                 d_qkv, sequence, heads, kv_heads, scale,          \
+                                                 scale_log2);                                      \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_backward_kv_##name##bf16_##d)
+
+// Of documents or not, head dim, rows of the other side in a stage (d_q, d_k and d_v), and blocks
+// that a multiprocessor shall hold, which is what the registers allow without spills (forward, d_q,
+// d_k and d_v). The plain ones are given a null for document_starts, so that all are launched
+// alike.
+ATTENTION_KERNELS(, false, 32, 64, 64, 64, 3, 3, 3)
+ATTENTION_KERNELS(, false, 48, 64, 64, 64, 2, 3, 2)
+ATTENTION_KERNELS(, false, 64, 64, 64, 64, 2, 3, 2)
+ATTENTION_KERNELS(, false, 96, 64, 64, 32, 2, 2, 2)
+ATTENTION_KERNELS(, false, 128, 32, 32, 32, 2, 2, 2)
+ATTENTION_KERNELS(documents_, true, 32, 64, 64, 64, 2, 3, 2)
+ATTENTION_KERNELS(documents_, true, 48, 64, 64, 64, 2, 3, 2)
+ATTENTION_KERNELS(documents_, true, 64, 64, 64, 64, 2, 2, 2)
+ATTENTION_KERNELS(documents_, true, 96, 64, 64, 32, 2, 2, 2)
+ATTENTION_KERNELS(documents_, true, 128, 32, 32, 32, 2, 2, 2)

@@ -280,11 +280,14 @@ pub trait Backend {
     ) -> Result<()>;
 
     /// Causal softmax(q k^T / sqrt(D)) v with K kv heads, read from qkv [T,(H+2K)D] where they
-    /// lie; out [T,HD]; log_sum_exp [B,H,S].
+    /// lie; out [T,HD]; log_sum_exp [B,H,S]. Query i of a row sees keys document_starts[i] to i
+    /// of it: document_starts [T], an index within the row each, at most i, not descending along
+    /// the row. `None`: every row is one document.
     fn attention_forward(
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
     ) -> Result<()>;
@@ -294,6 +297,7 @@ pub trait Backend {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
         d_out: View,

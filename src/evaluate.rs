@@ -10,7 +10,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::config::{DataConfig, DeviceKind, Dtype, ModelConfig, Rows as RowKind};
+use crate::config::{Attention, DataConfig, DeviceKind, Dtype, ModelConfig, Rows as RowKind};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
@@ -93,6 +93,7 @@ impl Text {
             tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),
             field: field.to_string(),
             rows: RowKind::Packed,
+            attention: Attention::Row,
             sequence: 1,
         };
         let cache = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
@@ -143,7 +144,7 @@ fn evaluate_on<B: crate::backend::Backend>(
     let (mut sum, mut tokens) = (0.0, 0);
     for (done, batch) in windows.enumerate() {
         let batch = batch?;
-        let rows = Rows { tokens: &batch.tokens, targets: &batch.targets };
+        let rows = Rows::new(&batch.tokens, &batch.targets);
         let (losses, predicted) = evaluator.evaluate(rows)?;
         sum += losses;
         tokens += predicted;

@@ -355,7 +355,7 @@ fn a_prediction_lists_what_a_training_step_launches() {
         trainer.set_parameters(&parameters).unwrap();
         let count = config.train.micro_batch * config.data.sequence;
         let ids = tokens(3, 2 * count, config.model.vocab);
-        let rows = ids.chunks_exact(count).map(|ids| Rows { tokens: ids, targets: ids });
+        let rows = ids.chunks_exact(count).map(|ids| Rows::new(ids, ids));
         counts.borrow_mut().clear();
         trainer.accumulate(rows).unwrap();
         trainer.update(&config.optimizer, 1, 1e-3).unwrap();

@@ -170,7 +170,7 @@ fn six_steps_equal_three_and_three() {
     let take = |trainer: &mut Trainer<Cpu<f32>>, step: u64| -> StepOutcome {
         let ids = |shift: u64| (0..32).map(move |i| ((i * 7 + step * 13 + shift) % 70) as i32);
         let (tokens, targets): (Vec<i32>, Vec<i32>) = (ids(0).collect(), ids(1).collect());
-        let rows = engine::Rows { tokens: &tokens, targets: &targets };
+        let rows = engine::Rows::new(&tokens, &targets);
         let outcome = trainer.accumulate([rows].into_iter()).unwrap();
         trainer.update(&config.optimizer, step, 1e-2).unwrap();
         outcome

@@ -250,7 +250,8 @@ fn rotary_gradients_and_known_rotation() {
     assert_eq!(before[4 * 6..5 * 6], after[4 * 6..5 * 6], "v must not turn");
 }
 
-fn attention_case(batch: usize, sequence: usize, heads: HeadSpec) {
+/// With `starts` [T], rows hold several documents.
+fn attention_case(batch: usize, sequence: usize, heads: HeadSpec, starts: Option<&[i32]>) {
     let cpu = &mut Cpu::<f64>::new();
     let spec = AttentionSpec { heads, batch, sequence };
     let (t, columns, d) = (batch * sequence, heads.qkv_columns(), heads.head_dim);
@@ -259,7 +260,8 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec) {
     let (lse, delta) = (view(cpu, &lse), view(cpu, &delta));
     let d_out = filled(cpu, &[t, heads.heads * d], 2);
     let d_qkv = filled(cpu, &[t, columns], 3);
-    cpu.attention_forward(spec, qkv, out, lse).unwrap();
+    let documents = starts.map(|starts| index(cpu, starts));
+    cpu.attention_forward(spec, qkv, documents, out, lse).unwrap();
 
     // The plain formula.
     let (x, found) = (values(cpu, qkv), values(cpu, out));
@@ -273,31 +275,88 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec) {
                     let (q, k) = (at(i, h), at(j, heads.heads + kv));
                     (0..d).map(|e| x[q + e] * x[k + e]).sum::<f64>() / (d as f64).sqrt()
                 };
-                let weights: Vec<f64> = (0..=i).map(|j| score(j).exp()).collect();
+                let start = starts.map_or(0, |starts| starts[b * sequence + i] as usize);
+                let weights: Vec<f64> = (start..=i).map(|j| score(j).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 for e in 0..d {
                     let v = |j: usize| x[at(j, heads.heads + heads.kv_heads + kv) + e];
-                    let sum: f64 = (0..=i).map(|j| weights[j] * v(j)).sum();
+                    let sum: f64 = (start..=i).map(|j| weights[j - start] * v(j)).sum();
                     expected[(b * sequence + i) * heads.heads * d + h * d + e] = sum / total;
                 }
             }
         }
     }
-    let name = format!("attention B{batch} S{sequence} {heads:?}");
+    let name = format!("attention B{batch} S{sequence} {heads:?} {starts:?}");
     assert_close(&name, &found, &expected, 1e-12);
 
-    cpu.attention_backward(spec, qkv, out, lse, d_out, delta, d_qkv).unwrap();
+    cpu.attention_backward(spec, qkv, documents, out, lse, d_out, delta, d_qkv).unwrap();
     check(&name, cpu, qkv, d_qkv, &[(out, d_out)], |cpu| {
-        cpu.attention_forward(spec, qkv, out, lse).unwrap();
+        cpu.attention_forward(spec, qkv, documents, out, lse).unwrap();
     });
 }
 
 #[test]
 fn attention_gradients() {
-    attention_case(2, 9, HeadSpec { heads: 4, kv_heads: 2, head_dim: 6 });
-    attention_case(1, 1, HeadSpec { heads: 1, kv_heads: 1, head_dim: 2 });
-    attention_case(1, 67, HeadSpec { heads: 2, kv_heads: 1, head_dim: 5 });
-    attention_case(1, 130, HeadSpec { heads: 1, kv_heads: 1, head_dim: 3 });
+    attention_case(2, 9, HeadSpec { heads: 4, kv_heads: 2, head_dim: 6 }, None);
+    attention_case(1, 1, HeadSpec { heads: 1, kv_heads: 1, head_dim: 2 }, None);
+    attention_case(1, 67, HeadSpec { heads: 2, kv_heads: 1, head_dim: 5 }, None);
+    attention_case(1, 130, HeadSpec { heads: 1, kv_heads: 1, head_dim: 3 }, None);
+}
+
+/// Where the documents of a row of these lengths begin, for each of its tokens.
+fn starts_of(lengths: &[usize]) -> Vec<i32> {
+    let mut start = 0;
+    let mut starts = vec![];
+    for &length in lengths {
+        starts.extend(std::iter::repeat_n(start, length));
+        start += length as i32;
+    }
+    starts
+}
+
+/// Borders on tiles (64) and bands (16) and off them, a document of one token, rows that differ.
+#[test]
+fn attention_gradients_of_packed_documents() {
+    let rows = [starts_of(&[1, 3, 5]), starts_of(&[4, 4, 1])].concat();
+    attention_case(2, 9, HeadSpec { heads: 4, kv_heads: 2, head_dim: 6 }, Some(&rows));
+    let one = HeadSpec { heads: 1, kv_heads: 1, head_dim: 3 };
+    attention_case(1, 130, one, Some(&starts_of(&[64, 64, 2])));
+    attention_case(1, 150, one, Some(&starts_of(&[17, 48, 1, 68, 16])));
+    let pair = HeadSpec { heads: 2, kv_heads: 1, head_dim: 5 };
+    attention_case(1, 67, pair, Some(&starts_of(&[67])));
+}
+
+/// Outputs and gradients of a packed row are those of its documents, each by itself.
+#[test]
+fn packed_documents_attend_as_if_alone() {
+    let heads = HeadSpec { heads: 4, kv_heads: 2, head_dim: 6 };
+    let (lengths, columns) = ([70, 1, 33, 64, 12], heads.qkv_columns());
+    let t = lengths.iter().sum();
+    let cpu = &mut Cpu::<f64>::new();
+    let (qkv, d_out) = (filled(cpu, &[t, columns], 1), filled(cpu, &[t, 24], 2));
+    let mut run = |qkv: View, d_out: View, starts: Option<&[i32]>| {
+        let t = qkv.shape.rows();
+        let spec = AttentionSpec { heads, batch: 1, sequence: t };
+        let (out, d_qkv) = (view(cpu, &[t, 24]), view(cpu, &[t, columns]));
+        let (lse, delta) = (view(cpu, &[1, 4, t]), view(cpu, &[1, 4, t]));
+        let starts = starts.map(|starts| index(cpu, starts));
+        cpu.attention_forward(spec, qkv, starts, out, lse).unwrap();
+        cpu.attention_backward(spec, qkv, starts, out, lse, d_out, delta, d_qkv).unwrap();
+        [values(cpu, out), values(cpu, d_qkv)]
+    };
+    let [out, d_qkv] = run(qkv, d_out, Some(&starts_of(&lengths)));
+    let mut first = 0;
+    for length in lengths {
+        let rows = |view: View| {
+            let columns = view.shape.columns();
+            View { offset: first * columns * 8, shape: Shape::new(&[length, columns]), ..view }
+        };
+        let [alone, d_alone] = run(rows(qkv), rows(d_out), None);
+        let part = |values: &[f64], columns| values[first * columns..][..length * columns].to_vec();
+        assert_close("out", &part(&out, 24), &alone, 1e-12);
+        assert_close("d_qkv", &part(&d_qkv, columns), &d_alone, 1e-12);
+        first += length;
+    }
 }
 
 #[test]
@@ -308,7 +367,7 @@ fn attention_does_not_overflow_with_large_scores() {
     let qkv = view(cpu, &[3, 12]);
     cpu.values_mut(qkv).fill(100.0);
     let (out, lse) = (view(cpu, &[3, 4]), view(cpu, &[1, 1, 3]));
-    cpu.attention_forward(spec, qkv, out, lse).unwrap();
+    cpu.attention_forward(spec, qkv, None, out, lse).unwrap();
     assert_eq!(cpu.values(out), [100.0; 12]);
 }
 
@@ -320,7 +379,7 @@ fn cached_attention_equals_attention() {
     let spec = AttentionSpec { heads, batch: 1, sequence: t };
     let (qkv, out) = (filled(cpu, &[t, columns], 1), view(cpu, &[t, 24]));
     let lse = view(cpu, &[1, 4, t]);
-    cpu.attention_forward(spec, qkv, out, lse).unwrap();
+    cpu.attention_forward(spec, qkv, None, out, lse).unwrap();
     let expected = values(cpu, out);
     let (keys, cached) = (view(cpu, &[80, 12]), view(cpu, &[80, 12]));
     // 70 tokens at once, then one by one.

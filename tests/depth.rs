@@ -232,7 +232,7 @@ fn a_skipped_layer_leaves_the_model_as_it_was() {
         Cpu::<f32>::new(),
     )
     .unwrap();
-    let rows = Rows { tokens: &inputs, targets: &targets };
+    let rows = Rows::new(&inputs, &targets);
     let whole = layerwise.forward(rows).unwrap().to_vec();
     let without: Vec<Vec<f32>> =
         (1..=5).map(|layer| layerwise.losses_without(layer).unwrap().to_vec()).collect();
@@ -261,7 +261,7 @@ fn gradient_norms_are_those_of_a_training_step() {
     let cpu = Cpu::<f64>::new();
     let mut trainer = Trainer::new(Plan::new(&run, &cpu).unwrap(), &run, cpu).unwrap();
     trainer.set_parameters(&model.parameters).unwrap();
-    let rows = Rows { tokens: &ids[..64], targets: &ids[1..65] };
+    let rows = Rows::new(&ids[..64], &ids[1..65]);
     trainer.accumulate([rows].into_iter()).unwrap();
     let gradients = trainer.gradients().unwrap();
     let norm = |layer: usize| {

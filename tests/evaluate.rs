@@ -68,7 +68,7 @@ fn the_loss_is_the_mean_over_every_token_but_the_first_whatever_the_batch() {
                 Evaluator::new(config, table, parameters, size, Cpu::<f32>::new()).unwrap();
             let tokens = &ids[start..start + length];
             let targets = &ids[start + 1..start + 1 + length];
-            for loss in one.losses(Rows { tokens, targets }).unwrap() {
+            for loss in one.losses(Rows::new(tokens, targets)).unwrap() {
                 sum += *loss as f64;
                 count += 1;
             }

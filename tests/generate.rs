@@ -54,7 +54,7 @@ fn losses_of_all_tokens(sequence: &[u32]) -> Vec<Vec<f32>> {
     let mut losses = vec![Vec::new(); tokens.len()];
     for class in 0..config.vocab as i32 {
         let targets = vec![class; tokens.len()];
-        let found = model.losses(Rows { tokens: &tokens, targets: &targets }).unwrap();
+        let found = model.losses(Rows::new(&tokens, &targets)).unwrap();
         losses.iter_mut().zip(found).for_each(|(losses, loss)| losses.push(*loss));
     }
     losses
@@ -249,6 +249,6 @@ fn a_target_that_is_not_predicted_has_no_loss() {
     let (config, table, parameters) = model();
     let mut model =
         Evaluator::new(&config, &table, &parameters, [1, 8], Cpu::<f32>::new()).unwrap();
-    let rows = Rows { tokens: &[1; 8], targets: &[IGNORE_INDEX; 8] };
+    let rows = Rows::new(&[1; 8], &[IGNORE_INDEX; 8]);
     assert_eq!(model.evaluate(rows).unwrap(), (0.0, 0));
 }

@@ -304,7 +304,7 @@ fn the_exported_model_computes_the_same_bits() {
     let losses = |config: &ModelConfig, table: &ParameterTable, parameters: &[f32]| {
         let cpu = Cpu::<f32>::new();
         let mut model = Evaluator::new(config, table, parameters, [2, 32], cpu).unwrap();
-        let rows = Rows { tokens: &tokens, targets: &targets };
+        let rows = Rows::new(&tokens, &targets);
         model.losses(rows).unwrap().to_vec()
     };
     let before = losses(&trained, &table, &parameters);
@@ -334,7 +334,7 @@ fn folders_of_every_placement_compute_what_was_trained() {
     let losses = |config: &ModelConfig, table: &ParameterTable, parameters: &[f32]| {
         let cpu = Cpu::<f64>::new();
         let mut model = Evaluator::new(config, table, parameters, [2, 32], cpu).unwrap();
-        model.losses(Rows { tokens: &tokens, targets: &tokens }).unwrap().to_vec()
+        model.losses(Rows::new(&tokens, &tokens)).unwrap().to_vec()
     };
     let (mut stock, mut others) = (0, 0);
     for config in placements.chain(positions) {

@@ -98,7 +98,7 @@ fn lns_is_the_pre_model_whose_gains_are_divided_by_the_root_of_the_depth() {
         let table = ParameterTable::new(config);
         let cpu = Cpu::<f32>::new();
         let mut model = Evaluator::new(config, &table, parameters, [2, 32], cpu).unwrap();
-        model.losses(Rows { tokens: &inputs, targets: &targets }).unwrap().to_vec()
+        model.losses(Rows::new(&inputs, &targets)).unwrap().to_vec()
     };
     let found = losses(&lns, &parameters);
     assert_same_bits("losses", &found, &losses(&pre, &divided(&mut (1..=5))));

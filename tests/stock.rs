@@ -37,7 +37,7 @@ fn losses(folder: &Path) -> Vec<f32> {
     let mut model =
         Evaluator::new(&config, &table, &parameters, [2, 32], Cpu::<f32>::new()).unwrap();
     let ids = tokens(1, 64, 257);
-    model.losses(Rows { tokens: &ids, targets: &ids }).unwrap().to_vec()
+    model.losses(Rows::new(&ids, &ids)).unwrap().to_vec()
 }
 
 fn request(model: PathBuf, layers: &str, out: PathBuf) -> Request {
@@ -77,7 +77,7 @@ fn layers_that_stay_keep_their_depth_scale() {
     let mut model =
         Evaluator::new(&pre, &pre_table, &expected, [2, 32], Cpu::<f32>::new()).unwrap();
     let ids = tokens(1, 64, 257);
-    let expected = model.losses(Rows { tokens: &ids, targets: &ids }).unwrap().to_vec();
+    let expected = model.losses(Rows::new(&ids, &ids)).unwrap().to_vec();
     assert_eq!(losses(&out), expected);
     assert_ne!(losses(&out), losses(&whole));
     // The folder is a whole one, with its tokenizer and ids, and says that it is `pre`.

@@ -1,7 +1,7 @@
 //! What several test modules need: small models, random numbers, comparisons that explain.
 
 use isobath::config::{
-    CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, InitKind,
+    Attention, CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, InitKind,
     LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement, Recompute, Rows,
     ScheduleKind, TrainConfig,
 };
@@ -76,6 +76,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             tokenizer: "bytes".to_string(),
             field: "text".to_string(),
             rows: Rows::Packed,
+            attention: Attention::Row,
             sequence: 32,
         },
         train: TrainConfig {

@@ -2,7 +2,7 @@
 
 use isobath::Error;
 use isobath::backend::{Backend, HeadSpec, NormSpec};
-use isobath::config::{LnsPosition, ModelConfig, NormKind, Placement, Recompute};
+use isobath::config::{Attention, LnsPosition, ModelConfig, NormKind, Placement, Recompute};
 use isobath::cpu::{Cpu, Float};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::parameters::ParameterTable;
@@ -15,10 +15,20 @@ use crate::support::{assert_close, normals, run_config, small_model, tokens};
 
 fn trainer<T: Float>(
     model: &ModelConfig,
+    size: [usize; 2],
+    recompute: Recompute,
+) -> Trainer<Cpu<T>> {
+    trainer_of(Attention::Row, model, size, recompute)
+}
+
+fn trainer_of<T: Float>(
+    attention: Attention,
+    model: &ModelConfig,
     [batch, sequence]: [usize; 2],
     recompute: Recompute,
 ) -> Trainer<Cpu<T>> {
     let mut config = run_config(model);
+    config.data.attention = attention;
     config.train.micro_batch = batch;
     config.data.sequence = sequence;
     config.train.grad_accumulation = 2; // one test splits a step in two
@@ -67,7 +77,7 @@ fn check_model_gradients(model: ModelConfig) {
     let mut trainer = trainer::<f64>(&model, size, Recompute::None);
     let (tokens, targets) = rows(5, 18, model.vocab);
     let loss = |trainer: &mut Trainer<Cpu<f64>>| {
-        let rows = [Rows { tokens: &tokens, targets: &targets }];
+        let rows = [Rows::new(&tokens, &targets)];
         trainer.accumulate(rows.into_iter()).unwrap()
     };
     // Losses are handed out as f32; their f64 values lie behind the gradient's norm instead, so
@@ -112,7 +122,7 @@ fn check_model_gradients(model: ModelConfig) {
 
 /// The mean loss in f64, from the arena of the program that just ran.
 fn exact_loss(trainer: &mut Trainer<Cpu<f64>>, tokens: &[i32], targets: &[i32]) -> f64 {
-    let rows = Rows { tokens, targets };
+    let rows = Rows::new(tokens, targets);
     let predicted = rows.predicted() as f64;
     trainer.accumulate([rows].into_iter()).unwrap();
     let view = trainer.losses_view();
@@ -162,7 +172,7 @@ fn every_parameter_gets_a_gradient() {
     let model = small_model();
     let mut trainer = trainer::<f32>(&model, [2, 16], Recompute::None);
     let (tokens, targets) = rows(3, 32, model.vocab);
-    trainer.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    trainer.accumulate([Rows::new(&tokens, &targets)].into_iter()).unwrap();
     let gradients = trainer.gradients().unwrap();
     for parameter in trainer.table().entries() {
         for tensor in &parameter.tensors {
@@ -179,7 +189,7 @@ fn padding_of_an_odd_ffn_and_vocabulary_gets_no_gradient() {
     let model = small_model(); // F 37 is stored as 40
     let mut trainer = trainer::<f32>(&model, [1, 8], Recompute::None);
     let (tokens, targets) = rows(3, 8, model.vocab);
-    trainer.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    trainer.accumulate([Rows::new(&tokens, &targets)].into_iter()).unwrap();
     let gradients = trainer.gradients().unwrap();
     let table = trainer.table();
     let mut padded = 0;
@@ -202,7 +212,7 @@ fn padding_of_an_odd_ffn_and_vocabulary_gets_no_gradient() {
 
 fn step<T: Float>(trainer: &mut Trainer<Cpu<T>>, vocab: usize, count: usize) -> (u64, Vec<u32>) {
     let (tokens, targets) = rows(3, count, vocab);
-    let rows = Rows { tokens: &tokens, targets: &targets };
+    let rows = Rows::new(&tokens, &targets);
     let outcome = trainer.accumulate([rows, rows].into_iter()).unwrap();
     let gradients = trainer.gradients().unwrap();
     (outcome.loss.to_bits(), gradients.iter().map(|g| g.to_bits()).collect())
@@ -250,17 +260,90 @@ fn accumulated_micro_batches_weigh_every_token_the_same() {
     let (tokens, mut targets) = rows(3, 32, model.vocab);
     targets[18..30].fill(IGNORE_INDEX); // the second half predicts far fewer tokens
     let mut whole = trainer::<f64>(&model, [2, 16], Recompute::None);
-    let expected =
-        whole.accumulate([Rows { tokens: &tokens, targets: &targets }].into_iter()).unwrap();
+    let expected = whole.accumulate([Rows::new(&tokens, &targets)].into_iter()).unwrap();
     let mut halves = trainer::<f64>(&model, [1, 16], Recompute::None);
     let rows = tokens.chunks(16).zip(targets.chunks(16));
-    let rows = rows.map(|(tokens, targets)| Rows { tokens, targets });
+    let rows = rows.map(|(tokens, targets)| Rows::new(tokens, targets));
     let found = halves.accumulate(rows).unwrap();
     assert_eq!(found.predicted, expected.predicted);
     assert_close("loss", &[found.loss], &[expected.loss], 1e-7);
     let wide = |gradients: Vec<f32>| gradients.into_iter().map(f64::from).collect::<Vec<_>>();
     let (found, expected) = (halves.gradients().unwrap(), whole.gradients().unwrap());
     assert_close("gradients", &wide(found), &wide(expected), 1e-6);
+}
+
+/// A row of three documents has the losses and gradients of three rows of one.
+#[test]
+fn packed_documents_train_as_if_alone() {
+    let model = small_model();
+    let lengths = [9, 1, 22];
+    let (tokens, targets) = rows(3, 32, model.vocab);
+    let starts: Vec<i32> = [0, 9, 10].iter().zip(lengths).flat_map(|(&s, n)| vec![s; n]).collect();
+    let packed = Rows { document_starts: Some(&starts), ..Rows::new(&tokens, &targets) };
+    let (mut apart, mut apart_targets) = (vec![0; 96], vec![IGNORE_INDEX; 96]);
+    for (row, length) in lengths.into_iter().enumerate() {
+        let (from, to) = (starts.iter().position(|&s| s == [0, 9, 10][row]).unwrap(), row * 32);
+        apart[to..to + length].copy_from_slice(&tokens[from..from + length]);
+        apart_targets[to..to + length].copy_from_slice(&targets[from..from + length]);
+    }
+    let mut alone = trainer::<f64>(&model, [3, 32], Recompute::None);
+    let expected = alone.accumulate([Rows::new(&apart, &apart_targets)].into_iter()).unwrap();
+    let wide = |gradients: Vec<f32>| gradients.into_iter().map(f64::from).collect::<Vec<_>>();
+    let expected_gradients = wide(alone.gradients().unwrap());
+    for recompute in [Recompute::None, Recompute::Block] {
+        let mut row = trainer_of::<f64>(Attention::Document, &model, [1, 32], recompute);
+        let found = row.accumulate([packed].into_iter()).unwrap();
+        assert_eq!(found.predicted, expected.predicted);
+        assert_close("loss", &[found.loss], &[expected.loss], 1e-7);
+        assert_close("gradients", &wide(row.gradients().unwrap()), &expected_gradients, 1e-6);
+        let (losses, predicted) = row.evaluate(packed).unwrap();
+        let plain = alone.evaluate(Rows::new(&apart, &apart_targets)).unwrap();
+        assert_eq!(predicted, plain.1);
+        assert_close("evaluation", &[losses], &[plain.0], 1e-6);
+        // Rows without starts are one document each, as everywhere.
+        let whole = Rows::new(&tokens, &targets);
+        let mut of_rows = trainer::<f64>(&model, [1, 32], recompute);
+        let expected = of_rows.accumulate([whole].into_iter()).unwrap();
+        assert_eq!(row.accumulate([whole].into_iter()).unwrap(), expected);
+        assert_ne!(expected.loss, found.loss);
+    }
+}
+
+#[test]
+fn documents_that_are_none_are_refused() {
+    let model = small_model();
+    let (tokens, targets) = rows(3, 16, model.vocab);
+    let mut trainer = trainer_of::<f32>(Attention::Document, &model, [2, 8], Recompute::None);
+    let good = [0, 0, 2, 2, 2, 5, 5, 7, 0, 1, 1, 1, 1, 1, 1, 1];
+    let whole = Rows::new(&tokens, &targets);
+    fn packed<'a>(starts: &'a [i32], whole: Rows<'a>) -> Rows<'a> {
+        Rows { document_starts: Some(starts), ..whole }
+    }
+    trainer.accumulate([packed(&good, whole)].into_iter()).unwrap();
+    for (at, start, why) in [
+        (2, 3, "row 0: the document of token 2 is said to begin at 3"),
+        (3, 1, "row 0: the document of token 3 is said to begin at 1"),
+        (8, 1, "row 1: the document of token 0 is said to begin at 1"),
+        (8, -1, "row 1: the document of token 0 is said to begin at -1"),
+    ] {
+        let mut starts = good;
+        starts[at] = start;
+        let error =
+            trainer.accumulate([packed(&starts, whole)].into_iter()).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+        let error = trainer.evaluate(packed(&starts, whole)).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    let short =
+        trainer.accumulate([packed(&good[..8], whole)].into_iter()).unwrap_err().to_string();
+    assert!(short.contains("8 document starts"), "{short}");
+    let mut of_rows = self::trainer::<f32>(&model, [2, 8], Recompute::None);
+    for error in [
+        of_rows.accumulate([packed(&good, whole)].into_iter()).map(|_| ()).unwrap_err(),
+        of_rows.evaluate(packed(&good, whole)).map(|_| ()).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("data.attention"), "{error}");
+    }
 }
 
 /// Plays a program and checks that nothing overwrites what is still to be read.
@@ -322,7 +405,7 @@ fn planned_memory_is_never_overwritten_before_its_last_read() {
         Purpose::Training { recompute: Recompute::None },
         Purpose::Training { recompute: Recompute::Block },
     ] {
-        let recorded = record_loss(&model, &table, 2, 24, 0.0, None).unwrap();
+        let recorded = record_loss(&model, &table, 2, 24, false, 0.0, None).unwrap();
         let kept = [recorded.losses];
         let program = Program::new(recorded.tape, purpose, &kept, |_| 4).unwrap();
         let total: usize = program.memory().lines.iter().map(|line| line.bytes).sum();

@@ -70,12 +70,12 @@ fn pair(
     // Leaves what the backward pass reads.
     let forward = copies.time(driver, samples, |driver, it| {
         let Buffers { qkv, out, log_sum_exp, .. } = *it;
-        kernels.forward(driver, StreamId::MAIN, spec, qkv, out, log_sum_exp)
+        kernels.forward(driver, StreamId::MAIN, spec, qkv, None, out, log_sum_exp)
     })?;
     let backward = copies.time(driver, samples, |driver, it| {
         let Buffers { qkv, out, log_sum_exp, d_out, delta, d_qkv } = *it;
         let stream = StreamId::MAIN;
-        kernels.backward(driver, stream, spec, qkv, out, log_sum_exp, d_out, delta, d_qkv)
+        kernels.backward(driver, stream, spec, qkv, None, out, log_sum_exp, d_out, delta, d_qkv)
     })?;
     copies.release(driver)?;
     Ok([

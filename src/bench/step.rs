@@ -91,7 +91,7 @@ pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>
     let ids = integers_below(1, config.model.vocab, count * tokens + 1);
     let micro_batches = (0..count).map(|i| {
         let at = i * tokens;
-        Rows { tokens: &ids[at..at + tokens], targets: &ids[at + 1..at + 1 + tokens] }
+        Rows::new(&ids[at..at + tokens], &ids[at + 1..at + 1 + tokens])
     });
     let mut events = vec![];
     for step in 1..=WARM_UP + samples {

@@ -209,8 +209,19 @@ pub struct DataConfig {
     /// The JSON field of .jsonl files that holds the text.
     pub field: String,
     pub rows: Rows,
+    pub attention: Attention,
     /// Tokens in a row.
     pub sequence: usize,
+}
+
+impl DataConfig {
+    /// Whether rows hold several documents, of which each attends to itself alone.
+    pub fn packs_documents(&self) -> bool {
+        match self.rows {
+            Rows::Packed => self.attention == Attention::Document,
+            Rows::Document => false,
+        }
+    }
 }
 
 choice! {
@@ -219,6 +230,16 @@ choice! {
         /// The continuous stream of all documents, cut into rows.
         Packed = "packed",
         /// One document per row, cut off or padded; padding is not predicted (the paper's way).
+        Document = "document",
+    }
+}
+
+choice! {
+    /// What the tokens of packed rows attend to, in training and in its evaluations.
+    pub enum Attention {
+        /// The whole row before them.
+        Row = "row",
+        /// The part of it that belongs to their own document.
         Document = "document",
     }
 }

@@ -6,9 +6,9 @@
 //! `data.train` and `data.tokenizer` are empty and have to be given.
 
 use super::{
-    CheckpointConfig, Config, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype,
-    InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement,
-    Recompute, Rows, ScheduleKind, TrainConfig, nearest,
+    Attention, CheckpointConfig, Config, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, DataConfig,
+    DeviceKind, Dtype, InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig,
+    OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig, nearest,
 };
 use crate::error::{Error, Result};
 
@@ -131,6 +131,7 @@ fn demo() -> Config {
             tokenizer: "train:4096".to_string(),
             field: "text".to_string(),
             rows: Rows::Packed,
+            attention: Attention::Row,
             sequence: 256,
         },
         train: TrainConfig {
@@ -195,6 +196,7 @@ fn paper(paper: &PaperModel) -> Config {
             tokenizer: String::new(),
             field: "text".to_string(),
             rows: Rows::Document,
+            attention: Attention::Row,
             sequence: 256,
         },
         train: TrainConfig {

@@ -83,6 +83,17 @@ fn transpose<T: Float>(inp: &[T], stride: usize, rows: usize, columns: usize, ou
     }
 }
 
+/// Where the document of each token begins in its row, [T]; `None`: every row is one document.
+#[derive(Clone, Copy)]
+pub(super) struct Documents<'a>(pub Option<&'a [i32]>);
+
+impl Documents<'_> {
+    /// The first key that the query of this token sees.
+    fn start(&self, token: usize) -> usize {
+        self.0.map_or(0, |starts| starts[token] as usize)
+    }
+}
+
 /// A tile of queries of one head, and one sequence's keys and values.
 struct Queries<'a, T> {
     /// Rows `q_stride` apart, the first of them at position `first`.
@@ -90,6 +101,9 @@ struct Queries<'a, T> {
     q_stride: usize,
     rows: usize,
     first: usize,
+    /// The first of them is token `token`.
+    documents: Documents<'a>,
+    token: usize,
     /// Rows `kv_stride` apart, from position 0 on.
     keys: &'a [T],
     values: &'a [T],
@@ -98,16 +112,20 @@ struct Queries<'a, T> {
 }
 
 vectorised! {
-    /// Attends to all keys up to each query's position; out [rows,D], log_sum_exp [rows].
+    /// Attends to the keys from each query's document's start to its position; out [rows,D],
+    /// log_sum_exp [rows].
     fn attend<T: Float>(queries: Queries<'_, T>, out: &mut [T], log_sum_exp: &mut [T]) {
-        let Queries { q, q_stride, rows, first, keys, values, kv_stride, d } = queries;
+        let Queries { q, q_stride, rows, first, documents, token, keys, values, kv_stride, d } =
+            queries;
         let scale = T::of(1.0 / (d as f64).sqrt());
         let mut k_transposed = vec![T::ZERO; d * TILE];
         let mut scores = [T::ZERO; BAND * TILE];
         let mut highest = [T::NEG_INFINITY; TILE];
         let mut total = [T::ZERO; TILE];
         out.fill(T::ZERO);
-        for first_key in (0..first + rows).step_by(TILE) {
+        // Starts do not descend: the first query sees the first key that any of them sees.
+        let first_tile = documents.start(token) / TILE * TILE;
+        for first_key in (first_tile..first + rows).step_by(TILE) {
             let tile_keys = TILE.min(first + rows - first_key);
             transpose(&keys[first_key * kv_stride..], kv_stride, tile_keys, d, &mut k_transposed);
             for band in bands(rows) {
@@ -128,12 +146,18 @@ vectorised! {
                 };
                 T::tile_product(product, &q[band.start * q_stride..], &k_transposed, scores);
                 for (row, scores) in band.clone().zip(scores.chunks_exact_mut(TILE)) {
-                    let visible = reach.min((first + row + 1).saturating_sub(first_key));
+                    let end = reach.min((first + row + 1).saturating_sub(first_key));
+                    let start = documents.start(token + row).saturating_sub(first_key);
                     let scores = &mut scores[..reach];
-                    let highest_here = super::norm::maximum(&scores[..visible]) * scale;
+                    if start >= end {
+                        scores.fill(T::ZERO);
+                        continue;
+                    }
+                    let highest_here = super::norm::maximum(&scores[start..end]) * scale;
                     let max = highest[row].maximum(highest_here);
                     for_each(scores, |score| *score = (*score * scale - max).exp());
-                    scores[visible..].fill(T::ZERO);
+                    scores[..start].fill(T::ZERO);
+                    scores[end..].fill(T::ZERO);
                     let rescale = (highest[row] - max).exp();
                     total[row] = total[row] * rescale + super::norm::sum(reach, |i| scores[i]);
                     highest[row] = max;
@@ -167,6 +191,7 @@ vectorised! {
 pub(super) fn forward<T: Float>(
     spec: AttentionSpec,
     qkv: &[T],
+    documents: Documents,
     out: &mut [T],
     log_sum_exp: &mut [T],
 ) {
@@ -189,6 +214,8 @@ pub(super) fn forward<T: Float>(
             q_stride: layout.columns,
             rows,
             first,
+            documents,
+            token: b * sequence + first,
             keys: &qkv[token(0) + layout.k(kv_head)..],
             values: &qkv[token(0) + layout.v(kv_head)..],
             kv_stride: layout.columns,
@@ -236,6 +263,8 @@ pub(super) fn cached<T: Float>(
             q_stride: layout.columns,
             rows,
             first: start + first,
+            documents: Documents(None),
+            token: 0,
             keys: &keys[kv_head * d..],
             values: &values[kv_head * d..],
             kv_stride: kv_columns,
@@ -251,7 +280,8 @@ pub(super) fn cached<T: Float>(
 }
 
 pub(super) struct Backward<'a, T> {
-    pub qkv: &'a [T],         // [T,(H+2K)D]
+    pub qkv: &'a [T], // [T,(H+2K)D]
+    pub documents: Documents<'a>,
     pub out: &'a [T],         // [T,HD]
     pub log_sum_exp: &'a [T], // [B,H,S]
     pub d_out: &'a [T],       // [T,HD]
@@ -262,7 +292,7 @@ pub(super) struct Backward<'a, T> {
 /// P = exp(q k^T scale - lse), dP = d_out v^T, dS = P (dP - delta) scale;
 /// dv = P^T d_out, dk = dS^T q, dq = dS k.
 pub(super) fn backward<T: Float>(spec: AttentionSpec, args: Backward<T>) {
-    let Backward { qkv, out, log_sum_exp, d_out, delta, d_qkv } = args;
+    let Backward { qkv, documents, out, log_sum_exp, d_out, delta, d_qkv } = args;
     let AttentionSpec { heads, batch, sequence } = spec;
     let layout = Layout::new(heads);
     let d = heads.head_dim;
@@ -276,7 +306,8 @@ pub(super) fn backward<T: Float>(spec: AttentionSpec, args: Backward<T>) {
     let d_qkv = Columns::new(d_qkv, layout.columns);
     (0..batch * heads.kv_heads).into_par_iter().for_each(|task| {
         let (b, kv_head) = (task / heads.kv_heads, task % heads.kv_heads);
-        let group = Group { layout, sequence, b, kv_head, qkv, log_sum_exp, d_out, delta };
+        let group =
+            Group { layout, sequence, b, kv_head, qkv, documents, log_sum_exp, d_out, delta };
         // Tasks have different sequences or different kv heads, hence different q, k and v.
         group_backward(group, d_qkv);
     });
@@ -289,6 +320,7 @@ struct Group<'a, T> {
     b: usize,
     kv_head: usize,
     qkv: &'a [T],
+    documents: Documents<'a>,
     log_sum_exp: &'a [T],
     d_out: &'a [T],
     delta: &'a [T],
@@ -311,7 +343,7 @@ vectorised! {
 
     /// Writes this group's columns of d_qkv, which no other task touches.
     fn group_backward<T: Float>(group: Group<'_, T>, d_qkv: Columns<'_, T>) {
-        let Group { layout, sequence, b, kv_head, qkv, .. } = group;
+        let Group { layout, sequence, b, kv_head, qkv, documents, .. } = group;
         let d = layout.heads.head_dim;
         let out_columns = layout.heads.heads * d;
         let scale = T::of(1.0 / (d as f64).sqrt());
@@ -333,6 +365,12 @@ vectorised! {
             d_v.fill(T::ZERO);
             for head in kv_head * layout.group()..(kv_head + 1) * layout.group() {
                 for first in (first_key..sequence).step_by(TILE) {
+                    // Starts do not descend: from here on nobody sees these keys.
+                    let first_seen = documents.start(b * sequence + first);
+                    if first_seen >= first_key + keys {
+                        break;
+                    }
+                    let first_tile = first_seen / TILE * TILE;
                     let rows = TILE.min(sequence - first);
                     let q = &qkv[token(first) + layout.q(head)..];
                     let d_out = &group.d_out[(b * sequence + first) * out_columns + head * d..];
@@ -364,15 +402,19 @@ vectorised! {
                         );
                         let tiles = p.chunks_exact_mut(TILE).zip(d_s.chunks_exact_mut(TILE));
                         for (row, (p, d_s)) in band.clone().zip(tiles) {
-                            let visible = reach.min(first + row + 1 - first_key);
+                            let end = reach.min(first + row + 1 - first_key);
+                            let start = documents.start(b * sequence + first + row);
+                            let start = start.saturating_sub(first_key).min(end);
                             let (p, d_s) = (&mut p[..reach], &mut d_s[..reach]);
                             let (log_sum_exp, delta) = (log_sum_exp[row], delta[row]);
                             for_each_pair(p, d_s, |p, d_s| {
                                 *p = (*p * scale - log_sum_exp).exp();
                                 *d_s = *p * (*d_s - delta) * scale;
                             });
-                            p[visible..].fill(T::ZERO);
-                            d_s[visible..].fill(T::ZERO);
+                            for hidden in [0..start, end..reach] {
+                                p[hidden.clone()].fill(T::ZERO);
+                                d_s[hidden].fill(T::ZERO);
+                            }
                         }
                         // [queries,D] = [queries,keys] [keys,D]
                         let to_queries = TileProduct {
@@ -390,9 +432,10 @@ vectorised! {
                             let at = b * sequence + first + row;
                             // The one slice of d_qkv that is alive.
                             let to = unsafe { d_qkv.row(at, layout.q(head), d) };
-                            match first_key {
-                                0 => to.copy_from_slice(d_q),
-                                _ => for_each_pair(to, d_q, |to, d_q| *to += *d_q),
+                            if first_key == first_tile {
+                                to.copy_from_slice(d_q);
+                            } else {
+                                for_each_pair(to, d_q, |to, d_q| *to += *d_q);
                             }
                         }
                     }

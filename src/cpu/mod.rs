@@ -30,7 +30,7 @@ use crate::backend::{
 };
 use crate::error::Result;
 use crate::host_memory;
-use crate::tensor::{BufferId, Kind, View};
+use crate::tensor::{BufferId, Kind, Shape, View};
 
 #[derive(Default)]
 pub struct Cpu<T> {
@@ -60,6 +60,11 @@ impl<T: Float> Cpu<T> {
 fn same_type<T: Float>(values: &[T]) -> Option<&[f32]> {
     let same = std::any::TypeId::of::<T>() == std::any::TypeId::of::<f32>();
     same.then(|| bytemuck::cast_slice(values))
+}
+
+/// No indices, where `view` begins.
+fn nothing_at(view: View) -> View {
+    View { kind: Kind::Index, shape: Shape::new(&[0]), ..view }
 }
 
 /// The program, its threads, and a tokenizer and text of the size of the bundled ones.
@@ -303,11 +308,15 @@ impl<T: Float> Backend for Cpu<T> {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
     ) -> Result<()> {
-        let ([out, log_sum_exp], [qkv]) = self.memory.borrow::<T, 2, 1>([out, log_sum_exp], [qkv]);
-        attention::forward(spec, qkv, out, log_sum_exp);
+        let starts = document_starts.unwrap_or(nothing_at(qkv));
+        let ([out, log_sum_exp], [qkv], [starts]) =
+            self.memory.borrow_with_index::<T, 2, 1, 1>([out, log_sum_exp], [qkv], [starts]);
+        let documents = attention::Documents(document_starts.map(|_| starts));
+        attention::forward(spec, qkv, documents, out, log_sum_exp);
         Ok(())
     }
 
@@ -315,17 +324,24 @@ impl<T: Float> Backend for Cpu<T> {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
         d_out: View,
         delta: View,
         d_qkv: View,
     ) -> Result<()> {
-        let ([delta, d_qkv], [qkv, out, log_sum_exp, d_out]) =
-            self.memory.borrow::<T, 2, 4>([delta, d_qkv], [qkv, out, log_sum_exp, d_out]);
+        let starts = document_starts.unwrap_or(nothing_at(qkv));
+        let ([delta, d_qkv], [qkv, out, log_sum_exp, d_out], [starts]) =
+            self.memory.borrow_with_index::<T, 2, 4, 1>(
+                [delta, d_qkv],
+                [qkv, out, log_sum_exp, d_out],
+                [starts],
+            );
+        let documents = attention::Documents(document_starts.map(|_| starts));
         attention::backward(
             spec,
-            attention::Backward { qkv, out, log_sum_exp, d_out, delta, d_qkv },
+            attention::Backward { qkv, documents, out, log_sum_exp, d_out, delta, d_qkv },
         );
         Ok(())
     }

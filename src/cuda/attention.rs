@@ -67,10 +67,18 @@ struct Tiled {
 pub struct Attention {
     device: &'static str,
     heads: HeadSpec,
+    /// Of rows that are one document each.
+    whole: Kernels,
+    /// Of rows whose tokens see their own document alone.
+    documents: Kernels,
+    decode: KernelId,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Kernels {
     forward: Tiled,
     backward_q: Tiled,
     backward_kv: Tiled,
-    decode: KernelId,
 }
 
 impl Attention {
@@ -104,55 +112,68 @@ impl Attention {
                 "choose a smaller model.hidden".to_string(),
             ));
         }
-        let mut tiled = |name: &str, rows: usize, shared_bytes: usize| -> Result<Tiled> {
-            let kernel = driver.kernel(&format!("attention_{name}_{dtype}_{head_dim}"))?;
-            Ok(Tiled { kernel, rows, shared_bytes: shared_bytes as u32 })
-        };
-        let [forward, backward_q, backward_kv] = match dtype {
-            Dtype::Bf16 => {
-                let tile = |rows: usize| rows * head_dim * 2;
-                let statistics = 2 * variant.backward_queries * 4;
-                let own_tiles = 2 * tile(BACKWARD_ROWS);
-                let of_keys = own_tiles + 2 * 2 * tile(variant.backward_keys);
-                let of_queries = own_tiles + 2 * (2 * tile(variant.backward_queries) + statistics);
-                let forward = tile(FORWARD_QUERIES) + FORWARD_RING * tile(variant.forward_keys);
-                [
-                    tiled("forward", FORWARD_QUERIES, forward)?,
-                    tiled("backward_q", BACKWARD_ROWS, of_keys)?,
-                    tiled("backward_kv", BACKWARD_ROWS, of_queries)?,
-                ]
+        let [whole, documents] = ["", "documents_"].map(|of| {
+            let mut tiled = |name: &str, rows: usize, shared_bytes: usize| -> Result<Tiled> {
+                let kernel = driver.kernel(&format!("attention_{name}_{of}{dtype}_{head_dim}"))?;
+                Ok(Tiled { kernel, rows, shared_bytes: shared_bytes as u32 })
+            };
+            match dtype {
+                Dtype::Bf16 => {
+                    let tile = |rows: usize| rows * head_dim * 2;
+                    let queries = variant.backward_queries;
+                    let statistics = 2 * queries * 4;
+                    let own_tiles = 2 * tile(BACKWARD_ROWS);
+                    let of_keys = own_tiles + 2 * 2 * tile(variant.backward_keys);
+                    let of_queries = own_tiles + 2 * (2 * tile(queries) + statistics);
+                    let forward = tile(FORWARD_QUERIES) + FORWARD_RING * tile(variant.forward_keys);
+                    Ok(Kernels {
+                        forward: tiled("forward", FORWARD_QUERIES, forward)?,
+                        backward_q: tiled("backward_q", BACKWARD_ROWS, of_keys)?,
+                        backward_kv: tiled("backward_kv", BACKWARD_ROWS, of_queries)?,
+                    })
+                }
+                Dtype::F32 => {
+                    let tile = F32_ROWS * (head_dim + F32_PADDING) * 4;
+                    let exchange = F32_ROWS * (F32_ROWS + F32_PADDING) * 4;
+                    Ok(Kernels {
+                        forward: tiled("forward", F32_ROWS, 3 * tile + exchange)?,
+                        backward_q: tiled("backward_q", F32_ROWS, 4 * tile + exchange)?,
+                        backward_kv: tiled("backward_kv", F32_ROWS, 4 * tile + exchange)?,
+                    })
+                }
             }
-            Dtype::F32 => {
-                let tile = F32_ROWS * (head_dim + F32_PADDING) * 4;
-                let exchange = F32_ROWS * (F32_ROWS + F32_PADDING) * 4;
-                [
-                    tiled("forward", F32_ROWS, 3 * tile + exchange)?,
-                    tiled("backward_q", F32_ROWS, 4 * tile + exchange)?,
-                    tiled("backward_kv", F32_ROWS, 4 * tile + exchange)?,
-                ]
-            }
-        };
+        });
         let decode = driver.kernel(&format!("attention_decode_{dtype}_{head_dim}"))?;
-        Ok(Attention { device, heads, forward, backward_q, backward_kv, decode })
+        Ok(Attention { device, heads, whole: whole?, documents: documents?, decode })
     }
 
-    /// qkv [T,(H+2K)D] -> out [T,HD], log_sum_exp [B,H,S] f32, with T = B S.
+    fn kernels(&self, document_starts: Option<DevicePointer>) -> Kernels {
+        if document_starts.is_some() { self.documents } else { self.whole }
+    }
+
+    /// qkv [T,(H+2K)D] -> out [T,HD], log_sum_exp [B,H,S] f32, with T = B S. document_starts [T]
+    /// i32, where a row holds several documents: as the backend's contract says, which nobody
+    /// checks here.
     ///
     /// Errors: other heads than these kernels', sizes that they cannot count, matrices that do not
     /// begin at a multiple of 16 bytes; whatever the driver finds wrong.
+    #[allow(clippy::too_many_arguments)]
     pub fn forward(
         &self,
         driver: &mut dyn Driver,
         stream: StreamId,
         spec: AttentionSpec,
         qkv: DevicePointer,
+        document_starts: Option<DevicePointer>,
         out: DevicePointer,
         log_sum_exp: DevicePointer,
     ) -> Result<()> {
         let Some(sizes) = self.check(spec)? else { return Ok(()) };
         self.check_alignment(&[("qkv", qkv), ("out", out)])?;
-        let arguments = Arguments::new().with(qkv).with(out).with(log_sum_exp);
-        self.launch(driver, stream, self.forward, self.heads.heads, sizes, arguments)
+        let starts = document_starts.unwrap_or(DevicePointer::NULL);
+        let arguments = Arguments::new().with(qkv).with(starts).with(out).with(log_sum_exp);
+        let kernel = self.kernels(document_starts).forward;
+        self.launch(driver, stream, kernel, self.heads.heads, sizes, arguments)
     }
 
     /// d_qkv [T,(H+2K)D], all of it, from what forward read and wrote and d_out [T,HD]. delta
@@ -166,6 +187,7 @@ impl Attention {
         stream: StreamId,
         spec: AttentionSpec,
         qkv: DevicePointer,
+        document_starts: Option<DevicePointer>,
         out: DevicePointer,
         log_sum_exp: DevicePointer,
         d_out: DevicePointer,
@@ -174,18 +196,26 @@ impl Attention {
     ) -> Result<()> {
         let Some(sizes) = self.check(spec)? else { return Ok(()) };
         self.check_alignment(&[("qkv", qkv), ("out", out), ("d_out", d_out), ("d_qkv", d_qkv)])?;
+        let Kernels { backward_q, backward_kv, .. } = self.kernels(document_starts);
+        let starts = document_starts.unwrap_or(DevicePointer::NULL);
         // First, because it makes the other one's delta.
         let arguments = Arguments::new()
             .with(qkv)
+            .with(starts)
             .with(out)
             .with(log_sum_exp)
             .with(d_out)
             .with(delta)
             .with(d_qkv);
-        self.launch(driver, stream, self.backward_q, self.heads.heads, sizes, arguments)?;
-        let arguments =
-            Arguments::new().with(qkv).with(log_sum_exp).with(d_out).with(delta).with(d_qkv);
-        self.launch(driver, stream, self.backward_kv, self.heads.kv_heads, sizes, arguments)
+        self.launch(driver, stream, backward_q, self.heads.heads, sizes, arguments)?;
+        let arguments = Arguments::new()
+            .with(qkv)
+            .with(starts)
+            .with(log_sum_exp)
+            .with(d_out)
+            .with(delta)
+            .with(d_qkv);
+        self.launch(driver, stream, backward_kv, self.heads.kv_heads, sizes, arguments)
     }
 
     /// Writes k and v of qkv [`tokens`,(H+2K)D] to rows `positions` (i32, ascending by 1, on the

@@ -584,18 +584,21 @@ impl Backend for Cuda {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
     ) -> Result<()> {
         let [qkv, out, log_sum_exp] = [qkv, out, log_sum_exp].map(|view| self.address(view));
+        let starts = document_starts.map(|view| self.address(view));
         let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
-        attention.forward(driver, STREAM, spec, qkv, out, log_sum_exp)
+        attention.forward(driver, STREAM, spec, qkv, starts, out, log_sum_exp)
     }
 
     fn attention_backward(
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
         d_out: View,
@@ -604,8 +607,9 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
         let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
+        let starts = document_starts.map(|view| self.address(view));
         let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
-        attention.backward(driver, STREAM, spec, qkv, out, log_sum_exp, d_out, delta, d_qkv)
+        attention.backward(driver, STREAM, spec, qkv, starts, out, log_sum_exp, d_out, delta, d_qkv)
     }
 
     fn cached_attention_forward(

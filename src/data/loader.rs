@@ -22,6 +22,9 @@ pub struct Batch {
     pub tokens: Vec<i32>,
     /// `[B,S]`, `IGNORE_INDEX` where nothing is predicted.
     pub targets: Vec<i32>,
+    /// `[B,S]` where each token's document begins in its row, if tokens attend to their own
+    /// document alone.
+    pub document_starts: Option<Vec<i32>>,
     /// Targets that are predicted.
     pub predicted: usize,
     /// Rows handed out before this batch.
@@ -29,11 +32,18 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch in which nothing is predicted; every token is `pad`.
-    pub(crate) fn padding(rows: usize, sequence: usize, pad: i32, first_row: u64) -> Self {
+    /// A batch in which nothing is predicted; every token is `pad`, and with `documents` every row
+    /// one document.
+    pub(crate) fn padding(
+        [rows, sequence]: [usize; 2],
+        documents: bool,
+        pad: i32,
+        first_row: u64,
+    ) -> Self {
         Batch {
             tokens: vec![pad; rows * sequence],
             targets: vec![IGNORE_INDEX; rows * sequence],
+            document_starts: documents.then(|| vec![0; rows * sequence]),
             predicted: 0,
             first_row,
         }
@@ -52,12 +62,24 @@ impl Batch {
         }
         self.predicted += predicted;
     }
+
+    /// Row `row` begins with tokens whose documents begin at `starts`; what follows is padding, a
+    /// document of its own.
+    pub(crate) fn fill_starts(&mut self, row: usize, sequence: usize, starts: &[i32]) {
+        if let Some(all) = &mut self.document_starts {
+            let row = &mut all[row * sequence..][..sequence];
+            row[..starts.len()].copy_from_slice(starts);
+            row[starts.len()..].fill(starts.len() as i32);
+        }
+    }
 }
 
 /// How rows are made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LoaderOptions {
     pub rows: Rows,
+    /// Whether batches say where documents begin in their rows.
+    pub documents: bool,
     /// S: tokens in a row.
     pub sequence: usize,
     /// B: rows in a batch.
@@ -87,6 +109,7 @@ pub struct Loader {
     order: Permutation,
     epoch: u64,
     stream: Vec<u32>,
+    starts: Vec<i32>,
 }
 
 impl Loader {
@@ -119,6 +142,7 @@ impl Loader {
             order: Permutation::new(rows_per_epoch, options.seed, 0),
             epoch: 0,
             stream: vec![],
+            starts: vec![],
         })
     }
 
@@ -156,9 +180,10 @@ impl Loader {
     ///
     /// Errors: a damaged shard. The state is then as it was before the call.
     pub fn next_batch(&mut self) -> Result<Batch> {
-        let LoaderOptions { sequence, micro_batch, .. } = self.options;
+        let LoaderOptions { sequence, micro_batch, documents, .. } = self.options;
         let pad = self.source.end_of_text().unwrap_or(0) as i32;
-        let mut batch = Batch::padding(micro_batch, sequence, pad, self.state.row);
+        let size = [micro_batch, sequence];
+        let mut batch = Batch::padding(size, documents, pad, self.state.row);
         for row in 0..micro_batch {
             let index = self.row_at(self.state.row + row as u64);
             let range = match self.options.rows {
@@ -172,8 +197,14 @@ impl Loader {
                 }
             };
             self.stream.clear();
-            self.source.read(range, &mut self.stream)?;
+            self.source.read(range.clone(), &mut self.stream)?;
             batch.fill(row, sequence, &self.stream);
+            if documents {
+                self.starts.clear();
+                let read = range.start..range.end.min(range.start + sequence as u64);
+                self.source.document_starts(read, &mut self.starts)?;
+                batch.fill_starts(row, sequence, &self.starts);
+            }
         }
         self.state.row += micro_batch as u64;
         Ok(batch)

@@ -238,6 +238,25 @@ impl TokenSource {
         Ok(())
     }
 
+    /// Appends for each token of `range` where its document begins in the range: 0 if it begins at
+    /// or before the first token.
+    ///
+    /// Errors: a damaged shard. Panics if `range` is not within `0..tokens()`.
+    pub fn document_starts(&self, range: Range<u64>, out: &mut Vec<i32>) -> Result<()> {
+        assert!(range.start <= range.end && range.end <= self.tokens);
+        let Some(mut index) = self.document_of(range.start)? else { return Ok(()) };
+        let mut at = range.start;
+        while at < range.end {
+            let document = self.document(index)?;
+            let start = document.start.saturating_sub(range.start) as i32;
+            let end = document.end.min(range.end);
+            out.extend(std::iter::repeat_n(start, (end - at) as usize));
+            at = end;
+            index += 1;
+        }
+        Ok(())
+    }
+
     /// Tokens of document `index` of the stream.
     ///
     /// Errors: a damaged shard. Panics if there are not so many.

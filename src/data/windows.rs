@@ -12,6 +12,7 @@ pub struct Windows<'a> {
     source: &'a TokenSource,
     sequence: usize,
     micro_batch: usize,
+    documents: bool,
     /// Tokens that may be predicted.
     predicted: u64,
     next: u64,
@@ -42,7 +43,12 @@ impl<'a> Windows<'a> {
         }
         let all = source.tokens() - 1;
         let predicted = if most_tokens == 0 { all } else { all.min(most_tokens) };
-        Ok(Windows { source, sequence, micro_batch, predicted, next: 0 })
+        Ok(Windows { source, sequence, micro_batch, documents: false, predicted, next: 0 })
+    }
+
+    /// Batches that say where documents begin in their windows, if `documents`.
+    pub fn of_documents(self, documents: bool) -> Self {
+        Windows { documents, ..self }
     }
 
     /// Targets over all batches.
@@ -70,20 +76,28 @@ impl Iterator for Windows<'_> {
             return None;
         }
         let pad = self.source.end_of_text().unwrap_or(0) as i32;
-        let mut batch = Batch::padding(self.micro_batch, self.sequence, pad, self.next);
+        let size = [self.micro_batch, self.sequence];
+        let mut batch = Batch::padding(size, self.documents, pad, self.next);
         let mut stream = Vec::with_capacity(self.sequence + 1);
+        let mut starts = vec![];
         for row in 0..self.micro_batch {
             let start = (self.next + row as u64) * sequence;
             if start >= self.predicted {
                 break;
             }
             stream.clear();
-            let end = (start + sequence).min(self.predicted) + 1;
-            if let Err(error) = self.source.read(start..end, &mut stream) {
+            starts.clear();
+            let end = (start + sequence).min(self.predicted);
+            let mut read = self.source.read(start..end + 1, &mut stream);
+            if self.documents {
+                read = read.and_then(|()| self.source.document_starts(start..end, &mut starts));
+            }
+            if let Err(error) = read {
                 self.next = u64::MAX / sequence; // ends the iteration
                 return Some(Err(error));
             }
             batch.fill(row, self.sequence, &stream);
+            batch.fill_starts(row, self.sequence, &starts);
         }
         self.next += self.micro_batch as u64;
         Some(Ok(batch))

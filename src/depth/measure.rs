@@ -371,7 +371,7 @@ impl<'a, B: Backend, F: FnMut(u64, u64)> Session<'a, B, F> {
 
     /// Losses that are finite; else the place where the stream first is not.
     fn forward(&mut self, batch: &Batch) -> Result<Vec<f32>> {
-        let rows = Rows { tokens: &batch.tokens, targets: &batch.targets };
+        let rows = Rows::new(&batch.tokens, &batch.targets);
         let losses = self.layerwise.forward(rows)?.to_vec();
         if losses.iter().all(|loss| loss.is_finite()) {
             return Ok(losses);

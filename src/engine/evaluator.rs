@@ -28,7 +28,8 @@ impl<B: Backend> Evaluator<B> {
     ) -> Result<Self> {
         let purpose = Purpose::Inference;
         let bytes = |kind| backend.element_bytes(kind);
-        let program = LossProgram::new(config, table, [batch, sequence], 0.0, purpose, bytes)?;
+        let size = [batch, sequence];
+        let program = LossProgram::new(config, table, size, false, 0.0, purpose, bytes)?;
         let flat_bytes = Parameters::bytes(table, bytes);
         check_available(
             &[("parameters", flat_bytes), ("activations", program.arena_bytes())],

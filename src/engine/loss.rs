@@ -1,7 +1,7 @@
 //! The program that computes the loss of [B,S] tokens, and in training its gradient.
 
 use super::Rows;
-use super::batches::MicroBatch;
+use super::batches::{MicroBatch, check_no_documents, stage_starts};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -34,6 +34,7 @@ pub(super) struct LossInputs {
     targets: ValueId,
     scale: ValueId,
     rotary: RotaryInputs,
+    document_starts: Option<ValueId>,
     losses: ValueId,
     batch: usize,
     sequence: usize,
@@ -46,16 +47,25 @@ impl LossProgram {
         config: &ModelConfig,
         table: &ParameterTable,
         [batch, sequence]: [usize; 2],
+        documents: bool,
         z_loss: f64,
         purpose: Purpose,
         element_bytes: impl Fn(Kind) -> usize,
     ) -> Result<Self> {
         let logits = held_logits(&element_bytes);
-        let LossTape { tape, tokens, targets, scale, rotary, losses } =
-            record_loss(config, table, batch, sequence, z_loss, logits)?;
-        let classes = config.vocab;
-        let inputs =
-            LossInputs { tokens, targets, scale, rotary, losses, batch, sequence, classes };
+        let LossTape { tape, tokens, targets, scale, rotary, document_starts, losses } =
+            record_loss(config, table, batch, sequence, documents, z_loss, logits)?;
+        let inputs = LossInputs {
+            tokens,
+            targets,
+            scale,
+            rotary,
+            document_starts,
+            losses,
+            batch,
+            sequence,
+            classes: config.vocab,
+        };
         let program = Program::new(tape, purpose, &[losses], element_bytes)?;
         Ok(LossProgram { program, inputs })
     }
@@ -119,6 +129,9 @@ impl BoundLoss {
     ) -> Result<()> {
         backend.copy(micro_batch.tokens, self.program.view(self.inputs.tokens))?;
         backend.copy(micro_batch.targets, self.program.view(self.inputs.targets))?;
+        if let (Some(from), Some(to)) = (micro_batch.document_starts, self.inputs.document_starts) {
+            backend.copy(from, self.program.view(to))?;
+        }
         self.program.run(backend)?;
         backend.copy(self.losses(), micro_batch.losses)
     }
@@ -128,9 +141,10 @@ impl BoundLoss {
         backend.write(self.program.view(self.inputs.scale), &[scale])
     }
 
-    /// V: token ids that the model has.
-    pub(super) fn classes(&self) -> usize {
-        self.inputs.classes
+    /// Refuses rows that the model cannot read.
+    pub(super) fn check(&self, rows: &Rows) -> Result<()> {
+        rows.check_documents(self.inputs.sequence)?;
+        rows.check(self.inputs.classes)
     }
 
     /// Runs one micro-batch and reads its losses; there is no gradient to scale.
@@ -140,9 +154,17 @@ impl BoundLoss {
         losses: &mut [f32],
         backend: &mut impl Backend,
     ) -> Result<()> {
-        rows.check(self.inputs.classes)?;
+        self.check(&rows)?;
         backend.write_index(self.program.view(self.inputs.tokens), rows.tokens)?;
         backend.write_index(self.program.view(self.inputs.targets), rows.targets)?;
+        match self.inputs.document_starts {
+            None => check_no_documents(&rows)?,
+            Some(to) => {
+                let mut starts = Vec::with_capacity(rows.tokens.len());
+                stage_starts(&rows, &mut starts);
+                backend.write_index(self.program.view(to), &starts)?;
+            }
+        }
         self.program.run(backend)?;
         backend.read(self.losses(), losses)
     }

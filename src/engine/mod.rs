@@ -29,9 +29,17 @@ use crate::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
 pub struct Rows<'a> {
     pub tokens: &'a [i32],
     pub targets: &'a [i32],
+    /// Where the document of each token begins in its row, for programs whose tokens attend to
+    /// their own document alone; `None`: every row is one document.
+    pub document_starts: Option<&'a [i32]>,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    /// Rows of one document each.
+    pub fn new(tokens: &'a [i32], targets: &'a [i32]) -> Self {
+        Rows { tokens, targets, document_starts: None }
+    }
+
     /// Number of targets that are tokens.
     pub fn predicted(&self) -> usize {
         self.targets.iter().filter(|&&target| target != IGNORE_INDEX).count()
@@ -39,6 +47,32 @@ impl Rows<'_> {
 }
 
 impl Rows<'_> {
+    /// Refuses documents that are none in rows of `sequence` tokens.
+    fn check_documents(&self, sequence: usize) -> Result<()> {
+        if let Some(starts) = self.document_starts.filter(|it| it.len() != self.tokens.len()) {
+            return Err(Error::Usage {
+                what: format!("{} document starts for {} tokens", starts.len(), self.tokens.len()),
+                remedy: "give one for each token".to_string(),
+            });
+        }
+        for (row, starts) in self.document_starts.unwrap_or(&[]).chunks(sequence).enumerate() {
+            let follows =
+                |at: usize| (starts[at.saturating_sub(1)]..=at as i32).contains(&starts[at]);
+            if let Some(at) = (0..starts.len()).find(|&at| starts[at] < 0 || !follows(at)) {
+                return Err(Error::Usage {
+                    what: format!(
+                        "row {row}: the document of token {at} is said to begin at {}",
+                        starts[at]
+                    ),
+                    remedy: "give starts that do not descend along a row and lie at or before \
+                             their token"
+                        .to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses ids that a model of `vocab` tokens does not have.
     fn check(&self, vocab: usize) -> Result<()> {
         let known = |&&id: &&i32| (0..vocab as i64).contains(&(id as i64));

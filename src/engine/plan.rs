@@ -79,8 +79,10 @@ impl Plan {
         let table = ParameterTable::new(&config.model);
         let (batch, sequence) = (config.train.micro_batch, config.data.sequence);
         let size = [batch, sequence];
+        let documents = config.data.packs_documents();
         let program = |purpose, z_loss| {
-            LossProgram::new(&config.model, &table, size, z_loss, purpose, &element_bytes)
+            let (model, bytes) = (&config.model, &element_bytes);
+            LossProgram::new(model, &table, size, documents, z_loss, purpose, bytes)
         };
         let training =
             program(Purpose::Training { recompute: config.train.recompute }, config.train.z_loss)?;
@@ -90,8 +92,8 @@ impl Plan {
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
         let working_bytes = Parameters::working_bytes(&table, &element_bytes);
-        let batch_bytes =
-            Batches::bytes(config.train.grad_accumulation, batch * sequence, &element_bytes);
+        let (count, tokens) = (config.train.grad_accumulation, batch * sequence);
+        let batch_bytes = Batches::bytes(count, tokens, documents, &element_bytes);
         Ok(Plan {
             table,
             training,

@@ -78,7 +78,8 @@ impl<B: Backend> Trainer<B> {
         let training = training.bind(arena, external);
         let evaluation = evaluation.bind(arena, external);
         let tokens = config.train.micro_batch * config.data.sequence;
-        let batches = Batches::allocate(config.train.grad_accumulation, tokens, &mut backend)?;
+        let (count, documents) = (config.train.grad_accumulation, config.data.packs_documents());
+        let batches = Batches::allocate(count, tokens, documents, &mut backend)?;
         let losses = vec![0.0; tokens];
         training.prepare(&mut backend)?;
         evaluation.prepare(&mut backend)?;
@@ -168,7 +169,7 @@ impl<B: Backend> Trainer<B> {
         self.use_arena_for(Use::Training)?;
         let mut predicted = 0;
         for rows in micro_batches.clone() {
-            rows.check(self.training.classes())?;
+            self.training.check(&rows)?;
             predicted += rows.predicted();
         }
         let scale = 1.0 / predicted.max(1) as f32;

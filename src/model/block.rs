@@ -10,8 +10,8 @@ use crate::tensor::Kind;
 
 /// What the block's queries attend to.
 pub(crate) enum Attention {
-    /// Whole rows: [B,S] tokens at once.
-    Whole { rotary: RotaryInputs, batch: usize, sequence: usize },
+    /// Whole rows: [B,S] tokens at once; with `document_starts` [T], documents by themselves.
+    Whole { rotary: RotaryInputs, batch: usize, sequence: usize, document_starts: Option<ValueId> },
     /// One sequence, its past in a cache of `context` positions.
     Cached { rotary: RotaryInputs, context: usize },
 }
@@ -82,9 +82,10 @@ fn attend(
     let heads = heads(recorder.config);
     let tape = &mut recorder.tape;
     match *attention {
-        Attention::Whole { rotary, batch, sequence } => {
+        Attention::Whole { rotary, batch, sequence, document_starts } => {
+            // Rotated by the position in the row: scores depend on differences alone.
             tape.rotary(heads, rotary.table, rotary.positions, qkv)?;
-            tape.attention(AttentionSpec { heads, batch, sequence }, qkv)
+            tape.attention(AttentionSpec { heads, batch, sequence }, qkv, document_starts)
         }
         Attention::Cached { rotary, context } => {
             tape.rotary(heads, rotary.table, rotary.positions, qkv)?;

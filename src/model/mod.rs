@@ -26,6 +26,8 @@ pub struct LossTape {
     /// [1]; training differentiates scale * sum(losses)
     pub scale: ValueId,
     pub rotary: RotaryInputs,
+    /// [T] where each token's document begins in its row; `None`: at its beginning.
+    pub document_starts: Option<ValueId>,
     /// [T]
     pub losses: ValueId,
 }
@@ -154,13 +156,15 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// Records the loss of `batch` rows of `sequence` tokens; `logits`: see [`Tape::hold_logits`],
-/// `None` for the tape's own number.
+/// Records the loss of `batch` rows of `sequence` tokens, with `documents` such that tokens attend
+/// to their own document alone; `logits`: see [`Tape::hold_logits`], `None` for the tape's own
+/// number.
 pub fn record_loss(
     config: &ModelConfig,
     table: &ParameterTable,
     batch: usize,
     sequence: usize,
+    documents: bool,
     z_loss: f64,
     logits: Option<usize>,
 ) -> Result<LossTape> {
@@ -173,10 +177,11 @@ pub fn record_loss(
     let targets = recorder.tape.index_input("targets", &[t]);
     let scale = recorder.tape.input("loss scale", &[1]);
     let rotary = recorder.rotary_inputs(t, sequence);
-    let attention = block::Attention::Whole { rotary, batch, sequence };
+    let document_starts = documents.then(|| recorder.tape.index_input("document starts", &[t]));
+    let attention = block::Attention::Whole { rotary, batch, sequence, document_starts };
     let out = recorder.body(tokens, &attention)?;
     let losses = recorder.losses(out, targets, scale, z_loss)?;
-    Ok(LossTape { tape: recorder.tape, tokens, targets, scale, rotary, losses })
+    Ok(LossTape { tape: recorder.tape, tokens, targets, scale, rotary, document_starts, losses })
 }
 
 /// Records the logits of the next `tokens` tokens of a sequence of at most `context`.

@@ -64,7 +64,7 @@ pub fn record_block(
     let t = batch * sequence;
     let inp = recorder.tape.activation_input("residual stream", &[t, config.hidden]);
     let rotary = recorder.rotary_inputs(t, sequence);
-    let attention = block::Attention::Whole { rotary, batch, sequence };
+    let attention = block::Attention::Whole { rotary, batch, sequence, document_starts: None };
     let out = block::record(&mut recorder, layer, inp, &attention)?;
     Ok(BlockTape { tape: recorder.tape, inp, rotary, out })
 }

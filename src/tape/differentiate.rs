@@ -290,13 +290,14 @@ impl<'a> Pass<'a> {
                     d_qkv,
                 }));
             }
-            Op::Attention { spec, qkv, out, log_sum_exp } => {
+            Op::Attention { spec, qkv, document_starts, out, log_sum_exp } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let shape = self.values[log_sum_exp.0].shape;
                 let delta = self.push("attention delta", shape, Kind::Statistic);
                 self.written(qkv, |d_qkv| Gradient::Attention {
                     spec,
                     qkv: kept(qkv),
+                    document_starts,
                     out: kept(out),
                     log_sum_exp: kept(log_sum_exp),
                     d_out,

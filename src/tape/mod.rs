@@ -272,13 +272,21 @@ impl Tape {
         Ok(())
     }
 
-    /// qkv [T,(H+2K)D] -> [T,HD]
-    pub fn attention(&mut self, spec: AttentionSpec, qkv: ValueId) -> Result<ValueId> {
+    /// qkv [T,(H+2K)D], document_starts [T] where rows hold several documents -> [T,HD]
+    pub fn attention(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: ValueId,
+        document_starts: Option<ValueId>,
+    ) -> Result<ValueId> {
         let (b, s, heads) = (spec.batch, spec.sequence, spec.heads);
         self.check("attention", "qkv", qkv, &[b * s, heads.qkv_columns()])?;
+        if let Some(starts) = document_starts {
+            self.check("attention", "document starts", starts, &[b * s])?;
+        }
         let out = self.activation("attention", &[b * s, heads.heads * heads.head_dim]);
         let log_sum_exp = self.statistic("log-sum-exp", &[b, heads.heads, s]);
-        self.record(Op::Attention { spec, qkv, out, log_sum_exp });
+        self.record(Op::Attention { spec, qkv, document_starts, out, log_sum_exp });
         Ok(out)
     }
 

@@ -60,6 +60,7 @@ pub enum Op<H> {
     Attention {
         spec: AttentionSpec,
         qkv: H,
+        document_starts: Option<H>,
         out: H,
         log_sum_exp: H,
     },
@@ -134,6 +135,7 @@ pub enum Gradient<H> {
     Attention {
         spec: AttentionSpec,
         qkv: H,
+        document_starts: Option<H>,
         out: H,
         log_sum_exp: H,
         d_out: H,
@@ -234,9 +236,10 @@ impl<H: Copy> Op<H> {
                 positions: f(positions, Read),
                 qkv: f(qkv, Update),
             },
-            Op::Attention { spec, qkv, out, log_sum_exp } => Op::Attention {
+            Op::Attention { spec, qkv, document_starts, out, log_sum_exp } => Op::Attention {
                 spec,
                 qkv: f(qkv, Read),
+                document_starts: document_starts.map(|starts| f(starts, Read)),
                 out: f(out, Write),
                 log_sum_exp: f(log_sum_exp, Write),
             },
@@ -283,8 +286,8 @@ impl Op<View> {
             Op::Rotary { heads, table, positions, qkv } => {
                 backend.rotary_forward(heads, table, positions, qkv)
             }
-            Op::Attention { spec, qkv, out, log_sum_exp } => {
-                backend.attention_forward(spec, qkv, out, log_sum_exp)
+            Op::Attention { spec, qkv, document_starts, out, log_sum_exp } => {
+                backend.attention_forward(spec, qkv, document_starts, out, log_sum_exp)
             }
             Op::CachedAttention { heads, qkv, keys, values, positions, out } => {
                 backend.cached_attention_forward(heads, qkv, keys, values, positions, out)
@@ -343,17 +346,25 @@ impl<H: Copy> Gradient<H> {
                 positions: f(positions, Read),
                 d_qkv: f(d_qkv, Update),
             },
-            Gradient::Attention { spec, qkv, out, log_sum_exp, d_out, delta, d_qkv } => {
-                Gradient::Attention {
-                    spec,
-                    qkv: f(qkv, Read),
-                    out: f(out, Read),
-                    log_sum_exp: f(log_sum_exp, Read),
-                    d_out: f(d_out, Read),
-                    delta: f(delta, Write),
-                    d_qkv: f(d_qkv, Write),
-                }
-            }
+            Gradient::Attention {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                d_qkv,
+            } => Gradient::Attention {
+                spec,
+                qkv: f(qkv, Read),
+                document_starts: document_starts.map(|starts| f(starts, Read)),
+                out: f(out, Read),
+                log_sum_exp: f(log_sum_exp, Read),
+                d_out: f(d_out, Read),
+                delta: f(delta, Write),
+                d_qkv: f(d_qkv, Write),
+            },
             Gradient::SwiGlu { inp, d_out, d_inp } => Gradient::SwiGlu {
                 inp: f(inp, Read),
                 d_out: f(d_out, Read),
@@ -402,9 +413,25 @@ impl Gradient<View> {
             Gradient::Rotary { heads, table, positions, d_qkv } => {
                 backend.rotary_backward(heads, table, positions, d_qkv)
             }
-            Gradient::Attention { spec, qkv, out, log_sum_exp, d_out, delta, d_qkv } => {
-                backend.attention_backward(spec, qkv, out, log_sum_exp, d_out, delta, d_qkv)
-            }
+            Gradient::Attention {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                d_qkv,
+            } => backend.attention_backward(
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                d_qkv,
+            ),
             Gradient::SwiGlu { inp, d_out, d_inp } => backend.swiglu_backward(inp, d_out, d_inp),
             Gradient::CrossEntropy {
                 spec,

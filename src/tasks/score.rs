@@ -89,7 +89,7 @@ pub fn score(
             let first = inputs - scored;
             targets[start + first..start + inputs].copy_from_slice(&read[first + 1..]);
         }
-        let found = losses(Rows { tokens: &tokens, targets: &targets })?;
+        let found = losses(Rows::new(&tokens, &targets))?;
         for (row, candidate) in chunk.iter().enumerate() {
             let end = row * sequence + candidate.tokens.len() - 1;
             let scored = &found[end - candidate.scored..end];

@@ -182,6 +182,7 @@ fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) {
 fn loader_options(config: &Config) -> LoaderOptions {
     LoaderOptions {
         rows: config.data.rows,
+        documents: config.data.packs_documents(),
         sequence: config.data.sequence,
         micro_batch: config.train.micro_batch,
         seed: config.seed,
@@ -267,7 +268,7 @@ fn restore<B: Backend>(
 /// Refuses to continue with another model, or with rows formed in another way.
 fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
     let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
-    let tables = [("model", None), ("data", Some("rows"))];
+    let tables = [("model", None), ("data", Some("rows")), ("data", Some("attention"))];
     for (table, only) in tables {
         let Some(values) = now[table].as_object() else { continue };
         for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
@@ -414,7 +415,7 @@ impl<B: Backend> Session<B> {
         let count = self.config.train.grad_accumulation;
         let batches: Vec<Batch> =
             (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
-        let rows = batches.iter().map(|b| Rows { tokens: &b.tokens, targets: &b.targets });
+        let rows = batches.iter().map(rows);
         let outcome = self.trainer.accumulate(rows)?;
         let first_row = batches.first().map_or(0, |batch| batch.first_row);
         let rows = (count * self.config.train.micro_batch) as u64;
@@ -441,7 +442,8 @@ impl<B: Backend> Session<B> {
     fn evaluate(&mut self, most_tokens: u64) -> Result<Option<Evaluation>> {
         let (config, source) = (&self.config, &self.corpus.valid);
         let windows =
-            Windows::new(source, config.data.sequence, config.train.micro_batch, most_tokens)?;
+            Windows::new(source, config.data.sequence, config.train.micro_batch, most_tokens)?
+                .of_documents(config.data.packs_documents());
         let text_bytes = match windows.text_bytes() {
             Some(bytes) => bytes,
             None => predicted_bytes(source, windows.predicted_tokens(), &self.corpus.tokenizer)?,
@@ -452,8 +454,7 @@ impl<B: Backend> Session<B> {
                 return Ok(None);
             }
             let batch = batch?;
-            let rows = Rows { tokens: &batch.tokens, targets: &batch.targets };
-            let (losses, count) = self.trainer.evaluate(rows)?;
+            let (losses, count) = self.trainer.evaluate(rows(&batch))?;
             sum += losses;
             predicted += count;
         }
@@ -517,6 +518,12 @@ impl<B: Backend> Session<B> {
         self.saved = Some((self.state.step, folder.clone()));
         Ok(folder)
     }
+}
+
+/// A batch as the engine reads it.
+fn rows(batch: &Batch) -> Rows<'_> {
+    let Batch { tokens, targets, document_starts, .. } = batch;
+    Rows { tokens, targets, document_starts: document_starts.as_deref() }
 }
 
 /// Bytes of text behind the first `predicted` predictions of a source.

@@ -59,15 +59,43 @@ impl Case {
     fn inputs(self) -> Inputs {
         Inputs {
             qkv: self.draw(1, self.spec.heads.qkv_columns()),
+            document_starts: None,
             d_out: self.draw(2, self.out_columns()),
         }
+    }
+
+    /// As [`Case::inputs`]; each row is documents of these lengths, and the rest of it one more.
+    /// Every other row has them in the opposite order.
+    fn packed(self, lengths: &[usize]) -> Inputs {
+        let AttentionSpec { batch, sequence, .. } = self.spec;
+        let rows = (0..batch).flat_map(|row| {
+            let mut lengths = lengths.to_vec();
+            lengths.push(sequence - lengths.iter().sum::<usize>());
+            if row % 2 == 1 {
+                lengths.reverse();
+            }
+            let mut start = 0;
+            let starts = lengths.into_iter().flat_map(move |length| {
+                start += length;
+                std::iter::repeat_n((start - length) as i32, length)
+            });
+            starts.collect::<Vec<i32>>()
+        });
+        Inputs { document_starts: Some(rows.collect()), ..self.inputs() }
     }
 }
 
 /// What goes in, representable in the case's type.
 struct Inputs {
-    qkv: Vec<f64>,   // [T,(H+2K)D]
-    d_out: Vec<f64>, // [T,HD]
+    qkv: Vec<f64>,                     // [T,(H+2K)D]
+    document_starts: Option<Vec<i32>>, // [T]
+    d_out: Vec<f64>,                   // [T,HD]
+}
+
+impl Inputs {
+    fn start(&self, token: usize) -> usize {
+        self.document_starts.as_ref().map_or(0, |starts| starts[token] as usize)
+    }
 }
 
 #[derive(Default)]
@@ -101,19 +129,25 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
     let Case { dtype, spec } = case;
     let attention = Attention::new(driver, dtype, spec.heads).unwrap();
     let qkv = upload(driver, "qkv", dtype, &inputs.qkv);
+    let starts = inputs.document_starts.as_ref();
+    let starts = starts.map(|starts| driver.upload("document starts", starts).unwrap());
     let d_out = upload(driver, "d_out", dtype, &inputs.d_out);
     let out = unwritten(driver, "out", dtype, inputs.d_out.len());
     let d_qkv = unwritten(driver, "d_qkv", dtype, inputs.qkv.len());
     let log_sum_exp = unwritten(driver, "log_sum_exp", Dtype::F32, case.statistics());
     let delta = unwritten(driver, "delta", Dtype::F32, case.statistics());
     let main = StreamId::MAIN;
-    attention.forward(driver, main, spec, qkv.address, out.address, log_sum_exp.address).unwrap();
+    let document_starts = starts.map(|it| it.address);
+    attention
+        .forward(driver, main, spec, qkv.address, document_starts, out.address, log_sum_exp.address)
+        .unwrap();
     attention
         .backward(
             driver,
             main,
             spec,
             qkv.address,
+            document_starts,
             out.address,
             log_sum_exp.address,
             d_out.address,
@@ -127,7 +161,7 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
         delta: download(driver, Dtype::F32, delta),
         d_qkv: download(driver, dtype, d_qkv),
     };
-    for buffer in [qkv, d_out, out, d_qkv, log_sum_exp, delta] {
+    for buffer in [qkv, d_out, out, d_qkv, log_sum_exp, delta].into_iter().chain(starts) {
         driver.release(buffer).unwrap();
     }
     outputs
@@ -147,8 +181,9 @@ fn exact(case: Case, inputs: &Inputs) -> Outputs {
     let statistics = [spec.batch, spec.heads.heads, spec.sequence];
     let log_sum_exp = filled(cpu, &statistics, &[]);
     let delta = filled(cpu, &statistics, &[]);
-    cpu.attention_forward(spec, qkv, out, log_sum_exp).unwrap();
-    cpu.attention_backward(spec, qkv, out, log_sum_exp, d_out, delta, d_qkv).unwrap();
+    let starts = inputs.document_starts.as_ref().map(|starts| filled_index(cpu, starts));
+    cpu.attention_forward(spec, qkv, starts, out, log_sum_exp).unwrap();
+    cpu.attention_backward(spec, qkv, starts, out, log_sum_exp, d_out, delta, d_qkv).unwrap();
     let mut values = |view: View| cpu.values(view).to_vec();
     Outputs {
         out: values(out),
@@ -192,12 +227,13 @@ fn plain(case: Case, inputs: &Inputs) -> Outputs {
                 let begin = (b * sequence + query) * out_columns + q_column(heads, head);
                 let in_out = begin..begin + d;
                 let q_row = &qkv[q(query)];
+                let start = inputs.start(b * sequence + query);
                 let scores: Vec<f32> =
-                    (0..=query).map(|key| dot(q_row, &qkv[k(key)]) * scale).collect();
+                    (start..=query).map(|key| dot(q_row, &qkv[k(key)]) * scale).collect();
                 let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let total: f32 = scores.iter().map(|score| (score - most).exp()).sum();
                 let mut row = vec![0.0; d];
-                for (key, score) in scores.iter().enumerate() {
+                for (key, score) in (start..).zip(&scores) {
                     add_scaled(&mut row, stored((score - most).exp()), &qkv[v(key)]);
                 }
                 row.iter_mut().for_each(|value| *value = stored(*value / total));
@@ -208,7 +244,7 @@ fn plain(case: Case, inputs: &Inputs) -> Outputs {
                 let products = row.iter().zip(d_row).rev();
                 let delta = products.map(|(out, d_out)| out * d_out).sum::<f32>();
                 let mut d_q = vec![0.0; d];
-                for (key, score) in scores.iter().enumerate() {
+                for (key, score) in (start..).zip(&scores) {
                     let p = (score - log_sum_exp).exp();
                     let d_s = stored(p * (dot(d_row, &qkv[v(key)]) - delta));
                     add_scaled(&mut d_q, d_s * scale, &qkv[k(key)]);
@@ -305,6 +341,86 @@ fn f32_of_every_head_dim() {
     every_case(Dtype::F32);
 }
 
+/// Documents that begin on tiles' and warps' borders and beside them, of one token too, longer and
+/// shorter than a tile, and some that end rows that no tile divides.
+fn packed_cases(dtype: Dtype) -> Vec<Check> {
+    let cut: [(usize, &[usize]); HEAD_DIMS.len()] = match dtype {
+        Dtype::Bf16 => [
+            (129, &[1, 63, 64]),
+            (200, &[16, 1, 1, 77, 33]),
+            (161, &[100, 28]),
+            (97, &[31, 33, 32]),
+            (81, &[32, 1, 15, 32]),
+        ],
+        Dtype::F32 => [
+            (65, &[1, 31, 32]),
+            (70, &[33, 1, 1, 30]),
+            (63, &[7, 55]),
+            (64, &[32]),
+            (34, &[15, 1, 17]),
+        ],
+    };
+    let mut checks = vec![];
+    for (head_dim, (sequence, lengths)) in HEAD_DIMS.into_iter().zip(cut) {
+        for (count, kv_heads, batch) in [(1, 1, 2), (4, 2, 1)] {
+            let case = Case::new(dtype, heads(count, kv_heads, head_dim), batch, sequence);
+            checks.push(Check::new(case, case.packed(lengths)));
+        }
+    }
+    // Longer than all tiles of the other side, so that whole ones lie before and behind.
+    let case = Case::new(dtype, heads(2, 1, 32), 1, 330);
+    checks.push(Check::new(case, case.packed(&[65, 190, 10])));
+    checks
+}
+
+#[test]
+fn bf16_of_packed_documents() {
+    check_all(&packed_cases(Dtype::Bf16));
+}
+
+#[test]
+fn f32_of_packed_documents() {
+    check_all(&packed_cases(Dtype::F32));
+}
+
+/// A row of one document gives the bits of the kernels that know no documents.
+#[test]
+fn one_document_is_a_row() {
+    on_each_machine(|driver| {
+        for (dtype, sequence) in [(Dtype::Bf16, 150), (Dtype::F32, 70)] {
+            let case = Case::new(dtype, heads(4, 2, 64), 2, sequence);
+            let whole = on_device(driver, case, &case.inputs());
+            let packed = on_device(driver, case, &case.packed(&[]));
+            assert!(whole.bits() == packed.bits(), "{case:?}");
+        }
+    });
+}
+
+/// What lies in other documents changes no bit, however large it is.
+#[test]
+fn documents_know_nothing_of_each_other() {
+    on_each_machine(|driver| {
+        for (dtype, lengths) in [(Dtype::Bf16, [70, 40, 50]), (Dtype::F32, [20, 30, 25])] {
+            let case = Case::new(dtype, heads(2, 1, 32), 1, lengths.iter().sum());
+            let inputs = case.packed(&lengths[..2]);
+            let mut disturbed = case.packed(&lengths[..2]);
+            let (begin, end) = (lengths[0], lengths[0] + lengths[1]);
+            let columns = case.spec.heads.qkv_columns();
+            for token in (0..begin).chain(end..case.tokens()) {
+                let row = &mut disturbed.qkv[token * columns..][..columns];
+                row.iter_mut().for_each(|value| *value = rounded(dtype, *value * 100.0 + 3.0));
+            }
+            let [found, expected] =
+                [&disturbed, &inputs].map(|inputs| on_device(driver, case, inputs));
+            let own =
+                |values: &[f64], columns: usize| values[begin * columns..end * columns].to_vec();
+            let out_columns = case.out_columns();
+            assert_eq!(own(&found.out, out_columns), own(&expected.out, out_columns), "{case:?}");
+            assert_eq!(own(&found.d_qkv, columns), own(&expected.d_qkv, columns), "{case:?}");
+        }
+    });
+}
+
 /// Scores in the thousands: exp(score) is far beyond any f32.
 #[test]
 fn large_scores() {
@@ -370,7 +486,7 @@ fn layouts() {
                 // A sum that bf16 does not hold would be rounded.
                 let most = d_qkv.iter().fold(0.0f64, |most, &it| most.max(it));
                 assert!(most > 3.0 && most <= 256.0, "{most}");
-                let found = on_device(driver, case, &Inputs { qkv, d_out });
+                let found = on_device(driver, case, &Inputs { qkv, document_starts: None, d_out });
                 assert_eq!(found.out, out, "{case:?}: out");
                 assert_eq!(found.d_qkv, d_qkv, "{case:?}: d_qkv");
                 let score = 64.0 * 64.0 / (head_dim as f64).sqrt();
@@ -540,18 +656,19 @@ fn what_has_no_kernel_is_refused() {
             (spec(own, 1, 1 << 40), "choose data.sequence"),
             (spec(own, 1 << 40, 8), "train.micro_batch"),
         ] {
-            let forward = attention.forward(driver, main, spec, all, all, all);
+            let forward = attention.forward(driver, main, spec, all, None, all, all);
             let error = forward.unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
-            let backward = attention.backward(driver, main, spec, all, all, all, all, all, all);
+            let backward =
+                attention.backward(driver, main, spec, all, None, all, all, all, all, all);
             let error = backward.unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
         }
         let odd = all.offset(8);
         let aligned = spec(own, 1, 8);
-        let error = attention.forward(driver, main, aligned, all, odd, all).unwrap_err();
+        let error = attention.forward(driver, main, aligned, all, None, odd, all).unwrap_err();
         assert!(error.to_string().contains("multiple of 16"), "{error}");
-        let error = attention.backward(driver, main, aligned, all, all, all, all, all, odd);
+        let error = attention.backward(driver, main, aligned, all, None, all, all, all, all, odd);
         assert!(error.unwrap_err().to_string().contains("d_qkv begins at"));
         let error = attention.decode(driver, main, 1, 8, all, odd, all, all, all).unwrap_err();
         assert!(error.to_string().contains("keys begins at"), "{error}");
@@ -565,7 +682,7 @@ fn what_has_no_kernel_is_refused() {
         decode(0, 0).unwrap();
         let nothing = DevicePointer::NULL;
         for spec in [spec(own, 0, 8), spec(own, 2, 0)] {
-            attention.forward(driver, main, spec, nothing, nothing, nothing).unwrap();
+            attention.forward(driver, main, spec, nothing, None, nothing, nothing).unwrap();
         }
     });
 }

@@ -71,7 +71,7 @@ fn trained<B: Backend>(config: &Config, steps: u64, backend: B) -> Trained {
     let (mut gradients, mut grad_norm) = (Vec::new(), 0.0);
     for step in 1..=steps {
         let batches = [batch(config, step, 0), batch(config, step, 1)];
-        let rows = batches.iter().map(|(tokens, targets)| Rows { tokens, targets });
+        let rows = batches.iter().map(|(tokens, targets)| Rows::new(tokens, targets));
         let outcome = trainer.accumulate(rows).unwrap();
         losses.push(outcome.loss);
         if step == 1 {
@@ -275,7 +275,7 @@ fn check_decoding(config: &Config, whole: Cuda, mut cached: Cuda, tolerance: f32
     let ids = tokens(5, 20, config.model.vocab);
     let size = [1, 19];
     let mut evaluator = Evaluator::new(&config.model, &table, &parameters, size, whole).unwrap();
-    let rows = Rows { tokens: &ids[..19], targets: &ids[1..] };
+    let rows = Rows::new(&ids[..19], &ids[1..]);
     let losses = evaluator.losses(rows).unwrap();
 
     let bytes = |kind| cached.element_bytes(kind);

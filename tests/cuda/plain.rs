@@ -276,10 +276,11 @@ impl Backend for Plain {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
     ) -> Result<()> {
-        self.cpu.attention_forward(spec, qkv, out, log_sum_exp)?;
+        self.cpu.attention_forward(spec, qkv, document_starts, out, log_sum_exp)?;
         self.round_in_place(out);
         Ok(())
     }
@@ -287,13 +288,23 @@ impl Backend for Plain {
         &mut self,
         spec: AttentionSpec,
         qkv: View,
+        document_starts: Option<View>,
         out: View,
         log_sum_exp: View,
         d_out: View,
         delta: View,
         d_qkv: View,
     ) -> Result<()> {
-        self.cpu.attention_backward(spec, qkv, out, log_sum_exp, d_out, delta, d_qkv)?;
+        self.cpu.attention_backward(
+            spec,
+            qkv,
+            document_starts,
+            out,
+            log_sum_exp,
+            d_out,
+            delta,
+            d_qkv,
+        )?;
         self.round_in_place(d_qkv);
         Ok(())
     }

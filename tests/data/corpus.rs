@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use isobath::config::{DataConfig, Rows};
+use isobath::config::{Attention, DataConfig, Rows};
 use isobath::data::prepare::{PrepareOptions, prepare};
 use isobath::data::{Corpus, TokenSource, Tokenizer};
 
@@ -16,6 +16,7 @@ fn config(train: &[&str], tokenizer: &str) -> DataConfig {
         tokenizer: tokenizer.into(),
         field: "text".into(),
         rows: Rows::Packed,
+        attention: Attention::Row,
         sequence: 64,
     }
 }

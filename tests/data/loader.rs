@@ -10,7 +10,7 @@ use isobath::tensor::IGNORE_INDEX;
 use super::{assert_message, documents, write};
 
 fn options(rows: Rows, sequence: usize, micro_batch: usize) -> LoaderOptions {
-    LoaderOptions { rows, sequence, micro_batch, seed: 11 }
+    LoaderOptions { rows, documents: false, sequence, micro_batch, seed: 11 }
 }
 
 fn bytes() -> Tokenizer {
@@ -113,6 +113,45 @@ fn document_rows_hold_one_document_and_do_not_predict_padding() {
     expected.sort();
     found.sort();
     assert_eq!(found, expected);
+}
+
+/// Documents of 0 to many tokens, in memory and in shards that cut them: the starts are those of
+/// the documents themselves, counted from the beginning of each row.
+#[test]
+fn packed_rows_say_where_their_documents_begin() {
+    let documents: Vec<Vec<u32>> = documents(80).into_iter().filter(|d| !d.is_empty()).collect();
+    let of_memory = TokenSource::from_documents(
+        documents.iter().map(|tokens| (tokens.clone(), 0)).collect(),
+        &bytes(),
+    )
+    .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &documents, 600);
+    let shards = isobath::data::shard::open_all(folder.path()).unwrap();
+    let of_shards = TokenSource::from_shards(shards, &bytes()).unwrap();
+    for source in [of_memory, of_shards] {
+        // Where the document of each token of the stream begins.
+        let mut begins = vec![];
+        for index in 0..source.documents() {
+            let document = source.document(index).unwrap();
+            begins.extend(document.clone().map(|_| document.start));
+        }
+        assert_eq!(begins.len() as u64, source.tokens());
+        let sequence = 21;
+        let options = LoaderOptions { documents: true, ..options(Rows::Packed, sequence, 1) };
+        let mut loader = Loader::new(&source, options).unwrap();
+        let mut rows_of_many = 0;
+        for row in 0..loader.rows_per_epoch() {
+            let batch = loader.next_batch().unwrap();
+            let first = Permutation::new(loader.rows_per_epoch(), 11, 0).at(row) * sequence as u64;
+            let expected: Vec<i32> = (first..first + sequence as u64)
+                .map(|token| begins[token as usize].saturating_sub(first) as i32)
+                .collect();
+            assert_eq!(batch.document_starts.unwrap(), expected, "row {row}");
+            rows_of_many += usize::from(expected[0] != expected[sequence - 1]);
+        }
+        assert!(rows_of_many > 5, "{rows_of_many} rows with several documents");
+    }
 }
 
 fn batches(loader: &mut Loader, count: usize) -> Vec<Batch> {

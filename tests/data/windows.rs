@@ -42,6 +42,20 @@ fn a_limit_reads_the_beginning_only() {
     assert_eq!(windows.map(|batch| batch.unwrap().predicted).sum::<usize>(), 21);
 }
 
+/// What pads a window is a document of its own.
+#[test]
+fn windows_say_where_documents_begin() {
+    let documents = [5, 1, 9, 4].map(|count| (vec![7; count], 0));
+    let source =
+        TokenSource::from_documents(documents.to_vec(), &Tokenizer::bytes().unwrap()).unwrap();
+    let windows = Windows::new(&source, 8, 2, 0).unwrap().of_documents(true);
+    let starts: Vec<i32> =
+        windows.flat_map(|batch| batch.unwrap().document_starts.unwrap()).collect();
+    let expected =
+        [[0, 0, 0, 0, 0, 5, 6, 6], [0, 0, 0, 0, 0, 0, 0, 7], [0, 0, 2, 2, 2, 2, 2, 2], [0; 8]];
+    assert_eq!(starts, expected.concat());
+}
+
 #[test]
 fn one_token_leaves_nothing_to_predict() {
     let source = TokenSource::from_tokens(vec![5], &Tokenizer::bytes().unwrap()).unwrap();

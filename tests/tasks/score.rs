@@ -176,7 +176,7 @@ fn a_model_in_batches_gives_what_it_gives_row_by_row() {
     let mut expected = vec![];
     for candidate in prompts.candidates() {
         let inputs = candidate.tokens.len() - 1;
-        let rows = Rows { tokens: &candidate.tokens[..inputs], targets: &candidate.tokens[1..] };
+        let rows = Rows::new(&candidate.tokens[..inputs], &candidate.tokens[1..]);
         let mut alone = evaluator([1, inputs]);
         let losses = alone.losses(rows).unwrap();
         let scored = &losses[inputs - candidate.scored..];

@@ -11,6 +11,7 @@ mod pieces;
 
 use std::ops::Range;
 
+use super::batches::check_no_documents;
 use super::loss::held_logits;
 use super::{Parameters, Rows, check_available};
 use crate::backend::Backend;
@@ -176,6 +177,7 @@ impl<B: Backend> Layerwise<B> {
     /// nothing is predicted.
     pub fn forward(&mut self, rows: Rows) -> Result<&[f32]> {
         rows.check(self.vocab)?;
+        check_no_documents(&rows)?;
         self.backend.write_index(self.tokens, rows.tokens)?;
         self.backend.write_index(self.targets, rows.targets)?;
         let BoundEmbedding { program, tokens, out } = &self.embedding;
