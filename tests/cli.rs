@@ -100,6 +100,7 @@ fn plan_takes_file_preset_set_and_device_in_this_order() {
 fn info_shows_this_build_and_machine() {
     let info = json(&["info", "--json"]);
     assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(info["commit"], serde_json::json!(isobath::version::Program::this().commit));
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
     assert_eq!(info["build"]["profile"], profile);
     assert_eq!(info["devices"]["cpu"]["available"], true);

@@ -13,7 +13,7 @@ use isobath::depth::{
 };
 use isobath::figure::{GROUND, PAPER, SERIES};
 use isobath::metrics::{Evaluation, SessionRecord, StepRecord};
-use isobath::report::{DEPTH, Heading, page, read_runs};
+use isobath::report::{Heading, page, read_runs};
 use isobath::rundir::RunDir;
 use isobath::train::{Console, Interrupt, Run, train};
 use isobath::version::Program;
@@ -150,7 +150,7 @@ impl Runs {
 
     /// Measurements of two checkpoints.
     fn add_depth(&self, name: &str, growth: f64) {
-        let folder = self.path(name).join(DEPTH);
+        let folder = self.path(name).join("depth");
         fs::create_dir(&folder).unwrap();
         for step in [200, 400] {
             let report = serde_json::to_vec(&depth_report(step, growth)).unwrap();
@@ -366,8 +366,8 @@ fn what_is_no_run_is_refused_by_name() {
     assert_refused(&[&path], &["metrics.jsonl"]);
     fs::write(&metrics, &lines).unwrap();
 
-    fs::create_dir(path.join(DEPTH)).unwrap();
-    fs::write(path.join(DEPTH).join("step-00000400.json"), "{\"layers\": 6}").unwrap();
+    fs::create_dir(path.join("depth")).unwrap();
+    fs::write(path.join("depth/step-00000400.json"), "{\"layers\": 6}").unwrap();
     assert_refused(&[&path], &["step-00000400.json", "isobath depth"]);
     fs::write(path.join("run.toml"), "name = ").unwrap();
     assert_refused(&[&path], &["run.toml", "TOML"]);

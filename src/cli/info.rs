@@ -9,6 +9,7 @@ use isobath::config::{DeviceKind, preset_names};
 use isobath::cuda::binaries::{ARCHITECTURES, CODE, CXX, FATBINS, NVCC};
 use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{self, Driver, Properties};
+use isobath::version::Program;
 use serde::Serialize;
 
 use super::output;
@@ -27,7 +28,8 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
 
 #[derive(Serialize)]
 struct Info {
-    version: &'static str,
+    #[serde(flatten)]
+    program: Program,
     build: Build,
     devices: Devices,
     presets: Vec<&'static str>,
@@ -111,7 +113,7 @@ struct Gpu {
 impl Info {
     fn collect() -> Self {
         Info {
-            version: env!("CARGO_PKG_VERSION"),
+            program: Program::this(),
             build: Build {
                 profile: if cfg!(debug_assertions) { "debug" } else { "release" },
                 target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
@@ -253,7 +255,10 @@ fn vector_extensions() -> Vec<&'static str> {
 impl fmt::Display for Info {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Build { profile, target, features, kernels } = &self.build;
-        writeln!(f, "isobath {}, {profile} build for {target}", self.version)?;
+        writeln!(f, "isobath {}, {profile} build for {target}", self.program.version)?;
+        if let Some(commit) = self.program.commit_words() {
+            writeln!(f, "commit    {commit}")?;
+        }
         writeln!(f, "features  {}", listed(features))?;
         let cpu = &self.devices.cpu;
         writeln!(

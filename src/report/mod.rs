@@ -11,4 +11,4 @@ mod page;
 mod run;
 
 pub use page::{Heading, page};
-pub use run::{DEPTH, Run, read_runs};
+pub use run::{Run, read_runs};

@@ -12,14 +12,11 @@ use serde::de::DeserializeOwned;
 use toml::Table;
 
 use crate::config::Config;
-use crate::depth::DepthReport;
+use crate::depth::{DepthReport, reports_of_run};
 use crate::error::{Error, Result};
 use crate::metrics::{Evaluation, SessionRecord, StepRecord};
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{CONFIG, METRICS, SESSIONS};
-
-/// Folder of a run that holds what `isobath depth` measured, one file per checkpoint.
-pub const DEPTH: &str = "depth";
 
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -83,7 +80,7 @@ impl Run {
             steps,
             torn,
             sessions,
-            depth: read_depth(&folder.join(DEPTH))?,
+            depth: reports_of_run(folder)?,
         })
     }
 
@@ -152,32 +149,6 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Lines<T>> {
             }
         }
     }
-}
-
-/// Every .json file of the folder; none where there is no folder.
-fn read_depth(folder: &Path) -> Result<Vec<DepthReport>> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("read", folder)(error)),
-    };
-    let mut reports = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(Error::io("read", folder))?.path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
-        }
-        let text = fs::read(&path).map_err(Error::io("read", &path))?;
-        let report: DepthReport = serde_json::from_slice(&text).map_err(|error| Error::Data {
-            path: path.clone(),
-            what: format!("not what this version of `isobath depth` writes: {error}"),
-            remedy: "measure again with `isobath depth`, or remove the file".into(),
-        })?;
-        reports.push((report.step, path, report));
-    }
-    // What has no step comes last: it is no checkpoint of a run, so it is taken for the final one.
-    reports.sort_by(|a, b| (a.0.is_none(), a.0, &a.1).cmp(&(b.0.is_none(), b.0, &b.1)));
-    Ok(reports.into_iter().map(|(_, _, report)| report).collect())
 }
 
 /// Reads all runs. A folder that is no run but holds some stands for those.
