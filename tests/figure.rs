@@ -225,7 +225,7 @@ fn a_bar_that_the_range_cuts_off_is_marked_and_its_value_written() {
     let svg = Document::parse(&text).unwrap();
     assert_eq!(elements(&svg, "fig-cut").len(), 2);
     let note = texts(&svg).into_iter().find(|text| text.starts_with("Cut off")).unwrap();
-    assert_eq!(note, "Cut off: layer 1: 9 (run 0); layer 3: -3 (run 0).");
+    assert_eq!(note, "Cut off: layer 1: run 0 9; layer 3: run 0 -3.");
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl BarChart {
                 .groups
                 .iter()
                 .filter_map(|group| Some((group, group.values.get(n).copied().filter(outside)?)))
-                .map(|(group, value)| format!("{} ({})", short(value), group.name))
+                .map(|(group, value)| format!("{} {}", group.name, short(value)))
                 .collect();
             if !values.is_empty() {
                 cut.push(format!("{} {category}: {}", self.x_label, values.join(", ")));
