@@ -52,7 +52,7 @@ fn every_variant_is_trained_from_every_seed_on_the_same_rows() {
             let lines = metrics(&run.folder);
             assert_eq!(lines.len(), 4);
             assert_eq!(run.val_loss.unwrap(), lines[3]["val_loss"].as_f64().unwrap());
-            assert_eq!(run.train_loss, lines[3]["loss"].as_f64().unwrap(), "5 % of 4 steps: one");
+            assert_eq!(run.train_loss, lines[3]["loss"].as_f64().unwrap(), "2 % of 4 steps: one");
             let config = fs::read_to_string(run.folder.join("run.toml")).unwrap();
             let placement = if variant.name == "post" { "post" } else { "lns" };
             let placement = if variant.name == "pre" { "pre" } else { placement };
@@ -172,4 +172,58 @@ fn the_program_compares_and_prints_a_table_or_json() {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["variants"][1]["name"], "lns");
     assert!(json["variants"][0]["runs"][0]["val_loss"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn a_variant_may_hold_a_list_and_not_what_tells_runs_apart() {
+    let list = Variant::parse("x:data.train=[\"a\",\"b\"],optimizer.lr=1e-3").unwrap();
+    assert_eq!(list.sets, ["data.train=[\"a\",\"b\"]", "optimizer.lr=1e-3"]);
+    for text in ["x:seed=3", "x:optimizer.lr=1,name=y"] {
+        let error = Variant::parse(text).unwrap_err().to_string();
+        assert!(error.contains("tells its runs apart"), "{error}");
+    }
+}
+
+#[test]
+fn what_would_compare_nothing_or_another_model_is_refused() {
+    let folder = tempdir().unwrap();
+    let mut request = request(folder.path(), &["pre"], 1);
+    request.base.train.init_from = Some(folder.path().join("model"));
+    let refused = |request: &Request| {
+        compare(request, Interrupt::none(), &mut Console::quiet()).unwrap_err().to_string()
+    };
+    assert!(refused(&request).contains("train.init_from"));
+    request.base.train.init_from = None;
+    request.seeds = u64::MAX;
+    assert!(refused(&request).contains("give --seeds 1000 or fewer"));
+    request.seeds = 1;
+    request.base.model.vocab = 300;
+    compared(&request);
+    request.base.model.vocab = 400;
+    assert!(refused(&request).contains("model.vocab is 300 there and 400 now"));
+}
+
+#[test]
+fn a_torn_last_line_is_repaired() {
+    let folder = tempdir().unwrap();
+    let mut request = request(folder.path(), &["pre"], 1);
+    request.base.checkpoint.every = 2;
+    let first = compared(&request);
+    let run = &first.variants[0].runs[0].folder;
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    fs::write(run.join("metrics.jsonl"), &text[..text.len() - 9]).unwrap();
+    fs::remove_dir_all(checkpoint_folder(run, 4)).unwrap();
+    assert_eq!(compared(&request).variants[0].val_loss, first.variants[0].val_loss);
+}
+
+/// The loss of the last step is finite, and what its update left is not.
+#[test]
+fn an_evaluation_that_is_not_finite_is_a_divergence() {
+    let folder = tempdir().unwrap();
+    let mut request = request(folder.path(), &["wild:optimizer.lr=1e38"], 1);
+    request.base.train.steps = 1;
+    request.base.optimizer.warmup = 0;
+    request.base.optimizer.clip = 0.0;
+    let found = compared(&request);
+    assert_eq!((found.variants[0].diverged, found.variants[0].val_loss), (1, None));
 }

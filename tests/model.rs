@@ -128,7 +128,7 @@ fn placements_are_those_of_their_papers() {
     assert!((block_form(&deep, 7).sum.stream_scale - 2.632).abs() < 1e-3);
     let init = block_init(&deep, 7);
     let beta = 0.2687 * deep.init_std;
-    assert_eq!(init.query_key, deep.init_std);
+    assert_eq!([init.query, init.key], [deep.init_std; 2]);
     for std in [init.value, init.attention_out, init.gate_up, init.down] {
         assert!((std / beta - 1.0).abs() < 1e-3, "{std}");
     }
@@ -150,17 +150,19 @@ fn scaled_first_values_are_those_of_the_table() {
     let with = |init, layer| block_init(&ModelConfig { init, layers: 8, ..small_model() }, layer);
     let std = small_model().init_std;
     let normal = with(InitKind::Normal, 5);
-    assert_eq!([normal.query_key, normal.value, normal.attention_out, normal.down], [std; 4]);
+    assert_eq!([normal.query, normal.value, normal.attention_out, normal.down], [std; 4]);
     for layer in [1, 5] {
         let scaled = with(InitKind::Scaled, layer);
         assert_eq!([scaled.attention_out, scaled.down], [std * 0.25; 2], "1/sqrt(2 x 8)");
-        assert_eq!([scaled.query_key, scaled.value, scaled.gate_up], [std; 3]);
+        assert_eq!([scaled.query, scaled.value, scaled.gate_up], [std; 3]);
     }
     let deep = with(InitKind::DepthScaled, 2);
     assert_eq!([deep.attention_out, deep.down], [std * 0.5; 2], "1/sqrt(2 x 2)");
     let xavier = with(InitKind::Xavier, 1);
     assert_eq!(xavier.down, (2.0 / (24.0 + 37.0f64)).sqrt());
-    assert_eq!(xavier.value, (2.0 / (12.0 + 24.0f64)).sqrt(), "2 kv heads of 6");
+    let of_kv = (2.0 / (12.0 + 24.0f64)).sqrt(); // 2 kv heads of 6
+    assert_eq!([xavier.key, xavier.value], [of_kv; 2]);
+    assert_eq!(xavier.query, (2.0 / 48.0f64).sqrt());
 }
 
 #[test]

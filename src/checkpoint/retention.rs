@@ -16,6 +16,9 @@ pub fn retain(run: &RunDir, config: &CheckpointConfig) -> Result<Vec<u64>> {
     let mut steps = checkpoint_steps(run.path())?;
     steps.retain(|step| complete(&checkpoint_folder(run.path(), *step)).is_ok());
     let mut delete = superfluous(&steps, config.keep_last, config.keep_every);
+    if config.initial {
+        delete.remove(&0);
+    }
     if delete.is_empty() {
         return Ok(Vec::new());
     }
@@ -30,12 +33,12 @@ pub fn retain(run: &RunDir, config: &CheckpointConfig) -> Result<Vec<u64>> {
     Ok(delete.into_iter().collect())
 }
 
-/// `keep_last` 0 keeps all; `keep_every` 0 keeps none for ever but that of step 0. `steps` is in order.
+/// `keep_last` 0 keeps all; `keep_every` 0 keeps none for ever. `steps` is in order.
 fn superfluous(steps: &[u64], keep_last: usize, keep_every: u64) -> BTreeSet<u64> {
     if keep_last == 0 {
         return BTreeSet::new();
     }
     let old = &steps[..steps.len().saturating_sub(keep_last)];
-    let stays = |step: u64| step == 0 || keep_every != 0 && step.is_multiple_of(keep_every);
+    let stays = |step: u64| keep_every != 0 && step.is_multiple_of(keep_every);
     old.iter().copied().filter(|step| !stays(*step)).collect()
 }

@@ -15,6 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::Value;
 
 pub use table::{Comparison, RunResult, Spread, VariantResult};
 pub use variant::Variant;
@@ -23,13 +24,14 @@ use crate::config::Config;
 use crate::durable::replace;
 use crate::error::{Error, Result};
 use crate::metrics::StepRecord;
-use crate::rundir::{CONFIG, METRICS, RunDir};
+use crate::rundir::{CONFIG, METRICS};
 use crate::train::{Console, Interrupt, Run, train};
 
 /// In the folder of a comparison.
 pub const COMPARISON: &str = "compare.json";
 /// In the folder of a run that ended with a loss or gradient that was not finite.
 const DIVERGED: &str = "diverged.json";
+const MOST_SEEDS: u64 = 1000;
 
 /// What to compare.
 #[derive(Clone, Debug)]
@@ -88,8 +90,24 @@ fn plan(request: &Request) -> Result<Vec<Planned>> {
         return Err(Error::Usage { what, remedy: "give --seeds 1 or more".to_string() });
     }
     variant::check_names(variants)?;
+    if base.train.init_from.is_some() {
+        return Err(Error::Usage {
+            what:
+                "train.init_from: a folder to start from decides placement and first values, which \
+                   is what variants differ in"
+                    .to_string(),
+            remedy: "leave it out, or start single runs with `isobath train --init`".to_string(),
+        });
+    }
+    let end = base.seed.checked_add(*seeds).filter(|_| *seeds <= MOST_SEEDS);
+    let Some(end) = end else {
+        return Err(Error::Usage {
+            what: format!("{seeds} seeds from {} on", base.seed),
+            remedy: format!("give --seeds {MOST_SEEDS} or fewer, and a smaller seed"),
+        });
+    };
     let mut planned = Vec::new();
-    for seed in base.seed..base.seed + seeds {
+    for seed in base.seed..end {
         for (at, variant) in variants.iter().enumerate() {
             let mut config = variant.apply(base)?;
             config.seed = seed;
@@ -111,7 +129,9 @@ fn check_folder(run: &Planned) -> Result<()> {
     }
     let mut saved = Config::resolve(None, Some(&path), &[])?;
     // What training resolves from its input, and what does not change the result.
-    saved.model.vocab = run.config.model.vocab;
+    if run.config.model.vocab == 0 {
+        saved.model.vocab = 0;
+    }
     saved.device = run.config.device;
     if saved == run.config {
         return Ok(());
@@ -127,24 +147,17 @@ fn check_folder(run: &Planned) -> Result<()> {
 fn first_difference(saved: &Config, now: &Config) -> String {
     let table = |config: &Config| serde_json::to_value(config).unwrap_or_default();
     let (saved, now) = (table(saved), table(now));
-    let keys = now.as_object().into_iter().flatten();
-    for (key, value) in keys {
-        match value.as_object() {
-            None if saved[key] != *value => {
-                return format!("{key} is {} there and {value} now", saved[key]);
-            }
-            None => {}
-            Some(inner) => {
-                for (name, value) in
-                    inner.iter().filter(|(name, value)| saved[key][*name] != **value)
-                {
-                    let before = &saved[key][name];
-                    return format!("{key}.{name} is {before} there and {value} now");
-                }
-            }
-        }
-    }
-    "it has other keys".to_string()
+    let told = |key: String, before: &Value, value: &Value| {
+        (before != value).then(|| format!("{key} is {before} there and {value} now"))
+    };
+    let of_key = |(key, value): (&String, &Value)| match value.as_object() {
+        None => told(key.clone(), &saved[key], value),
+        Some(inner) => inner
+            .iter()
+            .find_map(|(name, value)| told(format!("{key}.{name}"), &saved[key][name], value)),
+    };
+    let first = now.as_object().into_iter().flatten().find_map(of_key);
+    first.unwrap_or_else(|| "it has other keys".to_string())
 }
 
 /// Trains a run to its end, unless it is there already; `None` if it was interrupted.
@@ -156,9 +169,9 @@ fn outcome(
     let Planned { config, folder, .. } = run;
     let diverged = folder.join(DIVERGED);
     let began = folder.join(CONFIG).exists();
-    if !diverged.exists() && !(began && is_complete(folder, config.train.steps)?) {
-        let resume = began && RunDir::check_exists(folder).is_ok();
-        let run = Run { config: config.clone(), folder: folder.clone(), resume };
+    let done = diverged.exists() || began && is_complete(folder, config.train.steps)?;
+    if !done {
+        let run = Run { config: config.clone(), folder: folder.clone(), resume: began };
         match train(run, interrupt, console) {
             Ok(outcome) if outcome.interrupted => return Ok(None),
             Ok(_) => {}
@@ -180,12 +193,17 @@ struct Diverged {
     step: u64,
 }
 
-/// Whether the last step, with its evaluation, is in the metrics and in a checkpoint.
+/// Whether the last step is in a checkpoint and in the metrics, whose last line a crash may have torn:
+/// then training goes on, which repairs them.
 fn is_complete(folder: &Path, steps: u64) -> Result<bool> {
     let has_checkpoint = crate::rundir::checkpoint_steps(folder)?.last() == Some(&steps);
     let metrics = folder.join(METRICS);
-    let last = if metrics.exists() { read_metrics(folder)?.pop() } else { None };
-    Ok(has_checkpoint && last.is_some_and(|record| record.step == steps))
+    if !has_checkpoint || !metrics.exists() {
+        return Ok(false);
+    }
+    let text = fs::read_to_string(&metrics).map_err(Error::io("read", &metrics))?;
+    let last = text.lines().last().and_then(|line| serde_json::from_str::<StepRecord>(line).ok());
+    Ok(last.is_some_and(|record| record.step == steps))
 }
 
 fn read_metrics(folder: &Path) -> Result<Vec<StepRecord>> {

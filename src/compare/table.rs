@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::metrics::StepRecord;
 
 /// The training loss that is tabled: the mean over this last share of the steps.
-const LAST_SHARE: f64 = 0.05;
+const LAST_SHARE: f64 = 0.02;
 
 /// One trained run.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -20,10 +20,10 @@ pub struct RunResult {
     pub seed: u64,
     /// Steps done; fewer than asked where it diverged.
     pub step: u64,
-    /// Whether the loss or the gradient stopped being finite.
+    /// Whether the loss or the gradient stopped being finite, or the evaluation is not.
     pub diverged: bool,
     pub tokens: u64,
-    /// Mean over the last 5 % of the steps, in nats.
+    /// Mean over the last 2 % of the steps, in nats.
     pub train_loss: f64,
     /// Of the last step; `None` where it was not reached.
     pub val_loss: Option<f64>,
@@ -63,6 +63,9 @@ impl RunResult {
         };
         let count = ((steps.len() as f64 * LAST_SHARE).ceil() as usize).max(1).min(steps.len());
         let tail = &steps[steps.len() - count..];
+        let holds_out = config.data.held_out > 0.0 || !config.data.valid.is_empty();
+        let lacks_evaluation = last.step == config.train.steps && last.evaluation.is_none();
+        let diverged = diverged || holds_out && lacks_evaluation;
         let evaluation = last.evaluation.filter(|_| !diverged);
         let tokens_per_step = config.tokens_per_step() as f64;
         Ok(RunResult {

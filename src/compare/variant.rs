@@ -16,6 +16,9 @@ impl Variant {
     pub fn of_placement(name: &str) -> Result<Self> {
         let placement: Placement = name.parse()?;
         let mut sets = vec![format!("model.placement={placement}")];
+        if placement != Placement::Lns {
+            sets.push("model.lns_position=after-norm".to_string()); // whatever the base has for lns
+        }
         if placement == Placement::Deepnorm {
             sets.push("model.init=xavier".to_string()); // what DeepNet's beta is meant for
         }
@@ -33,9 +36,23 @@ impl Variant {
         let Some((name, sets)) = text.split_once(':') else {
             return Err(usage(format!("variant `{text}` changes nothing")));
         };
-        let sets: Vec<String> = sets.split(',').map(str::to_string).collect();
-        if name.is_empty() || sets.iter().any(|set| !set.contains('=')) {
+        let mut parts: Vec<String> = Vec::new();
+        for part in sets.split(',') {
+            // A comma may also stand inside of a list.
+            match parts.last_mut() {
+                Some(last) if !begins_with_key(part) => *last += &format!(",{part}"),
+                _ => parts.push(part.to_string()),
+            }
+        }
+        let sets = parts;
+        if name.is_empty() || !sets.iter().all(|set| begins_with_key(set)) {
             return Err(usage(format!("variant `{text}` cannot be read")));
+        }
+        if sets.iter().any(|set| set.starts_with("seed=") || set.starts_with("name=")) {
+            return Err(Error::Usage {
+                what: format!("variant `{text}` sets what tells its runs apart"),
+                remedy: "use --seeds and --set seed=..., and the name before the colon".to_string(),
+            });
         }
         Ok(Variant { name: name.to_string(), sets })
     }
@@ -44,6 +61,13 @@ impl Variant {
     pub(super) fn apply(&self, base: &Config) -> Result<Config> {
         base.with_sets(&self.sets)
     }
+}
+
+/// "optimizer.lr=..."
+fn begins_with_key(text: &str) -> bool {
+    let key = text.split_once('=').map_or("", |(key, _)| key);
+    !key.is_empty()
+        && key.chars().all(|c| c.is_ascii_lowercase() || matches!(c, '.' | '_' | '0'..='9'))
 }
 
 /// Refuses no variant, and two of one name.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use choice::choice;
-pub use presets::preset_names;
+pub use presets::{DEFAULT as DEFAULT_PRESET, preset_names};
 
 /// `model.mix_post` of every preset: "Mix-LN", table 3.
 pub const DEFAULT_MIX_POST: f64 = 0.25;

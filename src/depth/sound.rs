@@ -54,13 +54,14 @@ fn refused(folder: &Path, what: String) -> Error {
 
 /// Refuses a result that is not finite: a model that overflows once it is changed.
 pub fn check_report(report: &DepthReport) -> Result<()> {
-    let skipped = report.skipped.iter().flatten().map(|skipped| skipped.loss);
+    // Infinite as soon as the loss is large.
+    let skipped = report.skipped.iter().flatten().map(|skipped| skipped.perplexity);
     let gradient = report.gradient_norm.iter().flatten().copied();
     let jacobian = report.jacobian.iter().flat_map(|all| &all.blocks).map(|j| j.relative_distance);
     let linear = report.linear.iter().flat_map(|all| &all.blocks).map(|linear| linear.loss);
     // Behind each name the layer's number follows.
     let results: [(&str, Vec<f64>); 4] = [
-        ("the loss without", skipped.collect()),
+        ("the perplexity without", skipped.collect()),
         ("the gradient of", gradient.collect()),
         ("the Jacobian of", jacobian.collect()),
         ("the loss with an affine map in the place of", linear.collect()),

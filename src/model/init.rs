@@ -14,24 +14,25 @@ pub fn initial_parameters(table: &ParameterTable, seed: u64) -> Vec<f32> {
     let mut flat = vec![0.0; table.stored_elements()];
     for parameter in table.entries() {
         let values = &mut flat[parameter.range()];
-        let row = parameter.stored.columns();
-        let (std, first_below, std_below) = match parameter.init {
+        let columns = parameter.stored.columns();
+        let (std, rows) = match parameter.init {
             Init::Constant(value) => {
                 values.fill(value as f32);
                 continue;
             }
-            Init::Normal { std } => (std, values.len(), std),
-            Init::NormalRows { std, row: first, std_below } => (std, first * row, std_below),
+            Init::Normal { std } => ([std; 3], [usize::MAX; 2]),
+            Init::NormalRows { std, rows } => (std, rows),
         };
         let generator = Philox::new(seed, parameter.stream);
         let tasks = values.par_chunks_mut(ELEMENTS_PER_TASK).enumerate();
         tasks.for_each(|(task, values)| {
             let first = task * ELEMENTS_PER_TASK;
             generator.fill_normal(first as u64, values);
-            let (above, below) =
-                values.split_at_mut(first_below.saturating_sub(first).min(values.len()));
-            above.iter_mut().for_each(|value| *value *= std as f32);
-            below.iter_mut().for_each(|value| *value *= std_below as f32);
+            for (at, value) in values.iter_mut().enumerate() {
+                let row = (first + at) / columns;
+                let part = rows.iter().filter(|&&begin| row >= begin).count();
+                *value *= std[part] as f32;
+            }
         });
         clear_padding(parameter, values);
     }

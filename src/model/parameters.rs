@@ -25,11 +25,10 @@ pub enum Init {
     Normal {
         std: f64,
     },
-    /// N(0, std^2), and from row `row` on N(0, std_below^2).
+    /// Three parts of the rows, each N(0, std^2) of its own; the second and the third begin at `rows`.
     NormalRows {
-        std: f64,
-        row: usize,
-        std_below: f64,
+        std: [f64; 3],
+        rows: [usize; 2],
     },
 }
 
@@ -192,9 +191,10 @@ impl ParameterTable {
             rows("self_attn.k_proj", q, kv),
             rows("self_attn.v_proj", q + kv, kv),
         ];
-        let qkv_init = match init.query_key == init.value {
-            true => normal(init.value),
-            false => Init::NormalRows { std: init.query_key, row: q + kv, std_below: init.value },
+        let stds = [init.query, init.key, init.value];
+        let qkv_init = match stds == [init.query; 3] {
+            true => normal(init.query),
+            false => Init::NormalRows { std: stds, rows: [q, q + kv] },
         };
         let qkv = matrix(self, "qkv", [q + 2 * kv, c], qkv_init, tensors);
         let tensors = one(&hf("self_attn.o_proj"), &[c, q]);

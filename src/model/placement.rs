@@ -119,7 +119,8 @@ fn post_blocks(config: &ModelConfig) -> usize {
 /// Standard deviations of the first values of a block's matrices.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct BlockInit {
-    pub query_key: f64,
+    pub query: f64,
+    pub key: f64,
     pub value: f64,
     pub attention_out: f64,
     pub gate_up: f64,
@@ -144,7 +145,8 @@ pub fn block_init(config: &ModelConfig, layer: usize) -> BlockInit {
         _ => 1.0,
     };
     BlockInit {
-        query_key: std(q, c),
+        query: std(q, c),
+        key: std(kv, c),
         value: beta * std(kv, c),
         attention_out: beta * outputs * std(c, q),
         gate_up: beta * std(f, c),

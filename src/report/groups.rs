@@ -56,22 +56,30 @@ impl Group<'_> {
     pub fn series(&self, points: impl Fn(&Run) -> Vec<Point>) -> Series {
         let lines: Vec<Vec<Point>> =
             self.runs.iter().map(|run| points(run)).filter(|line| !line.is_empty()).collect();
-        let shortest = lines.iter().map(Vec::len).min().unwrap_or(0);
+        // A run that ended early would cut the mean of the others; it is left out, and said so.
+        let longest = lines.iter().map(Vec::len).max().unwrap_or(0);
+        let all = lines.len();
+        let lines: Vec<Vec<Point>> =
+            lines.into_iter().filter(|line| line.len() == longest).collect();
+        let name = match lines.len() {
+            whole if whole < all => format!("{} ({whole} of {all})", self.name),
+            _ => self.name.clone(),
+        };
         if lines.len() < 2 {
             let line = lines.into_iter().next().unwrap_or_default();
-            return Series::new(&self.name, self.style, line);
+            return Series::new(&name, self.style, line);
         }
         let mean = |of: &dyn Fn(&Point) -> f64, n: usize| {
             lines.iter().map(|line| of(&line[n])).sum::<f64>() / lines.len() as f64
         };
         let (mut middle, mut band) = (Vec::new(), Vec::new());
-        for n in 0..shortest {
+        for n in 0..longest {
             let x = mean(&|point| point.0, n);
             middle.push((x, mean(&|point| point.1, n)));
             let ys = || lines.iter().map(|line| line[n].1);
             band.push((x, ys().fold(f64::MAX, f64::min), ys().fold(f64::MIN, f64::max)));
         }
-        Series::new(&self.name, self.style, middle).with_band(band)
+        Series::new(&name, self.style, middle).with_band(band)
     }
 
     /// The mean over the group's runs, layer by layer. Runs without `values`, or with fewer layers

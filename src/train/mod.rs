@@ -20,7 +20,7 @@ pub use interrupt::Interrupt;
 
 use crate::backend::Backend;
 use crate::checkpoint::{self, Snapshot, TrainerState, Verified, model_folder};
-use crate::config::Config;
+use crate::config::{Config, DEFAULT_PRESET};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
@@ -268,12 +268,13 @@ fn restore<B: Backend>(
 /// Refuses to continue with another model, or with rows formed in another way.
 fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
     let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
+    let default = serde_json::to_value(Config::preset(DEFAULT_PRESET)?).unwrap_or_default();
     let tables = [("model", None), ("data", Some("rows")), ("data", Some("attention"))];
     for (table, only) in tables {
         let Some(values) = now[table].as_object() else { continue };
         for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
             // A version without this key knew no other value than its default.
-            let Some(before) = saved[table].get(key) else { continue };
+            let before = saved[table].get(key).unwrap_or(&default[table][key]);
             if before != value {
                 return Err(Error::Config {
                     what: format!("{table}.{key} is {value}, the checkpoint has {before}"),
