@@ -707,6 +707,29 @@ fn a_run_is_measured_into_its_own_folder() {
     assert_eq!(names[2..], [format!("{stem}.json")]);
 }
 
+/// Measuring one thing more, or again, loses nothing of the same tokens; other tokens are refused.
+#[test]
+fn what_was_measured_before_stays() {
+    let case = Case::new(&[]);
+    let measured = |more: &[&str]| {
+        let (code, _, message) = case.depth(&case.run, more);
+        let kept = fs::read(case.run.join("depth/step-00000008.json")).unwrap();
+        (code, message, serde_json::from_slice::<DepthReport>(&kept).unwrap())
+    };
+    let (_, _, first) = measured(&["--measure", "variance"]);
+    let (code, message, both) = measured(&["--measure", "skipped"]);
+    assert_eq!(code, Some(0), "{message}");
+    assert_eq!(both.variance, first.variance);
+    assert!(both.skipped.is_some());
+    let (code, message, after) = measured(&["--measure", "variance", "--tokens", "300"]);
+    assert_eq!(code, Some(2), "{message}");
+    assert!(message.contains("other tokens (600 of") && message.contains("--out"), "{message}");
+    assert_eq!(after, both);
+    // What it has can be measured again on others.
+    let (code, message, after) = measured(&["--measure", "variance,skipped", "--tokens", "300"]);
+    assert_eq!((code, after.tokens), (Some(0), 300), "{message}");
+}
+
 #[test]
 fn every_checkpoint_of_a_run_is_measured() {
     let case = Case::new(&["checkpoint.every=4"]);
