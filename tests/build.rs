@@ -11,6 +11,7 @@ use std::process::Command;
 use std::{env, fs};
 
 use isobath::cuda::binaries::{ARCHITECTURES, CODE, FATBINS, NVCC, fatbin};
+use isobath::version::Program;
 
 #[path = "../build/ptxas.rs"]
 mod ptxas;
@@ -304,4 +305,27 @@ fn each_kernel_file_is_compiled_for_what_it_says() {
     assert_eq!(code["norm"], "sm_80 sm_90a compute_80");
     assert_eq!(code["gemm_sm90"], "sm_90a", "by its name");
     assert_eq!(code["conformance"], "sm_90a", "by the line in its header");
+}
+
+#[test]
+fn the_program_knows_its_commit() {
+    let root = root();
+    let git = |arguments: &[&str]| {
+        let mut command = Command::new("git");
+        let done = command.arg("-C").arg(root).args(arguments).output().ok()?;
+        let text = String::from_utf8(done.stdout).unwrap().trim().to_string();
+        done.status.success().then_some(text)
+    };
+    let this = Program::this();
+    let top = git(&["rev-parse", "--show-toplevel"]);
+    if top.is_none_or(|top| Path::new(&top) != root.canonicalize().unwrap()) {
+        assert_eq!((this.commit, this.changed), (None, None));
+        return;
+    }
+    // HEAD may have moved since the build.
+    let commit = this.commit.clone().unwrap();
+    assert_eq!(git(&["cat-file", "-t", &commit]).as_deref(), Some("commit"), "{commit}");
+    let words = this.commit_words().unwrap();
+    assert_eq!(words.ends_with(" with changes"), this.changed.unwrap());
+    assert!(words.starts_with(&commit[..12]));
 }

@@ -431,29 +431,6 @@ fn a_run_records_the_program_and_the_machine_of_each_process() {
 }
 
 #[test]
-fn the_program_knows_its_commit() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let git = |arguments: &[&str]| {
-        let mut command = std::process::Command::new("git");
-        let done = command.arg("-C").arg(root).args(arguments).output().ok()?;
-        let text = String::from_utf8(done.stdout).unwrap().trim().to_string();
-        done.status.success().then_some(text)
-    };
-    let this = Program::this();
-    let top = git(&["rev-parse", "--show-toplevel"]);
-    if top.is_none_or(|top| Path::new(&top) != root.canonicalize().unwrap()) {
-        assert_eq!((this.commit, this.changed), (None, None));
-        return;
-    }
-    // HEAD may have moved since the build.
-    let commit = this.commit.clone().unwrap();
-    assert_eq!(git(&["cat-file", "-t", &commit]).as_deref(), Some("commit"), "{commit}");
-    let words = this.commit_words().unwrap();
-    assert_eq!(words.ends_with(" with changes"), this.changed.unwrap());
-    assert!(words.starts_with(&commit[..12]));
-}
-
-#[test]
 fn the_program_writes_the_page_where_it_is_told() {
     let runs = Runs::new();
     let path = runs.add("run", 0.0, |_| {});
