@@ -300,6 +300,32 @@ fn runs_that_differ_in_their_seed_alone_are_one_line_with_a_band() {
     assert!(texts.contains(&tip.as_str()), "no {tip} in {texts:?}");
     let bands = svg.descendants().filter(|node| node.attribute("class") == Some("fig-band"));
     assert_eq!(bands.count(), 1, "a band around the group alone");
+    let from = html.find("aria-label=\"Settings that differ\"").unwrap();
+    assert!(html[from..].contains("<td class=\"text\">1, 2, 3</td><td class=\"text\">"));
+}
+
+#[test]
+fn a_figure_names_the_seeds_that_it_shows_and_not_those_that_it_lacks() {
+    let runs = Runs::new();
+    for seed in 1..=3 {
+        runs.add(&format!("lns-seed{seed}"), 0.0, |config| config.seed = seed);
+    }
+    let shown = |title: &str| -> Vec<String> {
+        let figures = titled(&html(&[runs.folder.path().to_path_buf()]));
+        let (_, figure) = figures.into_iter().find(|(other, _)| other == title).unwrap();
+        let svg = Document::parse(&figure).unwrap();
+        let texts = svg.descendants().filter(|node| node.has_tag_name("text"));
+        texts.filter_map(|node| node.text().map(str::to_string)).collect()
+    };
+    runs.add_depth("lns-seed2", 1.2);
+    for figure in ["Variance by layer, last checkpoints", "Loss without the layer"] {
+        let texts = shown(figure);
+        assert!(texts.contains(&"lns-seed2".to_string()), "{texts:?}");
+        assert!(!texts.iter().any(|text| text.contains("seeds")), "{texts:?}");
+    }
+    runs.add_depth("lns-seed3", 1.2);
+    let texts = shown("Loss without the layer");
+    assert!(texts.contains(&"lns (3 seeds): 2 of 3".to_string()), "{texts:?}");
 }
 
 #[test]

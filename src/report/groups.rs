@@ -4,7 +4,7 @@
 use toml::Table;
 
 use super::run::Run;
-use crate::figure::{Point, Series, Style};
+use crate::figure::{BarGroup, Point, Series, Style};
 
 /// Keys in which runs of one group may differ.
 const FREE: [&str; 2] = ["seed", "name"];
@@ -52,43 +52,50 @@ fn name_of(runs: &[&Run]) -> String {
 }
 
 impl Group<'_> {
+    /// The group's name where all its runs are shown; the run's own where it is one of several, and
+    /// how many of them where they are some.
+    fn name_of_some(&self, shown: &[&Run]) -> String {
+        match (shown, self.runs.len()) {
+            ([run], _) => run.name.clone(),
+            (some, all) if some.len() < all => format!("{}: {} of {all}", self.name, some.len()),
+            _ => self.name.clone(),
+        }
+    }
+
+    /// What `values` gives for the runs that have the most of it, with those runs: a run that ended
+    /// early would cut the mean of the others.
+    fn whole<T>(&self, values: impl Fn(&Run) -> Vec<T>) -> (Vec<&Run>, Vec<Vec<T>>) {
+        let all: Vec<_> = self.runs.iter().map(|run| (*run, values(run))).collect();
+        let longest = all.iter().map(|(_, values)| values.len()).max().unwrap_or(0);
+        all.into_iter().filter(|(_, values)| values.len() == longest && longest > 0).unzip()
+    }
+
     /// One line for the group. `points` gives a run's, of which the n-th belong together.
     pub fn series(&self, points: impl Fn(&Run) -> Vec<Point>) -> Series {
-        let lines: Vec<Vec<Point>> =
-            self.runs.iter().map(|run| points(run)).filter(|line| !line.is_empty()).collect();
-        // A run that ended early would cut the mean of the others; it is left out, and said so.
-        let longest = lines.iter().map(Vec::len).max().unwrap_or(0);
-        let all = lines.len();
-        let lines: Vec<Vec<Point>> =
-            lines.into_iter().filter(|line| line.len() == longest).collect();
-        let name = match lines.len() {
-            whole if whole < all => format!("{} ({whole} of {all})", self.name),
-            _ => self.name.clone(),
-        };
+        let (runs, mut lines) = self.whole(points);
+        let name = self.name_of_some(&runs);
         if lines.len() < 2 {
-            let line = lines.into_iter().next().unwrap_or_default();
-            return Series::new(&name, self.style, line);
+            return Series::new(name, self.style, lines.pop().unwrap_or_default());
         }
         let mean = |of: &dyn Fn(&Point) -> f64, n: usize| {
             lines.iter().map(|line| of(&line[n])).sum::<f64>() / lines.len() as f64
         };
         let (mut middle, mut band) = (Vec::new(), Vec::new());
-        for n in 0..longest {
+        for n in 0..lines[0].len() {
             let x = mean(&|point| point.0, n);
             middle.push((x, mean(&|point| point.1, n)));
             let ys = || lines.iter().map(|line| line[n].1);
             band.push((x, ys().fold(f64::MAX, f64::min), ys().fold(f64::MIN, f64::max)));
         }
-        Series::new(&name, self.style, middle).with_band(band)
+        Series::new(name, self.style, middle).with_band(band)
     }
 
-    /// The mean over the group's runs, layer by layer. Runs without `values`, or with fewer layers
-    /// than the first, do not count.
-    pub fn mean(&self, values: impl Fn(&Run) -> Option<Vec<f64>>) -> Option<Vec<f64>> {
-        let all: Vec<Vec<f64>> = self.runs.iter().filter_map(|run| values(run)).collect();
+    /// The mean over the group's runs, layer by layer; `None` where no run has `values`.
+    pub fn bars(&self, values: impl Fn(&Run) -> Option<Vec<f64>>) -> Option<BarGroup> {
+        let (runs, all) = self.whole(|run| values(run).unwrap_or_default());
         let layers = all.first()?.len();
-        let all: Vec<_> = all.into_iter().filter(|values| values.len() == layers).collect();
         let mean = |layer| all.iter().map(|v| v[layer]).sum::<f64>() / all.len() as f64;
-        Some((0..layers).map(mean).collect())
+        let means = (0..layers).map(mean).collect();
+        Some(BarGroup::new(self.name_of_some(&runs), self.style, means))
     }
 }

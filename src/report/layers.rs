@@ -156,10 +156,7 @@ fn heat_map(title: String, rows: &[Vec<f64>], value_label: &str, highest: f64) -
 pub(super) fn bars(groups: &[Group]) -> Vec<Captioned<BarChart>> {
     let mut figures = Vec::new();
     let mut add = |title: &str, axis: &str, caption: &str, of: &Measure| {
-        let bars = groups.iter().filter_map(|group| {
-            let values = group.mean(|run| latest(run, of))?;
-            Some(BarGroup::new(&group.name, group.style, values))
-        });
+        let bars = groups.iter().filter_map(|group| group.bars(|run| latest(run, of)));
         let bars: Vec<BarGroup> = bars.collect();
         if !bars.is_empty() {
             let axis = Axis::linear(axis).with_range(without_giants(&bars));

@@ -39,7 +39,7 @@ pub fn page(heading: &Heading, runs: &[Run]) -> String {
     let program = Program::this();
     let sections = [
         ("runs", "Runs", Some(summary(&groups, &torn))),
-        ("differences", "What differs", differences(runs)),
+        ("differences", "What differs", differences(runs, &groups)),
         ("training", "Training", Some(figures("", &curves(&groups)))),
         ("variance", "Variance by layer", section(VARIANCE, &variance(&groups))),
         ("angular", "Angular distance", angular_section(&groups)),
@@ -256,8 +256,8 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// Settings that are not the same in all runs; `None` for a single run.
-fn differences(runs: &[Run]) -> Option<Markup> {
+/// Settings that are not the same in all runs, a column for each group; `None` for a single run.
+fn differences(runs: &[Run], groups: &[Group]) -> Option<Markup> {
     if runs.len() < 2 {
         return None;
     }
@@ -273,14 +273,17 @@ fn differences(runs: &[Run]) -> Option<Markup> {
         table {
             thead { tr {
                 th scope="col" { "setting" }
-                @for run in runs { th .text scope="col" { (run.name) } }
+                @for group in groups { th .text scope="col" { (group.name) } }
             } }
             tbody {
                 @for key in keys {
                     tr {
                         th scope="row" { code { (key) } }
-                        @for run in runs {
-                            td .text { (run.setting(key).unwrap_or_else(|| "\u{2013}".into())) }
+                        @for group in groups {
+                            td .text {
+                                (distinct(group.runs.iter().filter_map(|run| run.setting(key)))
+                                    .unwrap_or_else(|| "\u{2013}".into()))
+                            }
                         }
                     }
                 }
