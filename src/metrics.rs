@@ -1,9 +1,15 @@
 //! The lines of metrics.jsonl, the one record of a run that everything else derives from, and of
-//! its two companions.
+//! its two companions; how they are read back, and what more than one place derives from them.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
 
 use jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::version::Program;
 
 /// One optimizer step.
@@ -81,6 +87,64 @@ impl SessionRecord {
             started: Timestamp::from_second(now.as_second()).unwrap_or(now).to_string(),
             machine,
             program: Program::this(),
+        }
+    }
+}
+
+/// The training loss that a run is said to have ended at: the mean over the last 2% of its steps, of
+/// which there is at least one.
+pub fn final_loss(steps: &[StepRecord]) -> f64 {
+    let last = &steps[steps.len() - steps.len().div_ceil(50)..];
+    last.iter().map(|step| step.loss).sum::<f64>() / last.len() as f64
+}
+
+/// Seconds of training behind each step, evaluations left out: the sum of tokens over tokens per
+/// second.
+pub fn seconds_behind(steps: &[StepRecord]) -> Vec<f64> {
+    let mut sum = 0.0;
+    let mut tokens = 0;
+    let mut behind = |step: &StepRecord| {
+        let these = step.tokens.saturating_sub(tokens) as f64;
+        tokens = step.tokens;
+        if step.tokens_per_second > 0.0 {
+            sum += these / step.tokens_per_second;
+        }
+        sum
+    };
+    steps.iter().map(&mut behind).collect()
+}
+
+/// A file of records, one per line.
+pub struct Lines<T> {
+    pub records: Vec<T>,
+    /// Whether the last line was not written to its end.
+    pub torn: bool,
+}
+
+/// Reads a file of records. A last line without its end is no error, and left out.
+///
+/// Errors: a line that is no record, by its number.
+pub fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Lines<T>> {
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
+    let (mut records, mut line, mut number) = (Vec::new(), Vec::new(), 0);
+    loop {
+        line.clear();
+        number += 1;
+        if file.read_until(b'\n', &mut line).map_err(Error::io("read", path))? == 0 {
+            return Ok(Lines { records, torn: false });
+        }
+        let whole = line.ends_with(b"\n");
+        match serde_json::from_slice(&line) {
+            Ok(record) => records.push(record),
+            Err(_) if !whole => return Ok(Lines { records, torn: true }),
+            Err(_) if line.trim_ascii().is_empty() => {}
+            Err(error) => {
+                return Err(Error::Data {
+                    path: path.to_path_buf(),
+                    what: format!("line {number} is no record of this program: {error}"),
+                    remedy: "correct or remove the line".into(),
+                });
+            }
         }
     }
 }

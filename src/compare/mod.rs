@@ -11,7 +11,6 @@
 mod table;
 mod variant;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -23,8 +22,8 @@ pub use variant::Variant;
 use crate::config::Config;
 use crate::durable::replace;
 use crate::error::{Error, Result};
-use crate::metrics::StepRecord;
-use crate::rundir::{CONFIG, METRICS};
+use crate::metrics::{Lines, StepRecord, read_lines};
+use crate::rundir::{CONFIG, METRICS, checkpoint_steps};
 use crate::train::{Console, Interrupt, Run, train};
 
 /// In the folder of a comparison.
@@ -183,7 +182,7 @@ fn outcome(
             Err(other) => return Err(other),
         }
     }
-    let steps = read_metrics(folder)?;
+    let steps = read_lines(&folder.join(METRICS))?.records;
     RunResult::new(config, folder, &steps, diverged.exists()).map(Some)
 }
 
@@ -196,27 +195,10 @@ struct Diverged {
 /// Whether the last step is in a checkpoint and in the metrics, whose last line a crash may have torn:
 /// then training goes on, which repairs them.
 fn is_complete(folder: &Path, steps: u64) -> Result<bool> {
-    let has_checkpoint = crate::rundir::checkpoint_steps(folder)?.last() == Some(&steps);
     let metrics = folder.join(METRICS);
-    if !has_checkpoint || !metrics.exists() {
+    if checkpoint_steps(folder)?.last() != Some(&steps) || !metrics.exists() {
         return Ok(false);
     }
-    let text = fs::read_to_string(&metrics).map_err(Error::io("read", &metrics))?;
-    let last = text.lines().last().and_then(|line| serde_json::from_str::<StepRecord>(line).ok());
-    Ok(last.is_some_and(|record| record.step == steps))
-}
-
-fn read_metrics(folder: &Path) -> Result<Vec<StepRecord>> {
-    let path = folder.join(METRICS);
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let lines = text.lines().enumerate();
-    lines
-        .map(|(at, line)| {
-            serde_json::from_str(line).map_err(|error| Error::Data {
-                path: path.clone(),
-                what: format!("line {}: {error}", at + 1),
-                remedy: "continue the run with `isobath train --resume`, which repairs it".into(),
-            })
-        })
-        .collect()
+    let Lines { records, torn } = read_lines::<StepRecord>(&metrics)?;
+    Ok(!torn && records.last().is_some_and(|record| record.step == steps))
 }

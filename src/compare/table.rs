@@ -8,10 +8,8 @@ use serde::Serialize;
 use super::Variant;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::metrics::StepRecord;
-
-/// The training loss that is tabled: the mean over this last share of the steps.
-const LAST_SHARE: f64 = 0.02;
+use crate::metrics::{StepRecord, final_loss, seconds_behind};
+use crate::rundir::METRICS;
 
 /// One trained run.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -23,8 +21,8 @@ pub struct RunResult {
     /// Whether the loss or the gradient stopped being finite, or the evaluation is not.
     pub diverged: bool,
     pub tokens: u64,
-    /// Mean over the last 2 % of the steps, in nats.
-    pub train_loss: f64,
+    /// See [`final_loss`]; `None` where the first step diverged.
+    pub train_loss: Option<f64>,
     /// Of the last step; `None` where it was not reached.
     pub val_loss: Option<f64>,
     pub val_perplexity: Option<f64>,
@@ -41,44 +39,31 @@ impl RunResult {
         steps: &[StepRecord],
         diverged: bool,
     ) -> Result<Self> {
-        let last = match steps.last() {
-            Some(last) => *last,
-            None if diverged => StepRecord {
-                step: 0,
-                tokens: 0,
-                loss: f64::NAN,
-                grad_norm: f64::NAN,
-                lr: 0.0,
-                tokens_per_second: 0.0,
-                mfu: None,
-                evaluation: None,
-            },
-            None => {
-                return Err(Error::Data {
-                    path: folder.join(crate::rundir::METRICS),
-                    what: "has no step".to_string(),
-                    remedy: "remove the run and compare again".to_string(),
-                });
-            }
-        };
-        let count = ((steps.len() as f64 * LAST_SHARE).ceil() as usize).max(1).min(steps.len());
-        let tail = &steps[steps.len() - count..];
+        let last = steps.last();
+        if last.is_none() && !diverged {
+            return Err(Error::Data {
+                path: folder.join(METRICS),
+                what: "has no step".to_string(),
+                remedy: "remove the run and compare again".to_string(),
+            });
+        }
+        let step = last.map_or(0, |last| last.step);
         let holds_out = config.data.held_out > 0.0 || !config.data.valid.is_empty();
-        let lacks_evaluation = last.step == config.train.steps && last.evaluation.is_none();
+        let evaluation = last.and_then(|last| last.evaluation);
+        let lacks_evaluation = step == config.train.steps && evaluation.is_none();
         let diverged = diverged || holds_out && lacks_evaluation;
-        let evaluation = last.evaluation.filter(|_| !diverged);
-        let tokens_per_step = config.tokens_per_step() as f64;
+        let evaluation = evaluation.filter(|_| !diverged);
         Ok(RunResult {
             folder: folder.to_path_buf(),
             seed: config.seed,
-            step: last.step,
+            step,
             diverged,
-            tokens: last.tokens,
-            train_loss: tail.iter().map(|record| record.loss).sum::<f64>() / count as f64,
+            tokens: last.map_or(0, |last| last.tokens),
+            train_loss: last.map(|_| final_loss(steps)),
             val_loss: evaluation.map(|it| it.val_loss),
             val_perplexity: evaluation.map(|it| it.val_perplexity),
             val_bits_per_byte: evaluation.map(|it| it.val_bits_per_byte),
-            seconds: steps.iter().map(|record| tokens_per_step / record.tokens_per_second).sum(),
+            seconds: seconds_behind(steps).last().copied().unwrap_or(0.0),
         })
     }
 }
@@ -160,7 +145,7 @@ impl Comparison {
                 name: variant.name.clone(),
                 sets: variant.sets.clone(),
                 diverged: runs.iter().filter(|run| run.diverged).count(),
-                train_loss: spread(|run| (!run.diverged).then_some(run.train_loss)),
+                train_loss: spread(|run| run.train_loss.filter(|_| !run.diverged)),
                 val_loss: spread(|run| run.val_loss),
                 val_perplexity: spread(|run| run.val_perplexity),
                 val_bits_per_byte: spread(|run| run.val_bits_per_byte),

@@ -15,6 +15,7 @@ use super::groups::{Group, groups};
 use super::layers::{angular, angular_rescaled, bars, variance};
 use super::run::Run;
 use crate::figure::{Figure, GROUND, INK, MUTED, PAPER, RULE, STYLE, Themed, sample, short};
+use crate::metrics::final_loss;
 use crate::version::Program;
 
 /// What stands above the page.
@@ -189,7 +190,7 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
                             }
                             None => { td { "\u{2013}" } td { "\u{2013}" } td { "\u{2013}" } }
                         }
-                        td { (format!("{:.4}", final_loss(run))) }
+                        td { (format!("{:.4}", final_loss(&run.steps))) }
                         td { (short(run.last().tokens as f64)) }
                         td { (duration(run.seconds[run.seconds.len() - 1])) }
                         td { (short(median_speed(run))) }
@@ -211,12 +212,6 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
             }
         }
     }
-}
-
-/// Mean over the last 2% of the steps.
-fn final_loss(run: &Run) -> f64 {
-    let last = &run.steps[run.steps.len() - run.steps.len().div_ceil(50)..];
-    last.iter().map(|step| step.loss).sum::<f64>() / last.len() as f64
 }
 
 fn median_speed(run: &Run) -> f64 {

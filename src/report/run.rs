@@ -4,17 +4,16 @@
 //! that it is just writing is left out. The configuration is kept as the table that it is: runs of
 //! other versions of this program have other keys.
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use toml::Table;
 
 use crate::config::Config;
 use crate::depth::{DepthReport, reports_of_run};
 use crate::error::{Error, Result};
-use crate::metrics::{Evaluation, SessionRecord, StepRecord};
+use crate::metrics::{Evaluation, Lines, SessionRecord, StepRecord, read_lines, seconds_behind};
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{CONFIG, METRICS, SESSIONS};
 
@@ -76,7 +75,7 @@ impl Run {
             parameters: parameters.map(|c| ParameterTable::new(&c.model).parameters() as u64),
             toml,
             config,
-            seconds: seconds(&steps),
+            seconds: seconds_behind(&steps),
             steps,
             torn,
             sessions,
@@ -101,53 +100,6 @@ impl Run {
     /// Steps that were followed by an evaluation.
     pub fn evaluations(&self) -> impl Iterator<Item = (&StepRecord, &Evaluation)> {
         self.steps.iter().filter_map(|step| Some((step, step.evaluation.as_ref()?)))
-    }
-}
-
-/// Seconds of training behind each step, evaluations left out: the sum of tokens over tokens per
-/// second.
-fn seconds(steps: &[StepRecord]) -> Vec<f64> {
-    let mut sum = 0.0;
-    let mut tokens = 0;
-    let mut behind = |step: &StepRecord| {
-        let these = step.tokens.saturating_sub(tokens) as f64;
-        tokens = step.tokens;
-        if step.tokens_per_second > 0.0 {
-            sum += these / step.tokens_per_second;
-        }
-        sum
-    };
-    steps.iter().map(&mut behind).collect()
-}
-
-struct Lines<T> {
-    records: Vec<T>,
-    torn: bool,
-}
-
-/// One record per line. A last line without its end was not written to the end, and is no error.
-fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Lines<T>> {
-    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
-    let (mut records, mut line, mut number) = (Vec::new(), Vec::new(), 0);
-    loop {
-        line.clear();
-        number += 1;
-        if file.read_until(b'\n', &mut line).map_err(Error::io("read", path))? == 0 {
-            return Ok(Lines { records, torn: false });
-        }
-        let whole = line.ends_with(b"\n");
-        match serde_json::from_slice(&line) {
-            Ok(record) => records.push(record),
-            Err(_) if !whole => return Ok(Lines { records, torn: true }),
-            Err(_) if line.trim_ascii().is_empty() => {}
-            Err(error) => {
-                return Err(Error::Data {
-                    path: path.to_path_buf(),
-                    what: format!("line {number} is no record of this program: {error}"),
-                    remedy: "correct or remove the line".into(),
-                });
-            }
-        }
     }
 }
 
