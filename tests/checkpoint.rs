@@ -351,6 +351,16 @@ fn saving_a_step_again_replaces_it() {
 }
 
 #[test]
+fn the_first_values_stay_where_they_were_asked_for() {
+    for (initial, expected) in [(true, &[0, 3][..]), (false, &[3])] {
+        let (_folder, run) = run_with(&[0, 1, 2, 3]);
+        let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial };
+        checkpoint::retain(&run, &keep).unwrap();
+        assert_eq!(checkpoint_steps(run.path()).unwrap(), expected, "initial {initial}");
+    }
+}
+
+#[test]
 fn retention_keeps_the_last_and_every_nth() {
     let all: Vec<u64> = (1..=8).collect();
     let cases: [(usize, u64, &[u64]); 7] = [

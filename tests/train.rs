@@ -309,6 +309,25 @@ fn a_second_process_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
+fn the_first_values_are_a_checkpoint_where_that_is_asked() {
+    let folder = tempdir().unwrap();
+    let mut config = run_config(&small_model());
+    config.model.placement = Placement::Pre; // nothing is folded
+    config.model.vocab = 0;
+    config.data.train = vec![text_file(folder.path(), 6000).display().to_string()];
+    config.train.steps = 4;
+    config.checkpoint.initial = true;
+    let out = folder.path().join("run");
+    run(&config, &out, false);
+    let step_0 = checkpoint_folder(&out, 0);
+    let (_, table, found) = isobath::hf::load_for_inference(&step_0).unwrap();
+    let expected = isobath::model::init::initial_parameters(&table, config.seed);
+    assert!(found == expected, "other values than those that were drawn");
+    let (_, _, last) = isobath::hf::load_for_inference(&checkpoint_folder(&out, 4)).unwrap();
+    assert!(last != expected, "nothing was learnt");
+}
+
+#[test]
 fn a_loss_that_is_not_finite_stops_before_the_update() {
     let folder = tempdir().unwrap();
     let text = text_file(folder.path(), 20_000);
