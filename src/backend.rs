@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::tensor::{BufferId, Kind, View};
+use crate::tensor::{BufferId, Kind, Shape, View};
 
 /// Where an activation gradient goes, and whether something is there already.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -102,6 +102,25 @@ pub struct FlatBuffers {
     pub grad_norm: View,
 }
 
+impl FlatBuffers {
+    /// A range of elements of every buffer; the norm stays that of the whole.
+    pub fn part(&self, range: &Range<usize>, element_bytes: impl Fn(Kind) -> usize) -> Self {
+        let part = |view: View| View {
+            offset: view.offset + range.start * element_bytes(view.kind),
+            shape: Shape::new(&[range.len()]),
+            ..view
+        };
+        FlatBuffers {
+            parameters: part(self.parameters),
+            working: self.working.map(part),
+            gradients: part(self.gradients),
+            moment1: part(self.moment1),
+            moment2: part(self.moment2),
+            grad_norm: self.grad_norm,
+        }
+    }
+}
+
 /// AdamW, Loshchilov & Hutter 2019, algorithm 2; with `decoupled` false, Adam with L2 decay.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWStep<'a> {
@@ -165,7 +184,7 @@ pub trait Backend {
         0
     }
     /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;
-    /// once, before either is called. `decay` as in [`AdamWStep`].
+    /// once, before either is called with these buffers. `decay` as in [`AdamWStep`].
     fn prepare_optimizer(&mut self, _buffers: &FlatBuffers, _decay: &[Range<usize>]) -> Result<()> {
         Ok(())
     }

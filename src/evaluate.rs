@@ -10,7 +10,9 @@ use std::time::Instant;
 use serde::Serialize;
 use tempfile::TempDir;
 
-use crate::config::{Attention, DataConfig, DeviceKind, Dtype, ModelConfig, Rows as RowKind};
+use crate::config::{
+    Attention, DataConfig, DeviceKind, Dtype, Format, ModelConfig, Rows as RowKind,
+};
 use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
@@ -91,6 +93,7 @@ impl Text {
             valid: Vec::new(),
             held_out: 0.0,
             tokenizer: model.folder.join(hf::TOKENIZER).to_string_lossy().into_owned(),
+            format: Format::Text,
             field: field.to_string(),
             rows: RowKind::Packed,
             attention: Attention::Row,

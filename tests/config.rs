@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use isobath::Error;
 use isobath::config::{
-    Config, DeviceKind, Dtype, InitKind, NormKind, OptimizerKind, Placement, Recompute, Rows,
-    ScheduleKind, preset_names,
+    Config, DeviceKind, Dtype, Format, InitKind, NormKind, OptimizerKind, Placement, Recompute,
+    Rows, ScheduleKind, preset_names,
 };
 use isobath::model::parameters::{ParameterTable, WIDTH_MULTIPLE};
 use isobath::plan::PlanReport;
@@ -59,7 +59,7 @@ fn assert_refused<T>(found: Result<T, Error>, parts: &[&str]) {
 #[test]
 fn presets_have_the_published_parameter_counts() {
     let names: Vec<&str> = PAPER.iter().map(|(name, ..)| *name).collect();
-    assert_eq!(preset_names(), [&["demo"][..], &names].concat());
+    assert_eq!(preset_names(), [&["demo"][..], &names, &["sft", "sft-lisa"]].concat());
     for (name, parameters, non_embedding) in PAPER {
         let config = Config::preset(name).unwrap();
         let report = PlanReport::new(&config).unwrap();
@@ -119,6 +119,23 @@ fn paper_presets_have_the_recipes_of_the_run_scripts() {
         assert_eq!((optimizer.beta1, optimizer.beta2, optimizer.eps), (0.9, 0.999, 1e-8), "{name}");
         assert_eq!((optimizer.weight_decay, optimizer.clip), (0.0, 0.0), "{name}");
         assert_eq!(optimizer.min_lr_ratio, 0.1, "{name}");
+    }
+}
+
+#[test]
+fn tuning_presets_have_the_recipe_of_the_papers_group() {
+    for (name, sampled_layers) in [("sft", 0), ("sft-lisa", 4)] {
+        let mut config = Config::preset(name).unwrap();
+        let Config { seed, data, train, optimizer, .. } = &config;
+        assert_eq!((*seed, train.epochs, optimizer.lr), (42, 4.0, 3e-4), "{name}");
+        assert_eq!((optimizer.sampled_layers, optimizer.sample_interval), (sampled_layers, 3));
+        assert_eq!((data.format, data.rows), (Format::Supervised, Rows::Packed), "{name}");
+        assert!(data.packs_documents(), "{name}: examples attend to each other");
+        assert_refused(config.validate(), &["data.train = []", "prompts and answers"]);
+        config.data.train = vec!["chat.jsonl".to_string()];
+        assert_refused(config.validate(), &["data.tokenizer = \"\"", "--init FOLDER"]);
+        config.data.tokenizer = "tokenizer.json".to_string();
+        config.validate().unwrap();
     }
 }
 
@@ -431,6 +448,14 @@ rules! {
     weight_decay_is_not_negative: ["optimizer.weight_decay=-1"] => ["optimizer.weight_decay = -1"];
     clip_is_not_negative: ["optimizer.clip=-1"] => ["optimizer.clip = -1"];
     z_loss_is_not_negative: ["train.z_loss=-1"] => ["train.z_loss = -1"];
+    supervised_examples_do_not_see_each_other:
+        ["data.format=supervised"] => ["data.attention = row", "data.attention to document"];
+    epochs_are_not_negative: ["train.epochs=-1.0"] => ["train.epochs = -1"];
+    epochs_are_a_number: ["train.epochs=nan"] => ["train.epochs = NaN"];
+    no_more_layers_are_sampled_than_there_are:
+        ["optimizer.sampled_layers=7"] => ["optimizer.sampled_layers = 7", "has 6 layers"];
+    layers_are_sampled_for_an_update_at_least:
+        ["optimizer.sample_interval=0"] => ["optimizer.sample_interval = 0"];
     held_out_is_not_negative: ["data.held_out=-0.1"] => ["data.held_out = -0.1"];
     held_out_is_at_most_a_half: ["data.held_out=0.6"] => ["data.held_out = 0.6"];
     data_train_is_given: ["data.train="] => ["data.train = []", "bundled:austen"];

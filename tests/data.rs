@@ -1,9 +1,12 @@
 //! From text to batches; one module for each file of src/data.
 
 mod corpus;
+mod examples;
 mod loader;
+mod packing;
 mod prepare;
 mod shard;
+mod supervised;
 mod tokenizer;
 mod windows;
 

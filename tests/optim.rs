@@ -1,7 +1,9 @@
-//! src/optim.rs: schedules and clipping.
+//! src/optim: schedules, clipping, and what is updated when.
 
+use isobath::config::Placement;
 use isobath::config::{OptimizerConfig, ScheduleKind};
-use isobath::optim::{adamw_step, learning_rate};
+use isobath::model::parameters::ParameterTable;
+use isobath::optim::{LayerSampling, UpdateGroup, adamw_step, learning_rate};
 
 use crate::support::{run_config, small_model};
 
@@ -85,4 +87,94 @@ fn clipping_scales_to_the_norm_and_zero_turns_it_off() {
     let step = step(1.0);
     assert!((step.correction1 - (1.0 - 0.9f64.powi(2))).abs() < 1e-15);
     assert!((step.correction2 - (1.0 - 0.95f64.powi(2))).abs() < 1e-15);
+}
+
+/// The layers that an update trains.
+fn drawn(sampling: &LayerSampling, layers: usize) -> Vec<usize> {
+    (1..=layers).filter(|&layer| sampling.count(layer).is_some()).collect()
+}
+
+#[test]
+fn layers_are_drawn_for_an_interval_and_count_their_own_updates() {
+    let (layers, sampled, interval) = (7, 3, 4);
+    let mut sampling = LayerSampling::new(5, layers, sampled, interval);
+    let mut updates = vec![0; layers];
+    let mut history = vec![];
+    for update in 1..=40u64 {
+        sampling.go_to(update);
+        let now = drawn(&sampling, layers);
+        assert_eq!((now.len(), sampling.update()), (sampled, update));
+        for &layer in &now {
+            updates[layer - 1] += 1;
+            assert_eq!(sampling.count(layer), Some(updates[layer - 1]));
+        }
+        history.push((now, sampling.clone()));
+    }
+    for interval in history.chunks(4) {
+        assert!(interval.iter().all(|(now, _)| *now == interval[0].0), "within an interval");
+    }
+    let changes = history.windows(2).filter(|two| two[0].0 != two[1].0).count();
+    assert!(changes > 5, "{changes} changes in 9 draws");
+    // Wherever a process takes the run up.
+    for (update, (_, then)) in (1..).zip(&history) {
+        let mut fresh = LayerSampling::new(5, layers, sampled, interval);
+        fresh.go_to(update);
+        assert_eq!(fresh, *then, "straight to {update}");
+        sampling.go_to(update);
+        assert_eq!(sampling, *then, "back to {update}");
+    }
+    let mut other = LayerSampling::new(6, layers, sampled, interval);
+    let another = |(update, (now, _)): (u64, &(Vec<usize>, LayerSampling))| {
+        other.go_to(update);
+        drawn(&other, layers) != *now
+    };
+    assert!((1..).zip(&history).any(another), "another seed draws other layers");
+}
+
+#[test]
+fn every_layer_is_as_likely_as_any_other() {
+    let (layers, sampled, draws) = (8, 2, 8000u64);
+    let mut sampling = LayerSampling::new(1, layers, sampled, 1);
+    let mut counts = vec![0.0; layers];
+    for update in 1..=draws {
+        sampling.go_to(update);
+        drawn(&sampling, layers).iter().for_each(|layer| counts[layer - 1] += 1.0);
+    }
+    let expected = (draws as usize * sampled / layers) as f64;
+    let chi: f64 = counts.iter().map(|count| (count - expected).powi(2) / expected).sum();
+    // 7 degrees of freedom: above 35.3 once in 100,000 times.
+    assert!(chi < 35.3, "chi-squared {chi:.1}: {counts:?}");
+}
+
+#[test]
+fn groups_of_an_update_make_up_the_flat_buffer() {
+    for placement in [Placement::Lns, Placement::Sandwich, Placement::Layerscale] {
+        for tied in [false, true] {
+            let mut model = small_model();
+            (model.placement, model.tied, model.layers) = (placement, tied, 3);
+            let table = ParameterTable::new(&model);
+            let groups = UpdateGroup::blocks(&table);
+            let layers: Vec<Option<usize>> = groups.iter().map(|group| group.layer).collect();
+            assert_eq!(layers, [None, Some(1), Some(2), Some(3), None]);
+            let mut end = 0;
+            let mut decaying = vec![];
+            for UpdateGroup { range, decay, layer } in &groups {
+                assert_eq!(range.start, end);
+                end = range.end;
+                decaying
+                    .extend(decay.iter().flat_map(|d| range.start + d.start..range.start + d.end));
+                for parameter in table.entries() {
+                    let inside = range.contains(&parameter.offset);
+                    assert!(!inside || parameter.range().end <= range.end, "{}", parameter.name);
+                    let block = layer.map(|layer| format!("layers.{layer}."));
+                    let named = block.is_some_and(|block| parameter.name.starts_with(&block));
+                    assert_eq!(inside && layer.is_some(), named, "{}", parameter.name);
+                }
+            }
+            assert_eq!(end, table.stored_elements());
+            let whole: Vec<usize> =
+                UpdateGroup::whole(&table).decay.into_iter().flatten().collect();
+            assert_eq!(decaying, whole, "{placement}");
+        }
+    }
 }

@@ -1,9 +1,9 @@
 //! What several test modules need: small models, random numbers, comparisons that explain.
 
 use isobath::config::{
-    Attention, CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, InitKind,
-    LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement, Recompute, Rows,
-    ScheduleKind, TrainConfig,
+    Attention, CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, Format,
+    InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement,
+    Recompute, Rows, ScheduleKind, TrainConfig,
 };
 use isobath::random::Philox;
 
@@ -74,6 +74,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             valid: Vec::new(),
             held_out: 0.1,
             tokenizer: "bytes".to_string(),
+            format: Format::Text,
             field: "text".to_string(),
             rows: Rows::Packed,
             attention: Attention::Row,
@@ -81,6 +82,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
         },
         train: TrainConfig {
             steps: 8,
+            epochs: 0.0,
             micro_batch: 2,
             grad_accumulation: 1,
             recompute: Recompute::None,
@@ -102,6 +104,8 @@ pub fn run_config(model: &ModelConfig) -> Config {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
+            sampled_layers: 0,
+            sample_interval: 1,
         },
         checkpoint: CheckpointConfig { every: 0, keep_last: 2, keep_every: 0, initial: false },
     }

@@ -1,5 +1,7 @@
 //! src/train: the loop, through the library and through the real program with real signals.
 
+mod fine_tuning;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! `isobath generate`: text from a model, shown as it comes.
 
 use clap::Args;
+use isobath::data::supervised::ask;
 use isobath::generate::{Generated, Request, Sampling, generate_text};
 use isobath::{Error, Result};
 
@@ -11,9 +12,8 @@ use super::output;
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to continue
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: String,
+    #[command(flatten)]
+    prompt: PromptArgs,
     /// Most tokens to add
     #[arg(long, value_name = "N", default_value = "200")]
     tokens: usize,
@@ -29,6 +29,17 @@ pub struct GenerateArgs {
     /// The same seed gives the same text
     #[arg(long, value_name = "N", default_value = "1")]
     seed: u64,
+}
+
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Question to answer, put as the turns are that `data.format = "supervised"` trains on
+    #[arg(long, value_name = "QUESTION", allow_hyphen_values = true)]
+    ask: Option<String>,
 }
 
 impl GenerateArgs {
@@ -47,7 +58,10 @@ impl GenerateArgs {
         sampling.validate()?;
         Ok(Request {
             model: self.model.model,
-            prompt: self.prompt,
+            prompt: match self.prompt.ask {
+                Some(question) => ask(&question),
+                None => self.prompt.prompt.unwrap_or_default(),
+            },
             tokens: self.tokens,
             sampling,
             device: self.model.device,

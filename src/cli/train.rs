@@ -25,8 +25,8 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// Errors: those of [`Config::resolve`] and [`Config::validate`].
-    fn validate(mut self) -> Result<Run> {
+    /// Errors: those of [`Config::resolve`].
+    fn resolve(mut self) -> Result<Run> {
         if self.resume && self.config.file.is_none() {
             // A run is resumed with the configuration that it saved; --set may still change it.
             let folder = match &self.out {
@@ -42,14 +42,13 @@ impl TrainArgs {
         if self.init.is_some() {
             config.train.init_from = self.init;
         }
-        config.validate()?;
         let folder = self.out.unwrap_or_else(|| default_folder(&config.name));
         Ok(Run { config, folder, resume: self.resume })
     }
 }
 
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
-    let run = args.validate()?;
+    let run = args.resolve()?;
     let outcome = train(run, Interrupt::listen()?, &mut Console::new())?;
     describe(&outcome);
     Ok(())
@@ -80,5 +79,6 @@ fn describe(outcome: &Outcome) {
     eprintln!("samples     {folder}/{}", rundir::SAMPLES);
     eprintln!("settings    {folder}/{}", rundir::CONFIG);
     let program = std::env::args().next().unwrap_or_else(|| "isobath".to_string());
-    eprintln!("try         {program} generate {folder} --prompt \"It was\"");
+    let start = if outcome.answers { "--ask \"Who are you?\"" } else { "--prompt \"It was\"" };
+    eprintln!("try         {program} generate {folder} {start}");
 }

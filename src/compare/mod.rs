@@ -131,6 +131,9 @@ fn check_folder(run: &Planned) -> Result<()> {
     if run.config.model.vocab == 0 {
         saved.model.vocab = 0;
     }
+    if run.config.train.epochs > 0.0 {
+        saved.train.steps = run.config.train.steps;
+    }
     saved.device = run.config.device;
     if saved == run.config {
         return Ok(());
@@ -168,7 +171,8 @@ fn outcome(
     let Planned { config, folder, .. } = run;
     let diverged = folder.join(DIVERGED);
     let began = folder.join(CONFIG).exists();
-    let done = diverged.exists() || began && is_complete(folder, config.train.steps)?;
+    let steps = resolved(run)?.train.steps;
+    let done = diverged.exists() || began && is_complete(folder, steps)?;
     if !done {
         let run = Run { config: config.clone(), folder: folder.clone(), resume: began };
         match train(run, interrupt, console) {
@@ -183,7 +187,17 @@ fn outcome(
         }
     }
     let steps = read_lines(&folder.join(METRICS))?.records;
-    RunResult::new(config, folder, &steps, diverged.exists()).map(Some)
+    RunResult::new(&resolved(run)?, folder, &steps, diverged.exists()).map(Some)
+}
+
+/// The configuration with the steps that training counted where `train.epochs` decides them.
+fn resolved(run: &Planned) -> Result<Config> {
+    let mut config = run.config.clone();
+    let saved = run.folder.join(CONFIG);
+    if config.train.epochs > 0.0 && saved.exists() {
+        config.train.steps = Config::resolve(None, Some(&saved), &[])?.train.steps;
+    }
+    Ok(config)
 }
 
 #[derive(Serialize)]

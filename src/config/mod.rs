@@ -206,7 +206,8 @@ pub struct DataConfig {
     pub held_out: f64,
     /// A tokenizer.json, `bytes`, or `train:N`: a byte-level BPE of N entries trained on `train`.
     pub tokenizer: String,
-    /// The JSON field of .jsonl files that holds the text.
+    pub format: Format,
+    /// The JSON field of .jsonl files that holds the text, if `format` is `text`.
     pub field: String,
     pub rows: Rows,
     pub attention: Attention,
@@ -225,9 +226,20 @@ impl DataConfig {
 }
 
 choice! {
+    /// What the files are.
+    pub enum Format {
+        /// Text, every token of which is predicted.
+        Text = "text",
+        /// .jsonl files of prompts and answers, of which the answers are predicted.
+        Supervised = "supervised",
+    }
+}
+
+choice! {
     /// How documents become rows of `sequence` tokens.
     pub enum Rows {
-        /// The continuous stream of all documents, cut into rows.
+        /// The continuous stream of all documents, cut into rows. Supervised examples are never cut
+        /// by this: as many as fit are put into a row, and each attends to itself alone.
         Packed = "packed",
         /// One document per row, cut off or padded; padding is not predicted (the paper's way).
         Document = "document",
@@ -248,6 +260,8 @@ choice! {
 pub struct TrainConfig {
     /// Optimizer steps.
     pub steps: u64,
+    /// Times that all rows are read, which decides `steps` once they are counted; 0: `steps` does.
+    pub epochs: f64,
     /// Rows in a forward pass.
     pub micro_batch: usize,
     /// Micro-batches in an optimizer step.
@@ -293,6 +307,11 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; 0: off.
     pub clip: f64,
+    /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and head;
+    /// 0: all. "LISA", Pan et al. 2024.
+    pub sampled_layers: usize,
+    /// Updates between two draws.
+    pub sample_interval: u64,
 }
 
 choice! {

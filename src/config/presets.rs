@@ -1,5 +1,6 @@
 //! Presets: `demo`, and the models and recipes of "The Curse of Depth in Large Language Models"
-//! (arXiv 2502.05795) as its published configurations and run scripts have them.
+//! (arXiv 2502.05795) as its published configurations and run scripts have them: pretraining, and
+//! fine-tuning of a model that is there.
 //!
 //! The paper's runs differ from these in precision: they kept weights and moments in bf16, here
 //! masters and moments are f32. They read C4 with the t5-base tokenizer; neither is bundled, so
@@ -7,13 +8,21 @@
 
 use super::{
     Attention, CheckpointConfig, Config, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, DataConfig,
-    DeviceKind, Dtype, InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig,
+    DeviceKind, Dtype, Format, InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig,
     OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig, nearest,
 };
 use crate::error::{Error, Result};
 
 /// The preset when none is named.
 pub const DEFAULT: &str = "demo";
+
+/// Supervised fine-tuning of all parameters, and of a few random layers at a time.
+const FULL_TUNING: &str = "sft";
+const LISA_TUNING: &str = "sft-lisa";
+
+/// Layers that the paper's group trains at a time, and for how many updates.
+const LISA_LAYERS: usize = 4;
+const LISA_INTERVAL: u64 = 3;
 
 /// Rows in an optimizer step of every published recipe.
 const PAPER_ROWS: usize = 512;
@@ -79,7 +88,8 @@ const PAPER: [PaperModel; 13] = {
 
 /// Names of all presets, the default first.
 pub fn preset_names() -> Vec<&'static str> {
-    std::iter::once(DEFAULT).chain(PAPER.iter().map(|model| model.name)).collect()
+    let pretraining = PAPER.iter().map(|model| model.name);
+    std::iter::once(DEFAULT).chain(pretraining).chain([FULL_TUNING, LISA_TUNING]).collect()
 }
 
 impl Config {
@@ -87,8 +97,11 @@ impl Config {
     ///
     /// Errors: no preset has this name.
     pub fn preset(name: &str) -> Result<Self> {
-        if name == DEFAULT {
-            return Ok(demo());
+        match name {
+            DEFAULT => return Ok(demo()),
+            FULL_TUNING => return Ok(tuning(name, 0)),
+            LISA_TUNING => return Ok(tuning(name, LISA_LAYERS)),
+            _ => {}
         }
         PAPER.iter().find(|model| model.name == name).map(paper).ok_or_else(|| Error::Config {
             what: format!("unknown preset `{name}`"),
@@ -129,6 +142,7 @@ fn demo() -> Config {
             valid: vec![],
             held_out: 0.1,
             tokenizer: "train:4096".to_string(),
+            format: Format::Text,
             field: "text".to_string(),
             rows: Rows::Packed,
             attention: Attention::Row,
@@ -136,6 +150,7 @@ fn demo() -> Config {
         },
         train: TrainConfig {
             steps: 1800,
+            epochs: 0.0,
             micro_batch: 4,
             grad_accumulation: 1,
             recompute: Recompute::None,
@@ -157,8 +172,42 @@ fn demo() -> Config {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
+            sampled_layers: 0,
+            sample_interval: 1,
         },
         checkpoint: CheckpointConfig { every: 500, keep_last: 2, keep_every: 0, initial: false },
+    }
+}
+
+/// Supervised fine-tuning as the paper's group runs it: 4 epochs at a learning rate of 3e-4 with seed
+/// 42; with LISA, 4 layers for 3 updates each. They name no more; batch, schedule and Adam's numbers
+/// are ours. The model and its tokenizer are those that `train.init_from` names.
+fn tuning(name: &str, sampled_layers: usize) -> Config {
+    let demo = demo();
+    Config {
+        name: name.to_string(),
+        seed: 42,
+        dtype: Dtype::Bf16,
+        data: DataConfig {
+            train: vec![],
+            tokenizer: String::new(),
+            format: Format::Supervised,
+            attention: Attention::Document,
+            ..demo.data
+        },
+        train: TrainConfig { epochs: 4.0, micro_batch: 16, ..demo.train },
+        optimizer: OptimizerConfig {
+            lr: 3e-4,
+            min_lr_ratio: 0.0,
+            warmup: 0,
+            schedule: ScheduleKind::Linear,
+            beta2: 0.999,
+            weight_decay: 0.0,
+            sampled_layers,
+            sample_interval: LISA_INTERVAL,
+            ..demo.optimizer
+        },
+        ..demo
     }
 }
 
@@ -194,6 +243,7 @@ fn paper(paper: &PaperModel) -> Config {
             valid: vec![],
             held_out: 0.01,
             tokenizer: String::new(),
+            format: Format::Text,
             field: "text".to_string(),
             rows: Rows::Document,
             attention: Attention::Row,
@@ -201,6 +251,7 @@ fn paper(paper: &PaperModel) -> Config {
         },
         train: TrainConfig {
             steps: recipe.steps,
+            epochs: 0.0,
             micro_batch: recipe.micro_batch,
             grad_accumulation: PAPER_ROWS / recipe.micro_batch,
             recompute: Recompute::None,
@@ -222,6 +273,8 @@ fn paper(paper: &PaperModel) -> Config {
             eps: 1e-8,
             weight_decay: 0.0,
             clip: 0.0,
+            sampled_layers: 0,
+            sample_interval: 1,
         },
         checkpoint: CheckpointConfig { every: 1_000, keep_last: 2, keep_every: 0, initial: false },
     }

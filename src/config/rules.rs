@@ -7,7 +7,9 @@
 use std::fmt::{Debug, Display};
 
 use super::BYTE_VOCAB;
-use super::{Config, DeviceKind, Dtype, LnsPosition, ModelConfig, Placement};
+use super::{
+    Attention, Config, DeviceKind, Dtype, Format, LnsPosition, ModelConfig, Placement, Rows,
+};
 use crate::error::{Error, Result};
 
 // Far above any model that can be stored; below them no product of sizes overflows.
@@ -92,13 +94,19 @@ impl Config {
         within("optimizer.min_lr_ratio", optimizer.min_lr_ratio, "from 0 to 1", |ratio| {
             (0.0..=1.0).contains(&ratio)
         })?;
-        rule(optimizer.warmup <= train.steps, "optimizer.warmup", optimizer.warmup, || {
-            let steps = train.steps;
+        not_negative("train.epochs", train.epochs)?;
+        // Epochs are counted in steps when the rows have been counted, and this is asked again.
+        if train.epochs == 0.0 {
+            self.validate_warmup()?;
+        }
+        let (sampled, layers) = (optimizer.sampled_layers, self.model.layers);
+        rule(sampled <= layers, "optimizer.sampled_layers", sampled, || {
             (
-                format!("longer than the run, train.steps = {steps}"),
-                format!("set optimizer.warmup to at most {steps}"),
+                format!("the model has {layers} layers"),
+                format!("set it to at most {layers}, or to 0 to train all of them at all times"),
             )
         })?;
+        at_least_one("optimizer.sample_interval", optimizer.sample_interval)?;
         within("optimizer.decay_share", optimizer.decay_share, "above 0 and up to 1", |share| {
             share > 0.0 && share <= 1.0
         })?;
@@ -113,8 +121,31 @@ impl Config {
         not_negative("train.z_loss", train.z_loss)
     }
 
+    /// Whether the run is at least as long as its warm-up.
+    pub(crate) fn validate_warmup(&self) -> Result<()> {
+        let (warmup, steps) = (self.optimizer.warmup, self.train.steps);
+        rule(warmup <= steps, "optimizer.warmup", warmup, || {
+            (
+                format!("longer than the run, train.steps = {steps}"),
+                format!("set optimizer.warmup to at most {steps}"),
+            )
+        })
+    }
+
     fn validate_data(&self) -> Result<()> {
         let data = &self.data;
+        let supervised = data.format == Format::Supervised;
+        rule(
+            !supervised || data.rows == Rows::Document || data.attention == Attention::Document,
+            "data.attention",
+            data.attention,
+            || {
+                (
+                    "several supervised examples in a row would attend to each other".into(),
+                    "set data.attention to document, or data.rows to document".into(),
+                )
+            },
+        )?;
         let most = match self.model.vocab {
             0 => String::new(),
             vocab => format!(" with at most {vocab} entries"),
@@ -123,6 +154,9 @@ impl Config {
             (
                 "there is nothing to train on".into(),
                 match data.tokenizer.as_str() {
+                    _ if supervised => {
+                        "set data.train to .jsonl files of prompts and answers".to_string()
+                    }
                     "" => format!(
                         "set data.train to your text or shards and data.tokenizer to a tokenizer.json{most}"
                     ),
@@ -138,7 +172,16 @@ impl Config {
         rule(!data.tokenizer.is_empty(), "data.tokenizer", "\"\"", || {
             (
                 "text needs a tokenizer".into(),
-                format!("set data.tokenizer to a tokenizer.json{most}, `bytes` or `train:N`"),
+                match supervised {
+                    true => {
+                        "start from a model (--init FOLDER), whose tokenizer is then used".into()
+                    }
+                    false => {
+                        format!(
+                            "set data.tokenizer to a tokenizer.json{most}, `bytes` or `train:N`"
+                        )
+                    }
+                },
             )
         })?;
         if let Some(entries) = data.tokenizer.strip_prefix("train:") {

@@ -51,7 +51,16 @@ struct Layers {
     attentions: HashMap<HeadSpec, Attention>,
     embeddings: HashMap<usize, Embedding>,
     losses: HashMap<LossSize, Loss>,
-    optimizer: Option<AdamW>,
+    /// Of each range of the flat buffer that is updated on its own, by its parameters.
+    optimizers: Vec<(View, AdamW)>,
+}
+
+impl Layers {
+    fn optimizer(&self, buffers: &FlatBuffers) -> &AdamW {
+        let mut prepared = self.optimizers.iter();
+        let found = prepared.find(|(parameters, _)| *parameters == buffers.parameters);
+        &found.expect("the optimizer was prepared").1
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,7 +87,7 @@ impl Cuda {
             attentions: HashMap::new(),
             embeddings: HashMap::new(),
             losses: HashMap::new(),
-            optimizer: None,
+            optimizers: Vec::new(),
         };
         Ok(Cuda { driver, dtype, buffers: Vec::new(), layers, preparing: false })
     }
@@ -316,7 +325,8 @@ impl Backend for Cuda {
 
     fn prepare_optimizer(&mut self, buffers: &FlatBuffers, decay: &[Range<usize>]) -> Result<()> {
         let elements = buffers.parameters.shape.elements() as u64;
-        self.layers.optimizer = Some(AdamW::new(&mut *self.driver, elements, decay)?);
+        let optimizer = AdamW::new(&mut *self.driver, elements, decay)?;
+        self.layers.optimizers.push((buffers.parameters, optimizer));
         Ok(())
     }
 
@@ -674,8 +684,12 @@ impl Backend for Cuda {
     fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {
         let [gradients, grad_norm] =
             [buffers.gradients, buffers.grad_norm].map(|view| self.address(view));
-        let optimizer = self.layers.optimizer.as_ref().expect("the optimizer was prepared");
-        optimizer.gradient_norm(&mut *self.driver, STREAM, gradients, grad_norm)
+        self.layers.optimizer(buffers).gradient_norm(
+            &mut *self.driver,
+            STREAM,
+            gradients,
+            grad_norm,
+        )
     }
 
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()> {
@@ -687,7 +701,6 @@ impl Backend for Cuda {
             moment2: self.address(buffers.moment2),
             grad_norm: self.address(buffers.grad_norm),
         };
-        let optimizer = self.layers.optimizer.as_ref().expect("the optimizer was prepared");
-        optimizer.update(&mut *self.driver, STREAM, step, &addresses)
+        self.layers.optimizer(buffers).update(&mut *self.driver, STREAM, step, &addresses)
     }
 }

@@ -4,12 +4,14 @@
 //! loader's whole state is how many rows it has handed out. Nothing is held in memory but the
 //! batch being made. Batches go on across the end of an epoch.
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::Rows;
+use crate::data::examples::ExampleRows;
 use crate::data::shuffle::Permutation;
 use crate::data::source::TokenSource;
 use crate::tensor::IGNORE_INDEX;
@@ -74,9 +76,58 @@ impl Batch {
     }
 }
 
+/// What rows are made of.
+#[derive(Clone)]
+pub enum RowSource {
+    Tokens(TokenSource),
+    Examples(ExampleRows),
+}
+
+impl From<&TokenSource> for RowSource {
+    fn from(source: &TokenSource) -> Self {
+        RowSource::Tokens(source.clone())
+    }
+}
+
+impl RowSource {
+    /// How many there are.
+    fn rows(&self, options: &LoaderOptions) -> u64 {
+        match (self, options.rows) {
+            (RowSource::Tokens(source), Rows::Packed) => {
+                source.tokens().saturating_sub(1) / options.sequence as u64
+            }
+            (RowSource::Tokens(source), Rows::Document) => source.documents(),
+            (RowSource::Examples(rows), _) => rows.rows(),
+        }
+    }
+
+    fn identity(&self) -> u64 {
+        match self {
+            RowSource::Tokens(source) => source.identity(),
+            RowSource::Examples(rows) => rows.identity(),
+        }
+    }
+
+    fn origin(&self) -> &Path {
+        match self {
+            RowSource::Tokens(source) => source.origin(),
+            RowSource::Examples(rows) => rows.origin(),
+        }
+    }
+
+    /// What rows are filled up with.
+    fn pad(&self) -> i32 {
+        match self {
+            RowSource::Tokens(source) => source.end_of_text().unwrap_or(0) as i32,
+            RowSource::Examples(rows) => rows.pad(),
+        }
+    }
+}
+
 /// How rows are made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LoaderOptions {
+    /// Examples have been put into rows before.
     pub rows: Rows,
     /// Whether batches say where documents begin in their rows.
     pub documents: bool,
@@ -96,13 +147,13 @@ pub struct LoaderState {
     pub rows_per_epoch: u64,
     pub sequence: u64,
     pub seed: u64,
-    /// [`TokenSource::identity`].
+    /// [`TokenSource::identity`], or the examples'.
     pub source: u64,
 }
 
 /// Hands out batches for ever.
 pub struct Loader {
-    source: TokenSource,
+    source: RowSource,
     options: LoaderOptions,
     state: LoaderState,
     /// Order of the current epoch.
@@ -114,19 +165,17 @@ pub struct Loader {
 
 impl Loader {
     /// Errors: a sequence or micro-batch of 0; in packed rows, fewer tokens than one row needs.
-    pub fn new(source: &TokenSource, options: LoaderOptions) -> Result<Self> {
+    pub fn new(source: impl Into<RowSource>, options: LoaderOptions) -> Result<Self> {
+        let source = source.into();
         if options.sequence == 0 || options.micro_batch == 0 {
             return Err(Error::Config {
                 what: "data.sequence and train.micro_batch must be at least 1".into(),
                 remedy: "set both".into(),
             });
         }
-        let rows_per_epoch = match options.rows {
-            Rows::Packed => source.tokens().saturating_sub(1) / options.sequence as u64,
-            Rows::Document => source.documents(),
-        };
+        let rows_per_epoch = source.rows(&options);
         if rows_per_epoch == 0 {
-            return Err(too_short(source, options.sequence));
+            return Err(too_short(&source, options.sequence));
         }
         let state = LoaderState {
             row: 0,
@@ -136,7 +185,7 @@ impl Loader {
             source: source.identity(),
         };
         Ok(Loader {
-            source: source.clone(),
+            source,
             options,
             state,
             order: Permutation::new(rows_per_epoch, options.seed, 0),
@@ -150,7 +199,7 @@ impl Loader {
     ///
     /// Errors: as [`Self::new`]; a state of other tokens, rows, sequence or seed.
     pub fn restore(
-        source: &TokenSource,
+        source: impl Into<RowSource>,
         options: LoaderOptions,
         state: &LoaderState,
     ) -> Result<Self> {
@@ -163,7 +212,7 @@ impl Loader {
         ];
         if let Some((name, _)) = differs.iter().find(|(_, differs)| *differs) {
             return Err(Error::Data {
-                path: source.origin().to_path_buf(),
+                path: loader.source.origin().to_path_buf(),
                 what: format!(
                     "the saved position belongs to other data: its {name} differ (saved {state:?}, \
                      here {:?})",
@@ -181,28 +230,34 @@ impl Loader {
     /// Errors: a damaged shard. The state is then as it was before the call.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let LoaderOptions { sequence, micro_batch, documents, .. } = self.options;
-        let pad = self.source.end_of_text().unwrap_or(0) as i32;
         let size = [micro_batch, sequence];
-        let mut batch = Batch::padding(size, documents, pad, self.state.row);
+        let mut batch = Batch::padding(size, documents, self.source.pad(), self.state.row);
         for row in 0..micro_batch {
             let index = self.row_at(self.state.row + row as u64);
+            let source = match &self.source {
+                RowSource::Tokens(source) => source,
+                RowSource::Examples(rows) => {
+                    rows.fill(&mut batch, row, index);
+                    continue;
+                }
+            };
             let range = match self.options.rows {
                 Rows::Packed => {
                     let start = index * sequence as u64;
                     start..start + sequence as u64 + 1
                 }
                 Rows::Document => {
-                    let document = self.source.document(index)?;
+                    let document = source.document(index)?;
                     document.start..document.end.min(document.start + sequence as u64 + 1)
                 }
             };
             self.stream.clear();
-            self.source.read(range.clone(), &mut self.stream)?;
+            source.read(range.clone(), &mut self.stream)?;
             batch.fill(row, sequence, &self.stream);
             if documents {
                 self.starts.clear();
                 let read = range.start..range.end.min(range.start + sequence as u64);
-                self.source.document_starts(read, &mut self.starts)?;
+                source.document_starts(read, &mut self.starts)?;
                 batch.fill_starts(row, sequence, &self.starts);
             }
         }
@@ -220,16 +275,6 @@ impl Loader {
         self.state.rows_per_epoch
     }
 
-    /// Tokens that no row predicts: what is left after the last full row. The first token of the
-    /// stream, which nothing precedes, is not counted. In document rows: what is cut off is not
-    /// counted either.
-    pub fn left_out_tokens(&self) -> u64 {
-        match self.options.rows {
-            Rows::Packed => (self.source.tokens() - 1) % self.state.sequence,
-            Rows::Document => 0,
-        }
-    }
-
     fn row_at(&mut self, row: u64) -> u64 {
         let epoch = row / self.state.rows_per_epoch;
         if epoch != self.epoch {
@@ -240,12 +285,16 @@ impl Loader {
     }
 }
 
-fn too_short(source: &TokenSource, sequence: usize) -> Error {
+fn too_short(source: &RowSource, sequence: usize) -> Error {
+    let tokens = match source {
+        RowSource::Tokens(source) => source.tokens(),
+        RowSource::Examples(rows) => rows.tokens(),
+    };
     Error::Data {
         path: source.origin().to_path_buf(),
         what: format!(
-            "{} tokens do not make one row of {sequence} (which needs {} with the last target)",
-            source.tokens(),
+            "{tokens} tokens do not make one row of {sequence} (which needs {} with the last \
+             target)",
             sequence + 1
         ),
         remedy: "give more text, or a smaller data.sequence".into(),

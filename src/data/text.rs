@@ -114,17 +114,7 @@ pub fn read(
             "give .txt or .jsonl files, plain or compressed (.gz, .zst)",
         ));
     };
-    estimate_bytes(path)?;
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let counted = BufReader::with_capacity(READ_BYTES, Counted { file, read_bytes });
-    let mut input: Box<dyn Read> = match compression {
-        Compression::None => Box::new(counted),
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
-        Compression::Zstandard => Box::new(
-            zstd::stream::read::Decoder::with_buffer(counted)
-                .map_err(Error::io("decompress", path))?,
-        ),
-    };
+    let mut input = open(path, compression, read_bytes)?;
     let mut found = TextCounts::default();
     let mut emit = |text: &str, ends_document: bool| {
         found.text_bytes += text.len() as u64;
@@ -142,6 +132,42 @@ pub fn read(
         return Err(bad(path, "holds no text", "leave it out, or give a file with text in it"));
     }
     Ok(TextCounts { empty_documents, ..found })
+}
+
+/// Gives each line of a .jsonl file, plain or compressed, with its number from 1; empty lines are
+/// passed over. The error of `each` ends the reading and is returned.
+///
+/// Errors: as [`read`]; another kind of file.
+pub fn read_objects(path: &Path, each: impl FnMut(u64, Value) -> Result<()>) -> Result<()> {
+    let Some((Format::JsonLines, compression)) = kind(path) else {
+        return Err(bad(
+            path,
+            "is no .jsonl file",
+            "give .jsonl files, plain or compressed (.gz, .zst)",
+        ));
+    };
+    let read_bytes = AtomicU64::new(0);
+    let mut input = open(path, compression, &read_bytes)?;
+    for_each_object(path, &mut input, each)
+}
+
+/// The text of a file that is not empty.
+fn open<'a>(
+    path: &Path,
+    compression: Compression,
+    read_bytes: &'a AtomicU64,
+) -> Result<Box<dyn Read + 'a>> {
+    estimate_bytes(path)?;
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let counted = BufReader::with_capacity(READ_BYTES, Counted { file, read_bytes });
+    Ok(match compression {
+        Compression::None => Box::new(counted),
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
+        Compression::Zstandard => Box::new(
+            zstd::stream::read::Decoder::with_buffer(counted)
+                .map_err(Error::io("decompress", path))?,
+        ),
+    })
 }
 
 fn read_plain(
@@ -187,10 +213,40 @@ fn read_lines(
     cut: impl Fn(&str) -> Option<usize>,
     emit: &mut impl FnMut(&str, bool) -> Result<()>,
 ) -> Result<u64> {
+    let mut empty_documents = 0;
+    for_each_object(path, input, |number, object| {
+        let Some(text) = object.get(field).and_then(Value::as_str) else {
+            let names: Vec<&str> =
+                object.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+            return Err(bad(
+                path,
+                &format!("line {number} has no text in the field `{field}`"),
+                &format!("name the field that holds the text; this line has: {}", names.join(", ")),
+            ));
+        };
+        if text.is_empty() {
+            empty_documents += 1;
+            return Ok(());
+        }
+        let mut start = 0;
+        while let Some(length) = cut(&text[start..]) {
+            emit(&text[start..start + length], false)?;
+            start += length;
+        }
+        emit(&text[start..], true)
+    })?;
+    Ok(empty_documents)
+}
+
+/// Each line of JSON with its number.
+fn for_each_object(
+    path: &Path,
+    input: &mut dyn Read,
+    mut each: impl FnMut(u64, Value) -> Result<()>,
+) -> Result<()> {
     let mut input = BufReader::with_capacity(READ_BYTES, input);
     let mut line = vec![];
     let mut offset = 0;
-    let mut empty_documents = 0;
     for number in 1u64.. {
         line.clear();
         let read = input.by_ref().take(LONGEST_LINE_BYTES as u64).read_until(b'\n', &mut line);
@@ -218,27 +274,9 @@ fn read_lines(
                 "give one JSON object a line, such as {\"text\": \"...\"}",
             )
         })?;
-        let Some(text) = object.get(field).and_then(Value::as_str) else {
-            let names: Vec<&str> =
-                object.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-            return Err(bad(
-                path,
-                &format!("line {number} has no text in the field `{field}`"),
-                &format!("name the field that holds the text; this line has: {}", names.join(", ")),
-            ));
-        };
-        if text.is_empty() {
-            empty_documents += 1;
-            continue;
-        }
-        let mut start = 0;
-        while let Some(length) = cut(&text[start..]) {
-            emit(&text[start..start + length], false)?;
-            start += length;
-        }
-        emit(&text[start..], true)?;
+        each(number, object)?;
     }
-    Ok(empty_documents)
+    Ok(())
 }
 
 struct Counted<'a> {
@@ -254,7 +292,7 @@ impl Read for Counted<'_> {
     }
 }
 
-fn bad(path: &Path, what: &str, remedy: &str) -> Error {
+pub(super) fn bad(path: &Path, what: &str, remedy: &str) -> Error {
     Error::Data { path: path.to_path_buf(), what: what.into(), remedy: remedy.into() }
 }
 

@@ -8,11 +8,11 @@ use super::Parameters;
 use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
+use super::trainer::update_groups;
 use crate::backend::Backend;
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
-use crate::optim;
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
@@ -59,7 +59,10 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let optimizer_bytes = backend.optimizer_bytes(&optim::decay_ranges(&plan.table));
+        let optimizer_bytes = update_groups(&plan.table, &config.optimizer)
+            .iter()
+            .map(|group| backend.optimizer_bytes(&group.decay))
+            .sum();
         Ok(Plan { process_bytes, optimizer_bytes, ..plan })
     }
 

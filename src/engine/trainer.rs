@@ -1,7 +1,6 @@
 //! Training steps: forward and backward over micro-batches, the update, evaluation in between.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use super::batches::Batches;
 use super::decoder::Decoder;
@@ -10,9 +9,9 @@ use super::plan::Plan;
 use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
 use crate::config::{Config, ModelConfig, OptimizerConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
-use crate::optim;
+use crate::optim::{self, LayerSampling, UpdateGroup};
 use crate::tape::External;
 use crate::tensor::{Kind, View};
 
@@ -33,7 +32,9 @@ pub struct Trainer<B> {
     table: ParameterTable,
     parameters: Parameters,
     flat: FlatBuffers,
-    decay: Vec<Range<usize>>,
+    /// The whole first; behind it, with `sampling`, what is updated on its own.
+    groups: Vec<UpdateGroup>,
+    sampling: Option<LayerSampling>,
     training: BoundLoss,
     evaluation: BoundLoss,
     arena_holds: Use,
@@ -68,8 +69,12 @@ impl<B: Backend> Trainer<B> {
             moment2: flat("second moment")?,
             grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
         };
-        let decay = optim::decay_ranges(&table);
-        backend.prepare_optimizer(&flat, &decay)?;
+        let groups = update_groups(&table, &config.optimizer);
+        for group in &groups {
+            let part = flat.part(&group.range, |kind| backend.element_bytes(kind));
+            backend.prepare_optimizer(&part, &group.decay)?;
+        }
+        let layer_sampling = layer_sampling(config);
         let external = |external, kind| match external {
             External::Parameter(i) => parameters.view(&table.entries()[i], kind),
             External::ParameterGradient(i) => table.entries()[i].view(flat.gradients, bytes),
@@ -93,7 +98,8 @@ impl<B: Backend> Trainer<B> {
             table,
             parameters,
             flat,
-            decay,
+            groups,
+            sampling: layer_sampling,
             training,
             evaluation,
             arena_holds,
@@ -160,8 +166,17 @@ impl<B: Backend> Trainer<B> {
         Ok(values)
     }
 
+    /// Goes to update `update`, counted from 1: the one that [`Trainer::accumulate`] and
+    /// [`Trainer::update`] are for. Where layers are sampled, this decides which of them rest; else it
+    /// does nothing.
+    pub fn begin(&mut self, update: u64) {
+        if let Some(sampling) = &mut self.sampling {
+            sampling.go_to(update);
+        }
+    }
+
     /// Forward and backward over all micro-batches of a step. Every predicted token weighs the
-    /// same, in whichever micro-batch it stands.
+    /// same, in whichever micro-batch it stands. What rests has no gradient.
     pub fn accumulate<'a>(
         &mut self,
         micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
@@ -178,6 +193,14 @@ impl<B: Backend> Trainer<B> {
         for micro_batch in self.batches.write(micro_batches, &mut self.backend)? {
             self.training.run_stored(micro_batch, &mut self.backend)?;
         }
+        if let Some(sampling) = &self.sampling {
+            let resting = |layer: &usize| sampling.count(*layer).is_none();
+            for layer in (1..=self.table.layers()).filter(resting) {
+                let range = self.table.block_range(layer);
+                let part = self.flat.part(&range, |kind| self.backend.element_bytes(kind));
+                self.backend.zero(part.gradients)?;
+            }
+        }
         self.backend.gradient_norm(&self.flat)?;
         let total = self.batches.total_loss(&mut self.backend)?;
         let mut grad_norm = [0.0];
@@ -186,10 +209,31 @@ impl<B: Backend> Trainer<B> {
         Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
     }
 
-    /// Clips and updates; `step` counts from 1. A gradient that is not finite changes nothing.
+    /// Clips and updates; `step` counts updates from 1. A gradient that is not finite changes nothing.
+    ///
+    /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].
     pub fn update(&mut self, optimizer: &OptimizerConfig, step: u64, lr: f64) -> Result<()> {
-        let arguments = optim::adamw_step(optimizer, step, lr, &self.decay);
-        self.backend.adamw(&self.flat, &arguments)
+        let Some(sampling) = &self.sampling else {
+            let arguments = optim::adamw_step(optimizer, step, lr, &self.groups[0].decay);
+            return self.backend.adamw(&self.flat, &arguments);
+        };
+        if sampling.update() != step {
+            return Err(Error::Usage {
+                what: format!("update {step} with the gradient of update {}", sampling.update()),
+                remedy: "begin the update before its gradient is computed".to_string(),
+            });
+        }
+        for group in &self.groups[1..] {
+            let count = match group.layer {
+                None => Some(step),
+                Some(layer) => sampling.count(layer),
+            };
+            let Some(count) = count else { continue };
+            let part = self.flat.part(&group.range, |kind| self.backend.element_bytes(kind));
+            let arguments = optim::adamw_step(optimizer, count, lr, &group.decay);
+            self.backend.adamw(&part, &arguments)?;
+        }
+        Ok(())
     }
 
     /// Sum of the losses of at most B rows, and how many tokens were predicted.
@@ -221,4 +265,21 @@ impl<B: Backend> Trainer<B> {
     pub fn device(&mut self) -> (&mut B, View) {
         (&mut self.backend, self.flat.parameters)
     }
+}
+
+fn layer_sampling(config: &Config) -> Option<LayerSampling> {
+    let (layers, optimizer) = (config.model.layers, &config.optimizer);
+    (optimizer.sampled_layers > 0).then(|| {
+        let OptimizerConfig { sampled_layers, sample_interval, .. } = *optimizer;
+        LayerSampling::new(config.seed, layers, sampled_layers, sample_interval)
+    })
+}
+
+/// What the optimizer is made ready for: the whole, and the parts if they are updated apart.
+pub(super) fn update_groups(table: &ParameterTable, config: &OptimizerConfig) -> Vec<UpdateGroup> {
+    let mut groups = vec![UpdateGroup::whole(table)];
+    if config.sampled_layers > 0 {
+        groups.extend(UpdateGroup::blocks(table));
+    }
+    groups
 }

@@ -283,6 +283,20 @@ impl ParameterTable {
         ParameterId(0)
     }
 
+    pub fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Elements of a block in the flat buffer, padding behind it included; `layer` counts from 1.
+    pub fn block_range(&self, layer: usize) -> Range<usize> {
+        let first = |layer: usize| self.get(self.blocks[layer - 1].attention.norm).offset;
+        let end = match layer < self.blocks.len() {
+            true => first(layer + 1),
+            false => self.get(self.final_norm).offset,
+        };
+        first(layer)..end
+    }
+
     /// `layer` counts from 1.
     pub fn block(&self, layer: usize) -> BlockParameters {
         self.blocks[layer - 1]

@@ -20,13 +20,11 @@ pub use interrupt::Interrupt;
 
 use crate::backend::Backend;
 use crate::checkpoint::{self, Snapshot, TrainerState, Verified, model_folder};
-use crate::config::{Config, DEFAULT_PRESET};
+use crate::config::{Config, DEFAULT_PRESET, Format};
 use crate::cpu::Cpu;
-use crate::data::corpus::Corpus;
 use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
-use crate::data::source::TokenSource;
+use crate::data::material::{HeldOut, Material};
 use crate::data::tokenizer::Tokenizer;
-use crate::data::windows::Windows;
 use crate::device::{Device, open_kernels};
 use crate::engine::{Plan, Rows, StepOutcome, Trainer};
 use crate::error::{Error, Result};
@@ -41,8 +39,8 @@ use crate::rundir::{MetricsLog, RunDir};
 /// Batches prepared ahead of the step that trains.
 const BATCHES_AHEAD: usize = 4;
 
-/// A sample: tokens of held-out text that start it, and tokens that follow.
-const PROMPT_TOKENS: usize = 16;
+/// A sample: tokens that start it, at most, and tokens that follow.
+const PROMPT_TOKENS: usize = 128;
 const SAMPLE_TOKENS: usize = 100;
 const SAMPLE_TEMPERATURE: f64 = 0.8;
 const SAMPLE_TOP_P: f64 = 0.95;
@@ -74,10 +72,19 @@ pub struct Outcome {
     pub sample: Option<SampleRecord>,
     /// Wall time of training, over all processes of this run.
     pub seconds: f64,
+    /// Whether it learnt answers, so that it can be asked.
+    pub answers: bool,
 }
 
 /// Trains to the last step, or until `interrupt` asks to stop.
-pub fn train(run: Run, interrupt: Interrupt, console: &mut Console) -> Result<Outcome> {
+///
+/// Errors: those of [`Config::validate`]; what the run reads is missing or wrong; a folder that
+/// cannot be written; a loss or gradient that is not finite.
+pub fn train(mut run: Run, interrupt: Interrupt, console: &mut Console) -> Result<Outcome> {
+    if !run.resume {
+        adopt_initial_model(&mut run.config)?;
+    }
+    run.config.validate()?;
     let device = Device::choose(run.config.device)?;
     run.config.validate_on(device.kind())?;
     match device {
@@ -100,18 +107,15 @@ fn train_on<B: Backend>(
         true => RunDir::resume(&folder)?,
         false => RunDir::create(&folder)?,
     };
-    if !resume {
-        adopt_initial_model(&mut config)?;
-    }
-    let corpus = Corpus::open(&config.data, &folder.join("data"), true)?;
-    resolve_vocabulary(&mut config, &corpus.tokenizer);
+    let material = Material::open(&config, &folder.join("data"), true)?;
+    resolve_vocabulary(&mut config, material.tokenizer());
     console.say(format!(
-        "{}: {} training tokens, {} held out, {} tokens in the vocabulary",
+        "{}: {material}, {} tokens in the vocabulary",
         config.data.train.join(", "),
-        corpus.train.tokens(),
-        corpus.valid.tokens(),
-        corpus.tokenizer.vocab()
+        material.tokenizer().vocab()
     ));
+    let loader = material.loader(loader_options(&config), None)?;
+    resolve_epochs(&mut config, loader.rows_per_epoch(), console)?;
 
     let plan = Plan::new(&config, &backend)?;
     let flops = flops_per_token(&config.model, &plan.table, config.data.sequence) as f64;
@@ -128,8 +132,8 @@ fn train_on<B: Backend>(
     let machine = backend.machine();
     let mut trainer = Trainer::new(plan, &config, backend)?;
     let Start { state, loader, owed, saved } = match resume {
-        true => restore(&mut trainer, &directory, &config, &corpus, console)?,
-        false => begin(&mut trainer, &config, &corpus)?,
+        true => restore(&mut trainer, &directory, &config, &material, loader, console)?,
+        false => begin(&mut trainer, &config, loader)?,
     };
     directory.write_config(&config.to_toml()?)?;
     directory.sessions()?.append(&SessionRecord::new(state.step, machine))?;
@@ -137,11 +141,11 @@ fn train_on<B: Backend>(
         metrics: directory.metrics()?,
         samples: directory.samples()?,
         loader: Prefetch::new(loader, BATCHES_AHEAD)?,
-        prompt: prompt(&corpus)?,
+        prompt: material.prompt(PROMPT_TOKENS.min(config.model.max_sequence / 2))?,
         trainer,
         directory,
         config,
-        corpus,
+        material,
         state,
         interrupt,
         owed,
@@ -168,7 +172,7 @@ fn adopt_initial_model(config: &mut Config) -> Result<()> {
         });
     }
     config.train.init_from = Some(folder);
-    config.validate()
+    Ok(())
 }
 
 /// `model.vocab = 0` becomes the tokenizer's size. A larger tokenizer is fine as long as the text
@@ -177,6 +181,25 @@ fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) {
     if config.model.vocab == 0 {
         config.model.vocab = tokenizer.vocab();
     }
+}
+
+/// With `train.epochs`, the number of rows decides `train.steps`: as many steps as read all rows so
+/// many times, the last one full.
+fn resolve_epochs(config: &mut Config, rows: u64, console: &Console) -> Result<()> {
+    let train = &mut config.train;
+    if train.epochs == 0.0 {
+        return Ok(());
+    }
+    let rows_per_step = (train.micro_batch * train.grad_accumulation) as u64;
+    let steps = (train.epochs * rows as f64 / rows_per_step as f64).ceil().max(1.0) as u64;
+    console.say(format!(
+        "train.epochs = {}: {steps} steps of {rows_per_step} rows, {rows} rows in an epoch \
+         (train.steps is not read)",
+        train.epochs
+    ));
+    train.steps = steps;
+    config.validate_shape()?;
+    config.validate_warmup()
 }
 
 fn loader_options(config: &Config) -> LoaderOptions {
@@ -200,7 +223,7 @@ struct Start {
 }
 
 /// Step 0: drawn parameters, or those of a Hugging Face folder.
-fn begin<B: Backend>(trainer: &mut Trainer<B>, config: &Config, corpus: &Corpus) -> Result<Start> {
+fn begin<B: Backend>(trainer: &mut Trainer<B>, config: &Config, loader: Loader) -> Result<Start> {
     let parameters = match &config.train.init_from {
         None => initial_parameters(trainer.table(), config.seed),
         Some(folder) => {
@@ -210,7 +233,6 @@ fn begin<B: Backend>(trainer: &mut Trainer<B>, config: &Config, corpus: &Corpus)
         }
     };
     trainer.set_parameters(&parameters)?;
-    let loader = Loader::new(&corpus.train, loader_options(config))?;
     let state = TrainerState {
         step: 0,
         updates: 0,
@@ -229,7 +251,8 @@ fn restore<B: Backend>(
     trainer: &mut Trainer<B>,
     directory: &RunDir,
     config: &Config,
-    corpus: &Corpus,
+    material: &Material,
+    from_start: Loader,
     console: &Console,
 ) -> Result<Start> {
     let latest = checkpoint::latest(directory)?;
@@ -242,7 +265,7 @@ fn restore<B: Backend>(
         }
         console.say("no checkpoint to resume from: starting at step 0");
         directory.cut_metrics(0)?;
-        return begin(trainer, config, corpus);
+        return begin(trainer, config, from_start);
     };
     check_same_model(&verified, config)?;
     let table = trainer.table().clone();
@@ -257,7 +280,7 @@ fn restore<B: Backend>(
             what: format!("the loader's position cannot be read: {error}"),
             remedy: "resume with the version of isobath that wrote it".to_string(),
         })?;
-    let loader = Loader::restore(&corpus.train, loader_options(config), &position)?;
+    let loader = material.loader(loader_options(config), Some(&position))?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming behind step {}", state.step));
     let owed: Option<StepRecord> = serde_json::from_value(state.extra.clone()).unwrap_or(None);
@@ -265,12 +288,20 @@ fn restore<B: Backend>(
     Ok(Start { state, loader, owed, saved })
 }
 
-/// Refuses to continue with another model, or with rows formed in another way.
+/// Refuses to continue with another model, with rows formed in another way, or with other layers at
+/// rest.
 fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
     let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
     let default = serde_json::to_value(Config::preset(DEFAULT_PRESET)?).unwrap_or_default();
-    let tables = [("model", None), ("data", Some("rows")), ("data", Some("attention"))];
-    for (table, only) in tables {
+    let keys = [
+        ("model", None),
+        ("data", Some("format")),
+        ("data", Some("rows")),
+        ("data", Some("attention")),
+        ("optimizer", Some("sampled_layers")),
+        ("optimizer", Some("sample_interval")),
+    ];
+    for (table, only) in keys {
         let Some(values) = now[table].as_object() else { continue };
         for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
             // A version without this key knew no other value than its default.
@@ -286,20 +317,12 @@ fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// The first tokens of the held-out text, or of the training text if nothing is held out.
-fn prompt(corpus: &Corpus) -> Result<Vec<u32>> {
-    let source = if corpus.valid.tokens() > 0 { &corpus.valid } else { &corpus.train };
-    let mut tokens = Vec::new();
-    source.read(0..source.tokens().min(PROMPT_TOKENS as u64), &mut tokens)?;
-    Ok(tokens)
-}
-
 /// A run between two steps.
 struct Session<B> {
     trainer: Trainer<B>,
     directory: RunDir,
     config: Config,
-    corpus: Corpus,
+    material: Material,
     loader: Prefetch,
     metrics: MetricsLog,
     samples: MetricsLog,
@@ -357,6 +380,7 @@ impl<B: Backend> Session<B> {
             evaluation: evaluation.filter(|_| !interrupted),
             sample: sample.filter(|_| !interrupted),
             seconds: self.state.elapsed_seconds,
+            answers: self.config.data.format == Format::Supervised,
         })
     }
 
@@ -374,8 +398,10 @@ impl<B: Backend> Session<B> {
         console: &Console,
     ) -> Result<(Option<Evaluation>, Option<SampleRecord>)> {
         let last = record.step == self.config.train.steps;
-        let can_evaluate = self.corpus.valid.tokens() >= 2;
-        if can_evaluate && self.due(self.config.train.eval_every) && record.evaluation.is_none() {
+        if self.material.holds_out()
+            && self.due(self.config.train.eval_every)
+            && record.evaluation.is_none()
+        {
             let most = if last { 0 } else { self.config.train.eval_tokens };
             let Some(evaluation) = self.evaluate(most)? else {
                 self.owed = Some(record);
@@ -417,6 +443,7 @@ impl<B: Backend> Session<B> {
         let batches: Vec<Batch> =
             (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
         let rows = batches.iter().map(rows);
+        self.trainer.begin(self.state.updates + 1);
         let outcome = self.trainer.accumulate(rows)?;
         let first_row = batches.first().map_or(0, |batch| batch.first_row);
         let rows = (count * self.config.train.micro_batch) as u64;
@@ -441,16 +468,9 @@ impl<B: Backend> Session<B> {
 
     /// The loss on held-out text, of which there is some; none if somebody asked to stop meanwhile.
     fn evaluate(&mut self, most_tokens: u64) -> Result<Option<Evaluation>> {
-        let (config, source) = (&self.config, &self.corpus.valid);
-        let windows =
-            Windows::new(source, config.data.sequence, config.train.micro_batch, most_tokens)?
-                .of_documents(config.data.packs_documents());
-        let text_bytes = match windows.text_bytes() {
-            Some(bytes) => bytes,
-            None => predicted_bytes(source, windows.predicted_tokens(), &self.corpus.tokenizer)?,
-        };
+        let HeldOut { batches, text_bytes } = self.material.held_out(&self.config, most_tokens)?;
         let (mut sum, mut predicted) = (0.0, 0);
-        for batch in windows {
+        for batch in batches {
             if self.interrupt.asked() {
                 return Ok(None);
             }
@@ -470,7 +490,7 @@ impl<B: Backend> Session<B> {
             top_p: SAMPLE_TOP_P,
             seed: self.config.seed ^ step,
         };
-        let tokenizer = &self.corpus.tokenizer;
+        let tokenizer = self.material.tokenizer();
         let interrupt = self.interrupt;
         let (decoder, backend) = self.trainer.decoder();
         let go_on = |_| Ok(!interrupt.asked());
@@ -498,9 +518,9 @@ impl<B: Backend> Session<B> {
         self.state.loader = serde_json::to_value(self.loader.state()).unwrap_or_default();
         self.state.extra = serde_json::to_value(self.owed).unwrap_or_default();
         let tokenizer = TokenizerFiles {
-            json: self.corpus.tokenizer.json().to_string(),
+            json: self.material.tokenizer().json().to_string(),
             bos: None,
-            eos: self.corpus.tokenizer.end_of_text(),
+            eos: self.material.tokenizer().end_of_text(),
         };
         let table = self.trainer.table().clone();
         let [parameters, moment1, moment2] = self.trainer.state()?;
@@ -525,13 +545,6 @@ impl<B: Backend> Session<B> {
 fn rows(batch: &Batch) -> Rows<'_> {
     let Batch { tokens, targets, document_starts, .. } = batch;
     Rows { tokens, targets, document_starts: document_starts.as_deref() }
-}
-
-/// Bytes of text behind the first `predicted` predictions of a source.
-fn predicted_bytes(source: &TokenSource, predicted: u64, tokenizer: &Tokenizer) -> Result<u64> {
-    let mut tokens = Vec::new();
-    source.read(0..predicted + 1, &mut tokens)?;
-    tokenizer.text_bytes(&tokens)
 }
 
 fn check_finite(outcome: &StepOutcome, step: u64, first_row: u64, end_row: u64) -> Result<()> {

@@ -2,7 +2,7 @@
 //! bits whatever the schedule, and text from a cache.
 
 use isobath::backend::Backend;
-use isobath::config::{Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
+use isobath::config::{Attention, Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
 use isobath::cuda::Cuda;
 use isobath::cuda::gemm::Family;
@@ -332,4 +332,66 @@ fn a_model_that_does_not_fit_is_refused_with_the_memory_table() {
     for part in ["simt", "working copy", "train.micro_batch"] {
         assert!(message.contains(part), "{message}");
     }
+}
+
+/// Rows of three documents each, of which the last tokens are predicted, as packed examples are.
+fn answers(config: &Config, update: u64) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
+    let (tokens, mut targets) = batch(config, update, 0);
+    let mut starts = vec![0; tokens.len()];
+    for (at, start) in starts.iter_mut().enumerate() {
+        let place = at % config.data.sequence;
+        *start = [0, 9, 22].into_iter().filter(|start| *start <= place as i32).max().unwrap();
+        if place as i32 - *start < 5 {
+            targets[at] = IGNORE_INDEX;
+        }
+    }
+    (tokens, targets, starts)
+}
+
+fn fine_tuned<B: Backend>(config: &Config, backend: B) -> ([Vec<f32>; 3], Vec<f64>) {
+    let plan = Plan::new(config, &backend).unwrap();
+    let mut trainer = Trainer::new(plan, config, backend).unwrap();
+    let parameters = initial_parameters(trainer.table(), config.seed);
+    trainer.set_parameters(&parameters).unwrap();
+    let mut losses = vec![];
+    for update in 1..=4 {
+        trainer.begin(update);
+        let (tokens, targets, starts) = answers(config, update);
+        let document_starts = Some(&starts[..]);
+        let rows = Rows { tokens: &tokens, targets: &targets, document_starts };
+        losses.push(trainer.accumulate(std::iter::once(rows)).unwrap().loss);
+        trainer.update(&config.optimizer, update, 1e-3).unwrap();
+    }
+    (trainer.state().unwrap().map(|values| values.into_owned()), losses)
+}
+
+#[test]
+fn fine_tuning_moves_the_same_layers_as_on_the_cpu() {
+    let mut config = config(Dtype::F32, Recompute::None);
+    config.data.attention = Attention::Document;
+    config.train.grad_accumulation = 1;
+    (config.optimizer.sampled_layers, config.optimizer.sample_interval) = (1, 2);
+    let (exact, exact_losses) = fine_tuned(&config, Cpu::<f32>::new());
+    let (found, losses) = fine_tuned(&config, simt(Options::default(), Dtype::F32, None));
+    for (found, exact) in losses.iter().zip(&exact_losses) {
+        assert!((found - exact).abs() < 1e-5, "{losses:?}, on the CPU {exact_losses:?}");
+    }
+    let table = ParameterTable::new(&config.model);
+    let first = initial_parameters(&table, config.seed);
+    let mut resting = 0;
+    for layer in 1..=config.model.layers {
+        let range = table.block_range(layer);
+        let rests = exact[0][range.clone()] == first[range.clone()];
+        assert_eq!(found[0][range.clone()] == first[range.clone()], rests, "layer {layer}");
+        resting += usize::from(rests);
+        if !rests {
+            let moved = |state: &[Vec<f32>; 3]| -> Vec<f64> {
+                let pairs = state[0][range.clone()].iter().zip(&first[range.clone()]);
+                pairs.map(|(now, first)| f64::from(now - first)).collect()
+            };
+            let angle = angle(&moved(&found), &moved(&exact));
+            assert!(angle < 1e-4, "layer {layer} moved another way: {angle:e}");
+        }
+    }
+    assert!((1..3).contains(&resting), "{resting} layers rest throughout");
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use isobath::config::{Attention, DataConfig, Rows};
+use isobath::config::{Attention, DataConfig, Format, Rows};
 use isobath::data::prepare::{PrepareOptions, prepare};
 use isobath::data::{Corpus, TokenSource, Tokenizer};
 
@@ -14,6 +14,7 @@ fn config(train: &[&str], tokenizer: &str) -> DataConfig {
         valid: vec![],
         held_out: 0.1,
         tokenizer: tokenizer.into(),
+        format: Format::Text,
         field: "text".into(),
         rows: Rows::Packed,
         attention: Attention::Row,

@@ -1,6 +1,10 @@
-//! Learning-rate schedules, and the arguments of each AdamW step.
+//! Learning-rate schedules, what is updated together, and the arguments of each AdamW step.
+
+mod layer_sampling;
 
 use std::ops::Range;
+
+pub use layer_sampling::LayerSampling;
 
 use crate::backend::AdamWStep;
 use crate::config::{OptimizerConfig, OptimizerKind, ScheduleKind};
@@ -32,11 +36,53 @@ pub fn learning_rate(config: &OptimizerConfig, step: u64, steps: u64) -> f64 {
     }
 }
 
-/// Ranges of the flat buffer that decay, ascending, neighbours joined.
-pub fn decay_ranges(table: &ParameterTable) -> Vec<Range<usize>> {
+/// A stretch of the flat buffer that is updated, or rests, as a whole.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UpdateGroup {
+    /// Elements of the flat buffer.
+    pub range: Range<usize>,
+    /// Of the elements of `range`, those that decay: see [`AdamWStep::decay`].
+    pub decay: Vec<Range<usize>>,
+    /// The block that lies here, counted from 1; `None`: not a single block, and never at rest.
+    pub layer: Option<usize>,
+}
+
+impl UpdateGroup {
+    fn new(table: &ParameterTable, range: Range<usize>, layer: Option<usize>) -> Self {
+        let decay = decay_ranges(table, &range);
+        UpdateGroup { range, decay, layer }
+    }
+
+    /// The whole flat buffer.
+    pub fn whole(table: &ParameterTable) -> Self {
+        UpdateGroup::new(table, 0..table.stored_elements(), None)
+    }
+
+    /// What lies before the blocks, each block, and what lies behind them.
+    pub fn blocks(table: &ParameterTable) -> Vec<Self> {
+        let mut groups = Vec::new();
+        let mut end = 0;
+        for layer in 1..=table.layers() {
+            let block = table.block_range(layer);
+            if end < block.start {
+                groups.push(UpdateGroup::new(table, end..block.start, None));
+            }
+            end = block.end;
+            groups.push(UpdateGroup::new(table, block, Some(layer)));
+        }
+        groups.push(UpdateGroup::new(table, end..table.stored_elements(), None));
+        groups
+    }
+}
+
+/// Ranges within `part` of the flat buffer that decay, counted from its beginning, ascending,
+/// neighbours joined. No parameter lies across an end of `part`.
+fn decay_ranges(table: &ParameterTable, part: &Range<usize>) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
-    for parameter in table.entries().iter().filter(|p| p.decay) {
-        let range = parameter.range();
+    let inside = |range: &Range<usize>| part.start <= range.start && range.end <= part.end;
+    let decaying = table.entries().iter().filter(|p| p.decay).map(|p| p.range());
+    for range in decaying.filter(inside) {
+        let range = range.start - part.start..range.end - part.start;
         match ranges.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => ranges.push(range),
