@@ -9,6 +9,7 @@
 //! ISOBATH_SIMT_COMPILE (command and flags for a host kernel) and ISOBATH_SIMT_HOOKS (the flags of
 //! the race-checked variant), both separated by \x1f.
 //! What else it says is in build/commit.rs.
+//! ISOBATH_KERNEL_CACHE names a folder in which builds of several profiles share compiled kernels.
 //! A compiler that is installed after a build is seen after `touch build.rs`.
 
 use std::fmt::Write as _;

@@ -174,7 +174,7 @@ impl Compiler {
     ) -> Job {
         let mut command = Command::new(&self.line[0]);
         command.args(&self.line[1..]).args(flags).arg("-c").arg(unit).arg("-o").arg(output);
-        let key = [self.name.clone(), format!("{command:?}")];
+        let key = [self.name.clone(), self.line[1..].join(" "), flags.join(" ")];
         let fingerprint = sources.fingerprint(file, &key);
         Job { source, command, output: output.to_path_buf(), fingerprint }
     }

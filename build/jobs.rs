@@ -1,7 +1,8 @@
 //! Compilations: run in parallel, and only where something changed.
 //!
 //! Beside each output lie `.key`, the fingerprint of what it was made from, and `.log`, what the
-//! compiler said; so a skipped job says again what it said when it ran.
+//! compiler said; so a skipped job says again what it said when it ran. Cargo has another folder for
+//! each profile and for clippy: with ISOBATH_KERNEL_CACHE, a folder, they share what is compiled.
 
 use std::collections::VecDeque;
 use std::num::NonZero;
@@ -16,12 +17,16 @@ pub struct Job {
     pub command: Command,
     /// The file that the command writes.
     pub output: PathBuf,
-    /// Everything the output depends on.
+    /// Everything the output depends on; not where it lies.
     pub fingerprint: u64,
 }
 
+/// Names the folder that builds share.
+const CACHE: &str = "ISOBATH_KERNEL_CACHE";
+
 /// What the compilers said, in the order of the jobs; or all of what those said that failed.
 pub fn run(jobs: Vec<Job>) -> Result<Vec<String>, String> {
+    println!("cargo::rerun-if-env-changed={CACHE}");
     let count = jobs.len();
     let queue = Mutex::new(jobs.into_iter().enumerate().collect::<VecDeque<_>>());
     let results = Mutex::new(vec![None; count]);
@@ -58,20 +63,68 @@ fn run_one(job: Job) -> Result<String, String> {
     }
     // Without its key, an output that is only half written is made again.
     let _ = fs::remove_file(&key);
+    let shared = Shared::new(&output, &fingerprint)?;
+    let said = match shared.as_ref().and_then(|shared| shared.take(&output)) {
+        Some(said) => said,
+        None => {
+            let said = compile(&source, &mut command)?;
+            shared.map_or(Ok(()), |shared| shared.give(&output, &said))?;
+            said
+        }
+    };
+    write(&log, &said)?;
+    write(&key, &fingerprint)?;
+    Ok(said)
+}
+
+fn compile(source: &str, command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let done = command.stdin(Stdio::null()).output();
     let done = done.map_err(|error| format!("{program} cannot be run: {error}"))?;
     let mut said = String::from_utf8_lossy(&done.stderr).into_owned();
     said.push_str(&String::from_utf8_lossy(&done.stdout));
-    if !done.status.success() {
-        return Err(format!("{source} does not compile ({}):\n{command:?}\n{said}", done.status));
+    match done.status.success() {
+        true => Ok(said),
+        false => Err(format!("{source} does not compile ({}):\n{command:?}\n{said}", done.status)),
     }
-    let written = |path: &Path, text: &str| {
-        fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
-    };
-    written(&log, &said)?;
-    written(&key, &fingerprint)?;
-    Ok(said)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// An output, and what the compiler said of it, in the folder that builds share.
+struct Shared {
+    output: PathBuf,
+    log: PathBuf,
+}
+
+impl Shared {
+    /// None where nobody names a folder.
+    fn new(output: &Path, fingerprint: &str) -> Result<Option<Self>, String> {
+        let Some(folder) = env::var_os(CACHE).map(PathBuf::from) else { return Ok(None) };
+        let failed = |error| format!("{CACHE}={}: {error}", folder.display());
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        let output = folder.join(format!("{}-{name}", fingerprint.trim_end()));
+        Ok(Some(Shared { log: beside(&output, "log"), output }))
+    }
+
+    /// The log is there only when the output is whole.
+    fn take(&self, output: &Path) -> Option<String> {
+        let said = fs::read_to_string(&self.log).ok()?;
+        fs::copy(&self.output, output).ok()?;
+        Some(said)
+    }
+
+    fn give(&self, output: &Path, said: &str) -> Result<(), String> {
+        let failed = |error| format!("{}: {error}", self.output.display());
+        // Renamed, so that another build never reads half of it.
+        let unfinished = beside(&self.output, &std::process::id().to_string());
+        fs::copy(output, &unfinished).map_err(failed)?;
+        fs::rename(&unfinished, &self.output).map_err(failed)?;
+        write(&self.log, said)
+    }
 }
 
 fn beside(output: &Path, extension: &str) -> PathBuf {

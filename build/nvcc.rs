@@ -69,7 +69,8 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
             continue;
         }
         let command = nvcc.command(root, &kernel.file.path, &targets, &fatbin.path);
-        let mut key = vec![format!("{command:?}"), nvcc.identity.clone()];
+        let anywhere = nvcc.command(root, &kernel.file.path, &targets, Path::new("anywhere"));
+        let mut key = vec![format!("{anywhere:?}"), nvcc.identity.clone()];
         key.extend(READ_BY_NVCC.map(|name| format!("{:?}", env::var_os(name))));
         jobs.push(Job {
             source: fatbin.source(),

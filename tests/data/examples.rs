@@ -60,14 +60,14 @@ fn an_epoch_predicts_every_answer_once_and_reads_each_example_from_its_own_start
             assert_eq!(batch.document_starts.is_some(), packed);
             let starts = batch.document_starts.clone().unwrap_or(vec![0; S]);
             let mut predicted = 0;
-            for at in 0..S {
+            for (at, &start) in starts.iter().enumerate() {
                 let (token, target) = (batch.tokens[at] as u32, batch.targets[at]);
                 if token == 7777 {
                     assert_eq!(target, IGNORE_INDEX);
                     continue;
                 }
                 // Ids count from the beginning of their example.
-                assert_eq!((token % 100) as i32, at as i32 - starts[at], "{batch:?}");
+                assert_eq!((token % 100) as i32, at as i32 - start, "{batch:?}");
                 if target != IGNORE_INDEX {
                     predicted += 1;
                     assert_eq!(found.insert(token, target as u32), None, "{token} twice");
