@@ -1,39 +1,58 @@
-// out = A B^T (+ residual) on Hopper: bf16 in and out, fp32 accumulation.
+// Matrix products on Hopper: bf16 factors, fp32 accumulation; TMA in, wgmma, TMA out.
 //
-// Contract: A [M,K], B [N,K], out and residual [M,N], row-major; K and N multiples of 8. The tensor
-// maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and the boxes A {64, 128}, B {64, TILE_N},
-// out {64, 64}, innermost first. Tails cost nothing but work: TMA fills what lies outside with
+//   nt  out = A B^T (+ residual)    A [M,K], B [N,K]    a layer forward
+//   nn  out = A B   (+ residual)    A [M,K], B [K,N]    the gradient of its input
+//   tn  out += A^T B                A [K,M], B [K,N]    the gradient of its weight
+//
+// Contract: everything row-major; rows are multiples of 8 values; out [M,N] is bf16, and fp32 for
+// tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
+// innermost first: {64, TILE} for a factor whose rows lie along K, {64, 64} for one whose rows lie
+// along M or N, {64, 64} for out. Tails cost nothing but work: TMA fills what lies outside with
 // zeros and does not store it. One rounding, of the accumulator plus the residual.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
-// other. The producer (one thread) loads A and B into a ring of stages; two consumers, each with 64
-// rows of the tile, multiply what is there and write the tile through shared memory. The ring runs
-// on across tiles, so that the next tile is loaded while this one is written.
+// other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
+// Two consumers either share a tile, half of its rows each, or take tiles in turn, each a whole one
+// of half the size, so that one writes its tile while the other multiplies.
+//
+// The K of a tn tile may be cut into `splits`, a block for each. They add to the result one after
+// the other, in the order of K: turns[] says whose turn it is, so that every run has the same bits.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes
 constexpr int WARPGROUP = 128;
-constexpr int CONSUMERS = 2;  // the accumulators of 128 x 256 need two warpgroups
+constexpr int CONSUMERS = 2;
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int CONSUMER_M = 64;  // rows of one wgmma
-constexpr int TILE_M = CONSUMERS * CONSUMER_M;
-constexpr int TILE_K = 64;  // 128 bytes: the span of the swizzle
-constexpr int MMA_K = 16;
-constexpr int STORE_N = 64;  // columns of a store box: the span of the swizzle again
-constexpr int SWIZZLE_SPAN = 128;
-constexpr int ROW_BYTES = TILE_K * int(sizeof(bf16));
-constexpr int STORE_BYTES = CONSUMER_M * ROW_BYTES;
-constexpr int STORES = 2;  // store tiles of a consumer: one is written, one is read
-// Tile rows that are visited together: 8 x 128 rows of A and as many of B stay in the L2 cache
-// while the multiprocessors go through them.
+constexpr int MMA_M = 64, MMA_K = 16;  // of one wgmma
+constexpr int TILE_K = 64;             // 128 bytes: the span of the swizzle
+constexpr int SPAN = 128;
+constexpr int BLOCK_BYTES = 64 * SPAN;  // 64 rows of 64 values: of a box, and of a store tile
+constexpr int STORES = 2;               // store tiles of a consumer: one is written, one is read
+// Tile rows that are visited together: so many rows of A and about as many of B stay in the L2
+// cache while the multiprocessors go through them.
 constexpr int GROUP = 8;
 // 168 registers at launch x 3 = 40 + 232 + 232.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
-template <int TILE_N>
-constexpr int STAGE_BYTES = (TILE_M + TILE_N) * ROW_BYTES;
+// How a factor lies in memory: its rows along K, or along M (A) and N (B).
+enum Rows { ALONG_K, ACROSS_K };
 
-// ---------------------------------------------------------------- the ring and the tiles
+// What a kernel is compiled for. `SHARED_TILES`: both consumers work on one tile.
+template <Rows A_, Rows B_, int TILE_M_, int TILE_N_, int STAGES_, bool SHARED_TILES_>
+struct Kind {
+  static constexpr Rows A = A_, B = B_;
+  static constexpr int TILE_M = TILE_M_, TILE_N = TILE_N_, STAGES = STAGES_;
+  static constexpr bool SHARED_TILES = SHARED_TILES_;
+  static constexpr int CONSUMER_M = SHARED_TILES ? TILE_M / CONSUMERS : TILE_M;
+  static constexpr int BLOCKS = CONSUMER_M / MMA_M;  // wgmmas that a consumer's rows take
+  static constexpr int A_BYTES = TILE_M * SPAN, STAGE_BYTES = A_BYTES + TILE_N * SPAN;
+  // Consumers' warps that read a stage.
+  static constexpr int READERS = (SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32;
+};
+template <class K>
+using Accumulators = float[K::BLOCKS][K::TILE_N / 2];
+
+// ---------------------------------------------------------------- the ring
 // Where in the ring a producer or a consumer is; `parity` is that of the stage's current round.
 template <int STAGES>
 struct Position {
@@ -47,63 +66,114 @@ DEVICE void advance(Position<STAGES>& at) {
     at.parity ^= 1;
   }
 }
-
-struct Tiles {
-  int rows, columns;  // how many tiles M and N have
-};
-struct Tile {
-  int m, n;  // of its first element
-};
-template <int TILE_N>
-DEVICE Tiles tiles_of(int m, int n) {
-  return {(m + TILE_M - 1) / TILE_M, (n + TILE_N - 1) / TILE_N};
+// Past what another consumer reads.
+template <int STAGES>
+DEVICE void skip(Position<STAGES>& at, int steps) {
+  const int stage = at.stage + steps;
+  at.parity ^= uint32_t(stage / STAGES) & 1;
+  at.stage = stage % STAGES;
 }
-template <int TILE_N>
-DEVICE Tile tile_at(Tiles tiles, int index) {
-  const int group_tiles = GROUP * tiles.columns;
-  const int first_row = index / group_tiles * GROUP, within = index % group_tiles;
-  const int group_rows = min(GROUP, tiles.rows - first_row);
-  return {(first_row + within % group_rows) * TILE_M, within / group_rows * TILE_N};
+
+// ---------------------------------------------------------------- the work
+struct Work {
+  int rows, columns;  // how many tiles M and N have
+  int splits;         // blocks that share the K of a tile
+  int steps;          // of K, all splits together
+};
+struct Item {
+  int m, n;         // of the tile's first element
+  int tile, split;  // which tile, and which of its splits
+  int first, end;   // steps of K
+};
+DEVICE int items(const Work& work) { return work.rows * work.columns * work.splits; }
+template <class K>
+DEVICE Work work_of(int m, int n, int k, int splits) {
+  return {(m + K::TILE_M - 1) / K::TILE_M, (n + K::TILE_N - 1) / K::TILE_N, splits,
+          (k + TILE_K - 1) / TILE_K};
+}
+template <class K>
+DEVICE Item item_at(const Work& work, int index) {
+  const int tiles = work.rows * work.columns;
+  const int tile = index % tiles, split = index / tiles;
+  const int group_tiles = GROUP * work.columns;
+  const int first_row = tile / group_tiles * GROUP, within = tile % group_tiles;
+  const int group_rows = min(GROUP, work.rows - first_row);
+  // As even as possible, and none without a step: there are no more splits than steps.
+  const int each = work.steps / work.splits, left = work.steps % work.splits;
+  const int first_step = split * each + min(split, left);
+  return {(first_row + within % group_rows) * K::TILE_M,
+          within / group_rows * K::TILE_N,
+          tile,
+          split,
+          first_step,
+          first_step + each + (split < left ? 1 : 0)};
 }
 
 // ---------------------------------------------------------------- producer
-template <int TILE_N, int STAGES>
+// Step `step` of a tile's rows of a factor, `first` the first of them.
+template <Rows ROWS, int TILE>
+DEVICE void load(uint8_t* to, const TensorMap* map, uint64_t* full, int step, int first) {
+  if constexpr (ROWS == ALONG_K) {
+    tma_load_2d(to, map, full, step * TILE_K, first);
+  } else {
+#pragma unroll
+    for (int block = 0; block < TILE / 64; ++block)
+      tma_load_2d(to + block * BLOCK_BYTES, map, full, first + block * 64, step * TILE_K);
+  }
+}
+
+template <class K>
 DEVICE void produce(const TensorMap* map_a, const TensorMap* map_b, uint8_t* ring, uint64_t* full,
-                    uint64_t* empty, Tiles tiles, int steps) {
-  Position<STAGES> at;
-  for (int index = int(blockIdx.x); index < tiles.rows * tiles.columns; index += int(gridDim.x)) {
-    const Tile tile = tile_at<TILE_N>(tiles, index);
-    for (int step = 0; step < steps; ++step) {
-      uint8_t* const stage_a = ring + at.stage * STAGE_BYTES<TILE_N>;
-      uint8_t* const stage_b = stage_a + TILE_M * ROW_BYTES;
+                    uint64_t* empty, const Work& work) {
+  Position<K::STAGES> at;
+  for (int index = int(blockIdx.x); index < items(work); index += int(gridDim.x)) {
+    const Item item = item_at<K>(work, index);
+    for (int step = item.first; step < item.end; ++step) {
+      uint8_t* const stage = ring + at.stage * K::STAGE_BYTES;
       mbarrier_wait(&empty[at.stage], at.parity ^ 1);  // the first round passes at once
-      mbarrier_arrive_expect_tx(&full[at.stage], STAGE_BYTES<TILE_N>);
-      tma_load_2d(stage_a, map_a, &full[at.stage], step * TILE_K, tile.m);
-      tma_load_2d(stage_b, map_b, &full[at.stage], step * TILE_K, tile.n);
+      mbarrier_arrive_expect_tx(&full[at.stage], K::STAGE_BYTES);
+      load<K::A, K::TILE_M>(stage, map_a, &full[at.stage], step, item.m);
+      load<K::B, K::TILE_N>(stage + K::A_BYTES, map_b, &full[at.stage], step, item.n);
       advance(at);
     }
   }
 }
 
 // ---------------------------------------------------------------- consumers
-// accumulators [64,TILE_N] = the consumer's rows of A times B^T, over all K. One batch of wgmma is
-// always in flight; when it is known that the one before has read its stage, that is released, by
-// one arrival for each warp.
-template <int TILE_N, int STAGES>
-DEVICE void multiply(float (&accumulators)[TILE_N / 2], const uint8_t* ring, uint64_t* full,
-                     uint64_t* empty, Position<STAGES>& at, int consumer, int steps) {
+template <Rows ROWS>
+DEVICE uint64_t descriptor(const uint8_t* tile) {
+  if constexpr (ROWS == ALONG_K) return descriptor_k_major(tile);
+  return descriptor_mn_major(tile, BLOCK_BYTES);
+}
+// From one value of k to the next, in the 16 bytes that descriptors count.
+template <Rows ROWS>
+DEVICE uint64_t along(int k) {
+  return uint64_t(k) * (ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 16;
+}
+
+// accumulators = the consumer's rows of the tile, over all steps. One batch of wgmma is always in
+// flight; when it is known that the one before has read its stage, that is released, by one arrival
+// for each warp; so is `next`, if there is one, when the last step has been issued. `first_row`: of
+// the consumer's, in the tile.
+template <class K>
+DEVICE void multiply(Accumulators<K>& accumulators, const uint8_t* ring, uint64_t* full,
+                     uint64_t* empty, uint64_t* next, Position<K::STAGES>& at, int first_row,
+                     int steps) {
   const bool first_lane = threadIdx.x % 32 == 0;
   int previous_stage = 0;
   for (int step = 0; step < steps; ++step) {
-    const uint8_t* const stage_a = ring + at.stage * STAGE_BYTES<TILE_N>;
-    const uint64_t a = descriptor_k_major(stage_a + consumer * CONSUMER_M * ROW_BYTES);
-    const uint64_t b = descriptor_k_major(stage_a + TILE_M * ROW_BYTES);
+    const uint8_t* const stage = ring + at.stage * K::STAGE_BYTES;
+    const uint64_t a = descriptor<K::A>(stage + first_row * SPAN);
+    const uint64_t b = descriptor<K::B>(stage + K::A_BYTES);
     mbarrier_wait(&full[at.stage], at.parity);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < TILE_K; k += MMA_K) {
-      const uint64_t offset = uint64_t(k) * sizeof(bf16) / 16;  // descriptors count 16 bytes
-      wgmma<TILE_N>(accumulators, a + offset, b + offset, step > 0 || k > 0);
+#pragma unroll
+      for (int block = 0; block < K::BLOCKS; ++block)
+        wgmma<K::TILE_N, K::A == ACROSS_K, K::B == ACROSS_K>(
+            accumulators[block], a + block * (BLOCK_BYTES / 16) + along<K::A>(k),
+            b + along<K::B>(k), step > 0 || k > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -111,30 +181,37 @@ DEVICE void multiply(float (&accumulators)[TILE_N / 2], const uint8_t* ring, uin
     previous_stage = at.stage;
     advance(at);
   }
+  if (next && first_lane) mbarrier_arrive(next);
   wgmma_wait<0>();
   if (first_lane) mbarrier_arrive(&empty[previous_stage]);
 }
 
-// Columns column ... column + 63 of the consumer's rows: the accumulators of the four groups of 16
-// columns, plus the residual, rounded, into a swizzled store tile.
 // Accumulator i of a thread: row 8 (i/2 % 2) + lane/4 of its warp's 16, column 8 (i/4) + 2 (lane%4)
-// + i%2 (PTX ISA, "wgmma register fragments").
-template <int TILE_N>
-DEVICE void write_store_tile(uint8_t* store_tile, const float (&accumulators)[TILE_N / 2],
-                             int block, const bf16* residual, int row, int column, int m, int n) {
+// + i%2 (PTX ISA, "wgmma register fragments"). Here i is within 64 columns; it is even.
+struct Place {
+  int row, column;
+};
+DEVICE Place place_of(int i, int row, int column) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
+  return {row + warp * 16 + lane / 4 + 8 * (i / 2 % 2), column + 8 * (i / 4) + 2 * (lane % 4)};
+}
+
+// 64 rows and 64 columns of the accumulators, plus the residual, rounded, into a swizzled store
+// tile. The first element is [row,column] of out.
+DEVICE void write_store_tile(uint8_t* store_tile, const float* accumulators, const bf16* residual,
+                             int row, int column, int m, int n) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
 #pragma unroll
-  for (int group = 0; group < STORE_N / 16; ++group) {
+  for (int group = 0; group < 4; ++group) {
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = accumulators[block * (STORE_N / 2) + group * 8 + i];
+    for (int i = 0; i < 8; ++i) values[i] = accumulators[group * 8 + i];
     if (residual) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const int at_row = row + warp * 16 + lane / 4 + 8 * (i / 2 % 2);
-        const int at_column = column + group * 16 + 8 * (i / 4) + 2 * (lane % 4);
-        if (at_row < m && at_column < n) {
-          const bf16* const pair = residual + size_t(at_row) * n + at_column;
+        const Place at = place_of(group * 8 + i, row, column);
+        if (at.row < m && at.column < n) {
+          const bf16* const pair = residual + size_t(at.row) * n + at.column;
           const uint32_t bits = *reinterpret_cast<const uint32_t*>(pair);
           values[i] += low_float(bits);
           values[i + 1] += high_float(bits);
@@ -144,87 +221,206 @@ DEVICE void write_store_tile(uint8_t* store_tile, const float (&accumulators)[TI
     const uint32_t quarters[4] = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
                                   pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
     const int matrix_row = warp * 16 + lane % 16, matrix_column = group * 16 + lane / 16 * 8;
-    const uint32_t offset = matrix_row * ROW_BYTES + matrix_column * int(sizeof(bf16));
-    stmatrix_x4(store_tile + swizzle<SWIZZLE_SPAN>(offset), quarters);
+    const uint32_t offset = matrix_row * SPAN + matrix_column * int(sizeof(bf16));
+    stmatrix_x4(store_tile + swizzle<SPAN>(offset), quarters);
   }
 }
 
-template <int TILE_N, int STAGES>
-DEVICE void consume(const TensorMap* map_out, const bf16* residual, const uint8_t* ring,
-                    uint8_t* store_tiles, uint64_t* full, uint64_t* empty, Tiles tiles, int m,
-                    int n, int steps) {
-  const int consumer = int(threadIdx.x) / WARPGROUP - 1;
-  const int own_barrier = 1 + consumer;  // 0 is __syncthreads
+// The consumer's part of a tile to out, through its store tiles; `stored` counts what has gone
+// through them.
+template <class K>
+DEVICE void store(const Accumulators<K>& accumulators, const TensorMap* map_out,
+                  uint8_t* store_tiles, int& stored, const bf16* residual, int barrier, int row,
+                  int column, int m, int n) {
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  Position<STAGES> at;
-  float accumulators[TILE_N / 2];
-  for (int index = int(blockIdx.x); index < tiles.rows * tiles.columns; index += int(gridDim.x)) {
-    multiply<TILE_N, STAGES>(accumulators, ring, full, empty, at, consumer, steps);
-    const Tile tile = tile_at<TILE_N>(tiles, index);
-    const int row = tile.m + consumer * CONSUMER_M;
 #pragma unroll
-    for (int block = 0; block < TILE_N / STORE_N; ++block) {
-      const int column = tile.n + block * STORE_N;
-      uint8_t* const store_tile = store_tiles + (consumer * STORES + block % STORES) * STORE_BYTES;
+  for (int block = 0; block < K::BLOCKS; ++block) {
+    const int at_row = row + block * MMA_M;
+#pragma unroll
+    for (int part = 0; part < K::TILE_N / 64; ++part) {
+      const int at_column = column + part * 64;
+      uint8_t* const store_tile = store_tiles + stored % STORES * BLOCK_BYTES;
       // The store before the last one has left this tile; the last one may still read the other.
       if (storing) bulk_wait_read<STORES - 1>();
-      barrier_sync(own_barrier, WARPGROUP);
-      write_store_tile<TILE_N>(store_tile, accumulators, block, residual, row, column, m, n);
+      barrier_sync(barrier, WARPGROUP);
+      write_store_tile(store_tile, &accumulators[block][part * 32], residual, at_row, at_column, m,
+                       n);
       fence_proxy_async();
-      barrier_sync(own_barrier, WARPGROUP);
+      barrier_sync(barrier, WARPGROUP);
       if (storing) {
-        if (row < m && column < n) tma_store_2d(map_out, store_tile, column, row);
+        if (at_row < m && at_column < n) tma_store_2d(map_out, store_tile, at_column, at_row);
         bulk_commit();
+      }
+      ++stored;
+    }
+  }
+}
+
+// out += the consumer's part of a tile; 64 columns are read before any is written.
+template <class K>
+DEVICE void add(const Accumulators<K>& accumulators, float* out, int row, int column, int m,
+                int n) {
+#pragma unroll
+  for (int block = 0; block < K::BLOCKS; ++block) {
+#pragma unroll
+    for (int part = 0; part < K::TILE_N / 64; ++part) {
+      float2 pairs[16];
+#pragma unroll
+      for (int pair = 0; pair < 16; ++pair) {
+        const Place at = place_of(2 * pair, row + block * MMA_M, column + part * 64);
+        pairs[pair] = make_float2(0, 0);
+        if (at.row < m && at.column < n)
+          pairs[pair] = *reinterpret_cast<const float2*>(out + size_t(at.row) * n + at.column);
+      }
+#pragma unroll
+      for (int pair = 0; pair < 16; ++pair) {
+        const Place at = place_of(2 * pair, row + block * MMA_M, column + part * 64);
+        const float* const two = &accumulators[block][part * 32 + 2 * pair];
+        if (at.row < m && at.column < n)
+          *reinterpret_cast<float2*>(out + size_t(at.row) * n + at.column) =
+              make_float2(pairs[pair].x + two[0], pairs[pair].y + two[1]);
       }
     }
   }
-  if (storing) bulk_wait<0>();
+}
+
+// Calls finish(accumulators, item, first row of the consumer in the tile) for each of its items.
+// Consumers that take tiles in turn multiply in turn, too: by its parity a full stage cannot be
+// told from one that is two rounds later. order[c]: phase i is over when the other consumer has
+// issued what comes before item i of consumer c; the first item of consumer 0 has nothing before
+// it.
+template <class K, class Finish>
+DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64_t* order,
+                    const Work& work, int consumer, const Finish& finish) {
+  Position<K::STAGES> at;
+  Accumulators<K> accumulators;
+  int count = 0;
+  for (int index = int(blockIdx.x); index < items(work); index += int(gridDim.x), ++count) {
+    const Item item = item_at<K>(work, index);
+    const int steps = item.end - item.first;
+    if constexpr (K::SHARED_TILES) {
+      const int first_row = consumer * K::CONSUMER_M;
+      multiply<K>(accumulators, ring, full, empty, nullptr, at, first_row, steps);
+      finish(accumulators, item, first_row);
+    } else if (count % CONSUMERS != consumer) {
+      skip(at, steps);
+    } else {
+      const uint32_t own = uint32_t(count / CONSUMERS);
+      mbarrier_wait(&order[consumer], (own + (consumer == 0 ? 1 : 0)) & 1);
+      multiply<K>(accumulators, ring, full, empty, &order[1 - consumer], at, 0, steps);
+      finish(accumulators, item, 0);
+    }
+  }
 }
 
 // ---------------------------------------------------------------- kernels
-template <int TILE_N, int STAGES>
-DEVICE void gemm(const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_out,
-                 const bf16* residual, int m, int n, int k) {
-  static_assert(TILE_N / STORE_N % STORES == 0, "a tile's first store must find its store tile");
-  SHARED_DYNAMIC(ring);  // STAGES stages, then CONSUMERS x STORES store tiles
-  SHARED(uint64_t, full, STAGES);
-  SHARED(uint64_t, empty, STAGES);
-  uint8_t* const store_tiles = ring + STAGES * STAGE_BYTES<TILE_N>;
-  const Tiles tiles = tiles_of<TILE_N>(m, n);
-  const int steps = (k + TILE_K - 1) / TILE_K;
-
+// What both kinds of kernels do before and around the consumers' work; `consumer_part(consumer)`.
+template <class K, class ConsumerPart>
+DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work, uint8_t* ring,
+                uint64_t* full, uint64_t* empty, uint64_t* order,
+                const ConsumerPart& consumer_part) {
   if (threadIdx.x == 0) {
     // Swizzles take bits of the address itself; that the ring is aligned so is not in the language.
-    if (shared_address(ring) % (8 * SWIZZLE_SPAN)) __trap();
+    if (shared_address(ring) % (8 * SPAN)) __trap();
     tma_prefetch(map_a);
     tma_prefetch(map_b);
-    tma_prefetch(map_out);
-    for (int stage = 0; stage < STAGES; ++stage) {
-      mbarrier_init(&full[stage], 1);                            // the producer
-      mbarrier_init(&empty[stage], CONSUMERS * WARPGROUP / 32);  // every consumer warp
+    for (int stage = 0; stage < K::STAGES; ++stage) {
+      mbarrier_init(&full[stage], 1);            // the producer
+      mbarrier_init(&empty[stage], K::READERS);  // every warp that reads it
     }
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer)
+      mbarrier_init(&order[consumer], WARPGROUP / 32);  // every warp of the other one
     fence_mbarrier_init();
   }
   __syncthreads();
 
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elect_one())
-      produce<TILE_N, STAGES>(map_a, map_b, ring, full, empty, tiles, steps);
+    if (threadIdx.x < 32 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, work);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume<TILE_N, STAGES>(map_out, residual, ring, store_tiles, full, empty, tiles, m, n, steps);
+    consumer_part(int(threadIdx.x) / WARPGROUP - 1);
   }
 }
 
-// As many stages as 227 KiB hold beside 32 KiB of store tiles.
-#define GEMM_KERNEL(tile_n, stages)                                                        \
-  KERNEL(gemm_sm90_128x##tile_n, THREADS, 1)                                               \
-  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,       \
-   const __grid_constant__ TensorMap map_out, const bf16* residual, int m, int n, int k) { \
-    gemm<tile_n, stages>(&map_a, &map_b, &map_out, residual, m, n, k);                     \
-  }                                                                                        \
-  EXPORT_KERNEL(gemm_sm90_128x##tile_n)
+template <class K>
+DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b,
+                               const TensorMap* map_out, const bf16* residual, int m, int n,
+                               int k) {
+  SHARED_DYNAMIC(ring);  // STAGES stages, then CONSUMERS x STORES store tiles
+  SHARED(uint64_t, full, K::STAGES);
+  SHARED(uint64_t, empty, K::STAGES);
+  SHARED(uint64_t, order, CONSUMERS);
+  const Work work = work_of<K>(m, n, k, 1);
+  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+    uint8_t* const store_tiles =
+        ring + K::STAGES * K::STAGE_BYTES + consumer * STORES * BLOCK_BYTES;
+    int stored = 0;
+    consume<K>(ring, full, empty, order, work, consumer,
+               [&](const Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 store<K>(accumulators, map_out, store_tiles, stored, residual, 1 + consumer,
+                          item.m + first_row, item.n, m, n);
+               });
+    if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
+  });
+}
 
-GEMM_KERNEL(256, 4)
-GEMM_KERNEL(128, 6)
+// turns [2 x tiles]: all 0, and 0 again when the kernel ends. With more than one split, every block
+// has one item at most, and waits for blocks of lower indices alone.
+template <class K>
+DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, float* out,
+                             uint32_t* turns, int m, int n, int k, int splits) {
+  SHARED_DYNAMIC(ring);
+  SHARED(uint64_t, full, K::STAGES);
+  SHARED(uint64_t, empty, K::STAGES);
+  SHARED(uint64_t, order, CONSUMERS);
+  const Work work = work_of<K>(m, n, k, splits);
+  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+    const bool first_thread = threadIdx.x % WARPGROUP == 0;
+    consume<K>(ring, full, empty, order, work, consumer,
+               [&](const Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 // Each consumer of a shared tile takes turns with its own rows of other splits.
+                 uint32_t* const turn =
+                     turns + CONSUMERS * item.tile + (K::SHARED_TILES ? consumer : 0);
+                 if (splits > 1) {
+                   if (first_thread)
+                     while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);
+                   barrier_sync(1 + consumer, WARPGROUP);
+                 }
+                 add<K>(accumulators, out, item.m + first_row, item.n, m, n);
+                 if (splits > 1) {
+                   barrier_sync(1 + consumer, WARPGROUP);
+                   const int next = item.split + 1;
+                   if (first_thread) store_release(turn, uint32_t(next == splits ? 0 : next));
+                 }
+               });
+  });
+}
+
+// As many stages as 227 KiB hold beside the store tiles, which tn does without.
+#define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                                      \
+  KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                                       \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,               \
+   const __grid_constant__ TensorMap map_out, const bf16* residual, int m, int n, int k) {         \
+    multiply_and_store<Kind<ALONG_K, b, tile_m, tile_n, stages, shared>>(&map_a, &map_b, &map_out, \
+                                                                         residual, m, n, k);       \
+  }                                                                                                \
+  EXPORT_KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n)
+#define ADD_KERNEL(tile_m, tile_n, stages, shared)                                               \
+  KERNEL(gemm_sm90_tn_##tile_m##x##tile_n, THREADS, 1)                                           \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, \
+   uint32_t* turns, int m, int n, int k, int splits) {                                           \
+    multiply_and_add<Kind<ACROSS_K, ACROSS_K, tile_m, tile_n, stages, shared>>(                  \
+        &map_a, &map_b, out, turns, m, n, k, splits);                                            \
+  }                                                                                              \
+  EXPORT_KERNEL(gemm_sm90_tn_##tile_m##x##tile_n)
+
+STORE_KERNEL(nt, ALONG_K, 128, 256, 4, true)
+STORE_KERNEL(nt, ALONG_K, 128, 192, 4, true)
+STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)
+STORE_KERNEL(nn, ACROSS_K, 128, 256, 4, true)
+STORE_KERNEL(nn, ACROSS_K, 128, 192, 4, true)
+STORE_KERNEL(nn, ACROSS_K, 128, 128, 6, false)
+ADD_KERNEL(128, 256, 4, true)
+ADD_KERNEL(128, 192, 5, true)
+ADD_KERNEL(128, 128, 7, false)

@@ -17,7 +17,7 @@ use isobath::{Error, Result};
 use serde_json::{Value, json};
 
 use crate::cuda::counting::{Counting, Counts};
-use crate::support::{isobath, run_config, small_model, tokens};
+use crate::support::{assert_close, isobath, run_config, small_model, tokens};
 
 fn open() -> Result<Box<dyn Driver>> {
     Ok(Box::new(Host::new(Options::default())?))
@@ -92,7 +92,7 @@ fn work_is_counted_by_its_formula() {
     assert_eq!(amounts(&products), [work; 3], "every layout");
     assert_eq!(amounts(&Request { layout: Some(Layout::Tn), ..products.clone() }), [work]);
     let family = Some(Family::Sm90);
-    assert_eq!(amounts(&Request { family, ..products.clone() }), [work], "only NT");
+    assert_eq!(amounts(&Request { family, ..products.clone() }), [work; 3], "every layout");
     assert_eq!(amounts(&wide(products)), [work; 3]);
 
     // Two products, and five, of 2 B H S^2 D; the causal half of each.
@@ -437,7 +437,7 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"][0]["work"]["amount"], 4416);
     let output = bench("gemm --device simt --product 64,64,64 --samples 1", &[]);
     let text = String::from_utf8(output.stdout).unwrap();
-    for part in ["gemm_sm90", "gemm_sm80_tn", "M=64 N=64 K=64", "GFLOP/s", "on simt (CPU)"] {
+    for part in ["gemm_sm90", "gemm_sm90_tn", "M=64 N=64 K=64", "GFLOP/s", "on simt (CPU)"] {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
     let report = answer(
@@ -512,6 +512,52 @@ fn a_prediction_needs_no_device() {
 }
 
 #[test]
+fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
+    let report = answer("gemm --predict --preset 130m --json");
+    let rows = report["products"].as_array().unwrap();
+    let number = |row: &Value, name: &str| row[name].as_f64().unwrap();
+    let peak = number(&report, "flops_per_second");
+    let mut logarithms = 0.0;
+    for row in rows {
+        let [m, n, k] = ["m", "n", "k"].map(|name| number(row, name));
+        assert_eq!(number(row, "flops"), 2.0 * m * n * k);
+        let (share, fill) = (number(row, "share"), number(row, "fill"));
+        assert!(share > 0.05 && share <= 0.8 && fill <= 1.0 && share <= fill, "{row}");
+        assert_close(
+            "share",
+            &[share],
+            &[2e6 * m * n * k / number(row, "microseconds") / peak],
+            1e-9,
+        );
+        assert!(number(row, "shared_bytes") <= 232_448.0, "{row}");
+        logarithms += share.ln();
+    }
+    let mean = (logarithms / rows.len() as f64).exp();
+    assert_close("mean", &[number(&report, "mean_share")], &[mean], 1e-12);
+    assert!(rows.is_sorted_by(|a, b| number(a, "share") <= number(b, "share")));
+    let find = |tokens: u64, layout: &str, sizes: [u64; 3]| {
+        let [m, n, k] = sizes;
+        let is = |row: &&Value| {
+            row["tokens"] == tokens
+                && row["layout"] == layout
+                && [&row["m"], &row["n"], &row["k"]] == [&json!(m), &json!(n), &json!(k)]
+        };
+        rows.iter().find(is).unwrap_or_else(|| panic!("no {layout} {sizes:?} of {tokens} tokens"))
+    };
+    // Twelve blocks: q, k and v forward, and the gradients of their inputs and weights.
+    assert_eq!(find(16384, "nt", [16384, 2304, 768])["launches"], 12);
+    assert_eq!(find(32768, "nn", [32768, 768, 2304])["launches"], 12);
+    let weight = find(65536, "tn", [768, 768, 65536]);
+    assert!(weight["splits"].as_u64().unwrap() > 1, "18 tiles at most for 132: {weight}");
+
+    let output = bench("gemm --predict --preset 60m --set train.recompute=block", &[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["**not timed**", "gemm_sm90_tn_", "60m", "geometric mean", "989.5 TFLOP/s"] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+}
+
+#[test]
 fn wrong_arguments_of_bench_are_refused() {
     let refused = [
         ("norms", &[][..], &["norms", "norm"][..]),
@@ -528,6 +574,8 @@ fn wrong_arguments_of_bench_are_refused() {
         ("norm --device cpu", &[], &["device cpu", "--device simt"]),
         ("norm --device simt", &[("SIMT_SEED", "first")], &["SIMT_SEED", "`first`"]),
         ("norm --predict", &[], &["--predict measures nothing"]),
+        ("gemm --predict --preset 8m", &[], &["8m", "9m"]),
+        ("gemm --predict --rows 8", &[], &["--rows is of norm"]),
         ("--predict --race", &[], &["--predict measures nothing"]),
         ("--predict --rows 8", &[], &["--rows is of norm"]),
         ("--predict --preset 8m", &[], &["8m", "9m"]),

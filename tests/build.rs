@@ -257,10 +257,13 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     let Some(tools) = disassembler() else { return };
     let code = disassemble(&tools, "gemm_sm90", "sm_90a");
     for (name, code) in &code {
-        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
+        for mnemonic in ["HGMMA", "UTMALDG"] {
             assert!(has(code, mnemonic), "{name} has no {mnemonic}");
         }
+        // What is accumulated is read before it is written, from registers.
+        assert_eq!(has(code, "UTMASTG"), !name.contains("_tn_"), "{name}");
     }
+    assert_eq!(code.len(), 9, "three layouts, three tiles");
 }
 
 /// Every copy and every read of fragments as wide as there is; operands that lie the other way are

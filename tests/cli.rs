@@ -107,7 +107,7 @@ fn info_shows_this_build_and_machine() {
     let cores = std::thread::available_parallelism().unwrap().get();
     assert_eq!(info["devices"]["cpu"]["cores"], cores);
     let presets = info["presets"].as_array().unwrap();
-    assert_eq!(presets.len(), 14);
+    assert_eq!(presets.len(), 16);
     assert!(presets.contains(&"350m".into()) && presets.contains(&"demo".into()));
     assert_eq!(info["texts"], serde_json::json!(["bundled:austen"]));
     let features: &[&str] = if cfg!(feature = "require-cuda") { &["require-cuda"] } else { &[] };

@@ -6,7 +6,7 @@ mod plain;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use isobath::config::{DeviceKind, ModelConfig, Placement};
+use isobath::config::{DeviceKind, LnsPosition, ModelConfig, Placement};
 use isobath::cpu::Cpu;
 use isobath::data::source::TokenSource;
 use isobath::depth::{
@@ -160,11 +160,25 @@ fn expected(plain: &Plain, ids: &[i32], sequence: usize) -> (f64, Vec<f64>, Vec<
     (mean(&losses), means(variance), means(angles), means(skipped))
 }
 
+/// A small model of each placement that does not become another when it is exported.
+fn placements() -> impl Iterator<Item = ModelConfig> {
+    let lns = [LnsPosition::AfterNorm, LnsPosition::BeforeNorm].map(|lns| (Placement::Lns, lns));
+    let others =
+        [Placement::Pre, Placement::Post, Placement::Deepnorm, Placement::Mix, Placement::Sandwich]
+            .map(|placement| (placement, LnsPosition::AfterNorm));
+    // Of five layers, two are post under `mix`.
+    let model = |(placement, lns_position)| ModelConfig {
+        placement,
+        lns_position,
+        mix_post: 0.4,
+        ..small_model()
+    };
+    lns.into_iter().chain(others).map(model)
+}
+
 #[test]
 fn stream_and_skipped_losses_are_those_of_plain_loops_and_keep_every_depth_scale() {
-    let lns = small_model();
-    let pre = ModelConfig { placement: Placement::Pre, ..lns.clone() };
-    for config in [lns, pre] {
+    for config in placements() {
         let table = &ParameterTable::new(&config);
         let parameters = &moderate_parameters(table);
         let (_folder, model) = loaded(&config, parameters);
@@ -177,7 +191,11 @@ fn stream_and_skipped_losses_are_those_of_plain_loops_and_keep_every_depth_scale
 
         assert_eq!((report.layers, report.hidden), (config.layers, config.hidden));
         assert_eq!((report.tokens, report.sequence), (90, 16));
-        assert_eq!(report.placement.as_deref(), Some(config.placement.name()));
+        let placement = match config.lns_position {
+            LnsPosition::AfterNorm => config.placement.name(),
+            _ => "lns before-norm",
+        };
+        assert_eq!(report.placement.as_deref(), Some(placement));
         assert_eq!(report.step, None);
         assert_close("loss", &[report.loss, report.perplexity], &[loss, loss.exp()], 1e-5);
         assert_close("variance", &report.variance.unwrap(), &variance, 1e-5);
@@ -202,7 +220,7 @@ fn stream_and_skipped_losses_are_those_of_plain_loops_and_keep_every_depth_scale
             }
         }
         // The error that this excludes: later layers move up, and their scale with them.
-        if config.placement == Placement::Lns {
+        if (config.placement, config.lns_position) == (Placement::Lns, LnsPosition::AfterNorm) {
             let mut shifted = Vec::new();
             for (tokens, targets) in windows(&ids, 16) {
                 let mut stream = plain.embed(&tokens);
@@ -290,31 +308,33 @@ fn of_f32(values: &[f32], columns: usize) -> Stream {
 
 #[test]
 fn jacobians_are_those_of_finite_differences() {
-    let config = small_model();
-    let table = &ParameterTable::new(&config);
-    let parameters = &moderate_parameters(table);
-    let plain = Plain { config: &config, table, parameters };
-    let c = config.hidden;
-    // 32 products in rounds of 13, the last of 6.
-    let mut layerwise = layerwise_for_jacobians(&config, parameters, [13, 6]);
-    let noise: Vec<f32> = normals(5, 6 * c).iter().map(|&x| x as f32).collect();
-    let stream = of_f32(&noise, c);
-    for (layer, token) in [(1, 0), (2, 3), (5, 5)] {
-        let found = layerwise.jacobian(layer, &noise, token).unwrap();
-        let step = 1e-5;
-        let mut expected = vec![0.0; c * c];
-        for j in 0..c {
-            let [above, below] = [step, -step].map(|step| {
-                let mut moved = stream.clone();
-                moved[token][j] += step;
-                plain.block(layer, &moved)[token].clone()
-            });
-            for i in 0..c {
-                expected[i * c + j] = (above[i] - below[i]) / (2.0 * step);
+    for config in placements() {
+        let table = &ParameterTable::new(&config);
+        let parameters = &moderate_parameters(table);
+        let plain = Plain { config: &config, table, parameters };
+        let c = config.hidden;
+        // 32 products in rounds of 13, the last of 6.
+        let mut layerwise = layerwise_for_jacobians(&config, parameters, [13, 6]);
+        let noise: Vec<f32> = normals(5, 6 * c).iter().map(|&x| x as f32).collect();
+        let stream = of_f32(&noise, c);
+        for (layer, token) in [(1, 0), (2, 3), (5, 5)] {
+            let found = layerwise.jacobian(layer, &noise, token).unwrap();
+            let step = 1e-5;
+            let mut expected = vec![0.0; c * c];
+            for j in 0..c {
+                let [above, below] = [step, -step].map(|step| {
+                    let mut moved = stream.clone();
+                    moved[token][j] += step;
+                    plain.block(layer, &moved)[token].clone()
+                });
+                for i in 0..c {
+                    expected[i * c + j] = (above[i] - below[i]) / (2.0 * step);
+                }
             }
+            let found: Vec<f64> = found.iter().map(|&value| value as f64).collect();
+            let what = format!("{}, layer {layer}, token {token}", config.placement);
+            assert_close(&what, &found, &expected, 2e-6);
         }
-        let found: Vec<f64> = found.iter().map(|&value| value as f64).collect();
-        assert_close(&format!("layer {layer}, token {token}"), &found, &expected, 2e-6);
     }
 }
 

@@ -66,6 +66,7 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
             table.push(row(driver, request, &kernels, layout, product)?);
         }
     }
+    kernels.release(driver)?;
     Ok(table)
 }
 
@@ -95,7 +96,9 @@ fn row(
     let samples = samples(driver, request.samples);
     let timing =
         copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
-    let what = format!("{}, {dtype}", copies.copies[0].variant.kernel);
+    let plan = &copies.copies[0];
+    let splits = if plan.splits > 1 { format!(" in {}", plan.splits) } else { String::new() };
+    let what = format!("{}{splits}, {dtype}", plan.variant.kernel);
     copies.release(driver)?;
     Ok(Row::new(Cost { what, ..Cost::product(layout, dtype, [m, n, k], output) }, &timing))
 }

@@ -15,12 +15,14 @@ mod loss;
 mod norm;
 mod predict;
 mod report;
+mod shapes;
 mod sizes;
 mod step;
 mod timing;
 
 pub use predict::{Kernel, Prediction, Roof};
 pub use report::{Report, Row, Unit, Work};
+pub use shapes::{GemmPrediction, GemmRow};
 pub use sizes::Sizes;
 pub use step::{Machine, StepRequest};
 

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use clap::Args;
-use isobath::bench::{self, Benchmark, Machine, Prediction, Request, StepRequest};
+use isobath::bench::{self, Benchmark, GemmPrediction, Machine, Prediction, Request, StepRequest};
 use isobath::config::{DeviceKind, Dtype, NormKind};
 use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{Asynchronous, Options, Order};
@@ -16,7 +16,8 @@ pub struct BenchArgs {
     /// What to time: gemm, attention, norm, loss, adamw, step (a whole training step), or all
     #[arg(default_value = "all")]
     benchmark: Benchmark,
-    /// Measure nothing: the least that each kernel of a training step can take on an H200
+    /// Measure nothing: the least that each kernel of a training step can take on an H200; of gemm,
+    /// what is reckoned for every product of the paper's models
     #[arg(long)]
     predict: bool,
     /// auto (a GPU if there is one, else simt), cuda or simt
@@ -88,16 +89,18 @@ impl BenchArgs {
             ("--preset", self.preset.is_some(), &[Step]),
             ("--set", !self.sets.is_empty(), &[Step]),
         ];
-        let measured = self.benchmark != Benchmark::All
+        let predictable = [Benchmark::All, Benchmark::Gemm].contains(&self.benchmark);
+        let measured = !predictable
             || self.device != DeviceKind::Auto
             || self.samples.is_some()
             || self.simt.is_given();
         if self.predict && measured {
             return Err(Error::Usage {
                 what: "--predict measures nothing and asks no device".to_string(),
-                remedy: "leave out the benchmark, --device, --samples and what is simt's; or \
-                         --predict"
-                    .to_string(),
+                remedy:
+                    "leave out --device, --samples, what is simt's and any benchmark but gemm; \
+                         or --predict"
+                        .to_string(),
             });
         }
         let looked_at = |of: &[Benchmark]| match (self.predict, self.benchmark) {
@@ -168,6 +171,13 @@ fn sizes<const N: usize>(text: &str) -> Result<[usize; N], String> {
 
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     args.check_flags()?;
+    if args.predict && args.benchmark == Benchmark::Gemm {
+        let prediction = GemmPrediction::new(args.preset.as_deref(), &args.sets)?;
+        return match args.json {
+            true => output::print_json(&prediction),
+            false => output::print(&prediction.to_string()),
+        };
+    }
     let step = StepRequest { preset: args.preset, sets: args.sets };
     if args.predict {
         let prediction = Prediction::new(&step.resolve(Machine::Gpu, args.dtype)?)?;

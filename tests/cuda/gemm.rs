@@ -2,7 +2,7 @@
 //! product, one-hot and ramp matrices exactly, every tail.
 
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product, Variant};
+use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product, Variant};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 
@@ -117,10 +117,11 @@ fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
 fn multiply(
     driver: &mut dyn Driver,
     gemm: &Gemm,
-    variant: &'static Variant,
+    choice: Choice,
     matrices: &Matrices,
     epilogue: Epilogue,
 ) -> Vec<f64> {
+    let Choice { variant, .. } = choice;
     let &Matrices { dtype, m, n, k, .. } = matrices;
     let (mut a, mut b) = (matrices.a.clone(), matrices.b.clone());
     if variant.layout == Layout::Tn {
@@ -147,14 +148,14 @@ fn multiply(
     };
     let (layout, a_at, b_at, out_at) = (variant.layout, a.address, b.address, out.address);
     let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
-    let plan = gemm.plan_with(driver, variant, &product).unwrap();
+    let plan = gemm.plan_with(driver, choice, &product).unwrap();
     plan.launch(driver, StreamId::MAIN).unwrap();
     let mut found = download(driver, result, out);
     let margin = found.split_off(m * n);
     assert!(
         margin.iter().all(|&it| it == UNTOUCHED),
-        "{} {m}x{n}x{k} wrote behind its end",
-        variant.kernel
+        "{} wrote behind its end",
+        named(choice, [m, n, k], epilogue)
     );
     for buffer in [a, b, addend, out] {
         driver.release(buffer).unwrap();
@@ -223,36 +224,40 @@ fn epilogues(layout: Layout) -> &'static [Epilogue] {
     }
 }
 
-/// Each shape of each kernel; the epilogues take turns.
+/// Each shape of each kernel; the epilogues take turns, and so do whole and most split tiles.
 fn each_shape(
     driver: &mut dyn Driver,
-    mut test: impl FnMut(&mut dyn Driver, &Gemm, Dtype, &'static Variant, [usize; 3], Epilogue),
+    mut test: impl FnMut(&mut dyn Driver, &Gemm, Dtype, Choice, [usize; 3], Epilogue),
 ) {
+    let multiprocessors = driver.properties().multiprocessors as usize;
     for (dtype, gemm) in families(driver) {
         for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
             let epilogues = epilogues(variant.layout);
             for (index, shape) in shapes(variant, dtype).into_iter().enumerate() {
                 let epilogue = epilogues[index % epilogues.len()];
-                test(driver, &gemm, dtype, variant, shape, epilogue);
+                let most = variant.most_splits(shape, multiprocessors);
+                let splits = if index % 2 == 0 { most } else { 1 };
+                test(driver, &gemm, dtype, Choice { variant, splits }, shape, epilogue);
             }
         }
+        gemm.release(driver).unwrap();
     }
 }
 
 // ------------------------------------------------------------------ tests
 
-fn named(variant: &Variant, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
-    format!("{} {m}x{n}x{k} {epilogue:?}", variant.kernel)
+fn named(Choice { variant, splits }: Choice, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
+    format!("{} {m}x{n}x{k} in {splits} {epilogue:?}", variant.kernel)
 }
 
 #[test]
 fn random_matrices_of_every_shape() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::normal(dtype, shape);
-            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let (exact, plain) = matrices.products(epilogue);
-            let what = named(variant, shape, epilogue);
+            let what = named(choice, shape, epilogue);
             assert_exact(&what, matrices.result(epilogue), &found, &plain, &exact);
         });
     });
@@ -261,15 +266,15 @@ fn random_matrices_of_every_shape() {
 #[test]
 fn ramps_are_exact() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::ramp(dtype, shape);
-            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let (exact, _) = matrices.products(epilogue);
             let largest = exact.iter().fold(0.0f64, |largest, it| largest.max(it.abs()));
             assert!(largest < 2f64.powi(24), "fp32 must hold the sums exactly");
             let result = matrices.result(epilogue);
             let expected: Vec<f64> = exact.iter().map(|&it| rounded(result, it)).collect();
-            assert_equal(&named(variant, shape, epilogue), &found, &expected, matrices.n);
+            assert_equal(&named(choice, shape, epilogue), &found, &expected, matrices.n);
         });
     });
 }
@@ -277,13 +282,13 @@ fn ramps_are_exact() {
 #[test]
 fn one_hot_rows_select_columns() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, variant, shape, epilogue| {
+        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::one_hot(dtype, shape);
-            let found = multiply(driver, gemm, variant, &matrices, epilogue);
+            let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let &Matrices { m, n, k, ref b, .. } = &matrices;
             let expected: Vec<f64> =
                 (0..m * n).map(|i| b[i % n * k + selected(i / n, k)]).collect();
-            assert_equal(&named(variant, shape, epilogue), &found, &expected, n);
+            assert_equal(&named(choice, shape, epilogue), &found, &expected, n);
         });
     });
 }
@@ -304,10 +309,59 @@ fn no_schedule_changes_a_bit() {
                     };
                     let shape = allowed(variant.layout, dtype, shape);
                     let matrices = Matrices::normal(dtype, shape);
-                    all.extend(bits(&multiply(driver, &gemm, variant, &matrices, epilogue)));
+                    let whole = Choice::whole(variant);
+                    all.extend(bits(&multiply(driver, &gemm, whole, &matrices, epilogue)));
+                }
+            }
+            gemm.release(driver).unwrap();
+        }
+        all
+    });
+}
+
+/// Tiles whose K is split: every number of splits is exact, each has its own bits under every
+/// schedule, and the turns are back at zero for the launch that follows.
+#[test]
+fn splits_add_in_their_order() {
+    on_every_machine(|driver| {
+        let mut all = vec![];
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        if driver.properties().compute_capability != (9, 0) {
+            println!("skipped: no family splits K");
+            return all;
+        }
+        let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+        for variant in gemm.variants(Layout::Tn) {
+            // One tile with tails, then two, of eight steps and a bit: unequal splits.
+            for (columns, least) in [(variant.columns - 8, 4), (variant.columns + 8, 2)] {
+                let shape = [variant.rows - 8, columns, 8 * variant.depth + 5];
+                let most = variant.most_splits(shape, multiprocessors);
+                assert!(most >= least, "{most} splits on {multiprocessors} multiprocessors");
+                let matrices = Matrices::ramp(Dtype::Bf16, shape);
+                let (exact, _) = matrices.products(Epilogue::Accumulate);
+                let normal = Matrices::normal(Dtype::Bf16, shape);
+                for splits in (1..=most.min(4)).rev() {
+                    let choice = Choice { variant, splits };
+                    let found = multiply(driver, &gemm, choice, &matrices, Epilogue::Accumulate);
+                    assert_equal(
+                        &named(choice, shape, Epilogue::Accumulate),
+                        &found,
+                        &exact,
+                        columns,
+                    );
+                    let found = multiply(driver, &gemm, choice, &normal, Epilogue::Accumulate);
+                    all.extend(bits(&found));
                 }
             }
         }
+        let [variant, ..] = gemm.variants(Layout::Tn).collect::<Vec<_>>()[..] else { panic!() };
+        let (m, n, k) = (variant.rows, variant.columns, variant.depth);
+        assert_eq!(variant.most_splits([m, n, k], 132), 1, "no split is empty");
+        assert_eq!(variant.most_splits([3 * m, 6 * n, 100 * k], 132), 7, "a block for each");
+        assert_eq!(variant.most_splits([12 * m, 12 * n, 100 * k], 132), 1);
+        let nt = gemm.variants(Layout::Nt).next().unwrap();
+        assert_eq!(nt.most_splits([m, n, 100 * k], 132), 1, "what is stored is not split");
+        gemm.release(driver).unwrap();
         all
     });
 }
@@ -329,7 +383,8 @@ fn the_number_of_workers_changes_no_bit() {
                 let shape = [3 * variant.rows, 2 * variant.columns, 72];
                 let matrices = Matrices::normal(dtype, shape);
                 let epilogue = *epilogues(layout).last().unwrap();
-                all.extend(bits(&multiply(driver, &gemm, variant, &matrices, epilogue)));
+                let whole = Choice::whole(variant);
+                all.extend(bits(&multiply(driver, &gemm, whole, &matrices, epilogue)));
             }
         }
         let expected = first.get_or_insert_with(|| all.clone());
@@ -399,19 +454,16 @@ fn the_family_fits_the_machine_and_the_type() {
     let driver: &mut dyn Driver = host;
     let mut chosen = |dtype, choice, layout, m, n| {
         let gemm = Gemm::new(driver, dtype, choice).map_err(|error| error.to_string())?;
-        let variant = gemm.choose(layout, m, n).map_err(|error| error.to_string())?;
+        let Choice { variant, .. } =
+            gemm.choose(layout, [m, n, 512]).map_err(|error| error.to_string())?;
         Ok::<_, String>((variant.family, variant.rows, variant.columns))
     };
     // simt says that it is 9.0.
     let mut best = |dtype, layout| chosen(dtype, None, layout, 64, 64).unwrap().0;
-    assert_eq!(best(Dtype::Bf16, Layout::Nt), Family::Sm90);
-    assert_eq!(best(Dtype::Bf16, Layout::Nn), Family::Sm80);
-    assert_eq!(best(Dtype::Bf16, Layout::Tn), Family::Sm80);
+    assert!(LAYOUTS.into_iter().all(|layout| best(Dtype::Bf16, layout) == Family::Sm90));
     assert!(LAYOUTS.into_iter().all(|layout| best(Dtype::F32, layout) == Family::F32));
     let sm80 = Some(Family::Sm80);
     assert_eq!(chosen(Dtype::Bf16, sm80, Layout::Nt, 64, 64).unwrap(), (Family::Sm80, 64, 64));
-    let error = chosen(Dtype::Bf16, Some(Family::Sm90), Layout::Tn, 64, 64).unwrap_err();
-    assert!(error.contains("layout tn") && error.contains("choose sm80 or f32"), "{error}");
     let error = chosen(Dtype::F32, sm80, Layout::Nt, 64, 64).unwrap_err();
     assert!(error.contains("f32") && error.contains("choose f32"), "{error}");
 }
@@ -439,23 +491,29 @@ fn the_tile_fits_the_result() {
     on_each_machine(|driver| {
         let multiprocessors = driver.properties().multiprocessors as usize;
         let large = 128 * multiprocessors;
-        let mut tile = |family, m, n| {
+        let hopper = driver.properties().compute_capability == (9, 0);
+        let mut choose = |family, layout, sizes| {
             let gemm = Gemm::new(driver, Dtype::Bf16, Some(family)).unwrap();
-            let variant = gemm.choose(Layout::Nt, m, n).unwrap();
-            [variant.rows, variant.columns]
+            let Choice { variant, splits } = gemm.choose(layout, sizes).unwrap();
+            gemm.release(driver).unwrap();
+            (variant.rows, variant.columns, splits)
         };
-        assert_eq!(tile(Family::Sm80, large, 1024), [128, 128]);
+        let (nt, tn) = (Layout::Nt, Layout::Tn);
+        assert_eq!(choose(Family::Sm80, nt, [large, 1024, 512]), (128, 128, 1));
         // A quarter of a tile for each multiprocessor is no slower in small tiles.
-        assert_eq!(tile(Family::Sm80, 64 * multiprocessors, 64), [64, 64]);
-        if driver.properties().compute_capability == (9, 0) {
-            let mut tile = |m, n| {
-                let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
-                gemm.choose(Layout::Nt, m, n).unwrap().columns
-            };
+        assert_eq!(choose(Family::Sm80, nt, [64 * multiprocessors, 64, 512]), (64, 64, 1));
+        if hopper {
+            let mut choose = |layout, sizes| choose(Family::Sm90, layout, sizes);
             // One wave of wide tiles; narrow ones would take two.
-            assert_eq!(tile(large, 256), 256);
+            assert_eq!(choose(nt, [large, 256, 4096]), (128, 256, 1));
+            assert_eq!(choose(nt, [large, 192, 4096]), (128, 192, 1));
             // A result of 128 columns leaves half of a wide tile empty.
-            assert_eq!(tile(large, 128), 128);
+            assert_eq!(choose(nt, [large, 128, 4096]), (128, 128, 1));
+            // The gradient of a small weight over many tokens: every multiprocessor has a share.
+            assert_eq!(choose(tn, [128, 256, 1 << 20]), (128, 256, multiprocessors));
+            // Over few, waiting for one another costs more than it saves.
+            assert_eq!(choose(tn, [128, 256, 128]).2, 1);
+            assert_eq!(choose(tn, [large, 256, 1 << 20]), (128, 256, 1));
         }
     });
 }
@@ -473,6 +531,26 @@ fn what_cannot_be_multiplied_is_refused() {
                     continue;
                 }
                 let (a, b, out) = (at(0), at(4), at(8));
+                if let Some(variant) =
+                    gemm.variants(layout).find(|it| it.most_splits([8; 3], 1) == 1)
+                {
+                    let choice = Choice { variant, splits: 2 };
+                    let product = Product {
+                        layout,
+                        m: 8,
+                        n: 8,
+                        k: 8,
+                        a,
+                        b,
+                        out,
+                        output: match layout {
+                            Layout::Tn => Output::Accumulate,
+                            Layout::Nt | Layout::Nn => Output::Store { addend: None },
+                        },
+                    };
+                    let refused = gemm.plan_with(driver, choice, &product).err().unwrap();
+                    assert!(refused.to_string().contains("2 splits of"), "{refused}");
+                }
                 let stored = Output::Store { addend: None };
                 let output = if layout == Layout::Tn { Output::Accumulate } else { stored };
                 let product = |m, n, k| Product { layout, m, n, k, a, b, out, output };

@@ -17,7 +17,7 @@ use std::{env, fs, thread};
 
 use isobath::backend::NormSpec;
 use isobath::config::{Dtype, NormKind};
-use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{Arguments, Driver, Launch, StreamId};
@@ -63,14 +63,7 @@ impl Kernels {
                     ("NORM_KERNELS(f32, 512, 4, 2, 1)\n", ""),
                 ],
             ),
-            // src/cuda/gemm/sm90.rs wants to find both tiles.
-            Kernels::GemmSm90 => patched(
-                include_str!("../../kernels/gemm_sm90.cu"),
-                &[(
-                    "GEMM_KERNEL(256, 4)\n",
-                    "KERNEL(gemm_sm90_128x256, 1)() {} EXPORT_KERNEL(gemm_sm90_128x256)\n",
-                )],
-            ),
+            Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
             Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
         }
     }
@@ -85,6 +78,30 @@ impl Kernels {
         };
         found.map_err(|error| error.to_string())
     }
+}
+
+/// Of the Hopper products, one whose consumers take tiles in turn and one whose consumers share them
+/// and whose K is split; the others are there in name, as src/cuda/gemm/sm90.rs wants to find them.
+fn with_some_gemms(text: &str) -> String {
+    const KEPT: [&str; 2] =
+        ["STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)", "ADD_KERNEL(128, 192, 5, true)"];
+    let mut kept = 0;
+    let line = |line: &str| -> String {
+        let Some((kind, rest)) = line.split_once('(') else { return line.to_string() };
+        if KEPT.contains(&line) || !["STORE_KERNEL", "ADD_KERNEL"].contains(&kind) {
+            kept += usize::from(KEPT.contains(&line));
+            return line.to_string();
+        }
+        let parts: Vec<&str> = rest.split(", ").collect();
+        let name = match kind {
+            "STORE_KERNEL" => format!("gemm_sm90_{}_{}x{}", parts[0], parts[2], parts[3]),
+            _ => format!("gemm_sm90_tn_{}x{}", parts[0], parts[1]),
+        };
+        format!("KERNEL({name}, 1)() {{}} EXPORT_KERNEL({name})")
+    };
+    let text = text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n";
+    assert_eq!(kept, KEPT.len(), "{KEPT:?} must be there");
+    text
 }
 
 /// Replaces each old text, which must be there once.
@@ -174,42 +191,53 @@ fn run_norm(driver: &mut dyn Driver, cases: &[NormCase]) -> isobath::error::Resu
     Ok(all)
 }
 
-/// Columns of the tile, M, N, K and whether there is an addend.
-type ProductCase = (usize, usize, usize, usize, bool);
+/// Layout, columns of the tile, splits, M, N, K and whether there is an addend.
+type ProductCase = (Layout, usize, usize, usize, usize, usize, bool);
 
-const PRODUCTS: [ProductCase; 2] = [(128, 200, 200, 456, true), (128, 130, 136, 40, false)];
-const MORE_PRODUCTS: [ProductCase; 2] = [(256, 130, 264, 328, true), (256, 64, 72, 64, false)];
+const PRODUCTS: [ProductCase; 3] = [
+    (Layout::Nt, 128, 1, 200, 456, 456, true),
+    (Layout::Nt, 128, 1, 130, 136, 40, false),
+    (Layout::Tn, 192, 3, 104, 104, 390, false),
+];
+const MORE_PRODUCTS: [ProductCase; 4] = [
+    (Layout::Nt, 256, 1, 130, 264, 328, true),
+    (Layout::Nn, 192, 1, 130, 200, 328, true),
+    (Layout::Nn, 128, 1, 64, 72, 64, false),
+    (Layout::Tn, 128, 1, 136, 264, 200, false),
+];
 
 fn run_gemm_sm90(
     driver: &mut dyn Driver,
     cases: &[ProductCase],
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
-    let dtype = Dtype::Bf16;
-    let gemm = Gemm::new(driver, dtype, Some(Family::Sm90))?;
-    for &(columns, m, n, k, with_addend) in cases {
-        let a = upload(driver, "a", dtype, &normals(1, m * k));
-        let b = upload(driver, "b", dtype, &normals(2, n * k));
-        let addend = upload(driver, "addend", dtype, &normals(3, m * n));
-        let out = unwritten(driver, "out", dtype, m * n);
-        let product = Product {
-            layout: Layout::Nt,
-            m,
-            n,
-            k,
-            a: a.address,
-            b: b.address,
-            out: out.address,
-            output: Output::Store { addend: with_addend.then_some(addend.address) },
+    let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
+    for &(layout, columns, splits, m, n, k, with_addend) in cases {
+        let a = upload(driver, "a", Dtype::Bf16, &normals(1, m * k));
+        let b = upload(driver, "b", Dtype::Bf16, &normals(2, n * k));
+        let addend = upload(driver, "addend", Dtype::Bf16, &normals(3, m * n));
+        let (dtype, out) = match layout {
+            Layout::Tn => (Dtype::F32, upload(driver, "out", Dtype::F32, &normals(4, m * n))),
+            _ => (Dtype::Bf16, unwritten(driver, "out", Dtype::Bf16, m * n)),
         };
-        let variant = gemm.variants(Layout::Nt).find(|it| it.columns == columns).unwrap();
-        let plan = gemm.plan_with(driver, variant, &product)?;
-        plan.launch(driver, StreamId::MAIN)?;
+        let output = match layout {
+            Layout::Tn => Output::Accumulate,
+            _ => Output::Store { addend: with_addend.then_some(addend.address) },
+        };
+        let (a_at, b_at, out_at) = (a.address, b.address, out.address);
+        let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
+        let variant = gemm.variants(layout).find(|it| it.columns == columns).unwrap();
+        let plan = gemm.plan_with(driver, Choice { variant, splits }, &product)?;
+        // Twice where there are turns, which have to be as they were.
+        for _ in 0..splits.min(2) {
+            plan.launch(driver, StreamId::MAIN)?;
+        }
         bytes(&download(driver, dtype, out), &mut all);
         for buffer in [a, b, addend, out] {
             driver.release(buffer)?;
         }
     }
+    gemm.release(driver)?;
     Ok(all)
 }
 
@@ -262,6 +290,15 @@ fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> O
     Options { race, order, asynchronous, seed, workers: 1, watchdog, multiprocessors: 1 }
 }
 
+/// How a machine for these kernels begins; it keeps its number of multiprocessors.
+fn first_options(kernels: Kernels) -> Options {
+    let multiprocessors = match kernels {
+        Kernels::GemmSm90 => 3, // for as many splits
+        Kernels::Norm | Kernels::GemmMma => 1,
+    };
+    Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
+}
+
 /// What a mutant has to pass, the most telling first.
 fn schedules() -> Vec<Options> {
     use Asynchronous::*;
@@ -310,8 +347,7 @@ fn child_mutant() {
     let (Ok(library), Ok(reference)) = (env::var(LIBRARY), env::var(REFERENCE)) else { return };
     let kernels = Kernels::named(&env::var(SUITE).unwrap());
     let (reference, answer) = (PathBuf::from(reference), PathBuf::from(env::var(ANSWER).unwrap()));
-    let mut host =
-        Host::load(Path::new(&library), options(true, Order::Fifo, Asynchronous::Late, 0)).unwrap();
+    let mut host = Host::load(Path::new(&library), first_options(kernels)).unwrap();
     for options in schedules() {
         host.set_options(options);
         let schedule = format!(
@@ -431,7 +467,10 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a wrong step of K inside the swizzle atom",
-        &[("uint64_t(k) * sizeof(bf16) / 16", "uint64_t(k) * sizeof(bf16) / 32")],
+        &[(
+            "(ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 16",
+            "(ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 32",
+        )],
         WRONG,
     ),
     planted(
@@ -450,14 +489,14 @@ const PLANTED: &[Planted] = &[
             "mbarrier_wait(&empty[at.stage], at.parity ^ 1)",
             "mbarrier_wait(&empty[at.stage], at.parity)",
         )],
-        &["deadlock", "for mbarrier at shared 0x", "(8 of 8 arrivals and 0 bytes are missing"],
+        &["deadlock", "for mbarrier at shared 0x", "(4 of 4 arrivals and 0 bytes are missing"],
     ),
     planted(
         Kernels::GemmSm90,
         "a parity that never blocks in the first rounds: the producer overruns the consumers",
         &[(
             "mbarrier_wait(&empty[at.stage], at.parity ^ 1);",
-            "if (step >= STAGES) mbarrier_wait(&empty[at.stage], at.parity);",
+            "if (step >= K::STAGES) mbarrier_wait(&empty[at.stage], at.parity);",
         )],
         &["mbarrier"],
     ),
@@ -465,8 +504,8 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "too few expected bytes",
         &[(
-            "mbarrier_arrive_expect_tx(&full[at.stage], STAGE_BYTES<TILE_N>)",
-            "mbarrier_arrive_expect_tx(&full[at.stage], TILE_M * ROW_BYTES)",
+            "mbarrier_arrive_expect_tx(&full[at.stage], K::STAGE_BYTES)",
+            "mbarrier_arrive_expect_tx(&full[at.stage], K::A_BYTES)",
         )],
         &["data race on shared memory", "by a copy that completes on the mbarrier at shared 0x"],
     ),
@@ -481,14 +520,14 @@ const PLANTED: &[Planted] = &[
         "one thread releases a stage for four warps",
         &[
             ("threadIdx.x % 32 == 0;\n  int prev", "threadIdx.x % 128 == 0;\n  int prev"),
-            ("CONSUMERS * WARPGROUP / 32", "CONSUMERS"),
+            ("(SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32", "(SHARED_TILES ? CONSUMERS : 1)"),
         ],
         &["data race on shared memory", "the wgmma of block (0,0,0) thread", "asynchronous read"],
     ),
     planted(
         Kernels::GemmSm90,
         "the store tile is written without its swizzle",
-        &[("swizzle<SWIZZLE_SPAN>(offset)", "offset")],
+        &[("swizzle<SPAN>(offset)", "offset")],
         WRONG,
     ),
     planted(
@@ -504,7 +543,7 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "no barrier between the writes of the tile and its TMA store",
         &[(
-            "fence_proxy_async();\n      barrier_sync(own_barrier, WARPGROUP);",
+            "fence_proxy_async();\n      barrier_sync(barrier, WARPGROUP);",
             "fence_proxy_async();",
         )],
         &["data race on shared memory", "bulk store of block (0,0,0) thread"],
@@ -524,13 +563,13 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the consumers share one barrier",
-        &[("own_barrier = 1 + consumer;", "own_barrier = 1;")],
+        &[("residual, 1 + consumer,", "residual, 1,")],
         &["data race on shared memory"],
     ),
     planted(
         Kernels::GemmSm90,
         "the last stores are not waited for",
-        &[("  if (storing) bulk_wait<0>();\n", "")],
+        &[("    if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();\n", "")],
         &["exits although it never waited for the tma_store at"],
     ),
     planted(
@@ -544,6 +583,34 @@ const PLANTED: &[Planted] = &[
         "a whole warp produces",
         &[("threadIdx.x < 32 && elect_one()", "threadIdx.x < 32")],
         &["mbarrier"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "consumers that take tiles in turn do not wait for each other",
+        &[("      mbarrier_wait(&order[consumer], (own + (consumer == 0 ? 1 : 0)) & 1);\n", "")],
+        &["shared memory"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a split does not wait for its turn",
+        &[("while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);", ";")],
+        &["data race on global memory"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the turn is passed on before all threads have added",
+        &[(
+            "                   barrier_sync(1 + consumer, WARPGROUP);\n                   const int \
+             next",
+            "                   const int next",
+        )],
+        &["data race on global memory"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "the last split leaves its turn for the next launch",
+        &[("uint32_t(next == splits ? 0 : next)", "uint32_t(next)")],
+        &["the thread spins"],
     ),
     planted(
         Kernels::Norm,
@@ -808,7 +875,7 @@ fn alterations(call: &Call) -> Vec<(&'static str, String)> {
 const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
     (
         Kernels::GemmSm90,
-        "if (storing) bulk_wait<0>();",
+        "if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();",
         "sources only",
         "what has been read from shared memory is written by the end of the launch, and nobody in \
          it reads the result",
@@ -905,14 +972,13 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         return;
     }
     const SEEDS: u64 = 200;
-    let first = options(true, Order::Fifo, Asynchronous::Late, 0);
     let folder = tempfile::tempdir().unwrap();
     let mma = Kernels::GemmMma;
     let library = library::compile(folder.path(), mma.name(), &[(mma.name(), &mma.text())]);
     let machines = [
-        (Kernels::Norm, Host::new(first).unwrap()),
-        (Kernels::GemmSm90, Host::new(first).unwrap()),
-        (mma, Host::load(&library, first).unwrap()),
+        (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
+        (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
+        (mma, Host::load(&library, first_options(mma)).unwrap()),
     ];
     let run = |kernels: Kernels, host: &mut Host| {
         let driver: &mut dyn Driver = host;

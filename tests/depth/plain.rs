@@ -1,9 +1,9 @@
 //! A LLaMA as plain loops in f64, one row of tokens at a time: what the tests of depth compare with.
 //!
-//! Weights are read by their Hugging Face names; LayerNorm Scaling is the formula of the paper, so
-//! a stored gain is divided by the root of its layer here, too.
+//! Weights are read by their Hugging Face names; placements are the formulas of their papers, so a
+//! stored gain is divided by the root of its layer here, too.
 
-use isobath::config::{ModelConfig, Placement};
+use isobath::config::{LnsPosition, ModelConfig, Placement};
 use isobath::model::parameters::ParameterTable;
 
 /// [S][C]
@@ -34,32 +34,72 @@ impl Plain<'_> {
         self.matrix(&format!("model.layers.{}.{name}.weight", layer - 1))
     }
 
-    fn norm(&self, x: &[f64], gain: &[f64], depth: usize) -> Vec<f64> {
+    fn norm(&self, x: &[f64], gain: &[f64]) -> Vec<f64> {
         let square = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
-        let scale = 1.0 / (square + self.config.norm_eps).sqrt() / (depth as f64).sqrt();
+        let scale = 1.0 / (square + self.config.norm_eps).sqrt();
         x.iter().zip(gain).map(|(x, gain)| x * scale * gain).collect()
+    }
+
+    fn norms(&self, stream: &Stream, name: &str) -> Stream {
+        let gain = &self.matrix(&format!("{name}.weight"))[0];
+        stream.iter().map(|x| self.norm(x, gain)).collect()
     }
 
     /// Block `layer` in the depth scale of layer `depth`.
     pub fn block_at_depth(&self, layer: usize, depth: usize, stream: &Stream) -> Stream {
+        let attention = |inp: &Stream| self.attention(layer, inp);
+        let ffn = |inp: &Stream| self.ffn(layer, inp);
+        let between =
+            self.around(layer, depth, stream, ["input_layernorm", "self_attn"], attention);
+        self.around(layer, depth, &between, ["post_attention_layernorm", "mlp"], ffn)
+    }
+
+    /// A branch of block `layer` with what stands around it.
+    fn around(
+        &self,
+        layer: usize,
+        depth: usize,
+        stream: &Stream,
+        [norm, branch]: [&str; 2],
+        f: impl Fn(&Stream) -> Stream,
+    ) -> Stream {
+        let Plain { config, .. } = self;
+        let hf = |name: &str| format!("model.layers.{}.{name}", layer - 1);
+        let normed = |stream: &Stream| self.norms(stream, &hf(norm));
+        let root = (depth as f64).sqrt();
+        let posts = (config.mix_post * config.layers as f64).round() as usize;
+        let post = |alpha: f64| normed(&sum(&times(stream, alpha), &f(stream)));
+        match (config.placement, config.lns_position) {
+            (Placement::Post, _) => post(1.0),
+            (Placement::Mix, _) if layer <= posts => post(1.0),
+            (Placement::Pre | Placement::Mix, _) => sum(stream, &f(&normed(stream))),
+            (Placement::Lns, LnsPosition::AfterNorm) => {
+                sum(stream, &f(&times(&normed(stream), 1.0 / root)))
+            }
+            (Placement::Lns, LnsPosition::BeforeNorm) => {
+                sum(stream, &f(&normed(&times(stream, 1.0 / root))))
+            }
+            (Placement::Deepnorm, _) => post((2.0 * config.layers as f64).powf(0.25)),
+            (Placement::Sandwich, _) => {
+                let out = f(&normed(stream));
+                sum(stream, &self.norms(&out, &hf(&format!("{branch}.out_norm"))))
+            }
+            other => unimplemented!("{other:?} is a stock LLaMA when it is read"),
+        }
+    }
+
+    fn attention(&self, layer: usize, inp: &Stream) -> Stream {
         let (heads, kv_heads, d) =
             (self.config.heads, self.config.kv_heads, self.config.head_dim());
-        let depth = if self.config.placement == Placement::Lns { depth } else { 1 };
-        let weight = |name: &str| self.of_layer(layer, name);
-        let [q, k, v, o] =
-            ["q_proj", "k_proj", "v_proj", "o_proj"].map(|n| weight(&format!("self_attn.{n}")));
-        let [gate, up, down] =
-            ["gate_proj", "up_proj", "down_proj"].map(|n| weight(&format!("mlp.{n}")));
-        let gain = &weight("input_layernorm")[0];
-        let normed: Stream = stream.iter().map(|x| self.norm(x, gain, depth)).collect();
-        let project = |matrix: &Stream| normed.iter().map(|x| apply(matrix, x)).collect::<Stream>();
+        let [q, k, v, o] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            .map(|name| self.of_layer(layer, &format!("self_attn.{name}")));
+        let project = |matrix: &Stream| inp.iter().map(|x| apply(matrix, x)).collect::<Stream>();
         let (mut q, mut k, v) = (project(&q), project(&k), project(&v));
         for (position, (q, k)) in q.iter_mut().zip(&mut k).enumerate() {
             q.chunks_exact_mut(d).for_each(|head| self.rotate(head, position));
             k.chunks_exact_mut(d).for_each(|head| self.rotate(head, position));
         }
-        let mut out = stream.clone();
-        for (t, out) in out.iter_mut().enumerate() {
+        let attend = |t: usize| {
             let mut attended = vec![0.0; heads * d];
             for head in 0..heads {
                 let kv = head / (heads / kv_heads) * d..(head / (heads / kv_heads) + 1) * d;
@@ -73,17 +113,21 @@ impl Plain<'_> {
                     attended.zip(values).for_each(|(out, value)| *out += share * value);
                 }
             }
-            add(out, &apply(&o, &attended));
-        }
-        let gain = &weight("post_attention_layernorm")[0];
-        for x in &mut out {
-            let normed = self.norm(x, gain, depth);
-            let (gate, up) = (apply(&gate, &normed), apply(&up, &normed));
-            let silu = |x: f64| x / (1.0 + (-x).exp());
+            apply(&o, &attended)
+        };
+        (0..inp.len()).map(attend).collect()
+    }
+
+    fn ffn(&self, layer: usize, inp: &Stream) -> Stream {
+        let [gate, up, down] = ["gate_proj", "up_proj", "down_proj"]
+            .map(|name| self.of_layer(layer, &format!("mlp.{name}")));
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let token = |x: &Vec<f64>| {
+            let (gate, up) = (apply(&gate, x), apply(&up, x));
             let inner: Vec<f64> = gate.iter().zip(&up).map(|(gate, up)| silu(*gate) * up).collect();
-            add(x, &apply(&down, &inner));
-        }
-        out
+            apply(&down, &inner)
+        };
+        inp.iter().map(token).collect()
     }
 
     pub fn block(&self, layer: usize, stream: &Stream) -> Stream {
@@ -123,7 +167,7 @@ impl Plain<'_> {
         let gain = &self.matrix("model.norm.weight")[0];
         let head = self.matrix("lm_head.weight");
         let loss = |(x, &target): (&Vec<f64>, &i32)| {
-            let shares = softmax(&apply(&head, &self.norm(x, gain, 1)));
+            let shares = softmax(&apply(&head, &self.norm(x, gain)));
             -shares[target as usize].ln()
         };
         stream.iter().zip(targets).map(loss).collect()
@@ -138,8 +182,13 @@ pub fn apply(matrix: &Stream, x: &[f64]) -> Vec<f64> {
     matrix.iter().map(|row| dot(row, x)).collect()
 }
 
-fn add(out: &mut [f64], values: &[f64]) {
-    out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
+fn sum(a: &Stream, b: &Stream) -> Stream {
+    let token = |(a, b): (&Vec<f64>, &Vec<f64>)| a.iter().zip(b).map(|(a, b)| a + b).collect();
+    a.iter().zip(b).map(token).collect()
+}
+
+fn times(stream: &Stream, factor: f64) -> Stream {
+    stream.iter().map(|x| x.iter().map(|x| x * factor).collect()).collect()
 }
 
 fn softmax(scores: &[f64]) -> Vec<f64> {

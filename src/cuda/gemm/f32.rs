@@ -1,6 +1,6 @@
 //! The kernels of kernels/gemm_f32.cu: fp32 without tensor cores. One block for each tile.
 
-use super::{Family, Layout, Variant};
+use super::{Family, Layout, Speed, Variant};
 
 pub(super) const VARIANTS: [Variant; 3] = [
     variant(Layout::Nt, "gemm_f32_nt_64x64"),
@@ -19,6 +19,6 @@ const fn variant(layout: Layout, kernel: &'static str) -> Variant {
         stages: 2,
         threads: 64,
         dynamic_shared_bytes: 0,
-        relative_speed: 1.0,
+        speed: Speed::plain(1.0),
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! [`Gemm`] knows the kernels of one machine and type. [`Gemm::plan`] checks a product and chooses
 //! among them; the plan is then launched as often as wanted, for the values that lie at its
-//! addresses at that time. Nothing is allocated on the device. The families stand in files of their
-//! own, each with the table of its kernels: sm80.rs, sm90.rs, f32.rs.
+//! addresses at that time. [`Gemm::new`] allocates at most [`TURNS_BYTES`] on the device, for the
+//! launches of one stream; nothing else does. The families stand in files of their own, each with the
+//! table of its kernels: sm80.rs, sm90.rs, f32.rs.
 
 mod f32;
 mod sm80;
@@ -11,7 +12,7 @@ mod sm90;
 
 use std::ops::Range;
 
-use super::{Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
+use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
 use crate::config::Dtype;
 use crate::config::choice::choice;
 use crate::error::{Error, Result};
@@ -35,7 +36,7 @@ choice! {
     pub enum Family {
         /// bf16 with mma.sync, from compute capability 8.0 on; every layout.
         Sm80 = "sm80",
-        /// bf16 with wgmma and TMA, compute capability 9.0; NT.
+        /// bf16 with wgmma and TMA, compute capability 9.0; every layout.
         Sm90 = "sm90",
         /// fp32 without tensor cores; every layout.
         F32 = "f32",
@@ -61,7 +62,8 @@ impl Family {
         }
     }
 
-    fn variants(self) -> &'static [Variant] {
+    /// Its kernels, for every layout that it has.
+    pub fn variants(self) -> &'static [Variant] {
         match self {
             Family::Sm80 => &sm80::VARIANTS,
             Family::Sm90 => &sm90::VARIANTS,
@@ -93,6 +95,17 @@ pub struct Product {
     pub output: Output,
 }
 
+impl Product {
+    fn name(&self) -> String {
+        let Product { layout, m, n, k, .. } = self;
+        match layout {
+            Layout::Nt => format!("A [{m},{k}] times B [{n},{k}]^T"),
+            Layout::Nn => format!("A [{m},{k}] times B [{k},{n}]"),
+            Layout::Tn => format!("A [{k},{m}]^T times B [{k},{n}]"),
+        }
+    }
+}
+
 /// One kernel, and the tile of the result that a block of it makes.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Variant {
@@ -106,16 +119,92 @@ pub struct Variant {
     pub depth: usize,
     pub stages: usize,
     threads: u32,
-    dynamic_shared_bytes: usize,
-    /// Speed of a machine full of these tiles, relative to the family's fastest. Estimates, as long
-    /// as no GPU has timed them.
-    relative_speed: f64,
+    pub dynamic_shared_bytes: usize,
+    speed: Speed,
+}
+
+/// What the choice of a tile reckons with. Estimates, as long as no GPU has timed them.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Speed {
+    /// Of a machine full of these tiles, relative to the family's fastest.
+    relative: f64,
+    /// Values of k that could be multiplied while a tile is written.
+    epilogue: f64,
+    /// Whether the next tile is multiplied meanwhile.
+    overlapped: bool,
+    /// Values of k that could be multiplied while one split of a tile waits for another; `None`: K
+    /// is not split.
+    turn: Option<f64>,
+}
+
+impl Speed {
+    const fn plain(relative: f64) -> Self {
+        Speed { relative, epilogue: 0.0, overlapped: false, turn: None }
+    }
+}
+
+/// A kernel, and how it is launched.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Choice {
+    pub variant: &'static Variant,
+    /// Blocks that share the K of a tile; 1: none.
+    pub splits: usize,
+}
+
+impl Choice {
+    pub fn whole(variant: &'static Variant) -> Self {
+        Choice { variant, splits: 1 }
+    }
+
+    /// The time that the choice reckons with, where the machine's fastest tile does so many FLOPs in
+    /// a second on all multiprocessors: an estimate as long as no GPU has timed what it is made of.
+    pub fn seconds(&self, sizes: [usize; 3], multiprocessors: usize, flops_per_second: f64) -> f64 {
+        let products = self.variant.time(sizes, self.splits, multiprocessors);
+        2.0 * products * multiprocessors as f64 / flops_per_second
+    }
 }
 
 impl Variant {
-    fn tiles(&self, m: usize, n: usize) -> usize {
+    /// Of a result [M,N].
+    pub fn tiles(&self, m: usize, n: usize) -> usize {
         m.div_ceil(self.rows) * n.div_ceil(self.columns)
     }
+
+    /// The most splits that a product [M,N,K] has on so many multiprocessors: one block for each,
+    /// none of them empty.
+    pub fn most_splits(&self, [m, n, k]: [usize; 3], multiprocessors: usize) -> usize {
+        match self.speed.turn {
+            Some(_) => (multiprocessors / self.tiles(m, n)).min(k.div_ceil(self.depth)).max(1),
+            None => 1,
+        }
+    }
+
+    /// The time of the multiprocessor with the most tiles, in products of the fastest tile.
+    fn time(&self, [m, n, k]: [usize; 3], splits: usize, multiprocessors: usize) -> f64 {
+        let Speed { relative, epilogue, overlapped, turn } = self.speed;
+        let items = (self.tiles(m, n) * splits).div_ceil(multiprocessors) as f64;
+        let steps = k.div_ceil(self.depth).div_ceil(splits);
+        let written = if overlapped { 1.0 } else { items };
+        let depth = items * (steps * self.depth) as f64
+            + written * epilogue
+            + (splits - 1) as f64 * turn.unwrap_or(0.0);
+        depth * (self.rows * self.columns) as f64 / relative
+    }
+}
+
+/// What makes a product [M,N,K] in the least time of the multiprocessor with the most tiles; `None`
+/// where there are no variants. The first one of equals.
+pub fn choose(
+    variants: impl Iterator<Item = &'static Variant>,
+    sizes: [usize; 3],
+    multiprocessors: usize,
+) -> Option<Choice> {
+    let all = variants.flat_map(|variant| {
+        (1..=variant.most_splits(sizes, multiprocessors))
+            .map(move |splits| Choice { variant, splits })
+    });
+    let time = |it: &Choice| it.variant.time(sizes, it.splits, multiprocessors);
+    all.min_by(|a, b| time(a).total_cmp(&time(b)))
 }
 
 /// The kernels for one type on one machine.
@@ -125,12 +214,15 @@ pub struct Gemm {
     multiprocessors: usize,
     dtype: Dtype,
     kernels: Vec<(&'static Variant, KernelId)>,
+    /// Whose turn it is among the splits of each tile; zeros between launches.
+    turns: Option<Allocation>,
 }
 
 /// A product that is ready to be launched.
 #[derive(Clone)]
 pub struct GemmPlan {
     pub variant: &'static Variant,
+    pub splits: usize,
     launch: Launch,
     arguments: Arguments,
 }
@@ -180,7 +272,21 @@ impl Gemm {
                 return Err(error);
             }
         }
-        Ok(Gemm { device, multiprocessors, dtype, kernels })
+        let splits = |(variant, _): &(&Variant, KernelId)| variant.speed.turn.is_some();
+        let turns = match kernels.iter().any(splits) {
+            false => None,
+            true => {
+                let turns = driver.allocate("turns of split products", TURNS_BYTES)?;
+                driver.fill(StreamId::MAIN, turns.address, turns.bytes, 0)?;
+                Some(turns)
+            }
+        };
+        Ok(Gemm { device, multiprocessors, dtype, kernels, turns })
+    }
+
+    /// Gives its memory back, after all its work has run.
+    pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
+        self.turns.map_or(Ok(()), |turns| driver.release(turns))
     }
 
     /// What [`Gemm::plan`] chooses from.
@@ -188,16 +294,11 @@ impl Gemm {
         self.kernels.iter().map(|&(variant, _)| variant).filter(move |it| it.layout == layout)
     }
 
-    /// The variant that fills this machine best for a result [M,N]: the least time of the
-    /// multiprocessor with the most tiles.
+    /// What fills this machine best for a product [M,N,K]; see [`choose`].
     ///
     /// Errors: the chosen family does not have this layout.
-    pub fn choose(&self, layout: Layout, m: usize, n: usize) -> Result<&'static Variant> {
-        let time = |variant: &Variant| {
-            let tiles = variant.tiles(m, n).div_ceil(self.multiprocessors);
-            (tiles * variant.rows * variant.columns) as f64 / variant.relative_speed
-        };
-        let best = self.variants(layout).min_by(|a, b| time(a).total_cmp(&time(b)));
+    pub fn choose(&self, layout: Layout, sizes: [usize; 3]) -> Result<Choice> {
+        let best = choose(self.variants(layout), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
             let other = families.filter(|it| it.variants().iter().any(|it| it.layout == layout));
@@ -216,17 +317,31 @@ impl Gemm {
     /// addresses that are not aligned to 16 bytes; a result that overlaps what is read; an output
     /// that the layout does not have.
     pub fn plan(&self, driver: &mut dyn Driver, product: &Product) -> Result<GemmPlan> {
-        self.plan_with(driver, self.choose(product.layout, product.m, product.n)?, product)
+        let &Product { layout, m, n, k, .. } = product;
+        if [m, n, k].contains(&0) {
+            return Err(self.empty(product));
+        }
+        self.plan_with(driver, self.choose(layout, [m, n, k])?, product)
     }
 
-    /// A plan with one of [`Gemm::variants`]. Errors: as [`Gemm::plan`].
+    /// A plan with one of [`Gemm::variants`], and splits up to [`Variant::most_splits`]. Errors: as
+    /// [`Gemm::plan`]; other splits.
     pub fn plan_with(
         &self,
         driver: &mut dyn Driver,
-        variant: &'static Variant,
+        choice: Choice,
         product: &Product,
     ) -> Result<GemmPlan> {
+        let Choice { variant, splits } = choice;
         self.check(variant, product)?;
+        let most = variant.most_splits([product.m, product.n, product.k], self.multiprocessors);
+        if !(1..=most).contains(&splits) {
+            return Err(refusal(
+                self.device,
+                format!("{splits} splits of {}", variant.kernel),
+                format!("choose from 1 to {most} for this product and machine"),
+            ));
+        }
         let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
             return Err(refusal(
                 self.device,
@@ -238,21 +353,32 @@ impl Gemm {
         let (blocks, arguments) = match variant.family {
             Family::Sm80 | Family::F32 => (tiles, arguments(product)),
             Family::Sm90 => {
-                (tiles.min(self.multiprocessors), sm90::arguments(driver, variant, product)?)
+                let turns = self.turns.map_or(DevicePointer::NULL, |turns| turns.address);
+                let arguments = sm90::arguments(driver, choice, product, turns)?;
+                ((tiles * splits).min(self.multiprocessors), arguments)
             }
         };
         let launch = Launch::new(kernel, [blocks as u32, 1, 1], [variant.threads, 1, 1])
             .shared_bytes(variant.dynamic_shared_bytes as u32);
-        Ok(GemmPlan { variant, launch, arguments })
+        Ok(GemmPlan { variant, splits, launch, arguments })
+    }
+
+    fn empty(&self, product: &Product) -> Error {
+        refusal(
+            self.device,
+            format!("{} is empty", product.name()),
+            "launch nothing for an empty product; an empty sum is zero".to_string(),
+        )
     }
 
     fn check(&self, variant: &Variant, product: &Product) -> Result<()> {
         let &Product { layout, m, n, k, a, b, out, output } = product;
-        let (shape_a, shape_b, name) = match layout {
-            Layout::Nt => ([m, k], [n, k], format!("A [{m},{k}] times B [{n},{k}]^T")),
-            Layout::Nn => ([m, k], [k, n], format!("A [{m},{k}] times B [{k},{n}]")),
-            Layout::Tn => ([k, m], [k, n], format!("A [{k},{m}]^T times B [{k},{n}]")),
+        let (shape_a, shape_b) = match layout {
+            Layout::Nt => ([m, k], [n, k]),
+            Layout::Nn => ([m, k], [k, n]),
+            Layout::Tn => ([k, m], [k, n]),
         };
+        let name = product.name();
         let refuse = |what: String, remedy: &str| -> Result<()> {
             Err(refusal(self.device, format!("{name}{what}"), remedy.to_string()))
         };
@@ -273,10 +399,7 @@ impl Gemm {
             }
         };
         if [m, n, k].contains(&0) {
-            return refuse(
-                " is empty".to_string(),
-                "launch nothing for an empty product; an empty sum is zero",
-            );
+            return Err(self.empty(product));
         }
         let element = element_bytes(self.dtype);
         let multiple = ALIGNMENT / element;
@@ -355,6 +478,10 @@ impl GemmPlan {
         driver.launch(&self.launch.on(stream), &self.arguments)
     }
 }
+
+/// A word for each of two consumers of each tile that is split; there are fewer such tiles than a
+/// machine has multiprocessors.
+pub const TURNS_BYTES: u64 = 2 * 4 * 1024;
 
 /// Bytes that addresses and rows are multiples of.
 const ALIGNMENT: usize = 16;

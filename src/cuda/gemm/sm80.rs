@@ -1,7 +1,7 @@
 //! The kernels of kernels/gemm_sm80.cu: bf16 with mma.sync, from compute capability 8.0 on. One
 //! block for each tile.
 
-use super::{Family, Layout, Variant};
+use super::{Family, Layout, Speed, Variant};
 
 const DEPTH: usize = 32;
 const STAGES: usize = 4;
@@ -42,6 +42,6 @@ const fn variant(
         stages: STAGES,
         threads: THREADS,
         dynamic_shared_bytes: STAGES * 2 * side * DEPTH * BF16_BYTES,
-        relative_speed,
+        speed: Speed::plain(relative_speed),
     }
 }

@@ -1,0 +1,205 @@
+//! Every matrix product of the paper's models, and what the choice of a kernel reckons for it on an
+//! H200: a ranked list for the next hour on a GPU. No device is asked, and nothing is measured.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::predict::Prediction;
+use super::sizes::Sizes;
+use crate::config::{Config, Dtype};
+use crate::cuda::gemm::{Choice, Family, Layout, choose};
+use crate::cuda::peaks::{H200, Peaks};
+use crate::error::Result;
+
+/// Of which products are listed if nobody names one.
+const PRESETS: [&str; 6] = ["60m", "130m", "250m", "350m", "1b", "7b"];
+/// Tokens of a micro-batch.
+const TOKENS: [usize; 3] = [16 << 10, 32 << 10, 64 << 10];
+/// Share of the datasheet's FLOPs that a machine full of the fastest tiles is taken to do: what the
+/// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
+const FASTEST: f64 = 0.8;
+
+#[derive(Serialize, Clone, Debug)]
+pub struct GemmPrediction {
+    pub machine: &'static str,
+    pub multiprocessors: usize,
+    /// The datasheet's, dense.
+    pub flops_per_second: f64,
+    pub source: &'static str,
+    /// Taken, not measured.
+    pub fastest_tile_share: f64,
+    /// Geometric mean over the products, of the share of `flops_per_second`.
+    pub mean_share: f64,
+    /// The least share first.
+    pub products: Vec<GemmRow>,
+}
+
+/// One product of a training step.
+#[derive(Serialize, Clone, Debug)]
+pub struct GemmRow {
+    pub preset: String,
+    pub tokens: usize,
+    pub layout: Layout,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// In a micro-batch.
+    pub launches: u64,
+    pub kernel: &'static str,
+    pub splits: usize,
+    /// Tiles, splits counted, for each multiprocessor.
+    pub waves: f64,
+    /// Of the last wave counted whole and of what tiles overhang: FLOPs that are asked for, of those
+    /// that are done.
+    pub fill: f64,
+    pub stages: usize,
+    pub shared_bytes: usize,
+    pub bytes: u64,
+    pub flops: u64,
+    pub microseconds: f64,
+    /// Of the datasheet's FLOPs.
+    pub share: f64,
+}
+
+impl GemmPrediction {
+    /// Of one preset, or of all that are listed here; `tokens` of a micro-batch, or all.
+    ///
+    /// Errors: an unknown preset; sizes that cannot be planned.
+    pub fn new(preset: Option<&str>, sets: &[String]) -> Result<Self> {
+        let presets = preset.map_or(PRESETS.to_vec(), |preset| vec![preset]);
+        let mut products: Vec<GemmRow> = vec![];
+        for preset in presets {
+            let mut config = Config::preset(preset)?.with_sets(sets)?;
+            config.dtype = Dtype::Bf16;
+            for tokens in TOKENS {
+                config.train.micro_batch = (tokens / config.data.sequence).max(1);
+                config.train.grad_accumulation = 1;
+                products.extend(rows(&config, &H200)?);
+            }
+        }
+        products.sort_by(|a, b| a.share.total_cmp(&b.share));
+        let logarithms = products.iter().map(|row| row.share.ln()).sum::<f64>();
+        Ok(GemmPrediction {
+            machine: H200.name,
+            multiprocessors: H200.multiprocessors as usize,
+            flops_per_second: H200.flops_per_second(Dtype::Bf16),
+            source: H200.source,
+            fastest_tile_share: FASTEST,
+            mean_share: (logarithms / products.len().max(1) as f64).exp(),
+            products,
+        })
+    }
+}
+
+fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
+    let peak = machine.flops_per_second(Dtype::Bf16);
+    let multiprocessors = machine.multiprocessors as usize;
+    let mut rows: Vec<GemmRow> = vec![];
+    for kernel in Prediction::new(config)?.kernels {
+        let (Some(layout), Sizes::Product { m, n, k }) = (layout(kernel.op), &kernel.sizes) else {
+            continue;
+        };
+        let sizes @ [m, n, k] = [*m, *n, *k];
+        let variants = Family::Sm90.variants().iter().filter(|it| it.layout == layout);
+        let Some(choice) = choose(variants, sizes, multiprocessors) else { continue };
+        // With and without an addend: one product.
+        if let Some(row) =
+            rows.iter_mut().find(|it| (it.layout, [it.m, it.n, it.k]) == (layout, sizes))
+        {
+            row.launches += kernel.launches;
+            continue;
+        }
+        let Choice { variant, splits } = choice;
+        let items = variant.tiles(m, n) * splits;
+        let waves = items as f64 / multiprocessors as f64;
+        let steps = k.div_ceil(variant.depth).div_ceil(splits);
+        let done = waves.ceil()
+            * (multiprocessors * variant.rows * variant.columns) as f64
+            * (steps * variant.depth) as f64;
+        let seconds = choice.seconds(sizes, multiprocessors, FASTEST * peak);
+        rows.push(GemmRow {
+            preset: config.name.clone(),
+            tokens: config.train.micro_batch * config.data.sequence,
+            layout,
+            m,
+            n,
+            k,
+            launches: kernel.launches,
+            kernel: variant.kernel,
+            splits,
+            waves,
+            fill: (m * n) as f64 * k as f64 / done,
+            stages: variant.stages,
+            shared_bytes: variant.dynamic_shared_bytes,
+            bytes: kernel.bytes,
+            flops: kernel.flops,
+            microseconds: 1e6 * seconds,
+            share: kernel.flops as f64 / seconds / peak,
+        });
+    }
+    Ok(rows)
+}
+
+fn layout(op: &str) -> Option<Layout> {
+    op.strip_prefix("gemm_")?.parse().ok()
+}
+
+impl fmt::Display for GemmPrediction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "matrix products of a training step in bf16 on one {}: reckoned by the model that chooses \
+             kernels, **not timed**; the least share of the peak first\n",
+            self.machine
+        )?;
+        writeln!(
+            f,
+            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<22} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
+            "preset",
+            "tokens",
+            "",
+            "M",
+            "N",
+            "K",
+            "launches",
+            "kernel",
+            "in",
+            "waves",
+            "fill",
+            "us",
+            "TFLOP/s",
+            "share"
+        )?;
+        for row in &self.products {
+            writeln!(
+                f,
+                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<22} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
+                 {:>9.0} {:>5.1} %",
+                row.preset,
+                row.tokens,
+                row.layout,
+                row.m,
+                row.n,
+                row.k,
+                row.launches,
+                row.kernel,
+                row.splits,
+                row.waves,
+                100.0 * row.fill,
+                row.microseconds,
+                row.flops as f64 / row.microseconds / 1e6,
+                100.0 * row.share
+            )?;
+        }
+        writeln!(
+            f,
+            "\ngeometric mean {:.1} % of {:.1} TFLOP/s ({}); a machine full of the fastest tiles is \
+             taken to do {:.0} % of it",
+            100.0 * self.mean_share,
+            self.flops_per_second / 1e12,
+            self.source,
+            100.0 * self.fastest_tile_share
+        )
+    }
+}
