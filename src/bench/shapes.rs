@@ -82,7 +82,7 @@ impl GemmPrediction {
         let logarithms = products.iter().map(|row| row.share.ln()).sum::<f64>();
         Ok(GemmPrediction {
             machine: H200.name,
-            multiprocessors: H200.multiprocessors as usize,
+            multiprocessors: H200.multiprocessors,
             flops_per_second: H200.flops_per_second(Dtype::Bf16),
             source: H200.source,
             fastest_tile_share: FASTEST,
@@ -94,7 +94,7 @@ impl GemmPrediction {
 
 fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
     let peak = machine.flops_per_second(Dtype::Bf16);
-    let multiprocessors = machine.multiprocessors as usize;
+    let multiprocessors = machine.multiprocessors;
     let mut rows: Vec<GemmRow> = vec![];
     for kernel in Prediction::new(config)?.kernels {
         let (Some(layout), Sizes::Product { m, n, k }) = (layout(kernel.op), &kernel.sizes) else {
