@@ -63,7 +63,7 @@ pub struct GemmRow {
 }
 
 impl GemmPrediction {
-    /// Of one preset, or of all that are listed here; `tokens` of a micro-batch, or all.
+    /// Of one preset with `sets` above it, or of all that are listed here.
     ///
     /// Errors: an unknown preset; sizes that cannot be planned.
     pub fn new(preset: Option<&str>, sets: &[String]) -> Result<Self> {

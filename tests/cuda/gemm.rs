@@ -468,7 +468,6 @@ fn the_family_fits_the_machine_and_the_type() {
     assert!(error.contains("f32") && error.contains("choose f32"), "{error}");
 }
 
-/// A tile is chosen for the fewest and fastest waves.
 /// A build for sm_80 alone holds no wgmma kernels, and still trains on an H100.
 #[test]
 fn a_family_that_is_not_in_the_build_is_passed_over() {
@@ -486,6 +485,7 @@ fn a_family_that_is_not_in_the_build_is_passed_over() {
     assert!(error.contains("gemm_sm90"), "{error}");
 }
 
+/// A tile is chosen for the fewest and fastest waves.
 #[test]
 fn the_tile_fits_the_result() {
     on_each_machine(|driver| {

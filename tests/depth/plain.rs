@@ -84,7 +84,7 @@ impl Plain<'_> {
                 let out = f(&normed(stream));
                 sum(stream, &self.norms(&out, &hf(&format!("{branch}.out_norm"))))
             }
-            other => unimplemented!("{other:?} is a stock LLaMA when it is read"),
+            other => panic!("{other:?} is a stock LLaMA when it is read"),
         }
     }
 
