@@ -1,14 +1,18 @@
 // Matrix products on Hopper: bf16 factors, fp32 accumulation; TMA in, wgmma, TMA out.
 //
-//   nt  out = A B^T (+ residual)    A [M,K], B [N,K]    a layer forward
-//   nn  out = A B   (+ residual)    A [M,K], B [K,N]    the gradient of its input
-//   tn  out += A^T B                A [K,M], B [K,N]    the gradient of its weight
+//   nt  out = A B^T (+ addend)    A [M,K], B [N,K]    a layer forward
+//   nn  out = A B   (+ addend)    A [M,K], B [K,N]    the gradient of its input
+//   tn  out += A^T B              A [K,M], B [K,N]    the gradient of its weight
+//   nt_rotary  out = A B^T, rotated                   q, k and v
+//   nt_swiglu  out = A B^T, product = SwiGLU(out)     gate and up, B [2,N,K]
+//   nn_swiglu  out = SwiGLU'(gate, up) A B            their gradient, by that of the product
 //
 // Contract: everything row-major; rows are multiples of 8 values; out [M,N] is bf16, and fp32 for
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
 // innermost first: {64, TILE} for a factor whose rows lie along K, {64, 64} for one whose rows lie
 // along M or N, {64, 64} for out. Tails cost nothing but work: TMA fills what lies outside with
-// zeros and does not store it. One rounding, of the accumulator plus the residual.
+// zeros and does not store it. One rounding, at the end. Where gate and up lie side by side,
+// [M,2,N], maps have three dimensions, so that a box that leaves one does not enter the other.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -34,8 +38,9 @@ constexpr int GROUP = 8;
 // 168 registers at launch x 3 = 40 + 232 + 232.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
-// How a factor lies in memory: its rows along K, or along M (A) and N (B).
-enum Rows { ALONG_K, ACROSS_K };
+// How a factor lies in memory: its rows along K, or along M (A) and N (B). HALVES_ALONG_K: [2,N,K],
+// of which a tile takes as many rows of each half.
+enum Rows { ALONG_K, ACROSS_K, HALVES_ALONG_K };
 
 // What a kernel is compiled for. `SHARED_TILES`: both consumers work on one tile.
 template <Rows A_, Rows B_, int TILE_M_, int TILE_N_, int STAGES_, bool SHARED_TILES_>
@@ -45,6 +50,8 @@ struct Kind {
   static constexpr bool SHARED_TILES = SHARED_TILES_;
   static constexpr int CONSUMER_M = SHARED_TILES ? TILE_M / CONSUMERS : TILE_M;
   static constexpr int BLOCKS = CONSUMER_M / MMA_M;  // wgmmas that a consumer's rows take
+  // Columns of the result, counted once where a tile has them of both halves.
+  static constexpr int COLUMNS = B == HALVES_ALONG_K ? TILE_N / 2 : TILE_N;
   static constexpr int A_BYTES = TILE_M * SPAN, STAGE_BYTES = A_BYTES + TILE_N * SPAN;
   // Consumers' warps that read a stage.
   static constexpr int READERS = (SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32;
@@ -88,7 +95,7 @@ struct Item {
 DEVICE int items(const Work& work) { return work.rows * work.columns * work.splits; }
 template <class K>
 DEVICE Work work_of(int m, int n, int k, int splits) {
-  return {(m + K::TILE_M - 1) / K::TILE_M, (n + K::TILE_N - 1) / K::TILE_N, splits,
+  return {(m + K::TILE_M - 1) / K::TILE_M, (n + K::COLUMNS - 1) / K::COLUMNS, splits,
           (k + TILE_K - 1) / TILE_K};
 }
 template <class K>
@@ -102,7 +109,7 @@ DEVICE Item item_at(const Work& work, int index) {
   const int each = work.steps / work.splits, left = work.steps % work.splits;
   const int first_step = split * each + min(split, left);
   return {(first_row + within % group_rows) * K::TILE_M,
-          within / group_rows * K::TILE_N,
+          within / group_rows * K::COLUMNS,
           tile,
           split,
           first_step,
@@ -115,6 +122,10 @@ template <Rows ROWS, int TILE>
 DEVICE void load(uint8_t* to, const TensorMap* map, uint64_t* full, int step, int first) {
   if constexpr (ROWS == ALONG_K) {
     tma_load_2d(to, map, full, step * TILE_K, first);
+  } else if constexpr (ROWS == HALVES_ALONG_K) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      tma_load_3d(to + half * (TILE / 2 * SPAN), map, full, step * TILE_K, first, half);
   } else {
 #pragma unroll
     for (int block = 0; block < TILE / 64; ++block)
@@ -142,13 +153,13 @@ DEVICE void produce(const TensorMap* map_a, const TensorMap* map_b, uint8_t* rin
 // ---------------------------------------------------------------- consumers
 template <Rows ROWS>
 DEVICE uint64_t descriptor(const uint8_t* tile) {
-  if constexpr (ROWS == ALONG_K) return descriptor_k_major(tile);
-  return descriptor_mn_major(tile, BLOCK_BYTES);
+  if constexpr (ROWS == ACROSS_K) return descriptor_mn_major(tile, BLOCK_BYTES);
+  return descriptor_k_major(tile);
 }
 // From one value of k to the next, in the 16 bytes that descriptors count.
 template <Rows ROWS>
 DEVICE uint64_t along(int k) {
-  return uint64_t(k) * (ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 16;
+  return uint64_t(k) * (ROWS == ACROSS_K ? SPAN : sizeof(bf16)) / 16;
 }
 
 // accumulators = the consumer's rows of the tile, over all steps. One batch of wgmma is always in
@@ -196,62 +207,224 @@ DEVICE Place place_of(int i, int row, int column) {
   return {row + warp * 16 + lane / 4 + 8 * (i / 2 % 2), column + 8 * (i / 4) + 2 * (lane % 4)};
 }
 
-// 64 rows and 64 columns of the accumulators, plus the residual, rounded, into a swizzled store
-// tile. The first element is [row,column] of out.
-DEVICE void write_store_tile(uint8_t* store_tile, const float* accumulators, const bf16* residual,
-                             int row, int column, int m, int n) {
+// ---------------------------------------------------------------- epilogues
+// How a consumer writes bf16: 64 x 64 values at a time, through its store tiles.
+struct Outbox {
+  uint8_t* tiles;
+  int barrier;  // of the consumer's threads
+  int sent;     // values have gone through so many store tiles
+};
+// 64 x 64 values: fill(group, quarters) packs the thread's 8 of 16 columns, in the order of the
+// accumulators; one thread then calls store(tile).
+template <class Fill, class Store>
+DEVICE void send(Outbox& out, const Fill& fill, const Store& store) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
+  const bool storing = threadIdx.x % WARPGROUP == 0;
+  uint8_t* const tile = out.tiles + out.sent % STORES * BLOCK_BYTES;
+  ++out.sent;
+  // The store before the last one has left this tile; the last one may still read the other.
+  if (storing) bulk_wait_read<STORES - 1>();
+  barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
-    float values[8];
+    uint32_t quarters[4];
+    fill(group, quarters);
+    const int row = warp * 16 + lane % 16, column = group * 16 + lane / 16 * 8;
+    const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
+    stmatrix_x4(tile + swizzle<SPAN>(offset), quarters);
+  }
+  fence_proxy_async();
+  barrier_sync(out.barrier, WARPGROUP);
+  if (storing) {
+    store(tile);
+    bulk_commit();
+  }
+}
+DEVICE void pack_eight(const float* values, uint32_t (&quarters)[4]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = accumulators[group * 8 + i];
-    if (residual) {
+  for (int i = 0; i < 4; ++i) quarters[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+}
+
+// out = the product, plus the addend where there is one.
+struct Plain {
+  const TensorMap* map_out;
+  const bf16* addend;
+  int m, n;
+};
+template <class K>
+DEVICE void write(const Plain& to, Accumulators<K>& accumulators, Outbox& out, int row,
+                  int column) {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        const Place at = place_of(group * 8 + i, row, column);
-        if (at.row < m && at.column < n) {
-          const bf16* const pair = residual + size_t(at.row) * n + at.column;
-          const uint32_t bits = *reinterpret_cast<const uint32_t*>(pair);
-          values[i] += low_float(bits);
-          values[i + 1] += high_float(bits);
+  for (int block = 0; block < K::BLOCKS; ++block) {
+#pragma unroll
+    for (int part = 0; part < K::TILE_N / 64; ++part) {
+      const int at_row = row + block * MMA_M, at_column = column + part * 64;
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = accumulators[block][part * 32 + group * 8 + i];
+        if (to.addend) {
+#pragma unroll
+          for (int i = 0; i < 8; i += 2) {
+            const Place at = place_of(group * 8 + i, at_row, at_column);
+            if (at.row < to.m && at.column < to.n) {
+              const bf16* const pair = to.addend + size_t(at.row) * to.n + at.column;
+              const uint32_t bits = *reinterpret_cast<const uint32_t*>(pair);
+              values[i] += low_float(bits);
+              values[i + 1] += high_float(bits);
+            }
+          }
         }
-      }
+        pack_eight(values, quarters);
+      };
+      send(out, fill, [&](const uint8_t* tile) {
+        if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
+      });
     }
-    const uint32_t quarters[4] = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                                  pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])};
-    const int matrix_row = warp * 16 + lane % 16, matrix_column = group * 16 + lane / 16 * 8;
-    const uint32_t offset = matrix_row * SPAN + matrix_column * int(sizeof(bf16));
-    stmatrix_x4(store_tile + swizzle<SPAN>(offset), quarters);
   }
 }
 
-// The consumer's part of a tile to out, through its store tiles; `stored` counts what has gone
-// through them.
+// out = the product [T,(H+2K)D], q and k rotated as in pointwise.cu, but before they are rounded.
+// Heads do not cross tiles, so that a pair (i, i + D/2) is in one thread.
+struct Rotated {
+  Plain plain;
+  const float* table;    // [P,D]: D/2 cosines of a position, then D/2 sines
+  const int* positions;  // [T], each below P
+  int rotated;           // columns of q and k
+  int head_dim;
+};
+template <class K, int D>
+DEVICE void rotate(const Rotated& to, Accumulators<K>& accumulators, int row, int column) {
+  if constexpr (K::TILE_N % D == 0) {
+#pragma unroll
+    for (int block = 0; block < K::BLOCKS; ++block) {
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {  // the thread's two rows, 8 apart
+        const Place at = place_of(2 * lower, row + block * MMA_M, 0);
+        if (at.row >= to.plain.m) continue;
+        const float* const angles = to.table + size_t(to.positions[at.row]) * D + at.column;
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j) {  // 8 columns of the first half
+          const float2 cosines = *reinterpret_cast<const float2*>(angles + 8 * j);
+          const float2 sines = *reinterpret_cast<const float2*>(angles + D / 2 + 8 * j);
+#pragma unroll
+          for (int head = 0; head < K::TILE_N / D; ++head) {
+            if (column + head * D >= to.rotated) continue;
+            float* const x = &accumulators[block][head * (D / 2) + 4 * j + 2 * lower];
+            float* const y = x + D / 4;
+            const float2 low = make_float2(x[0], x[1]), high = make_float2(y[0], y[1]);
+            x[0] = low.x * cosines.x - high.x * sines.x;
+            x[1] = low.y * cosines.y - high.y * sines.y;
+            y[0] = high.x * cosines.x + low.x * sines.x;
+            y[1] = high.y * cosines.y + low.y * sines.y;
+          }
+        }
+      }
+    }
+  }
+}
 template <class K>
-DEVICE void store(const Accumulators<K>& accumulators, const TensorMap* map_out,
-                  uint8_t* store_tiles, int& stored, const bf16* residual, int barrier, int row,
-                  int column, int m, int n) {
-  const bool storing = threadIdx.x % WARPGROUP == 0;
+DEVICE void write(const Rotated& to, Accumulators<K>& accumulators, Outbox& out, int row,
+                  int column) {
+  switch (to.head_dim) {  // one of those that divide the tile
+    case 32: rotate<K, 32>(to, accumulators, row, column); break;
+    case 48: rotate<K, 48>(to, accumulators, row, column); break;
+    case 64: rotate<K, 64>(to, accumulators, row, column); break;
+    case 96: rotate<K, 96>(to, accumulators, row, column); break;
+    default: rotate<K, 128>(to, accumulators, row, column);
+  }
+  write<K>(to.plain, accumulators, out, row, column);
+}
+
+// out = gate and up [T,2F], the two halves of the tile; product = silu(gate) up [T,F] of the
+// rounded ones, as who reads them later will make it.
+struct Gated {
+  const TensorMap *map_out, *map_product;  // {F, 2, T} and {F, T}
+  int m, n;                                // n is F
+};
+template <class K>
+DEVICE void write(const Gated& to, Accumulators<K>& accumulators, Outbox& out, int row,
+                  int column) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
-    const int at_row = row + block * MMA_M;
+#pragma unroll
+    for (int part = 0; part < K::TILE_N / 128; ++part) {
+      const int at_row = row + block * MMA_M, at_column = column + part * 64;
+      const float* const gates = &accumulators[block][part * 32];
+      const float* const ups = gates + K::TILE_N / 4;
+      const bool inside = at_row < to.m && at_column < to.n;
+      send(
+          out, [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
+          [&](const uint8_t* tile) {
+            if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
+          });
+      send(
+          out, [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
+          [&](const uint8_t* tile) {
+            if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
+          });
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
+        uint32_t up[4];
+        pack_eight(gates + group * 8, quarters);
+        pack_eight(ups + group * 8, up);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          quarters[i] = pack_bf16(swiglu<bf16>(low_float(quarters[i]), low_float(up[i])),
+                                  swiglu<bf16>(high_float(quarters[i]), high_float(up[i])));
+      };
+      send(out, fill, [&](const uint8_t* tile) {
+        if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
+      });
+    }
+  }
+}
+
+// out = the gradients of gate and up [T,2F], where the product is that of silu(gate) up [T,F].
+struct GatedGradient {
+  const TensorMap* map_out;  // {F, 2, T}
+  const bf16* gate_up;       // [T,2F]
+  int m, n;                  // n is F
+};
+template <class K>
+DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, Outbox& out, int row,
+                  int column) {
+#pragma unroll
+  for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
-      const int at_column = column + part * 64;
-      uint8_t* const store_tile = store_tiles + stored % STORES * BLOCK_BYTES;
-      // The store before the last one has left this tile; the last one may still read the other.
-      if (storing) bulk_wait_read<STORES - 1>();
-      barrier_sync(barrier, WARPGROUP);
-      write_store_tile(store_tile, &accumulators[block][part * 32], residual, at_row, at_column, m,
-                       n);
-      fence_proxy_async();
-      barrier_sync(barrier, WARPGROUP);
-      if (storing) {
-        if (at_row < m && at_column < n) tma_store_2d(map_out, store_tile, at_column, at_row);
-        bulk_commit();
+      const int at_row = row + block * MMA_M, at_column = column + part * 64;
+      uint32_t gates[16], ups[16];  // pairs; all are on their way before the first is used
+#pragma unroll
+      for (int pair = 0; pair < 16; ++pair) {
+        const Place at = place_of(2 * pair, at_row, at_column);
+        gates[pair] = ups[pair] = 0;
+        if (at.row < to.m && at.column < to.n) {
+          const bf16* const gate = to.gate_up + size_t(at.row) * 2 * to.n + at.column;
+          gates[pair] = *reinterpret_cast<const uint32_t*>(gate);
+          ups[pair] = *reinterpret_cast<const uint32_t*>(gate + to.n);
+        }
       }
-      ++stored;
+#pragma unroll
+      for (int pair = 0; pair < 16; ++pair) {
+        const float* const d_out = &accumulators[block][part * 32 + 2 * pair];
+        const uint32_t gate = gates[pair], up = ups[pair];
+        const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[0]);
+        const GateUp high = swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[1]);
+        gates[pair] = pack_bf16(low.gate, high.gate);
+        ups[pair] = pack_bf16(low.up, high.up);
+      }
+      const bool inside = at_row < to.m && at_column < to.n;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto fill = [&](int group, uint32_t(&quarters)[4]) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            quarters[i] = half == 0 ? gates[group * 4 + i] : ups[group * 4 + i];
+        };
+        send(out, fill, [&](const uint8_t* tile) {
+          if (inside) tma_store_3d(to.map_out, tile, at_column, half, at_row);
+        });
+      }
     }
   }
 }
@@ -343,23 +516,21 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work
   }
 }
 
-template <class K>
-DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b,
-                               const TensorMap* map_out, const bf16* residual, int m, int n,
-                               int k) {
+// `epilogue`: Plain and the like, [m,n] its result.
+template <class K, class Epilogue>
+DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, int m, int n, int k,
+                               const Epilogue& epilogue) {
   SHARED_DYNAMIC(ring);  // STAGES stages, then CONSUMERS x STORES store tiles
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
   const Work work = work_of<K>(m, n, k, 1);
   run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
-    uint8_t* const store_tiles =
-        ring + K::STAGES * K::STAGE_BYTES + consumer * STORES * BLOCK_BYTES;
-    int stored = 0;
+    uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
+    Outbox out = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer, 0};
     consume<K>(ring, full, empty, order, work, consumer,
-               [&](const Accumulators<K>& accumulators, const Item& item, int first_row) {
-                 store<K>(accumulators, map_out, store_tiles, stored, residual, 1 + consumer,
-                          item.m + first_row, item.n, m, n);
+               [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 write<K>(epilogue, accumulators, out, item.m + first_row, item.n);
                });
     if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
   });
@@ -378,7 +549,7 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
     const bool first_thread = threadIdx.x % WARPGROUP == 0;
     consume<K>(ring, full, empty, order, work, consumer,
-               [&](const Accumulators<K>& accumulators, const Item& item, int first_row) {
+               [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
                  // Each consumer of a shared tile takes turns with its own rows of other splits.
                  uint32_t* const turn =
                      turns + CONSUMERS * item.tile + (K::SHARED_TILES ? consumer : 0);
@@ -398,13 +569,13 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
 }
 
 // As many stages as 227 KiB hold beside the store tiles, which tn does without.
-#define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                                      \
-  KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                                       \
-  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,               \
-   const __grid_constant__ TensorMap map_out, const bf16* residual, int m, int n, int k) {         \
-    multiply_and_store<Kind<ALONG_K, b, tile_m, tile_n, stages, shared>>(&map_a, &map_b, &map_out, \
-                                                                         residual, m, n, k);       \
-  }                                                                                                \
+#define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                            \
+  KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                             \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,     \
+   const __grid_constant__ TensorMap map_out, const bf16* addend, int m, int n, int k) { \
+    multiply_and_store<Kind<ALONG_K, b, tile_m, tile_n, stages, shared>>(                \
+        &map_a, &map_b, m, n, k, Plain{&map_out, addend, m, n});                         \
+  }                                                                                      \
   EXPORT_KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n)
 #define ADD_KERNEL(tile_m, tile_n, stages, shared)                                               \
   KERNEL(gemm_sm90_tn_##tile_m##x##tile_n, THREADS, 1)                                           \
@@ -414,6 +585,33 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
         &map_a, &map_b, out, turns, m, n, k, splits);                                            \
   }                                                                                              \
   EXPORT_KERNEL(gemm_sm90_tn_##tile_m##x##tile_n)
+#define ROTARY_KERNEL(tile_m, tile_n, stages, shared)                                          \
+  KERNEL(gemm_sm90_nt_rotary_##tile_m##x##tile_n, THREADS, 1)                                  \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,           \
+   const __grid_constant__ TensorMap map_out, const float* table, const int* positions, int m, \
+   int n, int k, int rotated, int head_dim) {                                                  \
+    multiply_and_store<Kind<ALONG_K, ALONG_K, tile_m, tile_n, stages, shared>>(                \
+        &map_a, &map_b, m, n, k,                                                               \
+        Rotated{Plain{&map_out, nullptr, m, n}, table, positions, rotated, head_dim});         \
+  }                                                                                            \
+  EXPORT_KERNEL(gemm_sm90_nt_rotary_##tile_m##x##tile_n)
+#define SWIGLU_KERNEL(tile_m, tile_n, stages, shared)                                        \
+  KERNEL(gemm_sm90_nt_swiglu_##tile_m##x##tile_n, THREADS, 1)                                \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,         \
+   const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_product, \
+   int m, int n, int k) {                                                                    \
+    multiply_and_store<Kind<ALONG_K, HALVES_ALONG_K, tile_m, tile_n, stages, shared>>(       \
+        &map_a, &map_b, m, n, k, Gated{&map_out, &map_product, m, n});                       \
+  }                                                                                          \
+  EXPORT_KERNEL(gemm_sm90_nt_swiglu_##tile_m##x##tile_n)
+#define SWIGLU_GRADIENT_KERNEL(tile_m, tile_n, stages, shared)                            \
+  KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n, THREADS, 1)                             \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,      \
+   const __grid_constant__ TensorMap map_out, const bf16* gate_up, int m, int n, int k) { \
+    multiply_and_store<Kind<ALONG_K, ACROSS_K, tile_m, tile_n, stages, shared>>(          \
+        &map_a, &map_b, m, n, k, GatedGradient{&map_out, gate_up, m, n});                 \
+  }                                                                                       \
+  EXPORT_KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n)
 
 STORE_KERNEL(nt, ALONG_K, 128, 256, 4, true)
 STORE_KERNEL(nt, ALONG_K, 128, 192, 4, true)
@@ -424,3 +622,11 @@ STORE_KERNEL(nn, ACROSS_K, 128, 128, 6, false)
 ADD_KERNEL(128, 256, 4, true)
 ADD_KERNEL(128, 192, 5, true)
 ADD_KERNEL(128, 128, 7, false)
+ROTARY_KERNEL(128, 256, 4, true)
+ROTARY_KERNEL(128, 192, 4, true)
+ROTARY_KERNEL(128, 128, 6, false)
+SWIGLU_KERNEL(128, 256, 4, true)
+SWIGLU_KERNEL(128, 128, 6, false)
+SWIGLU_GRADIENT_KERNEL(128, 256, 4, true)
+SWIGLU_GRADIENT_KERNEL(128, 192, 4, true)
+SWIGLU_GRADIENT_KERNEL(128, 128, 6, false)

@@ -76,6 +76,33 @@ DEVICE uint32_t swizzle(uint32_t offset) {
   return offset ^ ((offset >> 3) & (Span - 16));
 }
 
+// ---------------------------------------------------------------- SwiGLU
+// 1 / (1 + e^-x). For bf16 two MUFUs, each within 2^-22: nothing beside the rounding to 8 bits, and
+// the exact ones would cost more time than the memory. f32 has them exact.
+template <class T>
+DEVICE float sigmoid(float x) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr float LOG2_E = 1.44269504f;
+    return reciprocal_approx(1.0f + exp2_approx(-LOG2_E * x));
+  } else {
+    return __fdiv_rn(1.0f, 1.0f + expf(-x));
+  }
+}
+// silu(gate) up
+template <class T>
+DEVICE float swiglu(float gate, float up) {
+  return up * (gate * sigmoid<T>(gate));
+}
+struct GateUp {
+  float gate, up;
+};
+// d_gate = d_out up silu'(gate), silu' = sigmoid + silu (1 - sigmoid); d_up = d_out silu(gate)
+template <class T>
+DEVICE GateUp swiglu_gradient(float gate, float up, float d_out) {
+  const float part = sigmoid<T>(gate), silu = gate * part;
+  return {d_out * up * (part + silu * (1.0f - part)), d_out * silu};
+}
+
 // ---------------------------------------------------------------- wgmma descriptors
 // Field "swizzle" of a shared-memory matrix descriptor; the tensor map's enum counts otherwise.
 constexpr uint64_t DESCRIPTOR_SWIZZLE_NONE = 0, DESCRIPTOR_SWIZZLE_128 = 1,

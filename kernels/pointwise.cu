@@ -80,18 +80,6 @@ DEVICE void rotary(const float* table,    // [P,D]: D/2 cosines of a position, t
 }
 
 // ---------------------------------------------------------------- SwiGLU
-// 1 / (1 + e^-x). For bf16 two MUFUs, each within 2^-22: nothing beside the rounding to 8 bits, and
-// the exact ones would cost more time than the memory. f32 has them exact.
-template <class T>
-DEVICE float sigmoid(float x) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr float LOG2_E = 1.44269504f;
-    return reciprocal_approx(1.0f + exp2_approx(-LOG2_E * x));
-  } else {
-    return __fdiv_rn(1.0f, 1.0f + expf(-x));
-  }
-}
-
 // out = silu(gate) up
 template <class T>
 DEVICE void swiglu_forward(const T* inp,  // [T,2F]: gate, then up
@@ -119,7 +107,7 @@ DEVICE void swiglu_forward(const T* inp,  // [T,2F]: gate, then up
         unpack(held_gate[i], gate);
         unpack(held_up[i], up);
 #pragma unroll
-        for (int j = 0; j < VALUES<T>; ++j) up[j] *= gate[j] * sigmoid<T>(gate[j]);
+        for (int j = 0; j < VALUES<T>; ++j) up[j] = swiglu<T>(gate[j], up[j]);
         reinterpret_cast<uint4*>(out + size_t(row) * ffn)[item] = pack(up);
       }
     }
@@ -159,9 +147,9 @@ DEVICE void swiglu_backward(const T* inp,    // [T,2F]: gate, then up
         unpack(held_d_out[i], d);
 #pragma unroll
         for (int j = 0; j < VALUES<T>; ++j) {
-          const float part = sigmoid<T>(gate[j]), silu = gate[j] * part;
-          gate[j] = d[j] * up[j] * (part + silu * (1.0f - part));
-          up[j] = d[j] * silu;
+          const GateUp gradient = swiglu_gradient<T>(gate[j], up[j], d[j]);
+          gate[j] = gradient.gate;
+          up[j] = gradient.up;
         }
         d_gates[item] = pack(gate);
         d_gates[items + item] = pack(up);

@@ -340,6 +340,49 @@ pub trait Backend {
     fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
     fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
 
+    /// qkv = inp weight^T, then [`Backend::rotary_forward`]; qkv may be rounded between the two, or
+    /// not.
+    fn linear_rotary_forward(
+        &mut self,
+        heads: HeadSpec,
+        inp: View,
+        weight: View,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()> {
+        self.linear_forward(inp, weight, None, qkv)?;
+        self.rotary_forward(heads, table, positions, qkv)
+    }
+    /// gate_up = inp weight^T, then out as of [`Backend::swiglu_forward`], of the rounded gate_up.
+    fn linear_swiglu_forward(
+        &mut self,
+        inp: View,
+        weight: View,
+        gate_up: View,
+        out: View,
+    ) -> Result<()> {
+        self.linear_forward(inp, weight, None, gate_up)?;
+        self.swiglu_forward(gate_up, out)
+    }
+    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it;
+    /// it may be rounded between the two, or not.
+    #[allow(clippy::too_many_arguments)]
+    fn linear_swiglu_backward(
+        &mut self,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_weight: View,
+        gate_up: View,
+        d_inp: View,
+        d_gate_up: View,
+    ) -> Result<()> {
+        let sink = Sink { to: d_inp, accumulate: false };
+        self.linear_backward(inp, weight, d_out, sink, d_weight)?;
+        self.swiglu_backward(gate_up, d_inp, d_gate_up)
+    }
+
     /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
     /// z_loss log^2(Z); 0 where the target is IGNORE_INDEX. inp [T,C], weight [V,C], losses [T];
     /// logits [chunk,V] is scratch.

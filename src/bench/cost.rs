@@ -9,7 +9,7 @@
 use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::{Dtype, NormKind};
-use crate::cuda::gemm::{Layout, Output};
+use crate::cuda::gemm::{Epilogue, Layout, Output};
 
 /// One launch of an op's kernels.
 #[derive(Clone, PartialEq, Debug)]
@@ -59,32 +59,81 @@ impl Cost {
         Cost { op, what, dtype, sizes, bytes, bytes_formula, flops: 0, flops_formula: "" }
     }
 
-    /// The name of the op in each layout.
-    pub fn product_op(layout: Layout) -> &'static str {
-        match layout {
-            Layout::Nt => "gemm_nt",
-            Layout::Nn => "gemm_nn",
-            Layout::Tn => "gemm_tn",
+    /// The name of a product's op.
+    pub fn product_op(layout: Layout, epilogue: Epilogue) -> &'static str {
+        match (layout, epilogue) {
+            (Layout::Nt, Epilogue::Plain) => "gemm_nt",
+            (Layout::Nt, Epilogue::Rotary) => "gemm_nt_rotary",
+            (Layout::Nt, Epilogue::SwiGlu) => "gemm_nt_swiglu",
+            (Layout::Nn, Epilogue::SwiGlu) => "gemm_nn_swiglu",
+            (Layout::Nn, _) => "gemm_nn",
+            (Layout::Tn, _) => "gemm_tn",
         }
     }
 
-    pub fn product(layout: Layout, dtype: Dtype, [m, n, k]: [usize; 3], output: Output) -> Self {
-        let read = element_bytes(dtype) * (product(&[m, k]) + product(&[n, k]));
+    /// Stored or accumulated.
+    pub fn product(layout: Layout, dtype: Dtype, sizes: [usize; 3], output: Output) -> Self {
+        let [m, n, _] = sizes;
         let out = product(&[m, n]);
         let (detail, written, bytes_formula) = match output {
-            Output::Store { addend: None } => ("", element_bytes(dtype) * out, "A, B; out [M,N]"),
             Output::Store { addend: Some(_) } => {
                 (", addend", 2 * element_bytes(dtype) * out, "A, B; addend and out [M,N]")
             }
             Output::Accumulate => ("", 2 * 4 * out, "A, B; out [M,N] in fp32, read and written"),
+            _ => ("", element_bytes(dtype) * out, "A, B; out [M,N]"),
         };
+        let op = Self::product_op(layout, Epilogue::Plain);
+        Cost::multiplying(op, detail, dtype, sizes, written, bytes_formula)
+    }
+
+    /// NT, q and k rotated; `positions`: rows of the table.
+    pub fn product_rotary(
+        heads: HeadSpec,
+        dtype: Dtype,
+        sizes: [usize; 3],
+        positions: usize,
+    ) -> Self {
+        let [m, n, _] = sizes;
+        let table = 4 * (product(&[positions, heads.head_dim]) + m as u64);
+        let bytes = element_bytes(dtype) * product(&[m, n]) + table;
+        let formula = "A, B; out [M,N]; table [P,D] once; positions [M]";
+        let op = Self::product_op(Layout::Nt, Epilogue::Rotary);
+        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+    }
+
+    /// NT of gate and up, N = 2F, and SwiGLU of them.
+    pub fn product_swiglu(dtype: Dtype, sizes: [usize; 3]) -> Self {
+        let [m, n, _] = sizes;
+        let bytes = element_bytes(dtype) * (product(&[m, n]) + product(&[m, n / 2]));
+        let formula = "A, B; gate and up [M,N]; their product [M,N/2]";
+        let op = Self::product_op(Layout::Nt, Epilogue::SwiGlu);
+        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+    }
+
+    /// NN with N = F, and the gradients of gate and up.
+    pub fn product_swiglu_gradient(dtype: Dtype, sizes: [usize; 3]) -> Self {
+        let [m, n, _] = sizes;
+        let bytes = 4 * element_bytes(dtype) * product(&[m, n]);
+        let formula = "A, B; gate, up and their gradients [M,N]";
+        let op = Self::product_op(Layout::Nn, Epilogue::SwiGlu);
+        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+    }
+
+    /// A product [M,N,K]; `bytes`: of what is neither A nor B.
+    fn multiplying(
+        op: &'static str,
+        detail: &str,
+        dtype: Dtype,
+        [m, n, k]: [usize; 3],
+        bytes: u64,
+        bytes_formula: &'static str,
+    ) -> Self {
+        let read = element_bytes(dtype) * (product(&[m, k]) + product(&[n, k]));
         let sizes = Sizes::Product { m, n, k };
-        let bytes = read + written;
-        let flops = 2 * product(&[m, n, k]);
         Cost {
-            flops,
+            flops: 2 * product(&[m, n, k]),
             flops_formula: "2 M N K",
-            ..Cost::moving(Self::product_op(layout), detail, dtype, sizes, bytes, bytes_formula)
+            ..Cost::moving(op, detail, dtype, sizes, read + bytes, bytes_formula)
         }
     }
 

@@ -11,6 +11,7 @@ mod attention;
 mod copy;
 pub mod cost;
 mod gemm;
+mod launches;
 mod loss;
 mod norm;
 mod predict;

@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::predict::Prediction;
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::gemm::{Choice, Family, Layout, choose};
+use crate::cuda::DevicePointer;
+use crate::cuda::gemm::{Choice, Family, Layout, Output, Rotation, choose};
 use crate::cuda::peaks::{H200, Peaks};
 use crate::error::Result;
 
@@ -40,6 +41,8 @@ pub struct GemmPrediction {
 pub struct GemmRow {
     pub preset: String,
     pub tokens: usize,
+    /// "gemm_nt_swiglu"
+    pub op: &'static str,
     pub layout: Layout,
     pub m: usize,
     pub n: usize,
@@ -97,30 +100,33 @@ fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
     let multiprocessors = machine.multiprocessors;
     let mut rows: Vec<GemmRow> = vec![];
     for kernel in Prediction::new(config)?.kernels {
-        let (Some(layout), Sizes::Product { m, n, k }) = (layout(kernel.op), &kernel.sizes) else {
-            continue;
-        };
-        let sizes @ [m, n, k] = [*m, *n, *k];
-        let variants = Family::Sm90.variants().iter().filter(|it| it.layout == layout);
-        let Some(choice) = choose(variants, sizes, multiprocessors) else { continue };
+        let Sizes::Product { m, n, k } = kernel.sizes else { continue };
+        let sizes = [m, n, k];
+        let (layout, output) = product(kernel.op, config.model.head_dim());
+        // Gate and up are two factors of each column.
+        let halves = if matches!(output, Output::SwiGlu { .. }) { 2 } else { 1 };
+        let tiled = [m, n / halves, k];
+        let variants = Family::Sm90.variants_for(layout, output);
+        let Some(choice) = choose(variants, tiled, multiprocessors) else { continue };
         // With and without an addend: one product.
         if let Some(row) =
-            rows.iter_mut().find(|it| (it.layout, [it.m, it.n, it.k]) == (layout, sizes))
+            rows.iter_mut().find(|it| it.op == kernel.op && [it.m, it.n, it.k] == sizes)
         {
             row.launches += kernel.launches;
             continue;
         }
         let Choice { variant, splits } = choice;
-        let items = variant.tiles(m, n) * splits;
+        let items = variant.tiles(m, n / halves) * splits;
         let waves = items as f64 / multiprocessors as f64;
         let steps = k.div_ceil(variant.depth).div_ceil(splits);
         let done = waves.ceil()
-            * (multiprocessors * variant.rows * variant.columns) as f64
+            * (multiprocessors * variant.rows * variant.columns * halves) as f64
             * (steps * variant.depth) as f64;
-        let seconds = choice.seconds(sizes, multiprocessors, FASTEST * peak);
+        let seconds = choice.seconds(tiled, multiprocessors, FASTEST * peak);
         rows.push(GemmRow {
             preset: config.name.clone(),
             tokens: config.train.micro_batch * config.data.sequence,
+            op: kernel.op,
             layout,
             m,
             n,
@@ -141,8 +147,21 @@ fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
     Ok(rows)
 }
 
-fn layout(op: &str) -> Option<Layout> {
-    op.strip_prefix("gemm_")?.parse().ok()
+/// What kernel a product's op asks for; addresses do not matter.
+fn product(op: &str, head_dim: usize) -> (Layout, Output) {
+    let null = DevicePointer::NULL;
+    match op {
+        "gemm_nt" => (Layout::Nt, Output::Store { addend: None }),
+        "gemm_nn" => (Layout::Nn, Output::Store { addend: None }),
+        "gemm_tn" => (Layout::Tn, Output::Accumulate),
+        "gemm_nt_rotary" => {
+            let rotation = Rotation { table: null, positions: null, columns: head_dim, head_dim };
+            (Layout::Nt, Output::Rotate(rotation))
+        }
+        "gemm_nt_swiglu" => (Layout::Nt, Output::SwiGlu { product: null }),
+        "gemm_nn_swiglu" => (Layout::Nn, Output::SwiGluGradient { gate_up: null }),
+        _ => unreachable!("{op} has the sizes of a product"),
+    }
 }
 
 impl fmt::Display for GemmPrediction {
@@ -155,7 +174,7 @@ impl fmt::Display for GemmPrediction {
         )?;
         writeln!(
             f,
-            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<22} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
+            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
             "preset",
             "tokens",
             "",
@@ -174,7 +193,7 @@ impl fmt::Display for GemmPrediction {
         for row in &self.products {
             writeln!(
                 f,
-                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<22} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
+                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
                  {:>9.0} {:>5.1} %",
                 row.preset,
                 row.tokens,

@@ -15,7 +15,7 @@ use half::bf16;
 use super::adamw::{AdamW, AdamWBuffers};
 use super::attention::Attention;
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
-use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product};
+use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
 use super::peaks::Peaks;
@@ -156,6 +156,20 @@ impl Cuda {
         let driver = &mut *self.driver;
         let plan = made(products, product, || gemm.plan(driver, &product))?;
         if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
+    }
+
+    /// d_weight += d_out^T inp
+    fn weight_gradient(&mut self, inp: View, d_out: View, d_weight: View) -> Result<()> {
+        self.multiply(Product {
+            layout: Layout::Tn,
+            m: d_out.shape.columns(),
+            n: inp.shape.columns(),
+            k: inp.shape.rows(),
+            a: self.address(d_out),
+            b: self.address(inp),
+            out: self.address(d_weight),
+            output: Output::Accumulate,
+        })
     }
 
     fn rotate(
@@ -558,16 +572,7 @@ impl Backend for Cuda {
             out: to,
             output: Output::Store { addend: d_inp.accumulate.then_some(to) },
         })?;
-        self.multiply(Product {
-            layout: Layout::Tn,
-            m: outer,
-            n: inner,
-            k: tokens,
-            a: self.address(d_out),
-            b: self.address(inp),
-            out: self.address(d_weight),
-            output: Output::Accumulate,
-        })
+        self.weight_gradient(inp, d_out, d_weight)
     }
 
     fn rotary_forward(
@@ -651,6 +656,90 @@ impl Backend for Cuda {
         let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
         let args = SwigluBackward { inp, d_out, d_inp };
         pointwise.swiglu_backward(driver, STREAM, rows, ffn, &args)
+    }
+
+    fn linear_rotary_forward(
+        &mut self,
+        heads: HeadSpec,
+        inp: View,
+        weight: View,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()> {
+        let output = Output::Rotate(Rotation {
+            table: self.address(table),
+            positions: self.address(positions),
+            columns: (heads.heads + heads.kv_heads) * heads.head_dim,
+            head_dim: heads.head_dim,
+        });
+        if !self.layers.gemm.fuses(Layout::Nt, output) {
+            self.linear_forward(inp, weight, None, qkv)?;
+            return self.rotary_forward(heads, table, positions, qkv);
+        }
+        self.multiply(Product {
+            layout: Layout::Nt,
+            m: inp.shape.rows(),
+            n: qkv.shape.columns(),
+            k: inp.shape.columns(),
+            a: self.address(inp),
+            b: self.address(weight),
+            out: self.address(qkv),
+            output,
+        })
+    }
+
+    fn linear_swiglu_forward(
+        &mut self,
+        inp: View,
+        weight: View,
+        gate_up: View,
+        out: View,
+    ) -> Result<()> {
+        let output = Output::SwiGlu { product: self.address(out) };
+        if !self.layers.gemm.fuses(Layout::Nt, output) {
+            self.linear_forward(inp, weight, None, gate_up)?;
+            return self.swiglu_forward(gate_up, out);
+        }
+        self.multiply(Product {
+            layout: Layout::Nt,
+            m: inp.shape.rows(),
+            n: out.shape.columns(),
+            k: inp.shape.columns(),
+            a: self.address(inp),
+            b: self.address(weight),
+            out: self.address(gate_up),
+            output,
+        })
+    }
+
+    fn linear_swiglu_backward(
+        &mut self,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_weight: View,
+        gate_up: View,
+        d_inp: View,
+        d_gate_up: View,
+    ) -> Result<()> {
+        let output = Output::SwiGluGradient { gate_up: self.address(gate_up) };
+        if !self.layers.gemm.fuses(Layout::Nn, output) {
+            let sink = Sink { to: d_inp, accumulate: false };
+            self.linear_backward(inp, weight, d_out, sink, d_weight)?;
+            return self.swiglu_backward(gate_up, d_inp, d_gate_up);
+        }
+        self.multiply(Product {
+            layout: Layout::Nn,
+            m: inp.shape.rows(),
+            n: inp.shape.columns(),
+            k: d_out.shape.columns(),
+            a: self.address(d_out),
+            b: self.address(weight),
+            out: self.address(d_gate_up),
+            output,
+        })?;
+        self.weight_gradient(inp, d_out, d_weight)
     }
 
     fn cross_entropy_forward(

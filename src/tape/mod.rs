@@ -1,17 +1,20 @@
 //! The tape: a model's forward pass, recorded once for a shape and then plain data.
 //!
 //! ```text
-//! Tape (ops over values) -> differentiate -> steps -> memory plan -> Program (steps over views)
+//! Tape (ops over values) -> differentiate -> steps -> fuse -> memory plan -> Program (steps over
+//! views)
 //! ```
 //!
 //! Recording checks every shape. Values have one writer; `rotary` alone works in place. A tape
 //! knows neither a device nor a model.
 
 mod differentiate;
+mod fused;
 mod memory;
 mod op;
 mod program;
 
+pub use fused::Fused;
 pub use memory::{MemoryLine, MemoryPlan};
 pub use op::{Access, Gradient, Op, Residual, Step};
 pub use program::{BoundProgram, Program, Purpose};

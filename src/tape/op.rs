@@ -5,6 +5,7 @@
 //! access (`map`), one that runs it (`run`), and [`Op`] has one more in `differentiate.rs`; an op
 //! without a backward pass does not compile.
 
+use super::fused::Fused;
 use crate::backend::{
     AttentionSpec, Backend, GainGradient, HeadSpec, LossSpec, NormSpec, ResidualSpec, Sink,
 };
@@ -165,6 +166,7 @@ pub enum Gradient<H> {
 pub enum Step<H> {
     Forward(Op<H>),
     Backward(Gradient<H>),
+    Fused(Fused<H>),
     /// to = from
     Copy {
         from: H,
@@ -455,6 +457,7 @@ impl<H: Copy> Step<H> {
         match self {
             Step::Forward(op) => Step::Forward(op.map(f)),
             Step::Backward(gradient) => Step::Backward(gradient.map(f)),
+            Step::Fused(fused) => Step::Fused(fused.map(f)),
             Step::Copy { from, to } => Step::Copy { from: f(from, Read), to: f(to, Write) },
             Step::Add { from, to } => Step::Add { from: f(from, Read), to: f(to, Update) },
         }
@@ -473,6 +476,7 @@ impl Step<View> {
         match *self {
             Step::Forward(op) => op.run(backend),
             Step::Backward(gradient) => gradient.run(backend),
+            Step::Fused(fused) => fused.run(backend),
             Step::Copy { from, to } => backend.copy(from, to),
             Step::Add { from, to } => backend.add(from, to),
         }

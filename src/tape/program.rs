@@ -1,6 +1,7 @@
 //! A program: steps whose memory is planned, and, once bound, whose operands are views.
 
 use super::differentiate::{Gradients, inference_steps, training_steps, vector_jacobian_steps};
+use super::fused::fuse;
 use super::memory::MemoryPlan;
 use super::{External, Role, Step, Tape, Value, ValueId};
 use crate::backend::Backend;
@@ -60,6 +61,7 @@ impl Program {
         };
         let read = gradients.iter().map(|(_, gradient)| gradient);
         let kept: Vec<ValueId> = kept.iter().chain(read).copied().collect();
+        let steps = fuse(steps, &kept);
         let memory = MemoryPlan::new(&steps, &tape.values, &kept, element_bytes);
         Ok(Program { tape, steps, gradients, memory })
     }

@@ -1,6 +1,8 @@
 //! kernels/gemm_*.cu: every layout, output and tile of every family. Random normals against the f64
 //! product, one-hot and ramp matrices exactly, every tail.
 
+mod fused;
+
 use isobath::config::Dtype;
 use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product, Variant};
 use isobath::cuda::host::{self, Host, Options};
@@ -431,6 +433,14 @@ fn a_plan_is_launched_again() {
 
 // ------------------------------------------------------------------ choices
 
+/// Without anything else in the epilogue.
+fn plainly(layout: Layout) -> Output {
+    match layout {
+        Layout::Nt | Layout::Nn => Output::Store { addend: None },
+        Layout::Tn => Output::Accumulate,
+    }
+}
+
 #[test]
 fn the_family_fits_the_machine_and_the_type() {
     if let Err(error) = host::present() {
@@ -455,7 +465,7 @@ fn the_family_fits_the_machine_and_the_type() {
     let mut chosen = |dtype, choice, layout, m, n| {
         let gemm = Gemm::new(driver, dtype, choice).map_err(|error| error.to_string())?;
         let Choice { variant, .. } =
-            gemm.choose(layout, [m, n, 512]).map_err(|error| error.to_string())?;
+            gemm.choose(layout, plainly(layout), [m, n, 512]).map_err(|error| error.to_string())?;
         Ok::<_, String>((variant.family, variant.rows, variant.columns))
     };
     // simt says that it is 9.0.
@@ -494,7 +504,7 @@ fn the_tile_fits_the_result() {
         let hopper = driver.properties().compute_capability == (9, 0);
         let mut choose = |family, layout, sizes| {
             let gemm = Gemm::new(driver, Dtype::Bf16, Some(family)).unwrap();
-            let Choice { variant, splits } = gemm.choose(layout, sizes).unwrap();
+            let Choice { variant, splits } = gemm.choose(layout, plainly(layout), sizes).unwrap();
             gemm.release(driver).unwrap();
             (variant.rows, variant.columns, splits)
         };
@@ -535,24 +545,12 @@ fn what_cannot_be_multiplied_is_refused() {
                     gemm.variants(layout).find(|it| it.most_splits([8; 3], 1) == 1)
                 {
                     let choice = Choice { variant, splits: 2 };
-                    let product = Product {
-                        layout,
-                        m: 8,
-                        n: 8,
-                        k: 8,
-                        a,
-                        b,
-                        out,
-                        output: match layout {
-                            Layout::Tn => Output::Accumulate,
-                            Layout::Nt | Layout::Nn => Output::Store { addend: None },
-                        },
-                    };
+                    let product =
+                        Product { layout, m: 8, n: 8, k: 8, a, b, out, output: plainly(layout) };
                     let refused = gemm.plan_with(driver, choice, &product).err().unwrap();
                     assert!(refused.to_string().contains("2 splits of"), "{refused}");
                 }
-                let stored = Output::Store { addend: None };
-                let output = if layout == Layout::Tn { Output::Accumulate } else { stored };
+                let (stored, output) = (Output::Store { addend: None }, plainly(layout));
                 let product = |m, n, k| Product { layout, m, n, k, a, b, out, output };
                 let right = product(8, 8, 8);
                 let mut refused = |product: Product| -> String {

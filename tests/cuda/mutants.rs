@@ -88,14 +88,19 @@ fn with_some_gemms(text: &str) -> String {
     let mut kept = 0;
     let line = |line: &str| -> String {
         let Some((kind, rest)) = line.split_once('(') else { return line.to_string() };
-        if KEPT.contains(&line) || !["STORE_KERNEL", "ADD_KERNEL"].contains(&kind) {
+        if KEPT.contains(&line) || !line.starts_with(|it: char| it.is_ascii_uppercase()) {
             kept += usize::from(KEPT.contains(&line));
             return line.to_string();
         }
         let parts: Vec<&str> = rest.split(", ").collect();
+        let tile = format!("{}x{}", parts[0], parts[1]);
         let name = match kind {
             "STORE_KERNEL" => format!("gemm_sm90_{}_{}x{}", parts[0], parts[2], parts[3]),
-            _ => format!("gemm_sm90_tn_{}x{}", parts[0], parts[1]),
+            "ADD_KERNEL" => format!("gemm_sm90_tn_{tile}"),
+            "ROTARY_KERNEL" => format!("gemm_sm90_nt_rotary_{tile}"),
+            "SWIGLU_KERNEL" => format!("gemm_sm90_nt_swiglu_{tile}"),
+            "SWIGLU_GRADIENT_KERNEL" => format!("gemm_sm90_nn_swiglu_{tile}"),
+            _ => return line.to_string(),
         };
         format!("KERNEL({name}, 1)() {{}} EXPORT_KERNEL({name})")
     };

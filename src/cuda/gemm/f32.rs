@@ -1,6 +1,6 @@
 //! The kernels of kernels/gemm_f32.cu: fp32 without tensor cores. One block for each tile.
 
-use super::{Family, Layout, Speed, Variant};
+use super::{Epilogue, Family, Layout, Speed, Variant};
 
 pub(super) const VARIANTS: [Variant; 3] = [
     variant(Layout::Nt, "gemm_f32_nt_64x64"),
@@ -12,9 +12,11 @@ const fn variant(layout: Layout, kernel: &'static str) -> Variant {
     Variant {
         family: Family::F32,
         layout,
+        epilogue: Epilogue::Plain,
         kernel,
         rows: 64,
         columns: 64,
+        halves_of_b: 1,
         depth: 32,
         stages: 2,
         threads: 64,

@@ -70,6 +70,20 @@ impl Family {
             Family::F32 => &f32::VARIANTS,
         }
     }
+
+    /// Its kernels for a product.
+    pub fn variants_for(
+        self,
+        layout: Layout,
+        output: Output,
+    ) -> impl Iterator<Item = &'static Variant> {
+        self.variants().iter().filter(move |it| it.layout == layout && it.makes(&output))
+    }
+
+    /// Whether one of its kernels does this in one launch.
+    pub fn fuses(self, layout: Layout, output: Output) -> bool {
+        self.variants_for(layout, output).next().is_some()
+    }
 }
 
 /// What becomes of the product.
@@ -80,6 +94,69 @@ pub enum Output {
     Store { addend: Option<DevicePointer> },
     /// out [M,N] +=, in fp32. For TN.
     Accumulate,
+    /// out [M,N] =, the first of its columns being heads that are rotated before the one rounding.
+    /// For NT.
+    Rotate(Rotation),
+    /// out [M,2,N] = A times each half of B [2,N,K], gate and up; product [M,N] = silu(gate) up. For
+    /// NT.
+    SwiGlu { product: DevicePointer },
+    /// out [M,2,N] = the gradients of gate_up [M,2,N], where the product's own [M,N] is A B. For NN.
+    SwiGluGradient { gate_up: DevicePointer },
+}
+
+/// Rotary embedding of the columns of a fused projection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Rotation {
+    /// [P,D] in fp32: D/2 cosines of a position, then D/2 sines
+    pub table: DevicePointer,
+    /// [M], each below P
+    pub positions: DevicePointer,
+    /// Columns of the heads that are rotated, all of them in front.
+    pub columns: usize,
+    /// D
+    pub head_dim: usize,
+}
+
+/// What a kernel does behind its product; [`Output`] says with which operands.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Epilogue {
+    /// Stores or accumulates, as its layout says.
+    Plain,
+    Rotary,
+    SwiGlu,
+}
+
+impl Output {
+    fn name(&self) -> &'static str {
+        match self {
+            Output::Store { .. } => "a store",
+            Output::Accumulate => "an addition",
+            Output::Rotate(_) => "rotary embedding",
+            Output::SwiGlu { .. } => "SwiGLU",
+            Output::SwiGluGradient { .. } => "the gradient of SwiGLU",
+        }
+    }
+
+    fn epilogue(&self) -> Epilogue {
+        match self {
+            Output::Store { .. } | Output::Accumulate => Epilogue::Plain,
+            Output::Rotate(_) => Epilogue::Rotary,
+            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Epilogue::SwiGlu,
+        }
+    }
+
+    /// Factors [N,K] that B is made of.
+    fn halves_of_b(&self) -> usize {
+        if matches!(self, Output::SwiGlu { .. }) { 2 } else { 1 }
+    }
+
+    /// Matrices [M,N] that lie side by side in the result.
+    fn parts(&self) -> usize {
+        match self {
+            Output::Store { .. } | Output::Accumulate | Output::Rotate(_) => 1,
+            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => 2,
+        }
+    }
 }
 
 /// One product; addresses and rows are multiples of 16 bytes.
@@ -97,9 +174,9 @@ pub struct Product {
 
 impl Product {
     fn name(&self) -> String {
-        let Product { layout, m, n, k, .. } = self;
+        let Product { layout, m, n, k, output, .. } = self;
         match layout {
-            Layout::Nt => format!("A [{m},{k}] times B [{n},{k}]^T"),
+            Layout::Nt => format!("A [{m},{k}] times B [{},{k}]^T", n * output.halves_of_b()),
             Layout::Nn => format!("A [{m},{k}] times B [{k},{n}]"),
             Layout::Tn => format!("A [{k},{m}]^T times B [{k},{n}]"),
         }
@@ -111,10 +188,12 @@ impl Product {
 pub struct Variant {
     pub family: Family,
     pub layout: Layout,
+    pub epilogue: Epilogue,
     pub kernel: &'static str,
-    /// Of the tile.
+    /// Of the tile; columns of N, for each of which there may be two factors in B.
     pub rows: usize,
     pub columns: usize,
+    halves_of_b: usize,
     /// Values of k in a stage, and stages of the ring, as the kernel is compiled.
     pub depth: usize,
     pub stages: usize,
@@ -188,7 +267,21 @@ impl Variant {
         let depth = items * (steps * self.depth) as f64
             + written * epilogue
             + (splits - 1) as f64 * turn.unwrap_or(0.0);
-        depth * (self.rows * self.columns) as f64 / relative
+        depth * (self.rows * self.columns * self.halves_of_b) as f64 / relative
+    }
+
+    /// Whether it makes this of a product.
+    fn makes(&self, output: &Output) -> bool {
+        let whole_heads = |head_dim| {
+            ROTATED_HEAD_DIMS.contains(&head_dim) && self.columns.is_multiple_of(head_dim)
+        };
+        self.epilogue == output.epilogue()
+            && match output {
+                Output::Store { .. } | Output::Accumulate => true,
+                Output::Rotate(rotation) => whole_heads(rotation.head_dim),
+                Output::SwiGlu { .. } => self.layout == Layout::Nt,
+                Output::SwiGluGradient { .. } => self.layout == Layout::Nn,
+            }
     }
 }
 
@@ -289,17 +382,42 @@ impl Gemm {
         self.turns.map_or(Ok(()), |turns| driver.release(turns))
     }
 
-    /// What [`Gemm::plan`] chooses from.
+    /// What [`Gemm::plan`] chooses from for a product that is stored or accumulated.
     pub fn variants(&self, layout: Layout) -> impl Iterator<Item = &'static Variant> + '_ {
+        self.of_layout(layout).filter(|it| it.epilogue == Epilogue::Plain)
+    }
+
+    /// The same for any output.
+    pub fn variants_for(
+        &self,
+        layout: Layout,
+        output: Output,
+    ) -> impl Iterator<Item = &'static Variant> + '_ {
+        self.of_layout(layout).filter(move |it| it.makes(&output))
+    }
+
+    fn of_layout(&self, layout: Layout) -> impl Iterator<Item = &'static Variant> + '_ {
         self.kernels.iter().map(|&(variant, _)| variant).filter(move |it| it.layout == layout)
+    }
+
+    /// Whether there is a kernel that does this in one launch.
+    pub fn fuses(&self, layout: Layout, output: Output) -> bool {
+        self.variants_for(layout, output).next().is_some()
     }
 
     /// What fills this machine best for a product [M,N,K]; see [`choose`].
     ///
-    /// Errors: the chosen family does not have this layout.
-    pub fn choose(&self, layout: Layout, sizes: [usize; 3]) -> Result<Choice> {
-        let best = choose(self.variants(layout), sizes, self.multiprocessors);
+    /// Errors: the chosen family does not have this layout, or not with this output.
+    pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
+        let best = choose(self.variants_for(layout, output), sizes, self.multiprocessors);
         best.ok_or_else(|| {
+            if self.of_layout(layout).next().is_some() {
+                return refusal(
+                    self.device,
+                    format!("no kernel of the layout {layout} ends with {}", output.name()),
+                    "ask Gemm::fuses first, and launch the parts one after the other".to_string(),
+                );
+            }
             let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
             let other = families.filter(|it| it.variants().iter().any(|it| it.layout == layout));
             let names: Vec<&str> = other.map(Family::name).collect();
@@ -317,11 +435,11 @@ impl Gemm {
     /// addresses that are not aligned to 16 bytes; a result that overlaps what is read; an output
     /// that the layout does not have.
     pub fn plan(&self, driver: &mut dyn Driver, product: &Product) -> Result<GemmPlan> {
-        let &Product { layout, m, n, k, .. } = product;
+        let &Product { layout, m, n, k, output, .. } = product;
         if [m, n, k].contains(&0) {
             return Err(self.empty(product));
         }
-        self.plan_with(driver, self.choose(layout, [m, n, k])?, product)
+        self.plan_with(driver, self.choose(layout, output, [m, n, k])?, product)
     }
 
     /// A plan with one of [`Gemm::variants`], and splits up to [`Variant::most_splits`]. Errors: as
@@ -374,7 +492,7 @@ impl Gemm {
     fn check(&self, variant: &Variant, product: &Product) -> Result<()> {
         let &Product { layout, m, n, k, a, b, out, output } = product;
         let (shape_a, shape_b) = match layout {
-            Layout::Nt => ([m, k], [n, k]),
+            Layout::Nt => ([m, k], [n * output.halves_of_b(), k]),
             Layout::Nn => ([m, k], [k, n]),
             Layout::Tn => ([k, m], [k, n]),
         };
@@ -385,9 +503,11 @@ impl Gemm {
         if variant.layout != layout {
             return refuse(format!(": {} is for another layout", variant.kernel), "choose another");
         }
-        let addend = match (layout, output) {
-            (Layout::Nt | Layout::Nn, Output::Store { addend }) => addend,
-            (Layout::Tn, Output::Accumulate) => None,
+        match (layout, output) {
+            (Layout::Nt | Layout::Nn, Output::Store { .. })
+            | (Layout::Tn, Output::Accumulate)
+            | (Layout::Nt, Output::Rotate(_) | Output::SwiGlu { .. })
+            | (Layout::Nn, Output::SwiGluGradient { .. }) => {}
             (Layout::Nt | Layout::Nn, Output::Accumulate) => {
                 return refuse(" cannot be accumulated".to_string(), "store it, with an addend");
             }
@@ -397,7 +517,20 @@ impl Gemm {
                     "accumulate it, in fp32, onto zeros if nothing else",
                 );
             }
-        };
+            (Layout::Nn | Layout::Tn, Output::Rotate(_) | Output::SwiGlu { .. })
+            | (Layout::Nt | Layout::Tn, Output::SwiGluGradient { .. }) => {
+                return refuse(
+                    format!(" cannot end with {}", output.name()),
+                    "rotary embedding and SwiGLU follow an NT product, SwiGLU's gradient an NN one",
+                );
+            }
+        }
+        if !variant.makes(&output) {
+            return refuse(
+                format!(": {} cannot end with {}", variant.kernel, output.name()),
+                "choose one of Gemm::variants_for",
+            );
+        }
         if [m, n, k].contains(&0) {
             return Err(self.empty(product));
         }
@@ -420,20 +553,35 @@ impl Gemm {
                 "split the product",
             );
         }
-        let result_element = match output {
-            Output::Store { .. } => element,
-            Output::Accumulate => size_of::<u32>(),
-        };
-        let result = Matrix { name: "the result", address: out, shape: [m, n] };
-        let mut operands = vec![
-            Matrix { name: "A", address: a, shape: shape_a },
-            Matrix { name: "B", address: b, shape: shape_b },
-        ];
-        // What is added to where it lies is read before it is written, by the same thread.
-        if let Some(address) = addend.filter(|&addend| addend != out) {
-            operands.push(Matrix { name: "the addend", address, shape: [m, n] });
+        let columns = n * output.parts();
+        let matrix = |name, address, shape| Matrix { name, address, shape, element };
+        let mut results = vec![matrix("the result", out, [m, columns])];
+        let mut operands = vec![matrix("A", a, shape_a), matrix("B", b, shape_b)];
+        match output {
+            Output::Accumulate => results[0].element = size_of::<f32>(),
+            // What is added to where it lies is read before it is written, by the same thread.
+            Output::Store { addend } => {
+                let apart = addend.filter(|&addend| addend != out);
+                operands.extend(apart.map(|address| matrix("the addend", address, [m, n])));
+            }
+            Output::Rotate(rotation) => {
+                let Rotation { table, positions, columns, head_dim } = rotation;
+                if columns > n || !columns.is_multiple_of(head_dim) {
+                    return refuse(
+                        format!(": {columns} of its columns are no heads of {head_dim}"),
+                        "rotate whole heads of q and k",
+                    );
+                }
+                // How many positions there are is the caller's knowledge.
+                operands.push(Matrix { element: 4, ..matrix("the table", table, [1, head_dim]) });
+                operands.push(Matrix { element: 4, ..matrix("the positions", positions, [m, 1]) });
+            }
+            Output::SwiGlu { product } => results.push(matrix("the product", product, [m, n])),
+            Output::SwiGluGradient { gate_up } => {
+                operands.push(matrix("gate and up", gate_up, [m, columns]));
+            }
         }
-        for matrix in operands.iter().chain([&result]) {
+        for matrix in operands.iter().chain(&results) {
             let address = matrix.address.0;
             if !address.is_multiple_of(ALIGNMENT as u64) {
                 return refuse(
@@ -442,12 +590,15 @@ impl Gemm {
                 );
             }
         }
-        let written = result.bytes(result_element);
-        for matrix in &operands {
-            let read = matrix.bytes(element);
-            if read.start < written.end && written.start < read.end {
+        let overlap = |one: &Matrix, other: &Matrix| {
+            let (one, other) = (one.bytes(), other.bytes());
+            one.start < other.end && other.start < one.end
+        };
+        for (index, result) in results.iter().enumerate() {
+            let others = operands.iter().chain(&results[index + 1..]);
+            if let Some(other) = others.into_iter().find(|other| overlap(result, other)) {
                 return refuse(
-                    format!(": the result overlaps {}", matrix.name),
+                    format!(": {} overlaps {}", result.name, other.name),
                     "write it to a place of its own; an addend may only be the result itself",
                 );
             }
@@ -461,14 +612,16 @@ struct Matrix {
     name: &'static str,
     address: DevicePointer,
     shape: [usize; 2],
+    /// Bytes of one.
+    element: usize,
 }
 
 impl Matrix {
     /// The addresses; wide enough for any shape that an i32 counts.
-    fn bytes(&self, element: usize) -> Range<u128> {
+    fn bytes(&self) -> Range<u128> {
         let start = u128::from(self.address.0);
-        start
-            ..start + self.shape.map(|size| size as u128).iter().product::<u128>() * element as u128
+        let elements: u128 = self.shape.map(|size| size as u128).iter().product();
+        start..start + elements * self.element as u128
     }
 }
 
@@ -483,6 +636,9 @@ impl GemmPlan {
 /// machine has multiprocessors.
 pub const TURNS_BYTES: u64 = 2 * 4 * 1024;
 
+/// Those that the epilogues with rotary embedding are compiled for.
+const ROTATED_HEAD_DIMS: [usize; 5] = [32, 48, 64, 96, 128];
+
 /// Bytes that addresses and rows are multiples of.
 const ALIGNMENT: usize = 16;
 
@@ -493,13 +649,13 @@ fn element_bytes(dtype: Dtype) -> usize {
     }
 }
 
-/// Those of gemm_sm80.cu and gemm_f32.cu.
+/// Those of gemm_sm80.cu and gemm_f32.cu, which fuse nothing but an addend.
 fn arguments(product: &Product) -> Arguments {
     let &Product { m, n, k, a, b, out, output, .. } = product;
     let arguments = Arguments::new().with(a).with(b).with(out);
     let arguments = match output {
         Output::Store { addend } => arguments.with(addend.unwrap_or_default()),
-        Output::Accumulate => arguments,
+        _ => arguments,
     };
     arguments.with(m as i32).with(n as i32).with(k as i32)
 }

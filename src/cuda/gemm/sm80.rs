@@ -1,7 +1,7 @@
 //! The kernels of kernels/gemm_sm80.cu: bf16 with mma.sync, from compute capability 8.0 on. One
 //! block for each tile.
 
-use super::{Family, Layout, Speed, Variant};
+use super::{Epilogue, Family, Layout, Speed, Variant};
 
 const DEPTH: usize = 32;
 const STAGES: usize = 4;
@@ -35,9 +35,11 @@ const fn variant(
     Variant {
         family: Family::Sm80,
         layout,
+        epilogue: Epilogue::Plain,
         kernel,
         rows: side,
         columns: side,
+        halves_of_b: 1,
         depth: DEPTH,
         stages: STAGES,
         threads: THREADS,

@@ -2,9 +2,10 @@
 //! blocks as there are multiprocessors, each of which takes tile after tile; or, where K is split,
 //! one for each split of each tile.
 
-use super::{Choice, Family, Layout, Output, Product, Speed, Variant};
+use super::{Choice, Epilogue, Family, Layout, Output, Product, Rotation, Speed, Variant};
 use crate::cuda::{
-    Arguments, DevicePointer, Driver, Swizzle, TensorMap, TensorMapSpec, TensorType,
+    Arguments, DevicePointer, Driver, Fill, L2Promotion, Swizzle, TensorMap, TensorMapSpec,
+    TensorType,
 };
 use crate::error::Result;
 
@@ -21,54 +22,87 @@ const STORE_EPILOGUE: f64 = 143.0;
 const ADD_EPILOGUE: f64 = 570.0;
 const ADD_TURN: f64 = 220.0;
 
-pub(super) const VARIANTS: [Variant; 9] = [
-    shared(Layout::Nt, "gemm_sm90_nt_128x256", 256, 4),
-    shared(Layout::Nt, "gemm_sm90_nt_128x192", 192, 4),
-    in_turn(Layout::Nt, "gemm_sm90_nt_128x128", 6),
-    shared(Layout::Nn, "gemm_sm90_nn_128x256", 256, 4),
-    shared(Layout::Nn, "gemm_sm90_nn_128x192", 192, 4),
-    in_turn(Layout::Nn, "gemm_sm90_nn_128x128", 6),
-    shared(Layout::Tn, "gemm_sm90_tn_128x256", 256, 4),
-    shared(Layout::Tn, "gemm_sm90_tn_128x192", 192, 5),
-    in_turn(Layout::Tn, "gemm_sm90_tn_128x128", 7),
+pub(super) const VARIANTS: [Variant; 17] = [
+    shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x256", 256, 4),
+    shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x192", 192, 4),
+    in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x128", 6),
+    shared(Layout::Nn, PLAIN, "gemm_sm90_nn_128x256", 256, 4),
+    shared(Layout::Nn, PLAIN, "gemm_sm90_nn_128x192", 192, 4),
+    in_turn(Layout::Nn, PLAIN, "gemm_sm90_nn_128x128", 6),
+    shared(Layout::Tn, PLAIN, "gemm_sm90_tn_128x256", 256, 4),
+    shared(Layout::Tn, PLAIN, "gemm_sm90_tn_128x192", 192, 5),
+    in_turn(Layout::Tn, PLAIN, "gemm_sm90_tn_128x128", 7),
+    shared(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x256", 256, 4),
+    shared(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x192", 192, 4),
+    in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x128", 6),
+    shared(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x256", 256, 4),
+    in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x128", 6),
+    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 256, 4),
+    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x192", 192, 4),
+    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x128", 6),
 ];
+const PLAIN: Epilogue = Epilogue::Plain;
 
 /// Two consumers work on each tile.
-const fn shared(layout: Layout, kernel: &'static str, columns: usize, stages: usize) -> Variant {
+const fn shared(
+    layout: Layout,
+    epilogue: Epilogue,
+    kernel: &'static str,
+    width: usize,
+    stages: usize,
+) -> Variant {
     // Fewer columns bring more bytes for each product.
-    let relative = if columns == 256 { 1.0 } else { 0.95 };
-    variant(layout, kernel, columns, stages, relative, false)
+    let relative = if width == 256 { 1.0 } else { 0.95 };
+    variant(layout, epilogue, kernel, width, stages, relative, false)
 }
 
 /// Two consumers take tiles in turn.
-const fn in_turn(layout: Layout, kernel: &'static str, stages: usize) -> Variant {
-    variant(layout, kernel, 128, stages, 0.75, true)
+const fn in_turn(
+    layout: Layout,
+    epilogue: Epilogue,
+    kernel: &'static str,
+    stages: usize,
+) -> Variant {
+    variant(layout, epilogue, kernel, 128, stages, 0.75, true)
 }
 
+/// `width`: rows of B's tile.
 const fn variant(
     layout: Layout,
+    epilogue: Epilogue,
     kernel: &'static str,
-    columns: usize,
+    width: usize,
     stages: usize,
     relative: f64,
     overlapped: bool,
 ) -> Variant {
-    let stage_bytes = (ROWS + columns) * DEPTH * BF16_BYTES;
-    let (store_tiles_bytes, epilogue, turn) = match layout {
+    let stage_bytes = (ROWS + width) * DEPTH * BF16_BYTES;
+    let (store_tiles_bytes, written, turn) = match layout {
         Layout::Nt | Layout::Nn => (STORE_TILES_BYTES, STORE_EPILOGUE, None),
         Layout::Tn => (0, ADD_EPILOGUE, Some(ADD_TURN)),
+    };
+    // Bytes that the epilogue moves, relative to a plain one: gate, up and product are 1.5; of the
+    // gradient, two are read and two written. Heads of 64 read half as many bytes of angles as a tile
+    // of 256 columns writes.
+    let (halves_of_b, bytes) = match (epilogue, layout) {
+        (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
+        (Epilogue::SwiGlu, _) => (1, 4.0),
+        (Epilogue::Rotary, _) => (1, 1.5),
+        (Epilogue::Plain, _) => (1, 1.0),
     };
     Variant {
         family: Family::Sm90,
         layout,
+        epilogue,
         kernel,
         rows: ROWS,
-        columns,
+        columns: width / halves_of_b,
+        halves_of_b,
         depth: DEPTH,
         stages,
         threads: 384,
         dynamic_shared_bytes: stages * stage_bytes + store_tiles_bytes,
-        speed: Speed { relative, epilogue, overlapped, turn },
+        speed: Speed { relative, epilogue: written * bytes, overlapped, turn },
     }
 }
 
@@ -84,21 +118,44 @@ pub(super) fn arguments(
         Layout::Nt | Layout::Nn => along_k(driver, a, [k, m], ROWS)?,
         Layout::Tn => across_k(driver, a, [m, k])?,
     };
-    let map_b = match layout {
-        Layout::Nt => along_k(driver, b, [k, n], variant.columns)?,
-        Layout::Nn | Layout::Tn => across_k(driver, b, [n, k])?,
-    };
-    let maps = Arguments::new().with(map_a).with(map_b);
-    let outputs = match output {
-        Output::Store { addend } => {
-            maps.with(across_k(driver, out, [n, m])?).with(addend.unwrap_or_default())
+    let map_b = match (layout, output) {
+        (Layout::Nt, Output::SwiGlu { .. }) => {
+            let row_bytes = [k, n * k].map(|elements| (elements * BF16_BYTES) as u64);
+            let boxes = [DEPTH as u32, variant.columns as u32, 1];
+            halves(driver, b, [k, n, 2], row_bytes, boxes)?
         }
-        Output::Accumulate => maps.with(out).with(turns),
+        (Layout::Nt, _) => along_k(driver, b, [k, n], variant.columns)?,
+        (Layout::Nn | Layout::Tn, _) => across_k(driver, b, [n, k])?,
     };
-    let sized = outputs.with(m as i32).with(n as i32).with(k as i32);
+    // Gate and up, side by side in each row.
+    let side_by_side = |driver: &mut dyn Driver| {
+        let row_bytes = [n, 2 * n].map(|elements| (elements * BF16_BYTES) as u64);
+        halves(driver, out, [n, 2, m], row_bytes, [DEPTH as u32, 1, DEPTH as u32])
+    };
+    let (m_n_k, arguments) =
+        ([m, n, k].map(|size| size as i32), Arguments::new().with(map_a).with(map_b));
+    let sized = |arguments: Arguments| m_n_k.into_iter().fold(arguments, Arguments::with);
     Ok(match output {
-        Output::Store { .. } => sized,
-        Output::Accumulate => sized.with(splits as i32),
+        Output::Store { addend } => {
+            let map_out = across_k(driver, out, [n, m])?;
+            sized(arguments.with(map_out).with(addend.unwrap_or_default()))
+        }
+        Output::Accumulate => sized(arguments.with(out).with(turns)).with(splits as i32),
+        Output::Rotate(Rotation { table, positions, columns, head_dim }) => {
+            let map_out = across_k(driver, out, [n, m])?;
+            sized(arguments.with(map_out).with(table).with(positions))
+                .with(columns as i32)
+                .with(head_dim as i32)
+        }
+        Output::SwiGlu { product } => {
+            let map_out = side_by_side(driver)?;
+            let map_product = across_k(driver, product, [n, m])?;
+            sized(arguments.with(map_out).with(map_product))
+        }
+        Output::SwiGluGradient { gate_up } => {
+            let map_out = side_by_side(driver)?;
+            sized(arguments.with(map_out).with(gate_up))
+        }
     })
 }
 
@@ -137,4 +194,24 @@ fn matrix(
         &box_dimensions,
         Swizzle::Bytes128,
     ))
+}
+
+/// Two bf16 matrices that interleave in memory, in boxes of one of them; as [`matrix`].
+fn halves(
+    driver: &mut dyn Driver,
+    address: DevicePointer,
+    dimensions: [usize; 3],
+    stride_bytes: [u64; 2],
+    box_dimensions: [u32; 3],
+) -> Result<TensorMap> {
+    driver.tensor_map(&TensorMapSpec {
+        data_type: TensorType::Bf16,
+        address,
+        dimensions: &dimensions.map(|size| size as u64),
+        stride_bytes: &stride_bytes,
+        box_dimensions: &box_dimensions,
+        swizzle: Swizzle::Bytes128,
+        l2_promotion: L2Promotion::Bytes256,
+        fill: Fill::Zeros,
+    })
 }

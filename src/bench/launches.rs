@@ -1,0 +1,212 @@
+//! What a training step launches, each with its cost: the kernels of the steps of the very program
+//! that training runs (`launches`, one exhaustive match over them), and of what the trainer does
+//! around it.
+
+use super::cost::Cost;
+use crate::backend::{LossSpec, Sink};
+use crate::config::{Config, Dtype};
+use crate::cuda::DevicePointer;
+use crate::cuda::gemm::{Family, Layout, Output, Rotation};
+use crate::cuda::norm::Norm;
+use crate::cuda::peaks::Peaks;
+use crate::engine::Plan;
+use crate::error::Result;
+use crate::tape::{Fused, Gradient, Op, Program, Step, ValueId};
+use crate::tensor::Kind;
+
+/// Everything that one training step launches on the device, with how often.
+pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec<(u64, Cost)>> {
+    let plan = Plan::without_device(config)?;
+    let program = plan.training_program();
+    let micro_batches = config.train.grad_accumulation as u64;
+    let tokens = config.train.micro_batch * config.data.sequence;
+    let stored = plan.table.stored_elements();
+
+    // Trainer::accumulate
+    let mut costs = vec![(1, Cost::zero(stored))];
+    // Tokens and targets in.
+    costs.push((2 * micro_batches, Cost::copy(4, tokens)));
+    for step in program.steps() {
+        for cost in launches(step, program, config.dtype, machine) {
+            costs.push((micro_batches, cost));
+        }
+    }
+    // Losses out.
+    costs.push((micro_batches, Cost::copy(4, tokens)));
+    costs.push((1, Cost::gradient_norm(stored)));
+    // Trainer::update
+    costs.push((1, Cost::adamw(config.dtype, stored)));
+    Ok(costs)
+}
+
+/// The kernels that the backend launches for a step, in order.
+fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Peaks) -> Vec<Cost> {
+    let shape = |id: ValueId| program.value(id).shape;
+    let rows = |id: ValueId| shape(id).rows();
+    let columns = |id: ValueId| shape(id).columns();
+    let matrix = |id: ValueId| [rows(id), columns(id)];
+    let store = |addend: bool| Output::Store { addend: addend.then_some(DevicePointer::NULL) };
+    let product = |layout, sizes, output| Cost::product(layout, dtype, sizes, output);
+    // The parts of a fused step, where no kernel does both.
+    let parts = |steps: [Step<ValueId>; 2]| -> Vec<Cost> {
+        steps.iter().flat_map(|step| launches(step, program, dtype, machine)).collect()
+    };
+    let null = DevicePointer::NULL;
+    match *step {
+        Step::Fused(fused) => match fused {
+            Fused::LinearRotary { heads, inp, weight, table, positions, qkv } => {
+                let columns_of_q_and_k = (heads.heads + heads.kv_heads) * heads.head_dim;
+                let output = Output::Rotate(Rotation {
+                    table: null,
+                    positions: null,
+                    columns: columns_of_q_and_k,
+                    head_dim: heads.head_dim,
+                });
+                if fuses(dtype, Layout::Nt, output) {
+                    let sizes = [rows(inp), columns(qkv), columns(inp)];
+                    return vec![Cost::product_rotary(heads, dtype, sizes, rows(table))];
+                }
+                parts([
+                    Step::Forward(Op::Linear { inp, weight, residual: None, out: qkv }),
+                    Step::Forward(Op::Rotary { heads, table, positions, qkv }),
+                ])
+            }
+            Fused::LinearSwiGlu { inp, weight, gate_up, out } => {
+                if fuses(dtype, Layout::Nt, Output::SwiGlu { product: null }) {
+                    let sizes = [rows(inp), columns(gate_up), columns(inp)];
+                    return vec![Cost::product_swiglu(dtype, sizes)];
+                }
+                parts([
+                    Step::Forward(Op::Linear { inp, weight, residual: None, out: gate_up }),
+                    Step::Forward(Op::SwiGlu { inp: gate_up, out }),
+                ])
+            }
+            Fused::LinearSwiGluGradient {
+                inp,
+                weight,
+                d_out,
+                d_weight,
+                gate_up,
+                d_inp,
+                d_gate_up,
+            } => {
+                let d_inp = Sink { to: d_inp, accumulate: false };
+                let [linear, swiglu] = [
+                    Step::Backward(Gradient::Linear { inp, weight, d_out, d_inp, d_weight }),
+                    Step::Backward(Gradient::SwiGlu {
+                        inp: gate_up,
+                        d_out: d_inp.to,
+                        d_inp: d_gate_up,
+                    }),
+                ];
+                let mut costs = parts([linear, swiglu]);
+                if fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }) {
+                    let sizes = [rows(inp), columns(inp), columns(d_out)];
+                    costs.pop();
+                    costs[0] = Cost::product_swiglu_gradient(dtype, sizes);
+                }
+                costs
+            }
+        },
+        Step::Forward(op) => match op {
+            Op::Embedding { table, out, .. } => {
+                vec![Cost::embedding_forward(dtype, [rows(out), rows(table), columns(out)])]
+            }
+            Op::Norm { spec, inp, residual, .. } => {
+                vec![Cost::norm_forward(spec.kind, dtype, matrix(inp), residual.is_some())]
+            }
+            Op::ScaledResidual { gain, out, .. } => {
+                vec![Cost::scaled_residual_forward(dtype, matrix(out), gain.is_some())]
+            }
+            Op::Linear { inp, residual, out, .. } => {
+                let sizes = [rows(inp), columns(out), columns(inp)];
+                vec![product(Layout::Nt, sizes, store(residual.is_some()))]
+            }
+            Op::Rotary { heads, table, qkv, .. } => {
+                vec![Cost::rotary("rotary_forward", heads, dtype, rows(qkv), rows(table))]
+            }
+            Op::Attention { spec, .. } => vec![Cost::attention_forward(spec, dtype)],
+            Op::CachedAttention { heads, qkv, keys, .. } => {
+                vec![Cost::attention_decode(heads, dtype, rows(qkv), rows(keys))]
+            }
+            Op::SwiGlu { out, .. } => vec![Cost::swiglu_forward(dtype, rows(out), columns(out))],
+            Op::CrossEntropy { spec, inp, weight, .. } => chunks(spec, rows(inp), |t| {
+                let [v, c] = matrix(weight);
+                vec![
+                    product(Layout::Nt, [t, v, c], store(false)),
+                    Cost::loss_forward(dtype, [t, v]),
+                ]
+            }),
+        },
+        Step::Backward(gradient) => match gradient {
+            Gradient::Embedding { d_out, d_table, .. } => {
+                let sizes = [rows(d_out), rows(d_table), columns(d_table)];
+                vec![Cost::embedding_backward(dtype, sizes)]
+            }
+            Gradient::Norm { spec, inp, partial, d_inp: Sink { accumulate, .. }, .. } => {
+                let [t, c] = matrix(inp);
+                let on_machine = Norm::partials_on(machine.multiprocessors, dtype, c, t);
+                let partials = on_machine.unwrap_or(rows(partial));
+                vec![Cost::norm_backward(spec.kind, dtype, [t, c], partials, accumulate)]
+            }
+            Gradient::ScaledResidual { spec, d_out, gain, .. } => {
+                let gain = gain.map(|it| rows(it.partial));
+                let in_place = spec.stream_scale != 1.0;
+                vec![Cost::scaled_residual_backward(dtype, matrix(d_out), gain, in_place)]
+            }
+            Gradient::Linear { inp, d_out, d_inp: Sink { accumulate, .. }, .. } => {
+                let [t, inputs] = matrix(inp);
+                let outputs = columns(d_out);
+                vec![
+                    product(Layout::Nn, [t, inputs, outputs], store(accumulate)),
+                    product(Layout::Tn, [outputs, inputs, t], Output::Accumulate),
+                ]
+            }
+            Gradient::Rotary { heads, table, d_qkv, .. } => {
+                vec![Cost::rotary("rotary_backward", heads, dtype, rows(d_qkv), rows(table))]
+            }
+            Gradient::Attention { spec, .. } => vec![Cost::attention_backward(spec, dtype)],
+            Gradient::SwiGlu { d_out, .. } => {
+                vec![Cost::swiglu_backward(dtype, rows(d_out), columns(d_out))]
+            }
+            Gradient::CrossEntropy { spec, inp, weight, .. } => chunks(spec, rows(inp), |t| {
+                let [v, c] = matrix(weight);
+                vec![
+                    product(Layout::Nt, [t, v, c], store(false)),
+                    Cost::loss_backward(dtype, [t, v]),
+                    product(Layout::Nn, [t, c, v], store(false)),
+                    product(Layout::Tn, [v, c, t], Output::Accumulate),
+                ]
+            }),
+        },
+        Step::Copy { from, .. } => {
+            let element_bytes = match (program.value(from).kind, dtype) {
+                (Kind::Activation, Dtype::Bf16) => 2,
+                (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
+            };
+            vec![Cost::copy(element_bytes, shape(from).elements())]
+        }
+        Step::Add { from, .. } => {
+            let dtype = match program.value(from).kind {
+                Kind::Activation => dtype,
+                Kind::Statistic | Kind::Index => Dtype::F32,
+            };
+            vec![Cost::add(dtype, shape(from).elements())]
+        }
+    }
+}
+
+/// Whether the machine's products in this type end with this.
+fn fuses(dtype: Dtype, layout: Layout, output: Output) -> bool {
+    let family = match dtype {
+        Dtype::Bf16 => Family::Sm90,
+        Dtype::F32 => Family::F32,
+    };
+    family.fuses(layout, output)
+}
+
+/// What `of` launches for each chunk of a loss over `tokens` tokens.
+fn chunks(spec: LossSpec, tokens: usize, of: impl Fn(usize) -> Vec<Cost>) -> Vec<Cost> {
+    let starts = (0..tokens).step_by(spec.chunk);
+    starts.flat_map(|first| of(spec.chunk.min(tokens - first))).collect()
+}
