@@ -19,6 +19,9 @@
 // Two consumers either share a tile, half of its rows each, or take tiles in turn, each a whole one
 // of half the size, so that one writes its tile while the other multiplies.
 //
+// Two blocks may be launched as a cluster. They take tiles one below the other, and each loads half
+// of B's tile for both.
+//
 // The K of a tn tile may be cut into `splits`, a block for each. They add to the result one after
 // the other, in the order of K: turns[] says whose turn it is, so that every run has the same bits.
 #include "isobath.cuh"
@@ -83,34 +86,42 @@ DEVICE void skip(Position<STAGES>& at, int steps) {
 
 // ---------------------------------------------------------------- the work
 struct Work {
-  int rows, columns;  // how many tiles M and N have
+  int rows, columns;  // how many tiles M and N have, those of a cluster counted as one
   int splits;         // blocks that share the K of a tile
   int steps;          // of K, all splits together
+  int cluster, rank;  // blocks that share B's tiles, and which of them this one is
 };
 struct Item {
   int m, n;         // of the tile's first element
-  int tile, split;  // which tile, and which of its splits
+  int tile, split;  // which tile, of this block alone, and which of its splits
   int first, end;   // steps of K
 };
 DEVICE int items(const Work& work) { return work.rows * work.columns * work.splits; }
+DEVICE int first_item(const Work& work) { return int(blockIdx.x) / work.cluster; }
+DEVICE int item_step(const Work& work) { return int(gridDim.x) / work.cluster; }
 template <class K>
 DEVICE Work work_of(int m, int n, int k, int splits) {
-  return {(m + K::TILE_M - 1) / K::TILE_M, (n + K::COLUMNS - 1) / K::COLUMNS, splits,
-          (k + TILE_K - 1) / TILE_K};
+  const int cluster = int(cluster_size()), cluster_m = cluster * K::TILE_M;
+  return {(m + cluster_m - 1) / cluster_m,
+          (n + K::COLUMNS - 1) / K::COLUMNS,
+          splits,
+          (k + TILE_K - 1) / TILE_K,
+          cluster,
+          int(cluster_rank())};
 }
 template <class K>
 DEVICE Item item_at(const Work& work, int index) {
   const int tiles = work.rows * work.columns;
   const int tile = index % tiles, split = index / tiles;
-  const int group_tiles = GROUP * work.columns;
-  const int first_row = tile / group_tiles * GROUP, within = tile % group_tiles;
-  const int group_rows = min(GROUP, work.rows - first_row);
+  const int group = GROUP / work.cluster, group_tiles = group * work.columns;
+  const int first_row = tile / group_tiles * group, within = tile % group_tiles;
+  const int group_rows = min(group, work.rows - first_row);
   // As even as possible, and none without a step: there are no more splits than steps.
   const int each = work.steps / work.splits, left = work.steps % work.splits;
   const int first_step = split * each + min(split, left);
-  return {(first_row + within % group_rows) * K::TILE_M,
+  return {((first_row + within % group_rows) * work.cluster + work.rank) * K::TILE_M,
           within / group_rows * K::COLUMNS,
-          tile,
+          tile * work.cluster + work.rank,
           split,
           first_step,
           first_step + each + (split < left ? 1 : 0)};
@@ -132,19 +143,42 @@ DEVICE void load(uint8_t* to, const TensorMap* map, uint64_t* full, int step, in
       tma_load_2d(to + block * BLOCK_BYTES, map, full, first + block * 64, step * TILE_K);
   }
 }
+// The same to both blocks of a pair, of which each loads its part. Boxes of rows along K are half
+// as high as without a pair.
+template <Rows ROWS, int TILE>
+DEVICE void load_for_pair(uint8_t* to, const TensorMap* map, uint64_t* full, int step, int first,
+                          int rank) {
+  constexpr uint16_t BOTH = 0b11;
+  uint8_t* const half = to + rank * (TILE / 2 * SPAN);
+  if constexpr (ROWS == ALONG_K) {
+    tma_load_multicast_2d(half, map, full, step * TILE_K, first + rank * (TILE / 2), BOTH);
+  } else if constexpr (ROWS == HALVES_ALONG_K) {
+    tma_load_multicast_3d(half, map, full, step * TILE_K, first, rank, BOTH);
+  } else {
+    for (int block = rank; block < TILE / 64; block += 2)
+      tma_load_multicast_2d(to + block * BLOCK_BYTES, map, full, first + block * 64, step * TILE_K,
+                            BOTH);
+  }
+}
 
 template <class K>
 DEVICE void produce(const TensorMap* map_a, const TensorMap* map_b, uint8_t* ring, uint64_t* full,
                     uint64_t* empty, const Work& work) {
   Position<K::STAGES> at;
-  for (int index = int(blockIdx.x); index < items(work); index += int(gridDim.x)) {
+  for (int index = first_item(work); index < items(work); index += item_step(work)) {
     const Item item = item_at<K>(work, index);
     for (int step = item.first; step < item.end; ++step) {
-      uint8_t* const stage = ring + at.stage * K::STAGE_BYTES;
-      mbarrier_wait(&empty[at.stage], at.parity ^ 1);  // the first round passes at once
-      mbarrier_arrive_expect_tx(&full[at.stage], K::STAGE_BYTES);
-      load<K::A, K::TILE_M>(stage, map_a, &full[at.stage], step, item.m);
-      load<K::B, K::TILE_N>(stage + K::A_BYTES, map_b, &full[at.stage], step, item.n);
+      uint8_t *const a = ring + at.stage * K::STAGE_BYTES, *const b = a + K::A_BYTES;
+      uint64_t* const arrived = &full[at.stage];
+      // The first round passes at once. What the other block of a pair has not read, either, is not
+      // overwritten.
+      mbarrier_wait_cluster(&empty[at.stage], at.parity ^ 1);
+      mbarrier_arrive_expect_tx(arrived, K::STAGE_BYTES);  // the other block's part included
+      load<K::A, K::TILE_M>(a, map_a, arrived, step, item.m);
+      if (work.cluster == 1)
+        load<K::B, K::TILE_N>(b, map_b, arrived, step, item.n);
+      else
+        load_for_pair<K::B, K::TILE_N>(b, map_b, arrived, step, item.n, work.rank);
       advance(at);
     }
   }
@@ -162,6 +196,16 @@ DEVICE uint64_t along(int k) {
   return uint64_t(k) * (ROWS == ACROSS_K ? SPAN : sizeof(bf16)) / 16;
 }
 
+// Says for a warp that it has read a stage, to the producer of each block that writes there.
+DEVICE void release(uint64_t* empty, int cluster) {
+  const int lane = int(threadIdx.x) % 32;
+  if (cluster == 1) {
+    if (lane == 0) mbarrier_arrive(empty);
+  } else if (lane < cluster) {
+    mbarrier_arrive_cluster(empty, uint32_t(lane));
+  }
+}
+
 // accumulators = the consumer's rows of the tile, over all steps. One batch of wgmma is always in
 // flight; when it is known that the one before has read its stage, that is released, by one arrival
 // for each warp; so is `next`, if there is one, when the last step has been issued. `first_row`: of
@@ -169,8 +213,7 @@ DEVICE uint64_t along(int k) {
 template <class K>
 DEVICE void multiply(Accumulators<K>& accumulators, const uint8_t* ring, uint64_t* full,
                      uint64_t* empty, uint64_t* next, Position<K::STAGES>& at, int first_row,
-                     int steps) {
-  const bool first_lane = threadIdx.x % 32 == 0;
+                     int steps, int cluster) {
   int previous_stage = 0;
   for (int step = 0; step < steps; ++step) {
     const uint8_t* const stage = ring + at.stage * K::STAGE_BYTES;
@@ -188,13 +231,13 @@ DEVICE void multiply(Accumulators<K>& accumulators, const uint8_t* ring, uint64_
     }
     wgmma_commit();
     wgmma_wait<1>();
-    if (step > 0 && first_lane) mbarrier_arrive(&empty[previous_stage]);
+    if (step > 0) release(&empty[previous_stage], cluster);
     previous_stage = at.stage;
     advance(at);
   }
-  if (next && first_lane) mbarrier_arrive(next);
+  if (next && threadIdx.x % 32 == 0) mbarrier_arrive(next);
   wgmma_wait<0>();
-  if (first_lane) mbarrier_arrive(&empty[previous_stage]);
+  release(&empty[previous_stage], cluster);
 }
 
 // Accumulator i of a thread: row 8 (i/2 % 2) + lane/4 of its warp's 16, column 8 (i/4) + 2 (lane%4)
@@ -468,19 +511,20 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
   Position<K::STAGES> at;
   Accumulators<K> accumulators;
   int count = 0;
-  for (int index = int(blockIdx.x); index < items(work); index += int(gridDim.x), ++count) {
+  for (int index = first_item(work); index < items(work); index += item_step(work), ++count) {
     const Item item = item_at<K>(work, index);
     const int steps = item.end - item.first;
     if constexpr (K::SHARED_TILES) {
       const int first_row = consumer * K::CONSUMER_M;
-      multiply<K>(accumulators, ring, full, empty, nullptr, at, first_row, steps);
+      multiply<K>(accumulators, ring, full, empty, nullptr, at, first_row, steps, work.cluster);
       finish(accumulators, item, first_row);
     } else if (count % CONSUMERS != consumer) {
       skip(at, steps);
     } else {
       const uint32_t own = uint32_t(count / CONSUMERS);
       mbarrier_wait(&order[consumer], (own + (consumer == 0 ? 1 : 0)) & 1);
-      multiply<K>(accumulators, ring, full, empty, &order[1 - consumer], at, 0, steps);
+      multiply<K>(accumulators, ring, full, empty, &order[1 - consumer], at, 0, steps,
+                  work.cluster);
       finish(accumulators, item, 0);
     }
   }
@@ -498,14 +542,16 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work
     tma_prefetch(map_a);
     tma_prefetch(map_b);
     for (int stage = 0; stage < K::STAGES; ++stage) {
-      mbarrier_init(&full[stage], 1);            // the producer
-      mbarrier_init(&empty[stage], K::READERS);  // every warp that reads it
+      mbarrier_init(&full[stage], 1);  // the producer
+      // Every warp that reads what this block writes, its own and its peer's.
+      mbarrier_init(&empty[stage], uint32_t(K::READERS * work.cluster));
     }
     for (int consumer = 0; consumer < CONSUMERS; ++consumer)
       mbarrier_init(&order[consumer], WARPGROUP / 32);  // every warp of the other one
     fence_mbarrier_init();
   }
   __syncthreads();
+  if (work.cluster > 1) cluster_sync();  // the peer may load into the ring
 
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
@@ -514,6 +560,7 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consumer_part(int(threadIdx.x) / WARPGROUP - 1);
   }
+  if (work.cluster > 1) cluster_sync();  // the peer's last arrivals find the barriers
 }
 
 // `epilogue`: Plain and the like, [m,n] its result.
