@@ -38,8 +38,8 @@ constexpr int STORES = 2;               // store tiles of a consumer: one is wri
 // Tile rows that are visited together: so many rows of A and about as many of B stay in the L2
 // cache while the multiprocessors go through them.
 constexpr int GROUP = 8;
-// 168 registers at launch x 3 = 40 + 232 + 232.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+// 168 registers at launch x 3 = 24 + 240 + 240.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 // How a factor lies in memory: its rows along K, or along M (A) and N (B). HALVES_ALONG_K: [2,N,K],
 // of which a tile takes as many rows of each half.
@@ -56,6 +56,10 @@ struct Kind {
   // Columns of the result, counted once where a tile has them of both halves.
   static constexpr int COLUMNS = B == HALVES_ALONG_K ? TILE_N / 2 : TILE_N;
   static constexpr int A_BYTES = TILE_M * SPAN, STAGE_BYTES = A_BYTES + TILE_N * SPAN;
+  static constexpr int ACCUMULATORS = BLOCKS * TILE_N / 2;  // of a thread
+  static_assert(ACCUMULATORS / 32 % STORES == 0);  // a tile begins with the first store tile
+  // Pairs of values that an addition reads before it uses the first: what the registers leave.
+  static constexpr int PAIRS = ACCUMULATORS > 128 ? 4 : 16;
   // Consumers' warps that read a stage.
   static constexpr int READERS = (SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32;
 };
@@ -85,6 +89,8 @@ DEVICE void skip(Position<STAGES>& at, int steps) {
 }
 
 // ---------------------------------------------------------------- the work
+// In shared memory: it is asked for once a tile, and would hold registers that the accumulators
+// need.
 struct Work {
   int rows, columns;  // how many tiles M and N have, those of a cluster counted as one
   int splits;         // blocks that share the K of a tile
@@ -251,20 +257,20 @@ DEVICE Place place_of(int i, int row, int column) {
 }
 
 // ---------------------------------------------------------------- epilogues
-// How a consumer writes bf16: 64 x 64 values at a time, through its store tiles.
+// How a consumer writes bf16: 64 x 64 values at a time, through its store tiles. In shared memory,
+// as Work is.
 struct Outbox {
   uint8_t* tiles;
   int barrier;  // of the consumer's threads
-  int sent;     // values have gone through so many store tiles
 };
-// 64 x 64 values: fill(group, quarters) packs the thread's 8 of 16 columns, in the order of the
-// accumulators; one thread then calls store(tile).
+// 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
+// quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
+// calls store(tile).
 template <class Fill, class Store>
-DEVICE void send(Outbox& out, const Fill& fill, const Store& store) {
+DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t* const tile = out.tiles + out.sent % STORES * BLOCK_BYTES;
-  ++out.sent;
+  uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
   // The store before the last one has left this tile; the last one may still read the other.
   if (storing) bulk_wait_read<STORES - 1>();
   barrier_sync(out.barrier, WARPGROUP);
@@ -295,7 +301,7 @@ struct Plain {
   int m, n;
 };
 template <class K>
-DEVICE void write(const Plain& to, Accumulators<K>& accumulators, Outbox& out, int row,
+DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& out, int row,
                   int column) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
@@ -320,7 +326,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, Outbox& out, i
         }
         pack_eight(values, quarters);
       };
-      send(out, fill, [&](const uint8_t* tile) {
+      send(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
         if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
       });
     }
@@ -367,7 +373,7 @@ DEVICE void rotate(const Rotated& to, Accumulators<K>& accumulators, int row, in
   }
 }
 template <class K>
-DEVICE void write(const Rotated& to, Accumulators<K>& accumulators, Outbox& out, int row,
+DEVICE void write(const Rotated& to, Accumulators<K>& accumulators, const Outbox& out, int row,
                   int column) {
   switch (to.head_dim) {  // one of those that divide the tile
     case 32: rotate<K, 32>(to, accumulators, row, column); break;
@@ -386,7 +392,7 @@ struct Gated {
   int m, n;                                // n is F
 };
 template <class K>
-DEVICE void write(const Gated& to, Accumulators<K>& accumulators, Outbox& out, int row,
+DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& out, int row,
                   int column) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
@@ -396,13 +402,16 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, Outbox& out, i
       const float* const gates = &accumulators[block][part * 32];
       const float* const ups = gates + K::TILE_N / 4;
       const bool inside = at_row < to.m && at_column < to.n;
+      const int sent = 3 * (block * (K::TILE_N / 128) + part);
       send(
-          out, [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
+          out, sent,
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
           });
       send(
-          out, [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
+          out, sent + 1,
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
           });
@@ -415,7 +424,7 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, Outbox& out, i
           quarters[i] = pack_bf16(swiglu<bf16>(low_float(quarters[i]), low_float(up[i])),
                                   swiglu<bf16>(high_float(quarters[i]), high_float(up[i])));
       };
-      send(out, fill, [&](const uint8_t* tile) {
+      send(out, sent + 2, fill, [&](const uint8_t* tile) {
         if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
       });
     }
@@ -429,8 +438,8 @@ struct GatedGradient {
   int m, n;                  // n is F
 };
 template <class K>
-DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, Outbox& out, int row,
-                  int column) {
+DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, const Outbox& out,
+                  int row, int column) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll
@@ -464,7 +473,7 @@ DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, Outbox
           for (int i = 0; i < 4; ++i)
             quarters[i] = half == 0 ? gates[group * 4 + i] : ups[group * 4 + i];
         };
-        send(out, fill, [&](const uint8_t* tile) {
+        send(out, 2 * (block * (K::TILE_N / 64) + part) + half, fill, [&](const uint8_t* tile) {
           if (inside) tma_store_3d(to.map_out, tile, at_column, half, at_row);
         });
       }
@@ -472,26 +481,26 @@ DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, Outbox
   }
 }
 
-// out += the consumer's part of a tile; 64 columns are read before any is written.
+// out += the consumer's part of a tile, some columns of which are read before any is written.
 template <class K>
 DEVICE void add(const Accumulators<K>& accumulators, float* out, int row, int column, int m,
                 int n) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll
-    for (int part = 0; part < K::TILE_N / 64; ++part) {
-      float2 pairs[16];
+    for (int first = 0; first < K::TILE_N / 4; first += K::PAIRS) {
+      float2 pairs[K::PAIRS];
 #pragma unroll
-      for (int pair = 0; pair < 16; ++pair) {
-        const Place at = place_of(2 * pair, row + block * MMA_M, column + part * 64);
+      for (int pair = 0; pair < K::PAIRS; ++pair) {
+        const Place at = place_of(2 * (first + pair), row + block * MMA_M, column);
         pairs[pair] = make_float2(0, 0);
         if (at.row < m && at.column < n)
           pairs[pair] = *reinterpret_cast<const float2*>(out + size_t(at.row) * n + at.column);
       }
 #pragma unroll
-      for (int pair = 0; pair < 16; ++pair) {
-        const Place at = place_of(2 * pair, row + block * MMA_M, column + part * 64);
-        const float* const two = &accumulators[block][part * 32 + 2 * pair];
+      for (int pair = 0; pair < K::PAIRS; ++pair) {
+        const Place at = place_of(2 * (first + pair), row + block * MMA_M, column);
+        const float* const two = &accumulators[block][2 * (first + pair)];
         if (at.row < m && at.column < n)
           *reinterpret_cast<float2*>(out + size_t(at.row) * n + at.column) =
               make_float2(pairs[pair].x + two[0], pairs[pair].y + two[1]);
@@ -532,8 +541,9 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
 
 // ---------------------------------------------------------------- kernels
 // What both kinds of kernels do before and around the consumers' work; `consumer_part(consumer)`.
+// Thread 0 has written `work`.
 template <class K, class ConsumerPart>
-DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work, uint8_t* ring,
+DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work, uint8_t* ring,
                 uint64_t* full, uint64_t* empty, uint64_t* order,
                 const ConsumerPart& consumer_part) {
   if (threadIdx.x == 0) {
@@ -544,23 +554,23 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work& work
     for (int stage = 0; stage < K::STAGES; ++stage) {
       mbarrier_init(&full[stage], 1);  // the producer
       // Every warp that reads what this block writes, its own and its peer's.
-      mbarrier_init(&empty[stage], uint32_t(K::READERS * work.cluster));
+      mbarrier_init(&empty[stage], uint32_t(K::READERS * work->cluster));
     }
     for (int consumer = 0; consumer < CONSUMERS; ++consumer)
       mbarrier_init(&order[consumer], WARPGROUP / 32);  // every warp of the other one
     fence_mbarrier_init();
   }
   __syncthreads();
-  if (work.cluster > 1) cluster_sync();  // the peer may load into the ring
+  if (work->cluster > 1) cluster_sync();  // the peer may load into the ring
 
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, work);
+    if (threadIdx.x < 32 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, *work);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consumer_part(int(threadIdx.x) / WARPGROUP - 1);
   }
-  if (work.cluster > 1) cluster_sync();  // the peer's last arrivals find the barriers
+  if (work->cluster > 1) cluster_sync();  // the peer's last arrivals find the barriers
 }
 
 // `epilogue`: Plain and the like, [m,n] its result.
@@ -571,12 +581,18 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
-  const Work work = work_of<K>(m, n, k, 1);
-  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+  SHARED(Work, work, 1);
+  SHARED(Outbox, outboxes, CONSUMERS);
+  if (threadIdx.x == 0) {
+    *work = work_of<K>(m, n, k, 1);
     uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
-    Outbox out = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer, 0};
-    consume<K>(ring, full, empty, order, work, consumer,
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer)
+      outboxes[consumer] = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer};
+  }
+  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+    consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 const Outbox out = outboxes[consumer];
                  write<K>(epilogue, accumulators, out, item.m + first_row, item.n);
                });
     if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
@@ -592,10 +608,11 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
-  const Work work = work_of<K>(m, n, k, splits);
+  SHARED(Work, work, 1);
+  if (threadIdx.x == 0) *work = work_of<K>(m, n, k, splits);
   run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
     const bool first_thread = threadIdx.x % WARPGROUP == 0;
-    consume<K>(ring, full, empty, order, work, consumer,
+    consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
                  // Each consumer of a shared tile takes turns with its own rows of other splits.
                  uint32_t* const turn =
@@ -661,19 +678,18 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   EXPORT_KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n)
 
 STORE_KERNEL(nt, ALONG_K, 128, 256, 4, true)
-STORE_KERNEL(nt, ALONG_K, 128, 192, 4, true)
+STORE_KERNEL(nt, ALONG_K, 128, 192, 4, false)
 STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)
 STORE_KERNEL(nn, ACROSS_K, 128, 256, 4, true)
-STORE_KERNEL(nn, ACROSS_K, 128, 192, 4, true)
+STORE_KERNEL(nn, ACROSS_K, 128, 192, 4, false)
 STORE_KERNEL(nn, ACROSS_K, 128, 128, 6, false)
 ADD_KERNEL(128, 256, 4, true)
-ADD_KERNEL(128, 192, 5, true)
+ADD_KERNEL(128, 192, 5, false)
 ADD_KERNEL(128, 128, 7, false)
 ROTARY_KERNEL(128, 256, 4, true)
-ROTARY_KERNEL(128, 192, 4, true)
+ROTARY_KERNEL(128, 192, 4, false)
 ROTARY_KERNEL(128, 128, 6, false)
 SWIGLU_KERNEL(128, 256, 4, true)
 SWIGLU_KERNEL(128, 128, 6, false)
 SWIGLU_GRADIENT_KERNEL(128, 256, 4, true)
-SWIGLU_GRADIENT_KERNEL(128, 192, 4, true)
 SWIGLU_GRADIENT_KERNEL(128, 128, 6, false)

@@ -22,48 +22,46 @@ const STORE_EPILOGUE: f64 = 143.0;
 const ADD_EPILOGUE: f64 = 570.0;
 const ADD_TURN: f64 = 220.0;
 
-pub(super) const VARIANTS: [Variant; 17] = [
-    shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x256", 256, 4),
-    shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x192", 192, 4),
-    in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x128", 6),
-    shared(Layout::Nn, PLAIN, "gemm_sm90_nn_128x256", 256, 4),
-    shared(Layout::Nn, PLAIN, "gemm_sm90_nn_128x192", 192, 4),
-    in_turn(Layout::Nn, PLAIN, "gemm_sm90_nn_128x128", 6),
-    shared(Layout::Tn, PLAIN, "gemm_sm90_tn_128x256", 256, 4),
-    shared(Layout::Tn, PLAIN, "gemm_sm90_tn_128x192", 192, 5),
-    in_turn(Layout::Tn, PLAIN, "gemm_sm90_tn_128x128", 7),
-    shared(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x256", 256, 4),
-    shared(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x192", 192, 4),
-    in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x128", 6),
-    shared(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x256", 256, 4),
-    in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x128", 6),
-    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 256, 4),
-    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x192", 192, 4),
-    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x128", 6),
+pub(super) const VARIANTS: [Variant; 16] = [
+    shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x256", 4),
+    in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x192", 192, 4),
+    in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x128", 128, 6),
+    shared(Layout::Nn, PLAIN, "gemm_sm90_nn_128x256", 4),
+    in_turn(Layout::Nn, PLAIN, "gemm_sm90_nn_128x192", 192, 4),
+    in_turn(Layout::Nn, PLAIN, "gemm_sm90_nn_128x128", 128, 6),
+    shared(Layout::Tn, PLAIN, "gemm_sm90_tn_128x256", 4),
+    in_turn(Layout::Tn, PLAIN, "gemm_sm90_tn_128x192", 192, 5),
+    in_turn(Layout::Tn, PLAIN, "gemm_sm90_tn_128x128", 128, 7),
+    shared(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x256", 4),
+    in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x192", 192, 4),
+    in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x128", 128, 6),
+    shared(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x256", 4),
+    in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x128", 128, 6),
+    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 4),
+    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x128", 128, 6),
 ];
 const PLAIN: Epilogue = Epilogue::Plain;
 
-/// Two consumers work on each tile.
+/// Two consumers work on each tile, of 256 rows of B.
 const fn shared(
+    layout: Layout,
+    epilogue: Epilogue,
+    kernel: &'static str,
+    stages: usize,
+) -> Variant {
+    variant(layout, epilogue, kernel, 256, stages, 1.0, false)
+}
+
+/// Two consumers take tiles in turn, of `width` rows of B. The fewer, the more bytes for each product.
+const fn in_turn(
     layout: Layout,
     epilogue: Epilogue,
     kernel: &'static str,
     width: usize,
     stages: usize,
 ) -> Variant {
-    // Fewer columns bring more bytes for each product.
-    let relative = if width == 256 { 1.0 } else { 0.95 };
-    variant(layout, epilogue, kernel, width, stages, relative, false)
-}
-
-/// Two consumers take tiles in turn.
-const fn in_turn(
-    layout: Layout,
-    epilogue: Epilogue,
-    kernel: &'static str,
-    stages: usize,
-) -> Variant {
-    variant(layout, epilogue, kernel, 128, stages, 0.75, true)
+    let relative = if width == 192 { 0.95 } else { 0.75 };
+    variant(layout, epilogue, kernel, width, stages, relative, true)
 }
 
 /// `width`: rows of B's tile.
