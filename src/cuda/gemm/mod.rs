@@ -9,7 +9,9 @@
 mod f32;
 mod sm80;
 mod sm90;
+pub mod tuned;
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
@@ -216,6 +218,8 @@ pub struct Gemm {
     kernels: Vec<(&'static Variant, KernelId)>,
     /// Whose turn it is among the splits of each tile; zeros between launches.
     turns: Option<Allocation>,
+    /// Before the model: what was fastest on this machine.
+    timed: HashMap<(Layout, [usize; 3]), Choice>,
 }
 
 /// A product that is ready to be launched.
@@ -281,7 +285,15 @@ impl Gemm {
                 Some(turns)
             }
         };
-        Ok(Gemm { device, multiprocessors, dtype, kernels, turns })
+        let gemm = Gemm { device, multiprocessors, dtype, kernels, turns, timed: HashMap::new() };
+        Ok(gemm.with_table(driver.properties(), tuned::built_in()))
+    }
+
+    /// With the choices of this table instead of those that are compiled in. `machine`: the one that
+    /// this was made for.
+    pub fn with_table(self, machine: &Properties, table: &tuned::Table) -> Self {
+        let variants: Vec<&Variant> = self.kernels.iter().map(|&(variant, _)| variant).collect();
+        Gemm { timed: table.choices(machine, &variants), ..self }
     }
 
     /// Gives its memory back, after all its work has run.
@@ -294,10 +306,26 @@ impl Gemm {
         self.kernels.iter().map(|&(variant, _)| variant).filter(move |it| it.layout == layout)
     }
 
-    /// What fills this machine best for a product [M,N,K]; see [`choose`].
+    /// What was fastest for a product [M,N,K], if it was timed on this machine; else
+    /// [`Gemm::reckon`].
     ///
     /// Errors: the chosen family does not have this layout.
     pub fn choose(&self, layout: Layout, sizes: [usize; 3]) -> Result<Choice> {
+        match self.timed.get(&(layout, sizes)) {
+            Some(&timed) => Ok(timed),
+            None => self.reckon(layout, sizes),
+        }
+    }
+
+    /// Whether [`Gemm::choose`] takes what was timed.
+    pub fn is_tuned(&self, layout: Layout, sizes: [usize; 3]) -> bool {
+        self.timed.contains_key(&(layout, sizes))
+    }
+
+    /// What is reckoned to fill this machine best; see [`choose`].
+    ///
+    /// Errors: as [`Gemm::choose`].
+    pub fn reckon(&self, layout: Layout, sizes: [usize; 3]) -> Result<Choice> {
         let best = choose(self.variants(layout), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
