@@ -1,6 +1,7 @@
 //! The products of training steps, to be timed one after the other: which there are, the buffers
 //! that all of them share, and how their launches are timed.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -108,6 +109,17 @@ fn distinct(rows: impl Iterator<Item = GemmRow>) -> Vec<Wanted> {
     }
     all.sort_by(|a, b| b.step_share.total_cmp(&a.step_share));
     all
+}
+
+/// Nothing, if there are none.
+pub(super) fn write_not_reached(f: &mut fmt::Formatter<'_>, products: &[Wanted]) -> fmt::Result {
+    if products.is_empty() {
+        return Ok(());
+    }
+    writeln!(f, "not reached, {}; give more with --seconds:", products.len())?;
+    products.iter().try_for_each(|Wanted { layout, m, n, k, step_share, .. }| {
+        writeln!(f, "  {layout} M={m} N={n} K={k}, {:.1} % of a step", 100.0 * step_share)
+    })
 }
 
 // ------------------------------------------------------------------ buffers

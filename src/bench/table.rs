@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, cost};
+use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, cost, write_not_reached};
 use super::report::Row;
 use super::timing::{Timing, on_cpu};
 use crate::config::Dtype;
@@ -318,12 +318,6 @@ impl fmt::Display for TableReport {
         if let Some(source) = self.peak_source {
             writeln!(f, "peak: {source}")?;
         }
-        if !self.not_reached.is_empty() {
-            writeln!(f, "not reached, {}; give more with --seconds:", self.not_reached.len())?;
-            for Wanted { layout, m, n, k, .. } in &self.not_reached {
-                writeln!(f, "  {layout} M={m} N={n} K={k}")?;
-            }
-        }
-        Ok(())
+        write_not_reached(f, &self.not_reached)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::products::{Arena, ProductsRequest, Stopwatch, Wanted};
+use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, write_not_reached};
 use super::shapes::FASTEST;
 use super::timing::{Timing, on_cpu};
 use crate::config::Dtype;
@@ -288,28 +288,28 @@ impl fmt::Display for TunedProduct {
         let Wanted { layout, m, n, k, step_share, .. } = self.product;
         write!(
             f,
-            "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %   model {}   best {} of {:>2}   loss {:>5.1} %",
+            "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  model {}  best of {:>2} {}  loss {:>5.1} %",
             100.0 * step_share,
             self.candidates[self.model],
-            self.candidates[0],
             self.candidates.len(),
+            self.candidates[0],
             self.loss_percent
         )
     }
 }
 
-/// The sum of it; each product's line is [`TuneReport::progress`].
 impl fmt::Display for TuneReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let TuneReport { products, not_reached, same, right, .. } = self;
+        products.iter().try_for_each(|product| writeln!(f, "{product}"))?;
+        let cold = if self.machine.l2_bytes > 0 { ", L2 cold" } else { "" };
         writeln!(
             f,
-            "{} products in {:.0} s on {}, {} multiprocessors; medians{}",
+            "{} products in {:.0} s on {}, {} multiprocessors; medians{cold}",
             products.len(),
             self.seconds,
             self.machine.name,
-            self.machine.multiprocessors,
-            if self.machine.l2_bytes > 0 { ", L2 cold" } else { "" }
+            self.machine.multiprocessors
         )?;
         writeln!(
             f,
@@ -317,12 +317,6 @@ impl fmt::Display for TuneReport {
              fastest for {right}; it loses {:.2} % in the geometric mean, {:.1} % at most",
             self.mean_loss_percent, self.largest_loss_percent
         )?;
-        if !not_reached.is_empty() {
-            writeln!(f, "not reached, {}; give more with --seconds:", not_reached.len())?;
-            for Wanted { layout, m, n, k, step_share, .. } in not_reached {
-                writeln!(f, "  {layout} M={m} N={n} K={k}, {:.1} % of a step", 100.0 * step_share)?;
-            }
-        }
-        Ok(())
+        write_not_reached(f, not_reached)
     }
 }

@@ -1,20 +1,22 @@
 //! `isobath bench`: times kernels, on a GPU or on the CPU machine; there also to debug them.
 
-use std::fs;
-use std::io::{self, Write as _};
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use isobath::bench::{
-    self, Benchmark, GemmPrediction, Machine, Prediction, ProductsRequest, Request, StepRequest,
+    self, Benchmark, GemmPrediction, Machine, Prediction, ProductsRequest, Request, Row,
+    StepRequest,
 };
 use isobath::config::{DeviceKind, Dtype, NormKind};
-use isobath::cuda::Driver;
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{Asynchronous, Options, Order};
-use isobath::{Error, Result, cuda};
+use isobath::cuda::{self, Driver};
+use isobath::{Error, Result, durable};
+use serde::Serialize;
 
 use super::output;
 
@@ -219,6 +221,39 @@ impl BenchArgs {
     }
 }
 
+impl BenchArgs {
+    fn open(&self) -> Result<Box<dyn Driver>> {
+        let driver = cuda::open(self.device, self.simt.options()?)?;
+        if driver.device() != "simt" && self.simt.is_given() {
+            return Err(Error::Usage {
+                what: "--race, --order, --async, --seed and --workers are of the device simt"
+                    .to_string(),
+                remedy: "add --device simt".to_string(),
+            });
+        }
+        Ok(driver)
+    }
+
+    fn step(&self) -> StepRequest {
+        StepRequest { preset: self.presets.first().cloned(), sets: self.sets.clone() }
+    }
+
+    /// Errors: a file of choices that is none.
+    fn products(&self) -> Result<ProductsRequest> {
+        Ok(ProductsRequest {
+            presets: self.presets.clone(),
+            sets: self.sets.clone(),
+            product: self.product,
+            layout: self.layout,
+            family: self.family,
+            dtype: self.dtype,
+            samples: self.samples.map(usize::from),
+            seconds: self.seconds,
+            choices: self.choices.as_deref().map(Table::read).transpose()?,
+        })
+    }
+}
+
 /// How simt runs kernels. What is not given comes from SIMT_RACE, SIMT_ORDER, SIMT_ASYNC,
 /// SIMT_SEED and SIMT_WORKERS.
 #[derive(Args, Debug)]
@@ -276,37 +311,27 @@ fn positive(text: &str) -> Result<f64, String> {
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let mode = args.mode()?;
     args.check_flags(mode)?;
-    if mode == Mode::Predict && args.benchmark == Benchmark::Gemm {
-        let prediction = GemmPrediction::new(&args.presets, &args.sets)?;
-        return match args.json {
-            true => output::print_json(&prediction),
-            false => output::print(&prediction.to_string()),
-        };
+    match mode {
+        Mode::Time => time(args),
+        Mode::Predict => predict(&args),
+        Mode::Table => table(&args),
+        Mode::Tune => tune(&args),
+        Mode::Stdin => answer(&args),
     }
-    let preset = args.presets.first().cloned();
-    let step = StepRequest { preset, sets: args.sets.clone() };
-    if mode == Mode::Predict {
-        let prediction = Prediction::new(&step.resolve(Machine::Gpu, args.dtype)?)?;
-        return match args.json {
-            true => output::print_json(&prediction),
-            false => output::print(&prediction.to_string()),
-        };
+}
+
+fn print(args: &BenchArgs, report: &(impl Serialize + Display)) -> anyhow::Result<()> {
+    if args.json { output::print_json(report) } else { output::print(&report.to_string()) }
+}
+
+fn predict(args: &BenchArgs) -> anyhow::Result<()> {
+    if args.benchmark == Benchmark::Gemm {
+        return print(args, &GemmPrediction::new(&args.presets, &args.sets)?);
     }
-    let simt = args.simt.options()?;
-    let open = || {
-        let driver = cuda::open(args.device, simt)?;
-        if driver.device() != "simt" && args.simt.is_given() {
-            return Err(Error::Usage {
-                what: "--race, --order, --async, --seed and --workers are of the device simt"
-                    .to_string(),
-                remedy: "add --device simt".to_string(),
-            });
-        }
-        Ok(driver)
-    };
-    if mode != Mode::Time {
-        return run_products(mode, &args, &mut *open()?);
-    }
+    print(args, &Prediction::new(&args.step().resolve(Machine::Gpu, args.dtype)?)?)
+}
+
+fn time(args: BenchArgs) -> anyhow::Result<()> {
     let request = Request {
         benchmark: args.benchmark,
         dtype: args.dtype,
@@ -320,68 +345,41 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         family: args.family,
         attention: args.attention,
         elements: args.elements.map(usize::from),
-        step,
+        step: args.step(),
     };
-    let report = bench::run(open, &request)?;
-    if args.json { output::print_json(&report) } else { output::print(&report.to_string()) }
+    print(&args, &bench::run(|| args.open(), &request)?)
 }
 
-/// --table, --tune and --stdin. What people read while it goes on is on stderr where stdout has JSON.
-fn run_products(mode: Mode, args: &BenchArgs, driver: &mut dyn Driver) -> anyhow::Result<()> {
-    let choices = args.choices.as_deref().map(Table::read).transpose()?;
-    let request = ProductsRequest {
-        presets: args.presets.clone(),
-        sets: args.sets.clone(),
-        product: args.product,
-        layout: args.layout,
-        family: args.family,
-        dtype: args.dtype,
-        samples: args.samples.map(usize::from),
-        seconds: args.seconds,
-        choices,
-    };
-    match mode {
-        Mode::Stdin => {
-            bench::answer(driver, &request, io::stdin().lock(), |row| {
-                let row = serde_json::to_string(row).map_err(io::Error::from);
-                let printed = row.and_then(|row| {
-                    let mut out = io::stdout().lock();
-                    writeln!(out, "{row}").and_then(|()| out.flush())
-                });
-                printed.map_err(Error::io("write", "stdout"))
-            })?;
-            Ok(())
+fn table(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let report = bench::table(&mut *args.open()?, &request, |reached, all| {
+        if reached % 20 == 0 || reached == all {
+            eprintln!("{reached} of {all} products in a burst");
         }
-        Mode::Table => {
-            let report = bench::table(driver, &request, |reached, all| {
-                if reached % 20 == 0 || reached == all {
-                    eprintln!("{reached} of {all} products in a burst");
-                }
-            })?;
-            if args.json { output::print_json(&report) } else { output::print(&report.to_string()) }
-        }
-        Mode::Tune => {
-            let report = bench::tune(driver, &request, |report| {
-                if let Some(out) = &args.out {
-                    write(out, &report.table().to_string())?;
-                }
-                let line = report.progress();
-                if args.json {
-                    eprintln!("{line}")
-                } else {
-                    println!("{line}")
-                }
-                Ok(())
-            })?;
-            if args.json { output::print_json(&report) } else { output::print(&report.to_string()) }
-        }
-        Mode::Time | Mode::Predict => unreachable!("they are no products of models"),
-    }
+    })?;
+    print(args, &report)
 }
 
-/// Whole or not at all, so that who is stopped has what was timed before.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let fresh = path.with_added_extension("new");
-    fs::write(&fresh, text).map_err(Error::io("write", &fresh))?;
-    fs::rename(&fresh, path).map_err(Error::io("write", path))
+fn tune(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let report = bench::tune(&mut *args.open()?, &request, |report| {
+        eprintln!("{}", report.progress());
+        let Some(out) = &args.out else { return Ok(()) };
+        // Each time, so that who is stopped has what was timed before.
+        durable::replace(out, report.table().to_string().as_bytes())
+    })?;
+    print(args, &report)
+}
+
+fn answer(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let print = |row: &Row| {
+        let row = serde_json::to_string(row).map_err(io::Error::from);
+        let printed = row.and_then(|row| {
+            let mut out = io::stdout().lock();
+            writeln!(out, "{row}").and_then(|()| out.flush())
+        });
+        printed.map_err(Error::io("write", "stdout"))
+    };
+    Ok(bench::answer(&mut *args.open()?, &request, io::stdin().lock(), print)?)
 }

@@ -1,10 +1,12 @@
 //! kernels/gemm_*.cu: every layout, output and tile of every family. Random normals against the f64
 //! product, one-hot and ramp matrices exactly, every tail.
 
+use std::time::{Duration, Instant};
+
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product, Variant};
-use isobath::cuda::host::{self, Host, Options};
-use isobath::cuda::{DevicePointer, Driver, StreamId};
+use isobath::cuda::gemm::{Choice, Family, Gemm, GemmPlan, Layout, Output, Product, Variant};
+use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
+use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
 
 use super::counting::Counting;
 use super::machines::*;
@@ -427,6 +429,117 @@ fn a_plan_is_launched_again() {
             }
         }
     });
+}
+
+const REPEATS: usize = 1000;
+/// For all products on simt; a GPU takes the time that it takes.
+const REPEATING: Duration = Duration::from_secs(5);
+
+/// Launches of equal work give equal bits: all of `REPEATS` on a GPU, for every kernel; on simt as
+/// many as its time allows, each under another schedule, for the smallest tiles that several blocks
+/// share.
+#[test]
+fn every_launch_gives_the_same_bits() {
+    if has_simt() {
+        let mut host = Host::new(Options::default()).unwrap();
+        let gemm = Gemm::new(&mut host, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+        // Four tiles each; one tile in four splits; two tiles, each in two.
+        let cases = [
+            (Layout::Nt, [136, 136, 72]),
+            (Layout::Nn, [136, 136, 72]),
+            (Layout::Tn, [120, 120, 4 * 64 + 5]),
+            (Layout::Tn, [136, 120, 2 * 64 + 5]),
+        ];
+        for (layout, shape) in cases {
+            let variant = gemm.variants(layout).find(|it| it.columns == 128).unwrap();
+            let repeated = Repeated::new(&mut host, &gemm, variant, Dtype::Bf16, shape);
+            let first = repeated.launch(&mut host);
+            let end = Instant::now() + REPEATING / cases.len() as u32;
+            let mut launches = 1;
+            while launches < REPEATS && Instant::now() < end {
+                let (order, asynchronous) = (Order::Random, Asynchronous::Anytime);
+                let seed = launches as u64;
+                host.set_options(Options { order, asynchronous, seed, ..Options::default() });
+                repeated.assert_same(&first, &repeated.launch(&mut host), launches);
+                launches += 1;
+            }
+            println!("{}: {launches} launches on simt", repeated.name);
+        }
+    }
+    for mut driver in machines().into_iter().filter(|it| it.device() != "simt") {
+        let driver = &mut *driver;
+        for (dtype, gemm) in families(driver) {
+            for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+                let k = 16 * variant.depth + 9;
+                let shape = [2 * variant.rows + 9, 2 * variant.columns + 1, k];
+                let shape = allowed(variant.layout, dtype, shape);
+                let repeated = Repeated::new(driver, &gemm, variant, dtype, shape);
+                let first = repeated.launch(driver);
+                for launch in 1..REPEATS {
+                    repeated.assert_same(&first, &repeated.launch(driver), launch);
+                }
+                println!("{}: {REPEATS} launches on {}", repeated.name, driver.device());
+                repeated.release(driver);
+            }
+            gemm.release(driver).unwrap();
+        }
+    }
+}
+
+/// A product of random normals that is launched again and again, in as many splits as it has.
+struct Repeated {
+    name: String,
+    plan: GemmPlan,
+    /// A, B, what the result holds before each launch, the result.
+    buffers: [Allocation; 4],
+}
+
+impl Repeated {
+    fn new(
+        driver: &mut dyn Driver,
+        gemm: &Gemm,
+        variant: &'static Variant,
+        dtype: Dtype,
+        shape @ [m, n, k]: [usize; 3],
+    ) -> Self {
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        let choice = Choice { variant, splits: variant.most_splits(shape, multiprocessors) };
+        let layout = variant.layout;
+        let (result, output) = match layout {
+            Layout::Nt | Layout::Nn => (dtype, Output::Store { addend: None }),
+            Layout::Tn => (Dtype::F32, Output::Accumulate),
+        };
+        // Which element stands where does not matter here.
+        let buffers = [
+            upload(driver, "a", dtype, &draws(dtype, 1, m * k)),
+            upload(driver, "b", dtype, &draws(dtype, 2, n * k)),
+            upload(driver, "before", result, &draws(result, 3, m * n)),
+            unwritten(driver, "out", result, m * n),
+        ];
+        let [a, b, _, out] = buffers.map(|it| it.address);
+        let product = Product { layout, m, n, k, a, b, out, output };
+        let plan = gemm.plan_with(driver, choice, &product).unwrap();
+        Repeated { name: named(choice, shape, epilogues(layout)[0]), plan, buffers }
+    }
+
+    fn launch(&self, driver: &mut dyn Driver) -> Vec<u8> {
+        let [_, _, before, out] = self.buffers;
+        driver.on_device(StreamId::MAIN, before.address, out.address, out.bytes).unwrap();
+        self.plan.launch(driver, StreamId::MAIN).unwrap();
+        let mut found = vec![0; out.bytes as usize];
+        driver.to_host(StreamId::MAIN, out.address, &mut found).unwrap();
+        found
+    }
+
+    #[track_caller]
+    fn assert_same(&self, first: &[u8], found: &[u8], launch: usize) {
+        let Some(at) = first.iter().zip(found).position(|(a, b)| a != b) else { return };
+        panic!("{}: launch {launch} has other bits than the first, at byte {at}", self.name);
+    }
+
+    fn release(self, driver: &mut dyn Driver) {
+        self.buffers.into_iter().for_each(|buffer| driver.release(buffer).unwrap());
+    }
 }
 
 // ------------------------------------------------------------------ choices
