@@ -32,7 +32,7 @@ from pathlib import Path
 import kernels
 
 # Seconds, as in src/bench/products.rs.
-REST = 0.1
+REST = 0.05
 LAYOUTS = ["nt", "nn", "tn"]
 # Who is stopped loses no more than this.
 WRITE_SECONDS = 5.0

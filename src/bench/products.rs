@@ -244,7 +244,7 @@ pub(super) struct Stopwatch {
 
 /// A GPU rests so long before a burst, and a burst is about as long as it takes to draw all of its
 /// power: what follows is the speed of a product alone.
-const REST: Duration = Duration::from_millis(100);
+const REST: Duration = Duration::from_millis(50);
 const BURST_MICROSECONDS: f64 = 50_000.0;
 const MOST_SAMPLES: usize = 30;
 

@@ -141,7 +141,7 @@ pub fn table(
     let late = |share: f64| limit > 0.0 && started.elapsed().as_secs_f64() > share * limit;
     let mut stopwatch = Stopwatch::default();
     let mut timed: Vec<Timed> = vec![];
-    while !not_reached.is_empty() && !(late(BURST_SHARE) && !timed.is_empty()) {
+    while !not_reached.is_empty() && (timed.is_empty() || !late(BURST_SHARE)) {
         let product = not_reached.remove(0);
         let (layout, sizes) = (product.layout, product.sizes());
         let choice = kernels.choose(layout, sizes)?;

@@ -22,9 +22,9 @@ use crate::version::Program;
 
 /// Of a GPU, unless told otherwise.
 const SECONDS: f64 = 180.0;
-const ROUNDS: usize = 10;
+const ROUNDS: usize = 20;
 /// For all rounds of one product behind the second, on a GPU.
-const PRODUCT_MICROSECONDS: f64 = 400_000.0;
+const PRODUCT_MICROSECONDS: f64 = 500_000.0;
 /// Rounds that every candidate is timed in.
 const ROUNDS_OF_ALL: usize = 2;
 /// How much slower than the best of these rounds a candidate may be to stay in.

@@ -3,7 +3,8 @@
 //!
 //! `isobath bench gemm --tune` makes such a table; tuned.toml beside this file is compiled in, and
 //! comes before the model that chooses everything else. An entry counts for the machine of its name
-//! and for the kernels that a [`Gemm`](super::Gemm) has; nothing is taken over to other sizes.
+//! and for the kernels that a [`Gemm`](super::Gemm) has, with and without an addend; nothing is taken
+//! over to other sizes.
 
 use std::collections::HashMap;
 use std::fmt;
