@@ -738,14 +738,19 @@ fn products_are_tuned_tabled_and_asked_for_from_the_command_line() {
         child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
         child.wait_with_output().unwrap()
     };
-    let output = asked(&format!("--choices {out}"), "tn 136,72,320\nnt 64,64,72\n");
+    let output = asked(&format!("--choices {out}"), "tn 136,72,320\nnt 64,64,72\nnt 256,256,64\n");
     assert!(output.status.success(), "{output:?}");
     let lines = String::from_utf8(output.stdout).unwrap();
     let rows: Vec<Value> = lines.lines().map(|it| serde_json::from_str(it).unwrap()).collect();
     let what = rows[0]["what"].as_str().unwrap();
     assert!(what.starts_with(best["kernel"].as_str().unwrap()), "{what}");
     assert_eq!(rows[1]["sizes"], json!({"M": 64, "N": 64, "K": 72}));
-    assert_eq!((rows.len(), &rows[1]["op"]), (2, &json!("gemm_nt")));
+    assert_eq!(
+        rows[2]["sizes"],
+        json!({"M": 256, "N": 256, "K": 64}),
+        "more than there was room for"
+    );
+    assert_eq!((rows.len(), &rows[1]["op"]), (3, &json!("gemm_nt")));
     for (line, part) in [
         ("nt 64,64", "names no product"),
         ("tt 8,8,8", "names no product"),

@@ -165,12 +165,11 @@ impl Arena {
         dtype: Dtype,
         products: impl Iterator<Item = (Layout, [usize; 3])>,
     ) -> Result<Self> {
-        let (mut factors, mut results) = (LINE_BYTES, LINE_BYTES);
+        let [mut factors, mut results] = [LINE_BYTES; 2];
         for (layout, sizes) in products {
-            let Room { copies, a_bytes, b_bytes, result_bytes } =
-                room(driver, dtype, layout, sizes);
-            factors = factors.max(copies * (a_bytes + b_bytes));
-            results = results.max(copies * result_bytes);
+            let room = room(driver, dtype, layout, sizes);
+            factors = factors.max(room.copies * (room.a_bytes + room.b_bytes));
+            results = results.max(room.copies * room.result_bytes);
         }
         check_fits(driver, factors + results)?;
         let arena = Arena {
@@ -189,6 +188,13 @@ impl Arena {
             filled += more;
         }
         Ok(arena)
+    }
+
+    /// Whether there is room for this product.
+    pub fn holds(&self, driver: &dyn Driver, layout: Layout, sizes: [usize; 3]) -> bool {
+        let room = room(driver, self.dtype, layout, sizes);
+        room.copies * (room.a_bytes + room.b_bytes) <= self.factors.bytes
+            && room.copies * room.result_bytes <= self.results.bytes
     }
 
     pub fn release(self, driver: &mut dyn Driver) -> Result<()> {

@@ -219,22 +219,30 @@ pub fn answer(
     let kernels = request.kernels(driver)?;
     let peaks = Peaks::of(&driver.properties().name);
     let mut stopwatch = Stopwatch::default();
+    let mut arena: Option<Arena> = None;
     for line in asked.lines() {
         let line = line.map_err(Error::io("read", "stdin"))?;
-        let (layout, product) = parse(&line)?;
-        let one =
-            ProductsRequest { product: Some(product), layout: Some(layout), ..request.clone() };
-        let checked = one.wanted(driver)?;
-        let arena = Arena::new(driver, dtype, checked.iter().map(|it| (it.layout, it.sizes())))?;
-        let choice = kernels.choose(layout, product)?;
-        let plans = arena.plans(driver, &kernels, choice, product)?;
+        let (layout, sizes) = parse(&line)?;
+        let product = Some(sizes);
+        // Checks the sizes.
+        ProductsRequest { product, layout: Some(layout), ..request.clone() }.wanted(driver)?;
+        let found = match arena.take() {
+            Some(found) if found.holds(driver, layout, sizes) => found,
+            small => {
+                small.map_or(Ok(()), |small| small.release(driver))?;
+                Arena::new(driver, dtype, [(layout, sizes)].into_iter())?
+            }
+        };
+        let choice = kernels.choose(layout, sizes)?;
+        let plans = found.plans(driver, &kernels, choice, sizes)?;
         let times = stopwatch.burst(driver, &plans, request.samples)?;
-        let mut row = Row::new(cost(&choice, dtype, product), &Timing::new(times, plans.len()));
+        let mut row = Row::new(cost(&choice, dtype, sizes), &Timing::new(times, plans.len()));
         row.compare(None, peaks);
-        driver.synchronize()?;
-        arena.release(driver)?;
         answered(&row)?;
+        arena = Some(found);
     }
+    driver.synchronize()?;
+    arena.map_or(Ok(()), |arena| arena.release(driver))?;
     kernels.release(driver)
 }
 

@@ -84,7 +84,8 @@ pub struct BenchArgs {
     /// repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Measurements, of which the median counts [default: 30; on simt 3]
+    /// Measurements, of which the median counts [default: 30; of --table what 50 ms hold, of --tune
+    /// 20; on simt 3, or 1]
     #[arg(long)]
     samples: Option<NonZeroUsize>,
     /// --table, --tune: for how long [default: 90 and 180; on simt until all is done once]
