@@ -3,9 +3,12 @@
 use std::process::Output;
 
 use isobath::bench::cost::Cost;
-use isobath::bench::{self, Benchmark, Machine, Prediction, Request, Sizes, StepRequest, Unit};
+use isobath::bench::{
+    self, Benchmark, Machine, Prediction, ProductsRequest, Request, Sizes, StepRequest, Unit,
+};
 use isobath::config::{Config, Dtype, NormKind, Recompute};
-use isobath::cuda::gemm::{Family, Layout};
+use isobath::cuda::gemm::tuned::Table;
+use isobath::cuda::gemm::{self, Family, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, Peaks};
@@ -134,7 +137,7 @@ fn a_training_step_counts_its_formula_in_each_type() {
 fn products_and_attention_have_bytes_too() {
     let nt = |output| Cost::product(Layout::Nt, Dtype::Bf16, [128, 64, 72], output).bytes;
     let factors = (128 * 72 + 64 * 72) * 2;
-    use isobath::cuda::gemm::Output::{Accumulate, Store};
+    use gemm::Output::{Accumulate, Store};
     assert_eq!(nt(Store { addend: None }), factors + 128 * 64 * 2);
     assert_eq!(nt(Store { addend: Some(DevicePointer::NULL) }), factors + 2 * 128 * 64 * 2);
     assert_eq!(nt(Accumulate), factors + 2 * 128 * 64 * 4, "fp32, read and written");
@@ -411,6 +414,154 @@ fn a_prediction_has_the_partial_sums_of_the_kernels() {
     }
 }
 
+// ------------------------------------------------------------------ products of models
+
+fn products() -> ProductsRequest {
+    ProductsRequest { product: Some([136, 72, 320]), samples: Some(3), ..Default::default() }
+}
+
+#[test]
+fn the_tuner_times_every_candidate_beside_the_models_choice() {
+    if skipped() {
+        return;
+    }
+    let mut driver = open().unwrap();
+    let mut told = 0;
+    let report = bench::tune(&mut *driver, &products(), |report| {
+        told += 1;
+        assert_eq!(report.products.len(), told);
+        assert!(report.progress().contains("72    320"), "{}", report.progress());
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!((told, report.not_reached.len()), (3, 0));
+    let gemm = Gemm::new(&mut *driver, Dtype::Bf16, None).unwrap();
+    let mut logarithms = 0.0;
+    for found in &report.products {
+        let (layout, sizes) = (found.product.layout, found.product.sizes());
+        assert_eq!(sizes, [136, 72, 320]);
+        // Two tiles on four multiprocessors: TN whole and in two; each alone and as a cluster.
+        let splits = if layout == Layout::Tn { 2 } else { 1 };
+        let mut expected: Vec<(&str, usize, usize)> = vec![];
+        for variant in gemm.variants(layout) {
+            for cluster in [1, 2] {
+                expected.extend((1..=splits).map(|splits| (variant.kernel, splits, cluster)));
+            }
+        }
+        let mut timed: Vec<(&str, usize, usize)> =
+            found.candidates.iter().map(|it| (it.kernel, it.splits, it.cluster)).collect();
+        timed.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(timed, expected);
+
+        let model = gemm.reckon(layout, gemm::Output::plain(layout), sizes).unwrap();
+        let [best, model_is] = [0, found.model].map(|i| &found.candidates[i]);
+        assert_eq!((model_is.kernel, model_is.splits), (model.variant.kernel, model.splits));
+        let of_all: Vec<f64> = found
+            .candidates
+            .iter()
+            .filter(|it| it.samples == 3)
+            .map(|it| it.microseconds)
+            .collect();
+        assert!(of_all.is_sorted() && of_all[0] > 0.0 && of_all[0] == best.microseconds);
+        assert!(found.candidates.iter().all(|it| [2, 3].contains(&it.samples)));
+        let loss = model_is.microseconds / best.microseconds - 1.0;
+        assert_close("loss", &[found.loss_percent], &[100.0 * loss], 1e-9);
+        logarithms += loss.ln_1p();
+    }
+    let mean = 100.0 * ((logarithms / 3.0).exp() - 1.0);
+    assert_close("mean loss", &[report.mean_loss_percent], &[mean], 1e-9);
+    let same = report.products.iter().filter(|it| it.model == 0).count();
+    assert_eq!(report.same, same);
+    assert!(report.right >= same);
+    let text = report.to_string();
+    for part in ["3 products in", "within 1 % of the fastest", "best of 12", "simt (CPU)"] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+
+    // As text and back, its choices are taken.
+    let table: Table = report.table().to_string().parse().unwrap();
+    table.check().unwrap();
+    let gemm = gemm.with_table(driver.properties(), &table);
+    for found in &report.products {
+        let (layout, sizes) = (found.product.layout, found.product.sizes());
+        let choice = gemm.choose(layout, gemm::Output::plain(layout), sizes).unwrap();
+        let best = &found.candidates[0];
+        assert_eq!((choice.variant.kernel, choice.splits), (best.kernel, best.splits));
+    }
+}
+
+#[test]
+fn the_tuner_keeps_its_time_and_begins_with_the_dearest() {
+    if skipped() {
+        return;
+    }
+    let request = ProductsRequest { seconds: Some(1e-9), ..Default::default() };
+    let report = bench::tune(&mut *open().unwrap(), &request, |_| Ok(())).unwrap();
+    assert_eq!(report.products.len(), 0, "no time at all");
+    let shares: Vec<f64> = report.not_reached.iter().map(|it| it.step_share).collect();
+    assert!(
+        shares.is_sorted_by(|a, b| a >= b) && shares[0] < 0.5 && shares[14] > 0.0,
+        "{shares:?}"
+    );
+    assert!(report.to_string().contains("not reached, 15"), "{report}");
+    let mut reached = 0;
+    let stopped = bench::tune(&mut *open().unwrap(), &ProductsRequest::default(), |_| {
+        reached += 1;
+        Err(Error::Usage { what: "enough".to_string(), remedy: String::new() })
+    });
+    assert!(stopped.unwrap_err().to_string().contains("enough") && reached == 1);
+}
+
+#[test]
+fn the_table_has_every_product_once_in_a_burst_and_sustained() {
+    if skipped() {
+        return;
+    }
+    let mut reached = vec![];
+    let report = bench::table(&mut *open().unwrap(), &ProductsRequest::default(), |i, all| {
+        reached.push((i, all));
+    })
+    .unwrap();
+    assert_eq!(reached, (1..=15).map(|i| (i, 15)).collect::<Vec<_>>());
+    let mut keys: Vec<String> = vec![];
+    for row in &report.rows {
+        let [m, n, k] = row.product.sizes();
+        assert_eq!(row.flops, 2 * (m * n * k) as u64);
+        for speed in [row.burst, row.sustained] {
+            let per_second = row.flops as f64 / speed.microseconds / 1e6;
+            assert_close("TFLOP/s", &[speed.teraflops_per_second], &[per_second], 1e-9);
+            assert!(speed.samples == 1 && speed.percent_of_peak.is_none());
+        }
+        assert!(!row.tuned && row.splits == 1);
+        assert_eq!(row.product.of, ["tiny, 128 tokens"]);
+        keys.push(format!("{} {m} {n} {k}", row.product.layout));
+    }
+    keys.sort_unstable();
+    keys.dedup();
+    assert_eq!((keys.len(), report.not_reached.len()), (15, 0));
+    assert_eq!(report.means.len(), 4);
+    for mean in &report.means {
+        let rows = || {
+            let is = |row: &&bench::TableRow| mean.layout.is_none_or(|it| it == row.product.layout);
+            report.rows.iter().filter(is)
+        };
+        let sum: f64 = rows().map(|row| row.burst.teraflops_per_second.ln()).sum();
+        assert_eq!(rows().count(), mean.products);
+        let expected = (sum / mean.products as f64).exp();
+        assert_close("mean", &[mean.burst_teraflops_per_second], &[expected], 1e-9);
+    }
+    let text = report.to_string();
+    for part in ["geometric mean of 5 nn", "geometric mean of 15 products", "without a pause"] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+    // As long as it is told to: several passes, if not for every product its burst.
+    let long = ProductsRequest { seconds: Some(0.3), ..products() };
+    let report = bench::table(&mut *open().unwrap(), &long, |_, _| ()).unwrap();
+    assert!(report.rows.iter().all(|row| row.sustained.samples >= 1 && row.burst.samples == 3));
+    assert_eq!(report.rows.len() + report.not_reached.len(), 3);
+}
+
 // ------------------------------------------------------------------ the command line
 
 fn bench(arguments: &str, variables: &[(&str, &str)]) -> Output {
@@ -560,6 +711,68 @@ fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
 }
 
 #[test]
+fn products_are_tuned_tabled_and_asked_for_from_the_command_line() {
+    if skipped() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("tuned.toml").display().to_string();
+    let one = "--device simt --product 136,72,320 --layout tn --samples 1";
+    let output = bench(&format!("gemm --tune {one} --out {out} --json"), &[]);
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let progress = String::from_utf8(output.stderr).unwrap();
+    assert!(progress.contains("1/1"), "{progress}");
+    let candidates = report["products"][0]["candidates"].as_array().unwrap();
+    assert_eq!((report["products"][0]["layout"].as_str(), candidates.len()), (Some("tn"), 12));
+    assert!(candidates[0]["reckoned_microseconds"].is_null(), "nobody knows this CPU's peak");
+
+    let best = &candidates[0];
+    let report = answer(&format!("gemm --table {one} --choices {out} --json"));
+    let row = &report["rows"][0];
+    assert_eq!((&row["kernel"], &row["splits"]), (&best["kernel"], &best["splits"]));
+    assert_eq!((&row["tuned"], &row["m"], &row["n"]), (&json!(true), &json!(136), &json!(72)));
+
+    use std::io::Write;
+    let asked = |arguments: &str, lines: &str| {
+        let mut command = isobath();
+        let arguments = format!("bench gemm --stdin --device simt {arguments}");
+        command.args(arguments.split_whitespace());
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let output = asked(&format!("--choices {out}"), "tn 136,72,320\nnt 64,64,72\nnt 256,256,64\n");
+    assert!(output.status.success(), "{output:?}");
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<Value> = lines.lines().map(|it| serde_json::from_str(it).unwrap()).collect();
+    let what = rows[0]["what"].as_str().unwrap();
+    assert!(what.starts_with(best["kernel"].as_str().unwrap()), "{what}");
+    assert_eq!(rows[1]["sizes"], json!({"M": 64, "N": 64, "K": 72}));
+    assert_eq!(
+        rows[2]["sizes"],
+        json!({"M": 256, "N": 256, "K": 64}),
+        "more than there was room for"
+    );
+    assert_eq!((rows.len(), &rows[1]["op"]), (3, &json!("gemm_nt")));
+    for (line, part) in [
+        ("nt 64,64", "names no product"),
+        ("tt 8,8,8", "names no product"),
+        ("nt 0,8,8", "cannot be timed"),
+        ("nt 8,8,9", "multiples of 8"),
+    ] {
+        let output = asked("", &format!("{line}\n"));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(if line.ends_with('9') { 1 } else { 2 }), "{text}");
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
+    let output = bench(&format!("gemm --table {one} --choices Cargo.toml"), &[]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && text.contains("Cargo.toml"), "{text}");
+}
+
+#[test]
 fn wrong_arguments_of_bench_are_refused() {
     let refused = [
         ("norms", &[][..], &["norms", "norm"][..]),
@@ -581,6 +794,17 @@ fn wrong_arguments_of_bench_are_refused() {
         ("--predict --race", &[], &["--predict measures nothing"]),
         ("--predict --rows 8", &[], &["--rows is of norm"]),
         ("--predict --preset 8m", &[], &["8m", "9m"]),
+        ("--predict --preset 9m --preset 60m", &[], &["of one preset"]),
+        ("--tune", &[], &["--tune is of gemm", "bench gemm --tune"]),
+        ("gemm --tune --table", &[], &["--table and --tune are two things"]),
+        ("gemm --table --out a.toml", &[], &["--out is of --tune"]),
+        ("gemm --seconds 5", &[], &["--seconds is of --table and --tune"]),
+        ("gemm --table --seconds 0", &[], &["--seconds", "above 0"]),
+        ("gemm --tune --choices a.toml", &[], &["--choices is of --table and --stdin"]),
+        ("gemm --table --rows 8", &[], &["--rows is of norm"]),
+        ("gemm --table --device simt --preset 8m", &[], &["8m", "9m"]),
+        ("gemm --stdin --product 8,8,8", &[], &["--product says which product"]),
+        ("gemm --stdin --preset 9m", &[], &["--preset is of step"]),
         ("--predict --set model.vocab=0", &[], &["vocabulary is not known", "model.vocab"]),
     ];
     for (arguments, variables, parts) in refused {

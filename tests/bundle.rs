@@ -90,8 +90,11 @@ fn a_bundle_goes_on_after_failures() {
         ("train cpu", "ok", ""),
         ("train compared", "ok", "after 2 steps: loss 3.0000 on simt"),
         ("bench norm", "failed", "signal 11"),
+        ("bench tune", "failed", "signal 11"),
+        ("bench table", "failed", "signal 11"),
         ("bench step", "failed", "signal 11"),
         // Not in this folder.
+        ("peers products", "failed", "products.py"),
         ("peers norm", "failed", "kernels.py"),
     ] {
         let stage = stage(&summary, name);
@@ -114,6 +117,21 @@ fn a_bundle_goes_on_after_failures() {
     let compared = fs::read(results.join("train-compared.json")).unwrap();
     let compared: Value = serde_json::from_slice(&compared).unwrap();
     assert_eq!(compared["losses"], serde_json::json!([[1, 4.0, 4.0], [2, 3.0, 3.0]]));
+
+    // The table is there before the tuner has timed anything, and the stages behind it read it.
+    assert_eq!(fs::read(results.join("tuned.toml")).unwrap(), b"");
+    let names: Vec<&str> = summary["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["stage"].as_str().unwrap())
+        .collect();
+    let at = |name| names.iter().position(|it| *it == name).unwrap();
+    assert!(at("bench tune") < at("bench table") && at("bench table") < at("peers products"));
+    for name in ["bench tune", "bench table", "peers products"] {
+        let command = stage(&summary, name)["command"].to_string();
+        assert!(command.contains("tuned.toml"), "{command}");
+    }
 
     // Results are never overwritten.
     let (output, _) = run(folder.path(), &["--device", "simt"]);

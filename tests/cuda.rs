@@ -10,6 +10,7 @@ mod driver;
 mod embedding;
 mod faults;
 mod gemm;
+mod gemm_tuned;
 mod library;
 mod loss;
 mod machines;

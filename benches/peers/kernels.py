@@ -186,6 +186,30 @@ class Stopwatch:
         found = [self.sample(twin, copies, queueing) for _ in range(samples)]
         return found, len(copies)
 
+    def burst(self, twin, samples, rest):
+        """As src/bench/products.rs times a product: samples one behind the other without a gap,
+        behind one that does not count, after a rest of so many seconds."""
+        copies = [twin.setup() for _ in range(self.copies(twin))]
+        start = time.perf_counter()
+        for copy in copies:
+            twin.launch(copy)
+        queueing = time.perf_counter() - start
+        self.synchronize()
+        if self.device != "cuda":
+            return [self.sample(twin, copies, queueing) for _ in range(samples)], len(copies)
+        cuda = self.torch.cuda
+        time.sleep(rest)
+        events = [cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+        cuda._sleep(int(2e9 * min(0.05, queueing + 1e-4)))
+        for event in events:
+            for copy in copies:
+                twin.launch(copy)
+            event.record()
+        cuda.synchronize()
+        found = [1e3 * begin.elapsed_time(end) / len(copies)
+                 for begin, end in zip(events, events[1:])]
+        return found, len(copies)
+
     def synchronize(self):
         if self.device == "cuda":
             self.torch.cuda.synchronize()
@@ -227,8 +251,9 @@ def run_isobath(program, benchmark, device, extra):
     return json.loads(done.stdout)
 
 
-def time_peers(stopwatch, twins_module, entry, made):
-    """Adds a round of the twins of a joined row; `made` keeps them for the next one."""
+def time_peers(stopwatch, time_twin, twins_module, entry, made):
+    """Adds a round of the twins of a joined row; `made` keeps them for the next one. `time_twin`
+    of a twin and a number of samples gives these and the launches in each."""
     name = key(entry)
     if any(peer["name"] == "none" for peer in entry["peers"]):
         return
@@ -250,7 +275,7 @@ def time_peers(stopwatch, twins_module, entry, made):
         if peer.get("error"):
             continue
         try:
-            samples, launches = stopwatch.time(twin, entry["samples"])
+            samples, launches = time_twin(twin, entry["samples"])
             peer["microseconds"] += samples
             peer["launches_per_sample"] = launches
         # Whatever PyTorch raises (no such backend for these sizes, out of memory, a compiler that
@@ -306,6 +331,17 @@ def commit_of(program):
     return done.stdout.decode().strip() or None
 
 
+def new_record(torch, device, program):
+    """Where and with what; nothing is timed yet."""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU (to try the twins)"
+    return {
+        "date": datetime.date.today().isoformat(), "device": name, "driver": driver_version(),
+        "torch": torch.__version__, "cuda": torch.version.cuda,
+        "python": sys.version.split()[0], "commit": commit_of(program), "rounds": 0,
+        "ceilings": {}, "rows": [], "reports": [],
+    }
+
+
 def measure(args):
     """A record; it is written after every row, so that who runs out of time has what was timed.
     Errors: Skip, ValueError (isobath failed)."""
@@ -315,13 +351,7 @@ def measure(args):
     torch, twins = modules(device)
     stopwatch = Stopwatch(torch, device)
     started = time.monotonic()
-    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU (to try the twins)"
-    record = {
-        "date": datetime.date.today().isoformat(), "device": name, "driver": driver_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda,
-        "python": sys.version.split()[0], "commit": commit_of(args.program), "rounds": 0,
-        "ceilings": {}, "rows": [], "reports": [],
-    }
+    record = new_record(torch, device, args.program)
     peers, made = {}, {}
     extra = ["--samples", str(args.samples)] if args.samples else []
     late = lambda: args.seconds and time.monotonic() - started > args.seconds
@@ -340,7 +370,7 @@ def measure(args):
                 if not entry["peers"]:
                     entry["peers"].append({"name": "none", "error": "no time was left"})
                 continue
-            time_peers(stopwatch, twins, entry, made)
+            time_peers(stopwatch, stopwatch.time, twins, entry, made)
             write(record, args)
         write(record, args)
         print(f"round {record['rounds']} of {args.rounds}: {len(joined)} rows", file=sys.stderr)

@@ -117,11 +117,18 @@ def gemm(row, device):
     bytes = element * (m * k + n * k + m * n)
     empty = lambda dtype: torch.zeros((m, n), dtype=dtype, device=device)
     if layout == "tn":
-        # Isobath adds into an f32 gradient, autograd into one of the operands' type.
+        # Isobath adds into an f32 gradient, autograd into one of the operands' type: half the bytes
+        # of the result, and one more rounding.
         found = [Twin(f"addmm into {row['dtype']}", bytes,
                       lambda: (*operands(), empty(dtype)),
                       lambda copy: copy[2].addmm_(copy[0], copy[1]))]
         if dtype != torch.float32:
+            # The same work in one kernel, where PyTorch has it: from 2.8 on, not on a CPU.
+            found.append(Twin("addmm into f32", bytes + (4 - element) * m * n,
+                              lambda: (*operands(), empty(torch.float32)),
+                              lambda copy: torch.addmm(copy[2], copy[0], copy[1],
+                                                       out_dtype=torch.float32, out=copy[2])))
+            # In two: the product is rounded to the operands' type, written and read.
             found.append(Twin("matmul, add to f32", bytes + 4 * m * n,
                               lambda: (*operands(), empty(torch.float32)),
                               lambda copy: copy[2].add_(torch.mm(copy[0], copy[1]))))

@@ -2,7 +2,8 @@
 //! of its weight (TN).
 
 use super::Request;
-use super::cost::{Cost, element_bytes};
+use super::cost::element_bytes;
+use super::products;
 use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
@@ -81,9 +82,9 @@ fn row(
         sizes::check("a factor or result", &sides)?;
     }
     let dtype = request.kernel_dtype();
-    let (output, element_out) = match layout {
-        Layout::Nt | Layout::Nn => (Output::Store { addend: None }, element_bytes(dtype)),
-        Layout::Tn => (Output::Accumulate, element_bytes(Dtype::F32)),
+    let element_out = match layout {
+        Layout::Nt | Layout::Nn => element_bytes(dtype),
+        Layout::Tn => element_bytes(Dtype::F32),
     };
     let out_bytes = (m * n) as u64 * element_out;
     let bytes = (m * k + n * k) as u64 * element_bytes(dtype) + out_bytes;
@@ -91,14 +92,13 @@ fn row(
         let a = buffers.normals("A", dtype, m * k)?;
         let b = buffers.normals("B", dtype, n * k)?;
         let out = buffers.zeros("out", out_bytes)?;
+        let output = Output::plain(layout);
         kernels.plan(buffers.driver, &Product { layout, m, n, k, a, b, out, output })
     })?;
     let samples = samples(driver, request.samples);
     let timing =
         copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
-    let plan = &copies.copies[0];
-    let splits = if plan.splits > 1 { format!(" in {}", plan.splits) } else { String::new() };
-    let what = format!("{}{splits}, {dtype}", plan.variant.kernel);
+    let choice = copies.copies[0].choice;
     copies.release(driver)?;
-    Ok(Row::new(Cost { what, ..Cost::product(layout, dtype, [m, n, k], output) }, &timing))
+    Ok(Row::new(products::cost(&choice, dtype, [m, n, k]), &timing))
 }

@@ -15,17 +15,23 @@ mod launches;
 mod loss;
 mod norm;
 mod predict;
+mod products;
 mod report;
 mod shapes;
 mod sizes;
 mod step;
+mod table;
 mod timing;
+mod tune;
 
 pub use predict::{Kernel, Prediction, Roof};
+pub use products::{ProductsRequest, Wanted};
 pub use report::{Report, Row, Unit, Work};
 pub use shapes::{GemmPrediction, GemmRow};
 pub use sizes::Sizes;
 pub use step::{Machine, StepRequest};
+pub use table::{Mean, Speed, TableReport, TableRow, answer, table};
+pub use tune::{Candidate, TuneReport, TunedProduct, tune};
 
 use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};

@@ -19,7 +19,7 @@ const PRESETS: [&str; 6] = ["60m", "130m", "250m", "350m", "1b", "7b"];
 const TOKENS: [usize; 3] = [16 << 10, 32 << 10, 64 << 10];
 /// Share of the datasheet's FLOPs that a machine full of the fastest tiles is taken to do: what the
 /// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
-const FASTEST: f64 = 0.8;
+pub(super) const FASTEST: f64 = 0.8;
 
 #[derive(Serialize, Clone, Debug)]
 pub struct GemmPrediction {
@@ -63,24 +63,16 @@ pub struct GemmRow {
     pub microseconds: f64,
     /// Of the datasheet's FLOPs.
     pub share: f64,
+    /// All launches of it, of the reckoned time of a training step over one micro-batch.
+    pub step_share: f64,
 }
 
 impl GemmPrediction {
-    /// Of one preset with `sets` above it, or of all that are listed here.
+    /// Of these presets with `sets` above them; if there are none, of those that are listed here.
     ///
     /// Errors: an unknown preset; sizes that cannot be planned.
-    pub fn new(preset: Option<&str>, sets: &[String]) -> Result<Self> {
-        let presets = preset.map_or(PRESETS.to_vec(), |preset| vec![preset]);
-        let mut products: Vec<GemmRow> = vec![];
-        for preset in presets {
-            let mut config = Config::preset(preset)?.with_sets(sets)?;
-            config.dtype = Dtype::Bf16;
-            for tokens in TOKENS {
-                config.train.micro_batch = (tokens / config.data.sequence).max(1);
-                config.train.grad_accumulation = 1;
-                products.extend(rows(&config, &H200)?);
-            }
-        }
+    pub fn new(presets: &[String], sets: &[String]) -> Result<Self> {
+        let mut products = listed(presets, sets)?;
         products.sort_by(|a, b| a.share.total_cmp(&b.share));
         let logarithms = products.iter().map(|row| row.share.ln()).sum::<f64>();
         Ok(GemmPrediction {
@@ -95,12 +87,36 @@ impl GemmPrediction {
     }
 }
 
-fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
+/// As [`GemmPrediction::new`], in the order of presets and tokens.
+pub(super) fn listed(presets: &[String], sets: &[String]) -> Result<Vec<GemmRow>> {
+    let presets = match presets {
+        [] => PRESETS.to_vec(),
+        given => given.iter().map(String::as_str).collect(),
+    };
+    let mut products = vec![];
+    for preset in presets {
+        let mut config = Config::preset(preset)?.with_sets(sets)?;
+        config.dtype = Dtype::Bf16;
+        for tokens in TOKENS {
+            config.train.micro_batch = (tokens / config.data.sequence).max(1);
+            config.train.grad_accumulation = 1;
+            products.extend(rows(&config, &H200)?);
+        }
+    }
+    Ok(products)
+}
+
+/// The products of one configuration.
+pub(super) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
     let peak = machine.flops_per_second(Dtype::Bf16);
     let multiprocessors = machine.multiprocessors;
     let mut rows: Vec<GemmRow> = vec![];
+    let mut others = 0.0;
     for kernel in Prediction::new(config)?.kernels {
-        let Sizes::Product { m, n, k } = kernel.sizes else { continue };
+        let Sizes::Product { m, n, k } = kernel.sizes else {
+            others += kernel.launches as f64 * kernel.microseconds[0];
+            continue;
+        };
         let sizes = [m, n, k];
         let (layout, output) = product(kernel.op, config.model.head_dim());
         // Gate and up are two factors of each column.
@@ -115,7 +131,7 @@ fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
             row.launches += kernel.launches;
             continue;
         }
-        let Choice { variant, splits } = choice;
+        let Choice { variant, splits, .. } = choice;
         let items = variant.tiles(m, n / halves) * splits;
         let waves = items as f64 / multiprocessors as f64;
         let steps = k.div_ceil(variant.depth).div_ceil(splits);
@@ -142,8 +158,12 @@ fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
             flops: kernel.flops,
             microseconds: 1e6 * seconds,
             share: kernel.flops as f64 / seconds / peak,
+            step_share: 0.0,
         });
     }
+    let all = |row: &GemmRow| row.launches as f64 * row.microseconds;
+    let step = others + rows.iter().map(all).sum::<f64>();
+    rows.iter_mut().for_each(|row| row.step_share = all(row) / step);
     Ok(rows)
 }
 

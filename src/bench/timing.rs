@@ -16,6 +16,11 @@ use super::cost::element_bytes;
 const L2_SIZES: u64 = 4;
 const MOST_COPIES: u64 = 64;
 
+/// How many copies keep L2 cold, where one launch touches so many bytes.
+pub(super) fn cold_copies(driver: &dyn Driver, touched: u64) -> u64 {
+    (L2_SIZES * driver.properties().l2_bytes).div_ceil(touched.max(1)).clamp(1, MOST_COPIES)
+}
+
 pub(super) fn on_cpu(driver: &dyn Driver) -> bool {
     driver.properties().l2_bytes == 0
 }
@@ -48,8 +53,7 @@ impl<T> Copies<T> {
         allocated: u64,
         mut make: impl FnMut(&mut Buffers) -> Result<T>,
     ) -> Result<Self> {
-        let l2_bytes = driver.properties().l2_bytes;
-        let count = (L2_SIZES * l2_bytes).div_ceil(touched.max(1)).clamp(1, MOST_COPIES);
+        let count = cold_copies(driver, touched);
         check_fits(driver, count * allocated)?;
         let mut allocations = vec![];
         let mut buffers = Buffers { driver, allocations: &mut allocations };
@@ -87,7 +91,7 @@ impl<T> Copies<T> {
     }
 }
 
-fn check_fits(driver: &dyn Driver, needed: u64) -> Result<()> {
+pub(super) fn check_fits(driver: &dyn Driver, needed: u64) -> Result<()> {
     let free = driver.free_bytes()?;
     if needed <= free {
         return Ok(());
@@ -114,17 +118,8 @@ impl Buffers<'_> {
 
     /// Independent draws from N(0, 1) in this type, the same for every run.
     pub fn normals(&mut self, label: &str, dtype: Dtype, count: usize) -> Result<DevicePointer> {
-        let mut values = vec![0f32; count.min(DRAWN)];
-        Philox::new(0, stream(label)).fill_normal(0, &mut values);
-        let narrow: Vec<bf16>;
-        let bytes: &[u8] = match dtype {
-            Dtype::F32 => bytemuck::cast_slice(&values),
-            Dtype::Bf16 => {
-                narrow = values.iter().map(|&value| bf16::from_f32(value)).collect();
-                bytemuck::cast_slice(&narrow)
-            }
-        };
-        self.repeated(label, bytes, count as u64 * element_bytes(dtype))
+        let bytes = drawn_normals(label, dtype, count);
+        self.repeated(label, &bytes, count as u64 * element_bytes(dtype))
     }
 
     /// Independent i32 from 0 to `end` - 1.
@@ -149,6 +144,19 @@ impl Buffers<'_> {
 
 /// Drawing is slow: a larger buffer repeats the first million.
 const DRAWN: usize = 1 << 20;
+
+/// Of `count` normals as they lie in memory, the first million at most.
+pub(super) fn drawn_normals(label: &str, dtype: Dtype, count: usize) -> Vec<u8> {
+    let mut values = vec![0f32; count.min(DRAWN)];
+    Philox::new(0, stream(label)).fill_normal(0, &mut values);
+    match dtype {
+        Dtype::F32 => bytemuck::cast_slice(&values).to_vec(),
+        Dtype::Bf16 => {
+            let narrow: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+            bytemuck::cast_slice(&narrow).to_vec()
+        }
+    }
+}
 
 fn stream(label: &str) -> u64 {
     label.bytes().fold(0, |hash: u64, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)))

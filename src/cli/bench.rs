@@ -1,13 +1,22 @@
 //! `isobath bench`: times kernels, on a GPU or on the CPU machine; there also to debug them.
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use clap::Args;
-use isobath::bench::{self, Benchmark, GemmPrediction, Machine, Prediction, Request, StepRequest};
+use isobath::bench::{
+    self, Benchmark, GemmPrediction, Machine, Prediction, ProductsRequest, Request, Row,
+    StepRequest,
+};
 use isobath::config::{DeviceKind, Dtype, NormKind};
+use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{Asynchronous, Options, Order};
-use isobath::{Error, Result, cuda};
+use isobath::cuda::{self, Driver};
+use isobath::{Error, Result, durable};
+use serde::Serialize;
 
 use super::output;
 
@@ -20,6 +29,18 @@ pub struct BenchArgs {
     /// what is reckoned for every product of the paper's models
     #[arg(long)]
     predict: bool,
+    /// gemm: every product of the paper's models with the kernel chosen for it, in a burst and
+    /// sustained
+    #[arg(long)]
+    table: bool,
+    /// gemm: every kernel and number of splits for each of these products, the dearest products
+    /// first; what was fastest becomes src/cuda/gemm/tuned.toml
+    #[arg(long)]
+    tune: bool,
+    /// gemm: the products that lines on stdin name (nt 4096,2048,1024), one JSON row a line, for a
+    /// program that times something else in between
+    #[arg(long)]
+    stdin: bool,
     /// auto (a GPU if there is one, else simt), cuda or simt
     #[arg(long, default_value = "auto")]
     device: DeviceKind,
@@ -54,17 +75,28 @@ pub struct BenchArgs {
     /// adamw: elements N [default: 2^28; on simt 2^18]
     #[arg(long)]
     elements: Option<NonZeroUsize>,
-    /// step, --predict: model and batch (see `isobath info`) [default: a 1B model with grouped
-    /// heads, 8 x 2048 tokens; step on simt: a tiny one]
-    #[arg(long, value_name = "NAME")]
-    preset: Option<String>,
-    /// step, --predict: a value above those of the preset, for instance train.micro_batch=4; may be
+    /// step, --predict, --table, --tune: model and batch (see `isobath info`); of products may be
+    /// repeated [default: a 1B model with grouped heads, 8 x 2048 tokens; products: the paper's
+    /// models; on simt a tiny one]
+    #[arg(long = "preset", value_name = "NAME")]
+    presets: Vec<String>,
+    /// step, --predict, --table, --tune: a value above those of the preset, for instance train.micro_batch=4; may be
     /// repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Measurements, of which the median counts [default: 30; on simt 3]
+    /// Measurements, of which the median counts [default: 30; of --table what 50 ms hold, of --tune
+    /// 20; on simt 3, or 1]
     #[arg(long)]
     samples: Option<NonZeroUsize>,
+    /// --table, --tune: for how long [default: 90 and 180; on simt until all is done once]
+    #[arg(long, value_name = "S", value_parser = positive)]
+    seconds: Option<f64>,
+    /// --tune: where to write what was fastest
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// --table, --stdin: choose as this file of --tune says, not as the one that is compiled in
+    #[arg(long, value_name = "FILE")]
+    choices: Option<PathBuf>,
     #[command(flatten)]
     simt: SimtArgs,
     /// Print one JSON object
@@ -72,9 +104,46 @@ pub struct BenchArgs {
     json: bool,
 }
 
+/// What becomes of the kernels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Time,
+    Predict,
+    Table,
+    Tune,
+    Stdin,
+}
+
 impl BenchArgs {
+    /// Errors: two of them at once; one that the benchmark does not have.
+    fn mode(&self) -> Result<Mode> {
+        let modes = [
+            ("--predict", self.predict, Mode::Predict),
+            ("--table", self.table, Mode::Table),
+            ("--tune", self.tune, Mode::Tune),
+            ("--stdin", self.stdin, Mode::Stdin),
+        ];
+        let mut given = modes.into_iter().filter(|(_, given, _)| *given);
+        let (Some((flag, _, mode)), other) = (given.next(), given.next()) else {
+            return Ok(Mode::Time);
+        };
+        if let Some((other, ..)) = other {
+            return Err(Error::Usage {
+                what: format!("{flag} and {other} are two things to do"),
+                remedy: "leave one of them out".to_string(),
+            });
+        }
+        if mode != Mode::Predict && self.benchmark != Benchmark::Gemm {
+            return Err(Error::Usage {
+                what: format!("{flag} is of gemm"),
+                remedy: format!("run `isobath bench gemm {flag}`"),
+            });
+        }
+        Ok(mode)
+    }
+
     /// Refuses what the chosen benchmark would not look at.
-    fn check_flags(&self) -> Result<()> {
+    fn check_flags(&self, mode: Mode) -> Result<()> {
         use Benchmark::{Adamw, Attention, Gemm, Loss, Norm, Step};
         let flags: [(&str, bool, &[Benchmark]); 11] = [
             ("--norm", self.norm.is_some(), &[Norm]),
@@ -86,7 +155,7 @@ impl BenchArgs {
             ("--family", self.family.is_some(), &[Gemm]),
             ("--attention", self.attention.is_some(), &[Attention]),
             ("--elements", self.elements.is_some(), &[Adamw]),
-            ("--preset", self.preset.is_some(), &[Step]),
+            ("--preset", !self.presets.is_empty(), &[Step]),
             ("--set", !self.sets.is_empty(), &[Step]),
         ];
         let predictable = [Benchmark::All, Benchmark::Gemm].contains(&self.benchmark);
@@ -94,7 +163,7 @@ impl BenchArgs {
             || self.device != DeviceKind::Auto
             || self.samples.is_some()
             || self.simt.is_given();
-        if self.predict && measured {
+        if mode == Mode::Predict && measured {
             return Err(Error::Usage {
                 what: "--predict measures nothing and asks no device".to_string(),
                 remedy:
@@ -103,21 +172,86 @@ impl BenchArgs {
                         .to_string(),
             });
         }
-        let looked_at = |of: &[Benchmark]| match (self.predict, self.benchmark) {
-            (true, _) => of == [Step],
-            (false, Benchmark::All) => true,
-            (false, chosen) => of.contains(&chosen),
+        let looked_at = |of: &[Benchmark]| match (mode, self.benchmark) {
+            (Mode::Predict, _) => of == [Step],
+            (Mode::Table | Mode::Tune, _) => of == [Step] || of == [Gemm],
+            (Mode::Stdin | Mode::Time, Benchmark::All) => true,
+            (Mode::Stdin | Mode::Time, chosen) => of.contains(&chosen),
         };
-        match flags.iter().find(|(_, given, of)| *given && !looked_at(of)) {
-            None => Ok(()),
-            Some((flag, _, of)) => {
-                let names: Vec<&str> = of.iter().map(|benchmark| benchmark.name()).collect();
-                Err(Error::Usage {
-                    what: format!("{flag} is of {}", names.join(" and ")),
-                    remedy: format!("leave it out, or run `isobath bench {}`", names[0]),
-                })
-            }
+        if let Some((flag, _, of)) = flags.iter().find(|(_, given, of)| *given && !looked_at(of)) {
+            let names: Vec<&str> = of.iter().map(|benchmark| benchmark.name()).collect();
+            return Err(Error::Usage {
+                what: format!("{flag} is of {}", names.join(" and ")),
+                remedy: format!("leave it out, or run `isobath bench {}`", names[0]),
+            });
         }
+        let of_modes: [(&str, bool, &[Mode], &str); 3] = [
+            ("--seconds", self.seconds.is_some(), &[Mode::Table, Mode::Tune], "--table and --tune"),
+            ("--out", self.out.is_some(), &[Mode::Tune], "--tune"),
+            (
+                "--choices",
+                self.choices.is_some(),
+                &[Mode::Table, Mode::Stdin],
+                "--table and --stdin",
+            ),
+        ];
+        if let Some((flag, .., names)) =
+            of_modes.iter().find(|(_, given, of, _)| *given && !of.contains(&mode))
+        {
+            return Err(Error::Usage {
+                what: format!("{flag} is of {names}"),
+                remedy: format!("leave it out, or run `isobath bench gemm` with {names}"),
+            });
+        }
+        let several = self.presets.len() > 1;
+        if several && (self.benchmark != Benchmark::Gemm || mode == Mode::Time) {
+            return Err(Error::Usage {
+                what: "a training step is of one preset".to_string(),
+                remedy: "give --preset once".to_string(),
+            });
+        }
+        let (sized, of_models) = (self.product.is_some(), !self.presets.is_empty());
+        if sized && (mode == Mode::Stdin || of_models || !self.sets.is_empty()) {
+            return Err(Error::Usage {
+                what: "--product says which product, and so do --stdin, --preset and --set"
+                    .to_string(),
+                remedy: "leave one of them out".to_string(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl BenchArgs {
+    fn open(&self) -> Result<Box<dyn Driver>> {
+        let driver = cuda::open(self.device, self.simt.options()?)?;
+        if driver.device() != "simt" && self.simt.is_given() {
+            return Err(Error::Usage {
+                what: "--race, --order, --async, --seed and --workers are of the device simt"
+                    .to_string(),
+                remedy: "add --device simt".to_string(),
+            });
+        }
+        Ok(driver)
+    }
+
+    fn step(&self) -> StepRequest {
+        StepRequest { preset: self.presets.first().cloned(), sets: self.sets.clone() }
+    }
+
+    /// Errors: a file of choices that is none.
+    fn products(&self) -> Result<ProductsRequest> {
+        Ok(ProductsRequest {
+            presets: self.presets.clone(),
+            sets: self.sets.clone(),
+            product: self.product,
+            layout: self.layout,
+            family: self.family,
+            dtype: self.dtype,
+            samples: self.samples.map(usize::from),
+            seconds: self.seconds,
+            choices: self.choices.as_deref().map(Table::read).transpose()?,
+        })
     }
 }
 
@@ -169,35 +303,36 @@ fn sizes<const N: usize>(text: &str) -> Result<[usize; N], String> {
     sizes.ok_or_else(|| format!("give {N} sizes such as {example}"))
 }
 
+/// Seconds.
+fn positive(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|it: &f64| *it > 0.0);
+    seconds.ok_or_else(|| "give a number of seconds above 0".to_string())
+}
+
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
-    args.check_flags()?;
-    if args.predict && args.benchmark == Benchmark::Gemm {
-        let prediction = GemmPrediction::new(args.preset.as_deref(), &args.sets)?;
-        return match args.json {
-            true => output::print_json(&prediction),
-            false => output::print(&prediction.to_string()),
-        };
+    let mode = args.mode()?;
+    args.check_flags(mode)?;
+    match mode {
+        Mode::Time => time(args),
+        Mode::Predict => predict(&args),
+        Mode::Table => table(&args),
+        Mode::Tune => tune(&args),
+        Mode::Stdin => answer(&args),
     }
-    let step = StepRequest { preset: args.preset, sets: args.sets };
-    if args.predict {
-        let prediction = Prediction::new(&step.resolve(Machine::Gpu, args.dtype)?)?;
-        return match args.json {
-            true => output::print_json(&prediction),
-            false => output::print(&prediction.to_string()),
-        };
+}
+
+fn print(args: &BenchArgs, report: &(impl Serialize + Display)) -> anyhow::Result<()> {
+    if args.json { output::print_json(report) } else { output::print(&report.to_string()) }
+}
+
+fn predict(args: &BenchArgs) -> anyhow::Result<()> {
+    if args.benchmark == Benchmark::Gemm {
+        return print(args, &GemmPrediction::new(&args.presets, &args.sets)?);
     }
-    let simt = args.simt.options()?;
-    let open = || {
-        let driver = cuda::open(args.device, simt)?;
-        if driver.device() != "simt" && args.simt.is_given() {
-            return Err(Error::Usage {
-                what: "--race, --order, --async, --seed and --workers are of the device simt"
-                    .to_string(),
-                remedy: "add --device simt".to_string(),
-            });
-        }
-        Ok(driver)
-    };
+    print(args, &Prediction::new(&args.step().resolve(Machine::Gpu, args.dtype)?)?)
+}
+
+fn time(args: BenchArgs) -> anyhow::Result<()> {
     let request = Request {
         benchmark: args.benchmark,
         dtype: args.dtype,
@@ -211,8 +346,41 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         family: args.family,
         attention: args.attention,
         elements: args.elements.map(usize::from),
-        step,
+        step: args.step(),
     };
-    let report = bench::run(open, &request)?;
-    if args.json { output::print_json(&report) } else { output::print(&report.to_string()) }
+    print(&args, &bench::run(|| args.open(), &request)?)
+}
+
+fn table(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let report = bench::table(&mut *args.open()?, &request, |reached, all| {
+        if reached % 20 == 0 || reached == all {
+            eprintln!("{reached} of {all} products in a burst");
+        }
+    })?;
+    print(args, &report)
+}
+
+fn tune(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let report = bench::tune(&mut *args.open()?, &request, |report| {
+        eprintln!("{}", report.progress());
+        let Some(out) = &args.out else { return Ok(()) };
+        // Each time, so that who is stopped has what was timed before.
+        durable::replace(out, report.table().to_string().as_bytes())
+    })?;
+    print(args, &report)
+}
+
+fn answer(args: &BenchArgs) -> anyhow::Result<()> {
+    let request = args.products()?;
+    let print = |row: &Row| {
+        let row = serde_json::to_string(row).map_err(io::Error::from);
+        let printed = row.and_then(|row| {
+            let mut out = io::stdout().lock();
+            writeln!(out, "{row}").and_then(|()| out.flush())
+        });
+        printed.map_err(Error::io("write", "stdout"))
+    };
+    Ok(bench::answer(&mut *args.open()?, &request, io::stdin().lock(), print)?)
 }

@@ -3,10 +3,12 @@
 
 mod fused;
 
+use std::time::{Duration, Instant};
+
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product, Variant};
-use isobath::cuda::host::{self, Host, Options};
-use isobath::cuda::{DevicePointer, Driver, StreamId};
+use isobath::cuda::gemm::{Choice, Family, Gemm, GemmPlan, Layout, Output, Product, Variant};
+use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
+use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
 
 use super::counting::Counting;
 use super::machines::*;
@@ -226,7 +228,8 @@ fn epilogues(layout: Layout) -> &'static [Epilogue] {
     }
 }
 
-/// Each shape of each kernel; the epilogues take turns, and so do whole and most split tiles.
+/// Each shape of each kernel; the epilogues take turns, and so do whole and most split tiles, and
+/// blocks alone and in clusters.
 fn each_shape(
     driver: &mut dyn Driver,
     mut test: impl FnMut(&mut dyn Driver, &Gemm, Dtype, Choice, [usize; 3], Epilogue),
@@ -237,9 +240,10 @@ fn each_shape(
             let epilogues = epilogues(variant.layout);
             for (index, shape) in shapes(variant, dtype).into_iter().enumerate() {
                 let epilogue = epilogues[index % epilogues.len()];
-                let most = variant.most_splits(shape, multiprocessors);
+                let cluster = *variant.clusters().iter().cycle().nth(index / 2).unwrap();
+                let most = variant.most_splits(shape, cluster, multiprocessors);
                 let splits = if index % 2 == 0 { most } else { 1 };
-                test(driver, &gemm, dtype, Choice { variant, splits }, shape, epilogue);
+                test(driver, &gemm, dtype, Choice { variant, splits, cluster }, shape, epilogue);
             }
         }
         gemm.release(driver).unwrap();
@@ -248,8 +252,8 @@ fn each_shape(
 
 // ------------------------------------------------------------------ tests
 
-fn named(Choice { variant, splits }: Choice, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
-    format!("{} {m}x{n}x{k} in {splits} {epilogue:?}", variant.kernel)
+fn named(choice: Choice, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
+    format!("{choice} {m}x{n}x{k} {epilogue:?}")
 }
 
 #[test]
@@ -311,8 +315,14 @@ fn no_schedule_changes_a_bit() {
                     };
                     let shape = allowed(variant.layout, dtype, shape);
                     let matrices = Matrices::normal(dtype, shape);
-                    let whole = Choice::whole(variant);
-                    all.extend(bits(&multiply(driver, &gemm, whole, &matrices, epilogue)));
+                    let mut alone: Option<Vec<f64>> = None;
+                    for &cluster in variant.clusters() {
+                        let choice = Choice { cluster, ..Choice::whole(variant) };
+                        let found = multiply(driver, &gemm, choice, &matrices, epilogue);
+                        let alone = alone.get_or_insert_with(|| found.clone());
+                        assert!(found == *alone, "{choice} gives other bits than blocks alone");
+                        all.extend(bits(&found));
+                    }
                 }
             }
             gemm.release(driver).unwrap();
@@ -337,13 +347,15 @@ fn splits_add_in_their_order() {
             // One tile with tails, then two, of eight steps and a bit: unequal splits.
             for (columns, least) in [(variant.columns - 8, 4), (variant.columns + 8, 2)] {
                 let shape = [variant.rows - 8, columns, 8 * variant.depth + 5];
-                let most = variant.most_splits(shape, multiprocessors);
+                let most = variant.most_splits(shape, 1, multiprocessors);
                 assert!(most >= least, "{most} splits on {multiprocessors} multiprocessors");
                 let matrices = Matrices::ramp(Dtype::Bf16, shape);
                 let (exact, _) = matrices.products(Epilogue::Accumulate);
                 let normal = Matrices::normal(Dtype::Bf16, shape);
-                for splits in (1..=most.min(4)).rev() {
-                    let choice = Choice { variant, splits };
+                let in_pairs = variant.most_splits(shape, 2, multiprocessors);
+                let all_splits = (1..=most.min(4)).map(|splits| (splits, 1));
+                for (splits, cluster) in all_splits.chain([(in_pairs, 2)]).rev() {
+                    let choice = Choice { variant, splits, cluster };
                     let found = multiply(driver, &gemm, choice, &matrices, Epilogue::Accumulate);
                     assert_equal(
                         &named(choice, shape, Epilogue::Accumulate),
@@ -358,11 +370,11 @@ fn splits_add_in_their_order() {
         }
         let [variant, ..] = gemm.variants(Layout::Tn).collect::<Vec<_>>()[..] else { panic!() };
         let (m, n, k) = (variant.rows, variant.columns, variant.depth);
-        assert_eq!(variant.most_splits([m, n, k], 132), 1, "no split is empty");
-        assert_eq!(variant.most_splits([3 * m, 6 * n, 100 * k], 132), 7, "a block for each");
-        assert_eq!(variant.most_splits([12 * m, 12 * n, 100 * k], 132), 1);
+        assert_eq!(variant.most_splits([m, n, k], 1, 132), 1, "no split is empty");
+        assert_eq!(variant.most_splits([3 * m, 6 * n, 100 * k], 1, 132), 7, "a block for each");
+        assert_eq!(variant.most_splits([12 * m, 12 * n, 100 * k], 1, 132), 1);
         let nt = gemm.variants(Layout::Nt).next().unwrap();
-        assert_eq!(nt.most_splits([m, n, 100 * k], 132), 1, "what is stored is not split");
+        assert_eq!(nt.most_splits([m, n, 100 * k], 1, 132), 1, "what is stored is not split");
         gemm.release(driver).unwrap();
         all
     });
@@ -431,15 +443,119 @@ fn a_plan_is_launched_again() {
     });
 }
 
-// ------------------------------------------------------------------ choices
+const REPEATS: usize = 1000;
+/// For all products on simt; a GPU takes the time that it takes.
+const REPEATING: Duration = Duration::from_secs(5);
 
-/// Without anything else in the epilogue.
-fn plainly(layout: Layout) -> Output {
-    match layout {
-        Layout::Nt | Layout::Nn => Output::Store { addend: None },
-        Layout::Tn => Output::Accumulate,
+/// Launches of equal work give equal bits: all of `REPEATS` on a GPU, for every kernel; on simt as
+/// many as its time allows, each under another schedule, for the smallest tiles that several blocks
+/// share.
+#[test]
+fn every_launch_gives_the_same_bits() {
+    if has_simt() {
+        let mut host = Host::new(Options::default()).unwrap();
+        let gemm = Gemm::new(&mut host, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+        // Four tiles each; one tile in four splits; two tiles, each in two.
+        let cases = [
+            (Layout::Nt, [136, 136, 72]),
+            (Layout::Nn, [136, 136, 72]),
+            (Layout::Tn, [120, 120, 4 * 64 + 5]),
+            (Layout::Tn, [136, 120, 2 * 64 + 5]),
+        ];
+        for (layout, shape) in cases {
+            let variant = gemm.variants(layout).find(|it| it.columns == 128).unwrap();
+            let repeated = Repeated::new(&mut host, &gemm, variant, Dtype::Bf16, shape);
+            let first = repeated.launch(&mut host);
+            let end = Instant::now() + REPEATING / cases.len() as u32;
+            let mut launches = 1;
+            while launches < REPEATS && Instant::now() < end {
+                let (order, asynchronous) = (Order::Random, Asynchronous::Anytime);
+                let seed = launches as u64;
+                host.set_options(Options { order, asynchronous, seed, ..Options::default() });
+                repeated.assert_same(&first, &repeated.launch(&mut host), launches);
+                launches += 1;
+            }
+            println!("{}: {launches} launches on simt", repeated.name);
+        }
+    }
+    for mut driver in machines().into_iter().filter(|it| it.device() != "simt") {
+        let driver = &mut *driver;
+        for (dtype, gemm) in families(driver) {
+            for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+                let k = 16 * variant.depth + 9;
+                let shape = [2 * variant.rows + 9, 2 * variant.columns + 1, k];
+                let shape = allowed(variant.layout, dtype, shape);
+                let repeated = Repeated::new(driver, &gemm, variant, dtype, shape);
+                let first = repeated.launch(driver);
+                for launch in 1..REPEATS {
+                    repeated.assert_same(&first, &repeated.launch(driver), launch);
+                }
+                println!("{}: {REPEATS} launches on {}", repeated.name, driver.device());
+                repeated.release(driver);
+            }
+            gemm.release(driver).unwrap();
+        }
     }
 }
+
+/// A product of random normals that is launched again and again, in as many splits as it has.
+struct Repeated {
+    name: String,
+    plan: GemmPlan,
+    /// A, B, what the result holds before each launch, the result.
+    buffers: [Allocation; 4],
+}
+
+impl Repeated {
+    fn new(
+        driver: &mut dyn Driver,
+        gemm: &Gemm,
+        variant: &'static Variant,
+        dtype: Dtype,
+        shape @ [m, n, k]: [usize; 3],
+    ) -> Self {
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        let splits = variant.most_splits(shape, 1, multiprocessors);
+        let choice = Choice { splits, ..Choice::whole(variant) };
+        let layout = variant.layout;
+        let (result, output) = match layout {
+            Layout::Nt | Layout::Nn => (dtype, Output::Store { addend: None }),
+            Layout::Tn => (Dtype::F32, Output::Accumulate),
+        };
+        // Which element stands where does not matter here.
+        let buffers = [
+            upload(driver, "a", dtype, &draws(dtype, 1, m * k)),
+            upload(driver, "b", dtype, &draws(dtype, 2, n * k)),
+            upload(driver, "before", result, &draws(result, 3, m * n)),
+            unwritten(driver, "out", result, m * n),
+        ];
+        let [a, b, _, out] = buffers.map(|it| it.address);
+        let product = Product { layout, m, n, k, a, b, out, output };
+        let plan = gemm.plan_with(driver, choice, &product).unwrap();
+        Repeated { name: named(choice, shape, epilogues(layout)[0]), plan, buffers }
+    }
+
+    fn launch(&self, driver: &mut dyn Driver) -> Vec<u8> {
+        let [_, _, before, out] = self.buffers;
+        driver.on_device(StreamId::MAIN, before.address, out.address, out.bytes).unwrap();
+        self.plan.launch(driver, StreamId::MAIN).unwrap();
+        let mut found = vec![0; out.bytes as usize];
+        driver.to_host(StreamId::MAIN, out.address, &mut found).unwrap();
+        found
+    }
+
+    #[track_caller]
+    fn assert_same(&self, first: &[u8], found: &[u8], launch: usize) {
+        let Some(at) = first.iter().zip(found).position(|(a, b)| a != b) else { return };
+        panic!("{}: launch {launch} has other bits than the first, at byte {at}", self.name);
+    }
+
+    fn release(self, driver: &mut dyn Driver) {
+        self.buffers.into_iter().for_each(|buffer| driver.release(buffer).unwrap());
+    }
+}
+
+// ------------------------------------------------------------------ choices
 
 #[test]
 fn the_family_fits_the_machine_and_the_type() {
@@ -464,8 +580,9 @@ fn the_family_fits_the_machine_and_the_type() {
     let driver: &mut dyn Driver = host;
     let mut chosen = |dtype, choice, layout, m, n| {
         let gemm = Gemm::new(driver, dtype, choice).map_err(|error| error.to_string())?;
-        let Choice { variant, .. } =
-            gemm.choose(layout, plainly(layout), [m, n, 512]).map_err(|error| error.to_string())?;
+        let Choice { variant, .. } = gemm
+            .choose(layout, Output::plain(layout), [m, n, 512])
+            .map_err(|error| error.to_string())?;
         Ok::<_, String>((variant.family, variant.rows, variant.columns))
     };
     // simt says that it is 9.0.
@@ -504,7 +621,8 @@ fn the_tile_fits_the_result() {
         let hopper = driver.properties().compute_capability == (9, 0);
         let mut choose = |family, layout, sizes| {
             let gemm = Gemm::new(driver, Dtype::Bf16, Some(family)).unwrap();
-            let Choice { variant, splits } = gemm.choose(layout, plainly(layout), sizes).unwrap();
+            let Choice { variant, splits, .. } =
+                gemm.choose(layout, Output::plain(layout), sizes).unwrap();
             gemm.release(driver).unwrap();
             (variant.rows, variant.columns, splits)
         };
@@ -542,15 +660,23 @@ fn what_cannot_be_multiplied_is_refused() {
                 }
                 let (a, b, out) = (at(0), at(4), at(8));
                 if let Some(variant) =
-                    gemm.variants(layout).find(|it| it.most_splits([8; 3], 1) == 1)
+                    gemm.variants(layout).find(|it| it.most_splits([8; 3], 1, 1) == 1)
                 {
-                    let choice = Choice { variant, splits: 2 };
-                    let product =
-                        Product { layout, m: 8, n: 8, k: 8, a, b, out, output: plainly(layout) };
+                    let choice = Choice { splits: 2, ..Choice::whole(variant) };
+                    let product = Product {
+                        layout,
+                        m: 8,
+                        n: 8,
+                        k: 8,
+                        a,
+                        b,
+                        out,
+                        output: Output::plain(layout),
+                    };
                     let refused = gemm.plan_with(driver, choice, &product).err().unwrap();
                     assert!(refused.to_string().contains("2 splits of"), "{refused}");
                 }
-                let (stored, output) = (Output::Store { addend: None }, plainly(layout));
+                let (stored, output) = (Output::Store { addend: None }, Output::plain(layout));
                 let product = |m, n, k| Product { layout, m, n, k, a, b, out, output };
                 let right = product(8, 8, 8);
                 let mut refused = |product: Product| -> String {

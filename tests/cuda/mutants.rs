@@ -196,19 +196,21 @@ fn run_norm(driver: &mut dyn Driver, cases: &[NormCase]) -> isobath::error::Resu
     Ok(all)
 }
 
-/// Layout, columns of the tile, splits, M, N, K and whether there is an addend.
-type ProductCase = (Layout, usize, usize, usize, usize, usize, bool);
+/// Layout, columns of the tile, splits, blocks of a cluster, M, N, K and whether there is an addend.
+type ProductCase = (Layout, usize, usize, usize, usize, usize, usize, bool);
 
-const PRODUCTS: [ProductCase; 3] = [
-    (Layout::Nt, 128, 1, 200, 264, 456, true),
-    (Layout::Nt, 128, 1, 130, 136, 40, false),
-    (Layout::Tn, 256, 3, 104, 104, 390, false),
+const PRODUCTS: [ProductCase; 4] = [
+    (Layout::Nt, 128, 1, 1, 200, 264, 456, true),
+    (Layout::Nt, 128, 1, 1, 130, 136, 40, false),
+    (Layout::Tn, 256, 3, 1, 104, 104, 390, false),
+    (Layout::Nt, 128, 1, 2, 130, 264, 456, false),
 ];
-const MORE_PRODUCTS: [ProductCase; 4] = [
-    (Layout::Nt, 256, 1, 130, 264, 328, true),
-    (Layout::Nn, 192, 1, 130, 200, 72, true),
-    (Layout::Nn, 128, 1, 64, 72, 64, false),
-    (Layout::Tn, 128, 1, 136, 264, 72, false),
+const MORE_PRODUCTS: [ProductCase; 5] = [
+    (Layout::Nt, 256, 1, 1, 130, 264, 328, true),
+    (Layout::Nn, 192, 1, 1, 130, 200, 72, true),
+    (Layout::Nn, 128, 1, 1, 64, 72, 64, false),
+    (Layout::Tn, 128, 1, 1, 136, 264, 72, false),
+    (Layout::Tn, 256, 1, 2, 136, 264, 328, false),
 ];
 
 fn run_gemm_sm90(
@@ -217,7 +219,7 @@ fn run_gemm_sm90(
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
-    for &(layout, columns, splits, m, n, k, with_addend) in cases {
+    for &(layout, columns, splits, cluster, m, n, k, with_addend) in cases {
         let a = upload(driver, "a", Dtype::Bf16, &normals(1, m * k));
         let b = upload(driver, "b", Dtype::Bf16, &normals(2, n * k));
         let addend = upload(driver, "addend", Dtype::Bf16, &normals(3, m * n));
@@ -232,7 +234,7 @@ fn run_gemm_sm90(
         let (a_at, b_at, out_at) = (a.address, b.address, out.address);
         let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
         let variant = gemm.variants(layout).find(|it| it.columns == columns).unwrap();
-        let plan = gemm.plan_with(driver, Choice { variant, splits }, &product)?;
+        let plan = gemm.plan_with(driver, Choice { variant, splits, cluster }, &product)?;
         // Twice where there are turns, which have to be as they were.
         for _ in 0..splits.min(2) {
             plan.launch(driver, StreamId::MAIN)?;

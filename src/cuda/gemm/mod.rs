@@ -9,7 +9,10 @@
 mod f32;
 mod sm80;
 mod sm90;
+pub mod tuned;
 
+use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
 
 use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
@@ -127,6 +130,14 @@ pub enum Epilogue {
 }
 
 impl Output {
+    /// With nothing but the product.
+    pub fn plain(layout: Layout) -> Self {
+        match layout {
+            Layout::Nt | Layout::Nn => Output::Store { addend: None },
+            Layout::Tn => Output::Accumulate,
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Output::Store { .. } => "a store",
@@ -228,18 +239,45 @@ pub struct Choice {
     pub variant: &'static Variant,
     /// Blocks that share the K of a tile; 1: none.
     pub splits: usize,
+    /// Blocks that load B's tiles for each other; 1: none.
+    pub cluster: usize,
 }
 
 impl Choice {
     pub fn whole(variant: &'static Variant) -> Self {
-        Choice { variant, splits: 1 }
+        Choice { variant, splits: 1, cluster: 1 }
+    }
+
+    /// Whether a product [M,N,K] can be launched so on so many multiprocessors. Errors: why not.
+    pub fn check(&self, sizes: [usize; 3], multiprocessors: usize) -> Result<(), String> {
+        let &Choice { variant, splits, cluster } = self;
+        let kernel = variant.kernel;
+        if !variant.clusters().contains(&cluster) || cluster > multiprocessors {
+            return Err(format!("{kernel} in clusters of {cluster}"));
+        }
+        let most = variant.most_splits(sizes, cluster, multiprocessors);
+        match (1..=most).contains(&splits) {
+            true => Ok(()),
+            false => Err(format!("{splits} splits of {kernel}, of {most} at most")),
+        }
     }
 
     /// The time that the choice reckons with, where the machine's fastest tile does so many FLOPs in
     /// a second on all multiprocessors: an estimate as long as no GPU has timed what it is made of.
     pub fn seconds(&self, sizes: [usize; 3], multiprocessors: usize, flops_per_second: f64) -> f64 {
-        let products = self.variant.time(sizes, self.splits, multiprocessors);
+        let products = self.variant.time(sizes, self, multiprocessors);
         2.0 * products * multiprocessors as f64 / flops_per_second
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Choice { variant, splits, cluster } = self;
+        f.write_str(variant.kernel)?;
+        if *cluster > 1 {
+            write!(f, " by {cluster}")?;
+        }
+        if *splits > 1 { write!(f, " in {splits}") } else { Ok(()) }
     }
 }
 
@@ -249,25 +287,52 @@ impl Variant {
         m.div_ceil(self.rows) * n.div_ceil(self.columns)
     }
 
+    /// The same where so many blocks, one below the other, are a cluster: those beside the result
+    /// count.
+    fn tiles_of_clusters(&self, m: usize, n: usize, cluster: usize) -> usize {
+        m.div_ceil(cluster * self.rows) * cluster * n.div_ceil(self.columns)
+    }
+
+    /// Sizes of a cluster.
+    pub fn clusters(&self) -> &'static [usize] {
+        match self.family {
+            Family::Sm90 => &[1, 2],
+            Family::Sm80 | Family::F32 => &[1],
+        }
+    }
+
     /// The most splits that a product [M,N,K] has on so many multiprocessors: one block for each,
-    /// none of them empty.
-    pub fn most_splits(&self, [m, n, k]: [usize; 3], multiprocessors: usize) -> usize {
+    /// none of them without a step.
+    pub fn most_splits(
+        &self,
+        [m, n, k]: [usize; 3],
+        cluster: usize,
+        multiprocessors: usize,
+    ) -> usize {
+        let tiles = self.tiles_of_clusters(m, n, cluster);
         match self.speed.turn {
-            Some(_) => (multiprocessors / self.tiles(m, n)).min(k.div_ceil(self.depth)).max(1),
+            Some(_) => (multiprocessors / tiles).min(k.div_ceil(self.depth)).max(1),
             None => 1,
         }
     }
 
     /// The time of the multiprocessor with the most tiles, in products of the fastest tile.
-    fn time(&self, [m, n, k]: [usize; 3], splits: usize, multiprocessors: usize) -> f64 {
+    fn time(&self, [m, n, k]: [usize; 3], choice: &Choice, multiprocessors: usize) -> f64 {
         let Speed { relative, epilogue, overlapped, turn } = self.speed;
-        let items = (self.tiles(m, n) * splits).div_ceil(multiprocessors) as f64;
+        let &Choice { splits, cluster, .. } = choice;
+        let tiles = self.tiles_of_clusters(m, n, cluster);
+        let items = (tiles * splits).div_ceil(multiprocessors) as f64;
         let steps = k.div_ceil(self.depth).div_ceil(splits);
         let written = if overlapped { 1.0 } else { items };
         let depth = items * (steps * self.depth) as f64
             + written * epilogue
             + (splits - 1) as f64 * turn.unwrap_or(0.0);
         depth * (self.rows * self.columns * self.halves_of_b) as f64 / relative
+    }
+
+    /// Rows of A and of B that are multiplied.
+    fn tile(&self) -> [usize; 2] {
+        [self.rows, self.columns * self.halves_of_b]
     }
 
     /// Whether it makes this of a product.
@@ -286,17 +351,17 @@ impl Variant {
 }
 
 /// What makes a product [M,N,K] in the least time of the multiprocessor with the most tiles; `None`
-/// where there are no variants. The first one of equals.
+/// where there are no variants. The first one of equals. Clusters are left to who has timed them.
 pub fn choose(
     variants: impl Iterator<Item = &'static Variant>,
     sizes: [usize; 3],
     multiprocessors: usize,
 ) -> Option<Choice> {
     let all = variants.flat_map(|variant| {
-        (1..=variant.most_splits(sizes, multiprocessors))
-            .map(move |splits| Choice { variant, splits })
+        (1..=variant.most_splits(sizes, 1, multiprocessors))
+            .map(move |splits| Choice { splits, ..Choice::whole(variant) })
     });
-    let time = |it: &Choice| it.variant.time(sizes, it.splits, multiprocessors);
+    let time = |it: &Choice| it.variant.time(sizes, it, multiprocessors);
     all.min_by(|a, b| time(a).total_cmp(&time(b)))
 }
 
@@ -309,13 +374,14 @@ pub struct Gemm {
     kernels: Vec<(&'static Variant, KernelId)>,
     /// Whose turn it is among the splits of each tile; zeros between launches.
     turns: Option<Allocation>,
+    /// Before the model: what was fastest on this machine.
+    timed: HashMap<(Layout, [usize; 3]), Choice>,
 }
 
 /// A product that is ready to be launched.
 #[derive(Clone)]
 pub struct GemmPlan {
-    pub variant: &'static Variant,
-    pub splits: usize,
+    pub choice: Choice,
     launch: Launch,
     arguments: Arguments,
 }
@@ -374,7 +440,15 @@ impl Gemm {
                 Some(turns)
             }
         };
-        Ok(Gemm { device, multiprocessors, dtype, kernels, turns })
+        let gemm = Gemm { device, multiprocessors, dtype, kernels, turns, timed: HashMap::new() };
+        Ok(gemm.with_table(driver.properties(), tuned::built_in()))
+    }
+
+    /// With the choices of this table instead of those that are compiled in. `machine`: the one that
+    /// this was made for.
+    pub fn with_table(self, machine: &Properties, table: &tuned::Table) -> Self {
+        let variants: Vec<&Variant> = self.kernels.iter().map(|&(variant, _)| variant).collect();
+        Gemm { timed: table.choices(machine, &variants), ..self }
     }
 
     /// Gives its memory back, after all its work has run.
@@ -405,10 +479,33 @@ impl Gemm {
         self.variants_for(layout, output).next().is_some()
     }
 
-    /// What fills this machine best for a product [M,N,K]; see [`choose`].
+    /// What was fastest for a product [M,N,K], if it was timed on this machine; else
+    /// [`Gemm::reckon`]. What was timed without an epilogue holds with one, on the same tile.
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
+        match self.timed(layout, output, sizes) {
+            Some(timed) => Ok(timed),
+            None => self.reckon(layout, output, sizes),
+        }
+    }
+
+    /// Whether [`Gemm::choose`] takes what was timed.
+    pub fn is_tuned(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> bool {
+        self.timed(layout, output, sizes).is_some()
+    }
+
+    fn timed(&self, layout: Layout, output: Output, [m, n, k]: [usize; 3]) -> Option<Choice> {
+        let timed = self.timed.get(&(layout, [m, n * output.halves_of_b(), k]))?;
+        let mut variants = self.variants_for(layout, output);
+        let variant = variants.find(|it| it.tile() == timed.variant.tile())?;
+        Some(Choice { variant, ..*timed })
+    }
+
+    /// What is reckoned to fill this machine best; see [`choose`].
+    ///
+    /// Errors: as [`Gemm::choose`].
+    pub fn reckon(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
         let best = choose(self.variants_for(layout, output), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             if self.of_layout(layout).next().is_some() {
@@ -450,16 +547,12 @@ impl Gemm {
         choice: Choice,
         product: &Product,
     ) -> Result<GemmPlan> {
-        let Choice { variant, splits } = choice;
+        let Choice { variant, splits, cluster } = choice;
         self.check(variant, product)?;
-        let most = variant.most_splits([product.m, product.n, product.k], self.multiprocessors);
-        if !(1..=most).contains(&splits) {
-            return Err(refusal(
-                self.device,
-                format!("{splits} splits of {}", variant.kernel),
-                format!("choose from 1 to {most} for this product and machine"),
-            ));
-        }
+        let sizes = [product.m, product.n, product.k];
+        choice.check(sizes, self.multiprocessors).map_err(|what| {
+            refusal(self.device, what, "choose fewer, for this product and machine".to_string())
+        })?;
         let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
             return Err(refusal(
                 self.device,
@@ -467,18 +560,21 @@ impl Gemm {
                 "give one of Gemm::variants".to_string(),
             ));
         };
-        let tiles = variant.tiles(product.m, product.n);
+        let tiles = variant.tiles_of_clusters(product.m, product.n, cluster);
         let (blocks, arguments) = match variant.family {
             Family::Sm80 | Family::F32 => (tiles, arguments(product)),
             Family::Sm90 => {
                 let turns = self.turns.map_or(DevicePointer::NULL, |turns| turns.address);
                 let arguments = sm90::arguments(driver, choice, product, turns)?;
-                ((tiles * splits).min(self.multiprocessors), arguments)
+                // Whole clusters.
+                let most = self.multiprocessors / cluster * cluster;
+                ((tiles * splits).min(most), arguments)
             }
         };
         let launch = Launch::new(kernel, [blocks as u32, 1, 1], [variant.threads, 1, 1])
-            .shared_bytes(variant.dynamic_shared_bytes as u32);
-        Ok(GemmPlan { variant, splits, launch, arguments })
+            .shared_bytes(variant.dynamic_shared_bytes as u32)
+            .cluster([cluster as u32, 1, 1]);
+        Ok(GemmPlan { choice, launch, arguments })
     }
 
     fn empty(&self, product: &Product) -> Error {

@@ -107,7 +107,7 @@ const fn variant(
 /// Of a product that was checked. Errors: matrices that leave their buffers.
 pub(super) fn arguments(
     driver: &mut dyn Driver,
-    Choice { variant, splits }: Choice,
+    Choice { variant, splits, cluster }: Choice,
     product: &Product,
     turns: DevicePointer,
 ) -> Result<Arguments> {
@@ -122,7 +122,8 @@ pub(super) fn arguments(
             let boxes = [DEPTH as u32, variant.columns as u32, 1];
             halves(driver, b, [k, n, 2], row_bytes, boxes)?
         }
-        (Layout::Nt, _) => along_k(driver, b, [k, n], variant.columns)?,
+        // Each block of a cluster loads its part.
+        (Layout::Nt, _) => along_k(driver, b, [k, n], variant.columns / cluster)?,
         (Layout::Nn | Layout::Tn, _) => across_k(driver, b, [n, k])?,
     };
     // Gate and up, side by side in each row.

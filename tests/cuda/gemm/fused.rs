@@ -40,6 +40,7 @@ struct Case {
 }
 
 /// The result, and behind SwiGLU the product.
+#[derive(Clone, PartialEq)]
 struct Found {
     out: Vec<f64>,
     product: Vec<f64>,
@@ -153,7 +154,8 @@ fn swiglu_gradient(gate: f64, up: f64, d_out: f64) -> [f64; 2] {
 }
 
 /// Runs it; nothing is written behind the results.
-fn multiply(driver: &mut dyn Driver, gemm: &Gemm, variant: &'static Variant, case: &Case) -> Found {
+fn multiply(driver: &mut dyn Driver, gemm: &Gemm, choice: Choice, case: &Case) -> Found {
+    let variant = choice.variant;
     let [m, n, k] = case.sizes;
     let layout = variant.layout;
     let b = if layout == Layout::Nn { transposed(&case.b, n, k) } else { case.b.clone() };
@@ -186,7 +188,7 @@ fn multiply(driver: &mut dyn Driver, gemm: &Gemm, variant: &'static Variant, cas
     };
     let (a_at, b_at, out_at) = (a.address, b.address, out.address);
     let whole = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
-    let plan = gemm.plan_with(driver, Choice::whole(variant), &whole).unwrap();
+    let plan = gemm.plan_with(driver, choice, &whole).unwrap();
     plan.launch(driver, StreamId::MAIN).unwrap();
     let mut taken = |from: Allocation, count: usize| -> Vec<f64> {
         let mut found = download(driver, BF16, from);
@@ -265,8 +267,11 @@ fn every_kernel_follows_its_formula() {
                 if matches!(fusion, Fusion::Rotary { .. }) && (index + other) % 3 != 0 {
                     continue;
                 }
-                let what = format!("{} {:?} {:?}", variant.kernel, case.fusion, case.sizes);
-                let found = multiply(driver, &gemm, variant, &case);
+                // Blocks alone and in pairs.
+                let cluster = 1 + (index / 3 + other) % 2;
+                let choice = Choice { cluster, ..Choice::whole(variant) };
+                let what = format!("{choice} {:?} {:?}", case.fusion, case.sizes);
+                let found = multiply(driver, &gemm, choice, &case);
                 let [exact, plain] = case.expected();
                 assert_exact(&what, BF16, &found.out, &plain.out, &exact.out);
                 if matches!(fusion, Fusion::SwiGlu) {
@@ -323,9 +328,15 @@ fn no_schedule_changes_a_bit() {
                 }
                 _ => Case::new(fusion, sizes),
             };
-            let found = multiply(driver, &gemm, variant, &case);
-            all.extend(bits(&found.out));
-            all.extend(bits(&found.product));
+            let mut alone: Option<Found> = None;
+            for &cluster in variant.clusters() {
+                let choice = Choice { cluster, ..Choice::whole(variant) };
+                let found = multiply(driver, &gemm, choice, &case);
+                let alone = alone.get_or_insert_with(|| found.clone());
+                assert!(found == *alone, "{choice} gives other bits than blocks alone");
+                all.extend(bits(&found.out));
+                all.extend(bits(&found.product));
+            }
         }
         gemm.release(driver).unwrap();
         all

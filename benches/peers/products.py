@@ -1,0 +1,235 @@
+"""Times every matrix product of the paper's models on one GPU, isobath's and PyTorch's (cuBLAS)
+alternately, and makes one table with geometric means.
+
+    python products.py --program ./isobath --out products.json --table products.md
+    python products.py --program ./isobath --preset 1b --seconds 120 --choices tuned.toml
+    python products.py --program ./isobath --product tn:768,768,16384
+    python products.py --replay products.json          the table again, on any machine
+
+The products are those of `isobath bench gemm --predict`, each once, the largest share of a training
+step first. `isobath bench gemm --stdin` stays open; in each round a product is timed by it, then as
+its twins (twins.py): random normals, L2 cold, bursts of as many samples, each behind a rest, CUDA
+events; medians over all rounds. What the twins compute:
+
+- NT, NN: torch.mm into the operands' type: the same.
+- TN: isobath adds the product of bf16 factors to an f32 matrix. "addmm into f32" is the same
+  (`out_dtype`, from PyTorch 2.8 on). "addmm into bf16" adds to a bf16 matrix: fewer bytes, one more
+  rounding. "matmul, add to f32" is a product into bf16 and a second kernel that adds it.
+
+PyTorch's own settings stay: cuBLAS may add partial sums in bf16
+(allow_bf16_reduced_precision_reduction). Needs a GPU and torch; without, it says so and exits with 2.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kernels
+
+# Seconds, as in src/bench/products.rs.
+REST = 0.05
+LAYOUTS = ["nt", "nn", "tn"]
+# Who is stopped loses no more than this.
+WRITE_SECONDS = 5.0
+
+
+class Isobath:
+    """`isobath bench gemm --stdin`, kept open. Errors: ValueError, with what it said."""
+
+    def __init__(self, program, device, extra=()):
+        command = [str(program), "bench", "gemm", "--stdin", "--device", device, *extra]
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise ValueError(f"{program} does not start: {error.strerror}") from None
+
+    def time(self, layout, sizes):
+        """A row of isobath's report."""
+        try:
+            self.process.stdin.write(f"{layout} {','.join(map(str, sizes))}\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            said = self.process.stderr.read().strip()
+            raise ValueError(f"isobath ended with {self.process.wait()}: {said}")
+        return json.loads(answer)
+
+    def close(self):
+        # Nothing is in the pipe that could not be written.
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+def products(program, presets):
+    """(layout, (M, N, K)), the largest share of a training step first. Errors: ValueError."""
+    command = [str(program), "bench", "gemm", "--predict", "--json"]
+    for preset in presets:
+        command += ["--preset", preset]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise ValueError(f"{program} does not start: {error.strerror}") from None
+    if done.returncode != 0:
+        raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    shares = {}
+    for row in json.loads(done.stdout)["products"]:
+        product = row["layout"], (row["m"], row["n"], row["k"])
+        shares[product] = max(shares.get(product, 0), row["step_share"])
+    return sorted(shares, key=shares.get, reverse=True)
+
+
+def one_product(text):
+    """tn:768,768,16384"""
+    layout, _, sizes = text.partition(":")
+    sizes = tuple(int(size) for size in sizes.split(","))
+    if layout not in LAYOUTS or len(sizes) != 3:
+        raise ValueError
+    return layout, sizes
+
+
+# ------------------------------------------------------------------ means
+
+def geometric_mean(values):
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def means(record):
+    """Geometric means of twins' times over isobath's: rows of (layout, twin, products, ratio);
+    for each layout and for all the fastest twin, for each layout every twin by name."""
+    ratios = {}
+    for row in record["rows"]:
+        layout = row["op"][-2:]
+        ours = statistics.median(row["isobath"]["microseconds"])
+        timed = {peer["name"]: statistics.median(peer["microseconds"]) / ours
+                 for peer in row["peers"] if peer.get("microseconds")}
+        if not timed:
+            continue
+        for place in layout, "all":
+            ratios.setdefault((place, "the fastest"), []).append(min(timed.values()))
+        for name, ratio in timed.items():
+            ratios.setdefault((layout, name), []).append(ratio)
+    places = [*LAYOUTS, "all"]
+    ordered = sorted(ratios, key=lambda it: (places.index(it[0]), it[1] != "the fastest"))
+    return [(layout, name, len(ratios[layout, name]), geometric_mean(ratios[layout, name]))
+            for layout, name in ordered]
+
+
+def table(record):
+    """Markdown: the rows, and the means below them."""
+    lines = ["", "| layout | twin | products | geometric mean of the ratio |", "|---|---|---:|---:|"]
+    lines += [f"| {layout} | {name} | {count} | {ratio:.3f} |"
+              for layout, name, count, ratio in means(record)]
+    missing = record.get("not_reached", [])
+    if missing:
+        lines += ["", f"No time was left for {len(missing)} products, the first of them "
+                      f"{missing[0][0]} {missing[0][1]}."]
+    return kernels.table(record) + "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------ timing
+
+def measure(args):
+    """A record, written every few seconds. Errors: kernels.Skip, ValueError (isobath failed)."""
+    device = "cpu" if args.device == "simt" else args.device
+    if args.device == "simt" and not args.cpu_twins:
+        raise kernels.Skip("twins are timed on a GPU, and this is simt")
+    torch, twins = kernels.modules(device)
+    started = written = time.monotonic()
+    late = lambda: args.seconds and time.monotonic() - started > args.seconds
+    wanted = args.product or products(args.program, args.preset)
+    stopwatch = kernels.Stopwatch(torch, device)
+    record = kernels.new_record(torch, device, args.program)
+    record["reports"] = [{"benchmark": "gemm", "rows": []}]
+    rows, peers, made = record["reports"][0]["rows"], {}, {}
+    extra = ["--samples", str(args.samples)] if args.samples else []
+    extra += ["--choices", str(args.choices)] if args.choices else []
+    burst = lambda twin, samples: stopwatch.burst(twin, samples, REST)
+    isobath = Isobath(args.program, args.device, extra)
+    try:
+        while record["rounds"] < args.rounds and not (record["rounds"] and late()):
+            for index, (layout, sizes) in enumerate(wanted):
+                if late():
+                    if record["rounds"] == 0:
+                        record["not_reached"] = wanted[index:]
+                    break
+                row = isobath.time(layout, sizes)
+                rows.append(row)
+                joined = kernels.join(record["reports"])
+                for name, entry in joined.items():
+                    entry["peers"] = peers.setdefault(name, entry["peers"])
+                record["rows"] = list(joined.values())
+                if not record["ceilings"]:
+                    record["ceilings"] = kernels.time_ceilings(stopwatch, twins, record["rows"])
+                kernels.time_peers(stopwatch, burst, twins, joined[kernels.key(row)], made)
+                if time.monotonic() - written > WRITE_SECONDS:
+                    write(record, args)
+                    written = time.monotonic()
+            record["rounds"] += 1
+            print(f"round {record['rounds']} of {args.rounds}: {len(record['rows'])} of "
+                  f"{len(wanted)} products", file=sys.stderr)
+    finally:
+        isobath.close()
+    return record
+
+
+def write(record, args):
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.table:
+        args.table.write_text(table(record))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--program", type=Path, help="the isobath to time")
+    parser.add_argument("--replay", nargs="+", metavar="FILE",
+                        help="make the table from records of one machine; nothing is timed")
+    parser.add_argument("--preset", action="append", default=[], help="[the paper's models]")
+    parser.add_argument("--product", action="append", type=one_product, metavar="LAYOUT:M,N,K",
+                        help="this product alone; may be repeated")
+    parser.add_argument("--choices", type=Path, metavar="FILE",
+                        help="of isobath bench gemm --tune [what is compiled in]")
+    parser.add_argument("--device", choices=["cuda", "simt"], default="cuda")
+    parser.add_argument("--cpu-twins", action="store_true",
+                        help="with --device simt: run the twins on the CPU, to see that they work")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, help="of isobath and of the twins [isobath's own]")
+    parser.add_argument("--seconds", type=float, help="no further product after so many")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record, JSON")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table, markdown")
+    args = parser.parse_args()
+    if (args.program is None) == (args.replay is None):
+        parser.error("give either --program or --replay")
+    if args.rounds < 1 or (args.samples is not None and args.samples < 1):
+        parser.error("--rounds and --samples must be positive")
+    if args.replay:
+        record = kernels.merged([kernels.load(path) for path in args.replay])
+    else:
+        try:
+            record = measure(args)
+        except kernels.Skip as why:
+            print(f"skipped: {why}", file=sys.stderr)
+            return 2
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    write(record, args)
+    print(table(record), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

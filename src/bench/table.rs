@@ -1,0 +1,331 @@
+//! The products of the paper's models, each with the kernel that is chosen for it: how fast they are
+//! in a burst, and how fast when one follows the other without an end.
+//!
+//! A burst is a few tens of milliseconds of one product behind a rest. A GPU that multiplies on
+//! lowers its clock until it draws no more than it may, so the sustained times come from passes over
+//! all products with no pause, 20 ms of each in turn, behind one pass that does not count.
+
+use std::fmt;
+use std::io::BufRead;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, cost, write_not_reached};
+use super::report::Row;
+use super::timing::{Timing, on_cpu};
+use crate::config::Dtype;
+use crate::cuda::gemm::{Choice, GemmPlan, Layout, Output};
+use crate::cuda::peaks::Peaks;
+use crate::cuda::{Driver, Properties};
+use crate::error::{Error, Result};
+
+/// Of a GPU, unless told otherwise.
+const SECONDS: f64 = 90.0;
+/// Of all seconds, those behind which no further product gets its burst.
+const BURST_SHARE: f64 = 0.6;
+/// Of a product in a sustained pass, on a GPU.
+const SLOT_MICROSECONDS: f64 = 20_000.0;
+
+#[derive(Serialize, Clone, Debug)]
+pub struct TableReport {
+    pub device: &'static str,
+    pub machine: Properties,
+    pub dtype: Dtype,
+    /// Of the datasheet, dense, if the machine is known.
+    pub flops_per_second: Option<f64>,
+    pub peak_source: Option<&'static str>,
+    pub rows: Vec<TableRow>,
+    /// For which no time was left.
+    pub not_reached: Vec<Wanted>,
+    /// All passes that count, without a pause.
+    pub sustained_seconds: f64,
+    /// Of each layout, then of all.
+    pub means: Vec<Mean>,
+}
+
+#[derive(Serialize, Clone, Debug)]
+pub struct TableRow {
+    #[serde(flatten)]
+    pub product: Wanted,
+    pub kernel: &'static str,
+    pub splits: usize,
+    /// Whether the choice was timed, not reckoned.
+    pub tuned: bool,
+    pub flops: u64,
+    pub burst: Speed,
+    pub sustained: Speed,
+}
+
+#[derive(Serialize, Clone, Copy, Debug)]
+pub struct Speed {
+    /// Median.
+    pub microseconds: f64,
+    pub samples: usize,
+    pub teraflops_per_second: f64,
+    /// Of a machine whose dense peak is known.
+    pub percent_of_peak: Option<f64>,
+}
+
+/// Geometric means.
+#[derive(Serialize, Clone, Copy, Debug)]
+pub struct Mean {
+    /// `None`: all.
+    pub layout: Option<Layout>,
+    pub products: usize,
+    pub burst_teraflops_per_second: f64,
+    pub sustained_teraflops_per_second: f64,
+    pub burst_percent_of_peak: Option<f64>,
+    pub sustained_percent_of_peak: Option<f64>,
+}
+
+impl Speed {
+    fn new(times: Vec<f64>, flops: u64, peak: Option<f64>) -> Self {
+        let timing = Timing::new(times, 1);
+        let per_second = flops as f64 / timing.median() * 1e6;
+        Speed {
+            microseconds: timing.median(),
+            samples: timing.samples(),
+            teraflops_per_second: per_second / 1e12,
+            percent_of_peak: peak.map(|peak| 100.0 * per_second / peak),
+        }
+    }
+}
+
+impl Mean {
+    fn new(layout: Option<Layout>, rows: &[TableRow], peak: Option<f64>) -> Option<Self> {
+        let rows: Vec<&TableRow> =
+            rows.iter().filter(|row| layout.is_none_or(|it| it == row.product.layout)).collect();
+        let mean = |of: fn(&TableRow) -> &Speed| {
+            let logarithm = |row: &&TableRow| of(row).teraflops_per_second.ln();
+            (rows.iter().map(logarithm).sum::<f64>() / rows.len() as f64).exp()
+        };
+        let percent = |teraflops: f64| peak.map(|peak| 100.0 * teraflops * 1e12 / peak);
+        let (burst, sustained) = (mean(|row| &row.burst), mean(|row| &row.sustained));
+        (!rows.is_empty()).then_some(Mean {
+            layout,
+            products: rows.len(),
+            burst_teraflops_per_second: burst,
+            sustained_teraflops_per_second: sustained,
+            burst_percent_of_peak: percent(burst),
+            sustained_percent_of_peak: percent(sustained),
+        })
+    }
+}
+
+/// A product with its choice, ready to be launched, and the samples of its burst.
+struct Timed {
+    product: Wanted,
+    choice: Choice,
+    tuned: bool,
+    plans: Vec<GemmPlan>,
+    burst: Vec<f64>,
+}
+
+/// `progress`: told after each burst, with how many products there are.
+///
+/// Errors: those of the machine and of the launches; sizes that cannot be timed; an unknown preset.
+pub fn table(
+    driver: &mut dyn Driver,
+    request: &ProductsRequest,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<TableReport> {
+    let started = Instant::now();
+    let mut not_reached = request.wanted(driver)?;
+    let count = not_reached.len();
+    let dtype = request.dtype();
+    let kernels = request.kernels(driver)?;
+    let products = not_reached.iter().map(|it| (it.layout, it.sizes()));
+    let arena = Arena::new(driver, dtype, products)?;
+    let limit = request.seconds.unwrap_or(if on_cpu(driver) { 0.0 } else { SECONDS });
+    let late = |share: f64| limit > 0.0 && started.elapsed().as_secs_f64() > share * limit;
+    let mut stopwatch = Stopwatch::default();
+    let mut timed: Vec<Timed> = vec![];
+    while !not_reached.is_empty() && (timed.is_empty() || !late(BURST_SHARE)) {
+        let product = not_reached.remove(0);
+        let (layout, sizes) = (product.layout, product.sizes());
+        let choice = kernels.choose(layout, Output::plain(layout), sizes)?;
+        let plans = arena.plans(driver, &kernels, choice, sizes)?;
+        let burst = stopwatch.burst(driver, &plans, request.samples)?;
+        let tuned = kernels.is_tuned(layout, Output::plain(layout), sizes);
+        timed.push(Timed { product, choice, tuned, plans, burst });
+        progress(timed.len(), count);
+    }
+
+    let slot = |it: &Timed| {
+        let microseconds = if on_cpu(driver) { 0.0 } else { SLOT_MICROSECONDS };
+        ((microseconds / Timing::new(it.burst.clone(), 1).median()) as usize).max(it.plans.len())
+    };
+    let pass: Vec<(&[GemmPlan], usize)> =
+        timed.iter().map(|it| (it.plans.as_slice(), slot(it))).collect();
+    let mut sustained: Vec<Vec<f64>> = vec![vec![]; timed.len()];
+    if !on_cpu(driver) {
+        stopwatch.time(driver, &pass)?;
+    }
+    let unpaused = Instant::now();
+    while sustained.first().is_some_and(Vec::is_empty) || (limit > 0.0 && !late(1.0)) {
+        let times = stopwatch.time(driver, &pass)?;
+        sustained.iter_mut().zip(times).for_each(|(all, time)| all.push(time));
+    }
+    let sustained_seconds = unpaused.elapsed().as_secs_f64();
+    driver.synchronize()?;
+    drop(pass);
+
+    let peaks = Peaks::of(&driver.properties().name);
+    let peak = peaks.map(|it| it.flops_per_second(dtype));
+    let rows: Vec<TableRow> = timed
+        .into_iter()
+        .zip(sustained)
+        .map(|(it, sustained)| {
+            let flops = cost(&it.choice, dtype, it.product.sizes()).flops;
+            TableRow {
+                product: it.product,
+                kernel: it.choice.variant.kernel,
+                splits: it.choice.splits,
+                tuned: it.tuned,
+                flops,
+                burst: Speed::new(it.burst, flops, peak),
+                sustained: Speed::new(sustained, flops, peak),
+            }
+        })
+        .collect();
+    arena.release(driver)?;
+    kernels.release(driver)?;
+    let layouts = [Some(Layout::Nt), Some(Layout::Nn), Some(Layout::Tn), None];
+    Ok(TableReport {
+        device: driver.device(),
+        machine: driver.properties().clone(),
+        dtype,
+        flops_per_second: peak,
+        peak_source: peaks.map(|it| it.source),
+        means: layouts.into_iter().filter_map(|it| Mean::new(it, &rows, peak)).collect(),
+        rows,
+        not_reached,
+        sustained_seconds,
+    })
+}
+
+/// Answers each line of `asked`, "nt 4096,2048,1024", with the row of that product's burst: for
+/// a program that times something else in between.
+///
+/// Errors: a line that is no product; those of the machine and of the launches.
+pub fn answer(
+    driver: &mut dyn Driver,
+    request: &ProductsRequest,
+    asked: impl BufRead,
+    mut answered: impl FnMut(&Row) -> Result<()>,
+) -> Result<()> {
+    let dtype = request.dtype();
+    let kernels = request.kernels(driver)?;
+    let peaks = Peaks::of(&driver.properties().name);
+    let mut stopwatch = Stopwatch::default();
+    let mut arena: Option<Arena> = None;
+    for line in asked.lines() {
+        let line = line.map_err(Error::io("read", "stdin"))?;
+        let (layout, sizes) = parse(&line)?;
+        let product = Some(sizes);
+        // Checks the sizes.
+        ProductsRequest { product, layout: Some(layout), ..request.clone() }.wanted(driver)?;
+        let found = match arena.take() {
+            Some(found) if found.holds(driver, layout, sizes) => found,
+            small => {
+                small.map_or(Ok(()), |small| small.release(driver))?;
+                Arena::new(driver, dtype, [(layout, sizes)].into_iter())?
+            }
+        };
+        let choice = kernels.choose(layout, Output::plain(layout), sizes)?;
+        let plans = found.plans(driver, &kernels, choice, sizes)?;
+        let times = stopwatch.burst(driver, &plans, request.samples)?;
+        let mut row = Row::new(cost(&choice, dtype, sizes), &Timing::new(times, plans.len()));
+        row.compare(None, peaks);
+        answered(&row)?;
+        arena = Some(found);
+    }
+    driver.synchronize()?;
+    arena.map_or(Ok(()), |arena| arena.release(driver))?;
+    kernels.release(driver)
+}
+
+fn parse(line: &str) -> Result<(Layout, [usize; 3])> {
+    let parsed = || {
+        let (layout, sizes) = line.trim().split_once(' ')?;
+        let sizes: Option<Vec<usize>> = sizes.split(',').map(|it| it.trim().parse().ok()).collect();
+        Some((layout.parse().ok()?, sizes?.try_into().ok()?))
+    };
+    parsed().ok_or_else(|| Error::Usage {
+        what: format!("the line `{}` names no product", line.trim()),
+        remedy: "write a layout and M, N and K: nt 4096,2048,1024".to_string(),
+    })
+}
+
+// ------------------------------------------------------------------ the lines that people read
+
+impl fmt::Display for Speed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = self.percent_of_peak.map(|it| format!("{it:.1} %")).unwrap_or_default();
+        write!(f, "{:>9.1} {:>8.3} {percent:>7}", self.microseconds, self.teraflops_per_second)
+    }
+}
+
+impl fmt::Display for TableReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<2} {:>6} {:>6} {:>6} {:>7}  {:<22} {:>5} {:<6} {:>9} {:>8} {:>7} {:>9} {:>8} {:>7}",
+            "",
+            "M",
+            "N",
+            "K",
+            "step",
+            "kernel",
+            "in",
+            "",
+            "burst us",
+            "TFLOP/s",
+            "peak",
+            "sust. us",
+            "TFLOP/s",
+            "peak"
+        )?;
+        for row in &self.rows {
+            let Wanted { layout, m, n, k, step_share, .. } = row.product;
+            writeln!(
+                f,
+                "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<22} {:>5} {:<6} {} {}",
+                100.0 * step_share,
+                row.kernel,
+                row.splits,
+                if row.tuned { "tuned" } else { "" },
+                row.burst,
+                row.sustained
+            )?;
+        }
+        writeln!(f)?;
+        for mean in &self.means {
+            let percent = |it: Option<f64>| it.map(|it| format!(", {it:.1} %")).unwrap_or_default();
+            writeln!(
+                f,
+                "geometric mean of {} {}: burst {:.3} TFLOP/s{}; sustained {:.3} TFLOP/s{}",
+                mean.products,
+                mean.layout.map_or("products", Layout::name),
+                mean.burst_teraflops_per_second,
+                percent(mean.burst_percent_of_peak),
+                mean.sustained_teraflops_per_second,
+                percent(mean.sustained_percent_of_peak)
+            )?;
+        }
+        writeln!(
+            f,
+            "on {}, {} multiprocessors, {}; medians{}; sustained: {:.1} s without a pause",
+            self.machine.name,
+            self.machine.multiprocessors,
+            self.dtype,
+            if self.machine.l2_bytes > 0 { ", L2 cold" } else { "" },
+            self.sustained_seconds
+        )?;
+        if let Some(source) = self.peak_source {
+            writeln!(f, "peak: {source}")?;
+        }
+        write_not_reached(f, &self.not_reached)
+    }
+}
