@@ -88,18 +88,20 @@ fn with_some_gemms(text: &str) -> String {
     let mut kept = 0;
     let line = |line: &str| -> String {
         let Some((kind, rest)) = line.split_once('(') else { return line.to_string() };
-        if KEPT.contains(&line) || !line.starts_with(|it: char| it.is_ascii_uppercase()) {
-            kept += usize::from(KEPT.contains(&line));
-            return line.to_string();
-        }
-        let parts: Vec<&str> = rest.split(", ").collect();
-        let tile = format!("{}x{}", parts[0], parts[1]);
+        let of_tile = |name: &str, first: usize| -> String {
+            let parts: Vec<&str> = rest.split(", ").collect();
+            format!("gemm_sm90_{name}_{}x{}", parts[first], parts[first + 1])
+        };
         let name = match kind {
-            "STORE_KERNEL" => format!("gemm_sm90_{}_{}x{}", parts[0], parts[2], parts[3]),
-            "ADD_KERNEL" => format!("gemm_sm90_tn_{tile}"),
-            "ROTARY_KERNEL" => format!("gemm_sm90_nt_rotary_{tile}"),
-            "SWIGLU_KERNEL" => format!("gemm_sm90_nt_swiglu_{tile}"),
-            "SWIGLU_GRADIENT_KERNEL" => format!("gemm_sm90_nn_swiglu_{tile}"),
+            _ if KEPT.contains(&line) => {
+                kept += 1;
+                return line.to_string();
+            }
+            "STORE_KERNEL" => of_tile(&rest[..2], 2),
+            "ADD_KERNEL" => of_tile("tn", 0),
+            "ROTARY_KERNEL" => of_tile("nt_rotary", 0),
+            "SWIGLU_KERNEL" => of_tile("nt_swiglu", 0),
+            "SWIGLU_GRADIENT_KERNEL" => of_tile("nn_swiglu", 0),
             _ => return line.to_string(),
         };
         format!("KERNEL({name}, 1)() {{}} EXPORT_KERNEL({name})")
@@ -475,7 +477,7 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "a wrong step of K inside the swizzle atom",
         &[(
-            "(ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 16",
+            "(ROWS == ACROSS_K ? SPAN : sizeof(bf16)) / 16",
             "(ROWS == ALONG_K ? sizeof(bf16) : SPAN) / 32",
         )],
         WRONG,
@@ -487,14 +489,14 @@ const PLANTED: &[Planted] = &[
             "    fence_mbarrier_init();\n  }\n  __syncthreads();",
             "    fence_mbarrier_init();\n  }",
         )],
-        &["data race: the mbarrier at shared 0x", "was initialised by block (0,0,0) thread 0"],
+        &["data race on shared memory", "after a write by block (0,0,0) thread 0 "],
     ),
     planted(
         Kernels::GemmSm90,
         "a wrong parity at the producer's wait",
         &[(
-            "mbarrier_wait(&empty[at.stage], at.parity ^ 1)",
-            "mbarrier_wait(&empty[at.stage], at.parity)",
+            "mbarrier_wait_cluster(&empty[at.stage], at.parity ^ 1)",
+            "mbarrier_wait_cluster(&empty[at.stage], at.parity)",
         )],
         &["deadlock", "for mbarrier at shared 0x", "(4 of 4 arrivals and 0 bytes are missing"],
     ),
@@ -502,8 +504,8 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "a parity that never blocks in the first rounds: the producer overruns the consumers",
         &[(
-            "mbarrier_wait(&empty[at.stage], at.parity ^ 1);",
-            "if (step >= K::STAGES) mbarrier_wait(&empty[at.stage], at.parity);",
+            "mbarrier_wait_cluster(&empty[at.stage], at.parity ^ 1);",
+            "if (step >= K::STAGES) mbarrier_wait_cluster(&empty[at.stage], at.parity);",
         )],
         &["mbarrier"],
     ),
@@ -511,8 +513,8 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "too few expected bytes",
         &[(
-            "mbarrier_arrive_expect_tx(&full[at.stage], K::STAGE_BYTES)",
-            "mbarrier_arrive_expect_tx(&full[at.stage], K::A_BYTES)",
+            "mbarrier_arrive_expect_tx(arrived, K::STAGE_BYTES)",
+            "mbarrier_arrive_expect_tx(arrived, K::A_BYTES)",
         )],
         &["data race on shared memory", "by a copy that completes on the mbarrier at shared 0x"],
     ),
@@ -526,7 +528,10 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "one thread releases a stage for four warps",
         &[
-            ("threadIdx.x % 32 == 0;\n  int prev", "threadIdx.x % 128 == 0;\n  int prev"),
+            (
+                "    if (lane == 0) mbarrier_arrive(empty);",
+                "    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty);",
+            ),
             ("(SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32", "(SHARED_TILES ? CONSUMERS : 1)"),
         ],
         &["data race on shared memory", "the wgmma of block (0,0,0) thread", "asynchronous read"],
@@ -540,7 +545,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "ordinary writes are not fenced before the TMA store reads them",
-        &[("      fence_proxy_async();\n", "")],
+        &[("  fence_proxy_async();\n", "")],
         &[
             "no fence.proxy.async between an ordinary write and an asynchronous access",
             "bulk store",
@@ -550,7 +555,7 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmSm90,
         "no barrier between the writes of the tile and its TMA store",
         &[(
-            "fence_proxy_async();\n      barrier_sync(barrier, WARPGROUP);",
+            "fence_proxy_async();\n  barrier_sync(out.barrier, WARPGROUP);",
             "fence_proxy_async();",
         )],
         &["data race on shared memory", "bulk store of block (0,0,0) thread"],
@@ -558,7 +563,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "accumulators are used before the last group is complete",
-        &[("  wgmma_wait<0>();\n  if (first_lane) mbarrier_arrive(&empty[previous_stage]);\n", "")],
+        &[("  wgmma_wait<0>();\n  release(&empty[previous_stage], cluster);\n", "")],
         &["accumulator of the wgmma at", "is read at", "before wgmma_wait"],
     ),
     planted(
@@ -570,7 +575,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the consumers share one barrier",
-        &[("residual, 1 + consumer,", "residual, 1,")],
+        &[("BLOCK_BYTES, 1 + consumer};", "BLOCK_BYTES, 1};")],
         &["data race on shared memory"],
     ),
     planted(
@@ -596,6 +601,12 @@ const PLANTED: &[Planted] = &[
         "consumers that take tiles in turn do not wait for each other",
         &[("      mbarrier_wait(&order[consumer], (own + (consumer == 0 ? 1 : 0)) & 1);\n", "")],
         &["shared memory"],
+    ),
+    planted(
+        Kernels::GemmSm90,
+        "a producer waits for its own consumers, and not for those of its pair",
+        &[("uint32_t(K::READERS * work->cluster)", "uint32_t(K::READERS)")],
+        &["data race on shared memory", "of block (1,0,0)"],
     ),
     planted(
         Kernels::GemmSm90,
