@@ -98,6 +98,11 @@ fn work_is_counted_by_its_formula() {
     assert_eq!(amounts(&Request { family, ..products.clone() }), [work; 3], "every layout");
     assert_eq!(amounts(&wide(products)), [work; 3]);
 
+    // Those that are not asked for by size: three layouts, then what is fused, of 256 each way.
+    let all = Request { product: None, ..small(Benchmark::Gemm) };
+    assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 6]);
+    assert_eq!(amounts(&Request { family: Some(Family::Sm80), ..all }).len(), 3, "none is fused");
+
     // Two products, and five, of 2 B H S^2 D; the causal half of each.
     let square = 2 * 4 * 40 * 40 * 32;
     assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, 5 * square]);

@@ -3,6 +3,7 @@
 
 use super::Request;
 use super::cost::element_bytes;
+use super::fusions;
 use super::products;
 use super::report::Row;
 use super::sizes;
@@ -15,7 +16,7 @@ use crate::error::Result;
 /// Of a model of about 1B parameters (hidden 2048, ffn 5632, 32 heads, 8 of them for keys and
 /// values, 32000 tokens): inputs, outputs and tokens of the layers qkv, attention out, gate and up,
 /// and down; of the head, with the tokens whose logits exist at one time.
-const LAYERS: [Layer; 5] = [
+pub(super) const LAYERS: [Layer; 5] = [
     Layer { tokens: 8192, inputs: 2048, outputs: 3072 },
     Layer { tokens: 8192, inputs: 2048, outputs: 2048 },
     Layer { tokens: 8192, inputs: 2048, outputs: 11264 },
@@ -23,10 +24,10 @@ const LAYERS: [Layer; 5] = [
     Layer { tokens: 512, inputs: 2048, outputs: 32000 },
 ];
 const SQUARES: [usize; 2] = [4096, 8192];
-const ON_CPU: usize = 256;
+pub(super) const ON_CPU: usize = 256;
 
 #[derive(Clone, Copy)]
-struct Layer {
+pub(super) struct Layer {
     tokens: usize,
     inputs: usize,
     outputs: usize,
@@ -34,7 +35,7 @@ struct Layer {
 
 impl Layer {
     /// M, N, K
-    fn product(self, layout: Layout) -> [usize; 3] {
+    pub fn product(self, layout: Layout) -> [usize; 3] {
         let Layer { tokens, inputs, outputs } = self;
         match layout {
             Layout::Nt => [tokens, outputs, inputs],
@@ -66,6 +67,9 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         for product in products {
             table.push(row(driver, request, &kernels, layout, product)?);
         }
+    }
+    if request.layout.is_none() && request.product.is_none() {
+        table.extend(fusions::rows(driver, request, &kernels)?);
     }
     kernels.release(driver)?;
     Ok(table)

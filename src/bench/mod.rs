@@ -10,6 +10,7 @@ mod adamw;
 mod attention;
 mod copy;
 pub mod cost;
+mod fusions;
 mod gemm;
 mod launches;
 mod loss;
