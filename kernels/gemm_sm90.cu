@@ -263,12 +263,18 @@ struct Outbox {
   uint8_t* tiles;
   int barrier;  // of the consumer's threads
 };
+// The thread's place for 16 columns in a swizzled store tile.
+DEVICE uint8_t* place_in(uint8_t* tile, int group) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
+  const int row = warp * 16 + lane % 16, column = group * 16 + lane / 16 * 8;
+  const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
+  return tile + swizzle<SPAN>(offset);
+}
 // 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
 // quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
 // calls store(tile).
 template <class Fill, class Store>
 DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
   const bool storing = threadIdx.x % WARPGROUP == 0;
   uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
   // The store before the last one has left this tile; the last one may still read the other.
@@ -278,14 +284,33 @@ DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& st
   for (int group = 0; group < 4; ++group) {
     uint32_t quarters[4];
     fill(group, quarters);
-    const int row = warp * 16 + lane % 16, column = group * 16 + lane / 16 * 8;
-    const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
-    stmatrix_x4(tile + swizzle<SPAN>(offset), quarters);
+    stmatrix_x4(place_in(tile, group), quarters);
   }
   fence_proxy_async();
   barrier_sync(out.barrier, WARPGROUP);
   if (storing) {
     store(tile);
+    bulk_commit();
+  }
+}
+// Twice as many, of which fill(group, first, second) packs both at a time; store(first, second).
+template <class Fill, class Store>
+DEVICE void send_both(const Outbox& out, const Fill& fill, const Store& store) {
+  const bool storing = threadIdx.x % WARPGROUP == 0;
+  uint8_t *const first = out.tiles, *const second = first + BLOCK_BYTES;
+  if (storing) bulk_wait_read<0>();
+  barrier_sync(out.barrier, WARPGROUP);
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {
+    uint32_t quarters[2][4];
+    fill(group, quarters[0], quarters[1]);
+    stmatrix_x4(place_in(first, group), quarters[0]);
+    stmatrix_x4(place_in(second, group), quarters[1]);
+  }
+  fence_proxy_async();
+  barrier_sync(out.barrier, WARPGROUP);
+  if (storing) {
+    store(first, second);
     bulk_commit();
   }
 }
@@ -445,38 +470,34 @@ DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, const 
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      uint32_t gates[16], ups[16];  // pairs; all are on their way before the first is used
+      const auto fill = [&](int group, uint32_t(&d_gates)[4], uint32_t(&d_ups)[4]) {
+        uint32_t gates[4], ups[4];  // pairs; all are on their way before the first is used
 #pragma unroll
-      for (int pair = 0; pair < 16; ++pair) {
-        const Place at = place_of(2 * pair, at_row, at_column);
-        gates[pair] = ups[pair] = 0;
-        if (at.row < to.m && at.column < to.n) {
-          const bf16* const gate = to.gate_up + size_t(at.row) * 2 * to.n + at.column;
-          gates[pair] = *reinterpret_cast<const uint32_t*>(gate);
-          ups[pair] = *reinterpret_cast<const uint32_t*>(gate + to.n);
+        for (int pair = 0; pair < 4; ++pair) {
+          const Place at = place_of(2 * (group * 4 + pair), at_row, at_column);
+          gates[pair] = ups[pair] = 0;
+          if (at.row < to.m && at.column < to.n) {
+            const bf16* const gate = to.gate_up + size_t(at.row) * 2 * to.n + at.column;
+            gates[pair] = *reinterpret_cast<const uint32_t*>(gate);
+            ups[pair] = *reinterpret_cast<const uint32_t*>(gate + to.n);
+          }
         }
-      }
 #pragma unroll
-      for (int pair = 0; pair < 16; ++pair) {
-        const float* const d_out = &accumulators[block][part * 32 + 2 * pair];
-        const uint32_t gate = gates[pair], up = ups[pair];
-        const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[0]);
-        const GateUp high = swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[1]);
-        gates[pair] = pack_bf16(low.gate, high.gate);
-        ups[pair] = pack_bf16(low.up, high.up);
-      }
-      const bool inside = at_row < to.m && at_column < to.n;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto fill = [&](int group, uint32_t(&quarters)[4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            quarters[i] = half == 0 ? gates[group * 4 + i] : ups[group * 4 + i];
-        };
-        send(out, 2 * (block * (K::TILE_N / 64) + part) + half, fill, [&](const uint8_t* tile) {
-          if (inside) tma_store_3d(to.map_out, tile, at_column, half, at_row);
-        });
-      }
+        for (int pair = 0; pair < 4; ++pair) {
+          const float* const d_out = &accumulators[block][part * 32 + 2 * (group * 4 + pair)];
+          const uint32_t gate = gates[pair], up = ups[pair];
+          const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[0]);
+          const GateUp high = swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[1]);
+          d_gates[pair] = pack_bf16(low.gate, high.gate);
+          d_ups[pair] = pack_bf16(low.up, high.up);
+        }
+      };
+      send_both(out, fill, [&](const uint8_t* d_gates, const uint8_t* d_ups) {
+        if (at_row < to.m && at_column < to.n) {
+          tma_store_3d(to.map_out, d_gates, at_column, 0, at_row);
+          tma_store_3d(to.map_out, d_ups, at_column, 1, at_row);
+        }
+      });
     }
   }
 }
