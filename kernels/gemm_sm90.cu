@@ -9,10 +9,11 @@
 //
 // Contract: everything row-major; rows are multiples of 8 values; out [M,N] is bf16, and fp32 for
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
-// innermost first: {64, TILE} for a factor whose rows lie along K, {64, 64} for one whose rows lie
-// along M or N, {64, 64} for out. Tails cost nothing but work: TMA fills what lies outside with
-// zeros and does not store it. One rounding, at the end. Where gate and up lie side by side,
-// [M,2,N], maps have three dimensions, so that a box that leaves one does not enter the other.
+// innermost first: {64, TILE} for a factor whose rows lie along K, half as high for B of a pair of
+// blocks and of two halves; {64, 64} for one whose rows lie along M or N, and for out. Tails cost
+// nothing but work: TMA fills what lies outside with zeros and does not store it. One rounding, at
+// the end. Where gate and up lie side by side, [M,2,N], maps have three dimensions, so that a box
+// that leaves one does not enter the other.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -149,8 +150,7 @@ DEVICE void load(uint8_t* to, const TensorMap* map, uint64_t* full, int step, in
       tma_load_2d(to + block * BLOCK_BYTES, map, full, first + block * 64, step * TILE_K);
   }
 }
-// The same to both blocks of a pair, of which each loads its part. Boxes of rows along K are half
-// as high as without a pair.
+// The same to both blocks of a pair, of which each loads its part.
 template <Rows ROWS, int TILE>
 DEVICE void load_for_pair(uint8_t* to, const TensorMap* map, uint64_t* full, int step, int first,
                           int rank) {
@@ -178,7 +178,7 @@ DEVICE void produce(const TensorMap* map_a, const TensorMap* map_b, uint8_t* rin
       uint64_t* const arrived = &full[at.stage];
       // The first round passes at once. What the other block of a pair has not read, either, is not
       // overwritten.
-      mbarrier_wait_cluster(&empty[at.stage], at.parity ^ 1);
+      mbarrier_wait(&empty[at.stage], at.parity ^ 1);
       mbarrier_arrive_expect_tx(arrived, K::STAGE_BYTES);  // the other block's part included
       load<K::A, K::TILE_M>(a, map_a, arrived, step, item.m);
       if (work.cluster == 1)
@@ -202,13 +202,14 @@ DEVICE uint64_t along(int k) {
   return uint64_t(k) * (ROWS == ACROSS_K ? SPAN : sizeof(bf16)) / 16;
 }
 
-// Says for a warp that it has read a stage, to the producer of each block that writes there.
+// Says for a warp that it has read a stage, to the producer of each block that writes there. What
+// has been read so far was read by wgmmas, which are complete.
 DEVICE void release(uint64_t* empty, int cluster) {
   const int lane = int(threadIdx.x) % 32;
   if (cluster == 1) {
     if (lane == 0) mbarrier_arrive(empty);
   } else if (lane < cluster) {
-    mbarrier_arrive_cluster(empty, uint32_t(lane));
+    mbarrier_arrive_peer(empty, uint32_t(lane));
   }
 }
 
@@ -411,7 +412,7 @@ DEVICE void write(const Rotated& to, Accumulators<K>& accumulators, const Outbox
 }
 
 // out = gate and up [T,2F], the two halves of the tile; product = silu(gate) up [T,F] of the
-// rounded ones, as who reads them later will make it.
+// rounded ones: whoever makes it again from what was stored gets the same bits.
 struct Gated {
   const TensorMap *map_out, *map_product;  // {F, 2, T} and {F, T}
   int m, n;                                // n is F
@@ -419,6 +420,7 @@ struct Gated {
 template <class K>
 DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& out, int row,
                   int column) {
+  static_assert(K::TILE_N % 128 == 0 && K::BLOCKS * (K::TILE_N / 128) * 3 % STORES == 0);
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll

@@ -351,8 +351,7 @@ pub trait Backend {
         positions: View,
         qkv: View,
     ) -> Result<()> {
-        self.linear_forward(inp, weight, None, qkv)?;
-        self.rotary_forward(heads, table, positions, qkv)
+        unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv)
     }
     /// gate_up = inp weight^T, then out as of [`Backend::swiglu_forward`], of the rounded gate_up.
     fn linear_swiglu_forward(
@@ -362,8 +361,7 @@ pub trait Backend {
         gate_up: View,
         out: View,
     ) -> Result<()> {
-        self.linear_forward(inp, weight, None, gate_up)?;
-        self.swiglu_forward(gate_up, out)
+        unfused::linear_swiglu_forward(self, inp, weight, gate_up, out)
     }
     /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it;
     /// it may be rounded between the two, or not.
@@ -378,9 +376,9 @@ pub trait Backend {
         d_inp: View,
         d_gate_up: View,
     ) -> Result<()> {
-        let sink = Sink { to: d_inp, accumulate: false };
-        self.linear_backward(inp, weight, d_out, sink, d_weight)?;
-        self.swiglu_backward(gate_up, d_inp, d_gate_up)
+        unfused::linear_swiglu_backward(
+            self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
+        )
     }
 
     /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
@@ -417,4 +415,49 @@ pub trait Backend {
     /// Clips by grad_norm[0] and updates, in one pass that reads each element once. If the norm is
     /// not finite, nothing changes.
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()>;
+}
+
+/// Two ops one after the other, for whoever has no kernel that does both.
+pub(crate) mod unfused {
+    use super::{Backend, HeadSpec, Result, Sink, View};
+
+    pub(crate) fn linear_rotary_forward<B: Backend + ?Sized>(
+        backend: &mut B,
+        heads: HeadSpec,
+        inp: View,
+        weight: View,
+        table: View,
+        positions: View,
+        qkv: View,
+    ) -> Result<()> {
+        backend.linear_forward(inp, weight, None, qkv)?;
+        backend.rotary_forward(heads, table, positions, qkv)
+    }
+
+    pub(crate) fn linear_swiglu_forward<B: Backend + ?Sized>(
+        backend: &mut B,
+        inp: View,
+        weight: View,
+        gate_up: View,
+        out: View,
+    ) -> Result<()> {
+        backend.linear_forward(inp, weight, None, gate_up)?;
+        backend.swiglu_forward(gate_up, out)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn linear_swiglu_backward<B: Backend + ?Sized>(
+        backend: &mut B,
+        inp: View,
+        weight: View,
+        d_out: View,
+        d_weight: View,
+        gate_up: View,
+        d_inp: View,
+        d_gate_up: View,
+    ) -> Result<()> {
+        let sink = Sink { to: d_inp, accumulate: false };
+        backend.linear_backward(inp, weight, d_out, sink, d_weight)?;
+        backend.swiglu_backward(gate_up, d_inp, d_gate_up)
+    }
 }

@@ -230,6 +230,17 @@ DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
       : "r"(shared_address(barrier)), "r"(rank)
       : "memory");
 }
+// The same where only asynchronous accesses that have completed come before it: it orders no
+// ordinary ones for the other block, and so needs no fence of the whole GPU.
+DEVICE void mbarrier_arrive_peer(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
+      :
+      : "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
 DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

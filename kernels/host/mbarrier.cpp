@@ -198,14 +198,21 @@ void mbarrier_expect_tx(uint64_t* address, uint32_t bytes, Site site) {
   complete_if_due(barrier);
 }
 
-void mbarrier_arrive_cluster(uint64_t* address, uint32_t rank, Site site) {
+static void arrive_elsewhere(uint64_t* address, uint32_t rank, const char* what, Site site) {
   auto* there = static_cast<uint64_t*>(simt::cluster_map(address, rank, site));
   const Block* block = block_of(there);
   if (block->finished == block->threads)
-    fail_at(*self(), "mbarrier_arrive_cluster", site,
-            format("block %s has exited", describe(block->index).c_str()));
+    fail_at(*self(), what, site, format("block %s has exited", describe(block->index).c_str()));
   if (worker->race) race_visit(*self(), *block_of(there), place_of(site));
-  arrive(mbarrier_at(there, "mbarrier_arrive_cluster", site), "mbarrier_arrive_cluster", site);
+  arrive(mbarrier_at(there, what, site), what, site);
+}
+
+void mbarrier_arrive_cluster(uint64_t* address, uint32_t rank, Site site) {
+  arrive_elsewhere(address, rank, "mbarrier_arrive_cluster", site);
+}
+
+void mbarrier_arrive_peer(uint64_t* address, uint32_t rank, Site site) {
+  arrive_elsewhere(address, rank, "mbarrier_arrive_peer", site);
 }
 
 bool mbarrier_try_wait(uint64_t* address, uint32_t parity, Site site) {

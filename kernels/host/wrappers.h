@@ -132,6 +132,9 @@ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes, SIMT_SITE);
 void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, SIMT_SITE);
 // On the barrier at the same shared address in block `rank` of the cluster.
 void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank, SIMT_SITE);
+// The same where only asynchronous accesses that have completed come before it. That it orders no
+// others is not modelled.
+void mbarrier_arrive_peer(uint64_t* barrier, uint32_t rank, SIMT_SITE);
 bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity, SIMT_SITE);
 // Until the phase of this parity has completed; `_cluster` orders arrivals from other blocks.
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, SIMT_SITE);

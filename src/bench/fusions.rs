@@ -17,7 +17,8 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request, kernels: &Gemm) -
     let small = on_cpu(driver);
     let sizes = |layer: Layer, layout| if small { [ON_CPU; 3] } else { layer.product(layout) };
     let dtype = request.kernel_dtype();
-    let heads = HeadSpec { heads: 2, kv_heads: 1, head_dim: 64 };
+    let [heads, kv_heads] = if small { [2, 1] } else { [32, 8] };
+    let heads = HeadSpec { heads, kv_heads, head_dim: 64 };
     let [qkv, _, gate_up, down, _] = LAYERS;
     let mut rows = vec![];
     for fusion in [Fusion::Rotary(heads), Fusion::SwiGlu, Fusion::SwiGluGradient] {
@@ -26,7 +27,7 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request, kernels: &Gemm) -
             Fusion::SwiGlu => sizes(gate_up, Layout::Nt),
             Fusion::SwiGluGradient => sizes(down, Layout::Nn),
         };
-        if kernels.fuses(fusion.layout(), fusion.output([DevicePointer::NULL; 2], sizes)) {
+        if kernels.fuses(fusion.layout(), fusion.output([DevicePointer::NULL; 2])) {
             rows.push(row(driver, request, kernels, fusion, dtype, sizes)?);
         }
     }
@@ -49,11 +50,11 @@ impl Fusion {
     }
 
     /// `more`: what it reads or writes beside factors and result.
-    fn output(self, more: [DevicePointer; 2], [_, n, _]: [usize; 3]) -> Output {
+    fn output(self, more: [DevicePointer; 2]) -> Output {
         let [more, positions] = more;
         match self {
-            Fusion::Rotary(HeadSpec { head_dim, .. }) => {
-                let columns = n / 2 / head_dim * head_dim;
+            Fusion::Rotary(HeadSpec { heads, kv_heads, head_dim }) => {
+                let columns = (heads + kv_heads) * head_dim;
                 Output::Rotate(Rotation { table: more, positions, columns, head_dim })
             }
             Fusion::SwiGlu => Output::SwiGlu { product: more },
@@ -92,10 +93,10 @@ fn row(
         let b = buffers.normals("B", dtype, n * k)?;
         let out = buffers.zeros("out", (m * columns) as u64 * element)?;
         let more = match fusion {
-            // Sines of no angle take as long as any other.
+            // Numbers that are no sines take as long.
             Fusion::Rotary(heads) => {
                 let table = buffers.normals("table", Dtype::F32, m * heads.head_dim)?;
-                [table, buffers.zeros("positions", 4 * m as u64)?]
+                [table, buffers.below("positions", m, m)?]
             }
             Fusion::SwiGlu => {
                 let product = buffers.zeros("product", (m * product_n) as u64 * element)?;
@@ -105,7 +106,7 @@ fn row(
                 [buffers.normals("gate and up", dtype, m * columns)?, DevicePointer::NULL]
             }
         };
-        let output = fusion.output(more, sizes);
+        let output = fusion.output(more);
         let product = Product { layout, m, n: product_n, k, a, b, out, output };
         kernels.plan(buffers.driver, &product)
     })?;

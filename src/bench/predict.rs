@@ -1,9 +1,9 @@
 //! How fast a training step can be at best: its kernels, their bytes and FLOPs, and the least time
 //! that a machine needs for them. No device is asked.
 //!
-//! The kernels are those that launches.rs lists. A kernel takes at least as
-//! long as its bytes take through memory, and as its products take on the tensor cores; kernels run
-//! one behind the other, without gaps.
+//! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
+//! through memory, and as its products take on the tensor cores; kernels run one behind the other,
+//! without gaps.
 
 use std::fmt;
 

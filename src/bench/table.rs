@@ -50,6 +50,7 @@ pub struct TableRow {
     pub product: Wanted,
     pub kernel: &'static str,
     pub splits: usize,
+    pub cluster: usize,
     /// Whether the choice was timed, not reckoned.
     pub tuned: bool,
     pub flops: u64,
@@ -182,6 +183,7 @@ pub fn table(
                 product: it.product,
                 kernel: it.choice.variant.kernel,
                 splits: it.choice.splits,
+                cluster: it.choice.cluster,
                 tuned: it.tuned,
                 flops,
                 burst: Speed::new(it.burst, flops, peak),
@@ -271,13 +273,14 @@ impl fmt::Display for TableReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<2} {:>6} {:>6} {:>6} {:>7}  {:<22} {:>5} {:<6} {:>9} {:>8} {:>7} {:>9} {:>8} {:>7}",
+            "{:<2} {:>6} {:>6} {:>6} {:>7}  {:<22} {:>2} {:>5} {:<6} {:>9} {:>8} {:>7} {:>9} {:>8} {:>7}",
             "",
             "M",
             "N",
             "K",
             "step",
             "kernel",
+            "by",
             "in",
             "",
             "burst us",
@@ -291,9 +294,10 @@ impl fmt::Display for TableReport {
             let Wanted { layout, m, n, k, step_share, .. } = row.product;
             writeln!(
                 f,
-                "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<22} {:>5} {:<6} {} {}",
+                "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<22} {:>2} {:>5} {:<6} {} {}",
                 100.0 * step_share,
                 row.kernel,
+                row.cluster,
                 row.splits,
                 if row.tuned { "tuned" } else { "" },
                 row.burst,

@@ -1,5 +1,5 @@
-//! The tuner: every kernel and number of splits that could make a product, timed in turn, and
-//! beside it what the model chose. Its table becomes src/cuda/gemm/tuned.toml.
+//! The tuner: every kernel, cluster and number of splits that could make a product, timed in turn,
+//! and beside it what the model chose. Its table becomes src/cuda/gemm/tuned.toml.
 //!
 //! The products come in the order of what they are worth, so that a run which has to stop early has
 //! timed the dearest. Candidates far behind after two rounds are left there.

@@ -24,7 +24,7 @@ use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, Sca
 use super::{Allocation, DevicePointer, Driver, StreamId};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink,
+    ResidualSpec, Sink, unfused,
 };
 use crate::config::Dtype;
 use crate::error::Result;
@@ -674,8 +674,7 @@ impl Backend for Cuda {
             head_dim: heads.head_dim,
         });
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            self.linear_forward(inp, weight, None, qkv)?;
-            return self.rotary_forward(heads, table, positions, qkv);
+            return unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -698,8 +697,7 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let output = Output::SwiGlu { product: self.address(out) };
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            self.linear_forward(inp, weight, None, gate_up)?;
-            return self.swiglu_forward(gate_up, out);
+            return unfused::linear_swiglu_forward(self, inp, weight, gate_up, out);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -725,9 +723,9 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let output = Output::SwiGluGradient { gate_up: self.address(gate_up) };
         if !self.layers.gemm.fuses(Layout::Nn, output) {
-            let sink = Sink { to: d_inp, accumulate: false };
-            self.linear_backward(inp, weight, d_out, sink, d_weight)?;
-            return self.swiglu_backward(gate_up, d_inp, d_gate_up);
+            return unfused::linear_swiglu_backward(
+                self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
+            );
         }
         self.multiply(Product {
             layout: Layout::Nn,

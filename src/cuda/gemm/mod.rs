@@ -539,8 +539,8 @@ impl Gemm {
         self.plan_with(driver, self.choose(layout, output, [m, n, k])?, product)
     }
 
-    /// A plan with one of [`Gemm::variants`], and splits up to [`Variant::most_splits`]. Errors: as
-    /// [`Gemm::plan`]; other splits.
+    /// A plan with one of [`Gemm::variants_for`], and splits up to [`Variant::most_splits`]. Errors: as
+    /// [`Gemm::plan`]; splits or clusters that there are not.
     pub fn plan_with(
         &self,
         driver: &mut dyn Driver,
@@ -551,13 +551,17 @@ impl Gemm {
         self.check(variant, product)?;
         let sizes = [product.m, product.n, product.k];
         choice.check(sizes, self.multiprocessors).map_err(|what| {
-            refusal(self.device, what, "choose fewer, for this product and machine".to_string())
+            refusal(
+                self.device,
+                what,
+                "choose splits and clusters that Choice::check allows".to_string(),
+            )
         })?;
         let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
             return Err(refusal(
                 self.device,
                 format!("{} is not among the kernels chosen for this machine", variant.kernel),
-                "give one of Gemm::variants".to_string(),
+                "give one of Gemm::variants_for".to_string(),
             ));
         };
         let tiles = variant.tiles_of_clusters(product.m, product.n, cluster);
