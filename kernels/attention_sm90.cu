@@ -39,14 +39,15 @@ constexpr int BLOCKS = (D + COLUMNS - 1) / COLUMNS;
 template <int D, int N>
 constexpr int TILE_BYTES = BLOCKS<D> * N * SPAN;
 
-// Stages of the ring, and the rows of the other side in each, for a forward and a backward kernel.
-// Wide products read shared memory least; with wide heads, backward's registers hold 64 rows.
+// Stages of a ring, and the rows of the other side in each. Products that are 128 wide read shared
+// memory least; 64 is what the registers hold beside wide heads, or two results.
 template <int D>
 constexpr int FORWARD_STAGES = D <= 64 ? 4 : 2;
 constexpr int FORWARD_KEYS = 128;
 constexpr int BACKWARD_STAGES = 3;
 template <int D>
-constexpr int BACKWARD_OTHERS = D <= 64 ? 128 : 64;
+constexpr int BACKWARD_KEYS = D <= 64 ? 128 : 64;
+constexpr int BACKWARD_QUERIES = 64;
 
 // ---------------------------------------------------------------- the ring
 // Where in the ring a producer or a consumer is; `parity` is that of the stage's current round.
@@ -227,7 +228,20 @@ DEVICE int first_row() {
 }
 DEVICE int first_column() { return int(threadIdx.x) % 4 * 2; }
 
+// Hides keys behind a row's own and before its document from queries `row` and `row` + 8. Also what
+// lies behind the end of the sequence, from all rows that are in it.
+template <int N>
+DEVICE void mask_scores(float (&scores)[N / 2], int row, const int (&starts)[2], int first_key) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int half = i / 2 % 2, key = first_key + i / 4 * 8 + first_column() + i % 2;
+    if (key > row + half * 8 || key < starts[half]) scores[i] = MINUS_INFINITY;
+  }
+}
+
 // ---------------------------------------------------------------- roles
+// The same in all lanes, and known to be: what follows from it needs no register in each.
+DEVICE int warp_of_block() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0); }
 DEVICE void begin(const uint8_t* shared) {
   // Swizzles take bits of the address itself; that it is aligned so is not in the language.
   if (threadIdx.x == 0 && shared_address(shared) % (8 * SPAN)) __trap();
@@ -336,8 +350,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   }
 
   setmaxnreg_inc<CONSUMER_REGISTERS>();
-  const int consumer = int(threadIdx.x) / WARPGROUP - 1;
-  const int warp = int(threadIdx.x) % WARPGROUP / 32;
+  const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
   const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   if (consumer == 1) pass_turn(consumer);
@@ -346,7 +359,6 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     const int first = item.tile * ROWS, own_first = first + consumer * MMA_M;
     const int row = own_first + first_row();
     const Tiles tiles = keys_seen(documents, first, first + ROWS, KEYS);
-    // No row of this consumer sees a key before the first of these.
     const int starts[2] = {start_of(documents, row), start_of(documents, row + 8)};
     const int last_start = start_of(documents, own_first + MMA_M - 1);
 
@@ -355,13 +367,8 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     Softmax softmax{{LOWEST, LOWEST}, {0, 0}};
     const auto mask = [&](int tile) {
       const int first_key = tile * KEYS;
-      if (first_key + KEYS - 1 <= own_first && first_key >= last_start) return;
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i) {
-        // Also hides what lies behind the end of the sequence, from all rows that are in it.
-        const int half = i / 2 % 2, key = first_key + i / 4 * 8 + first_column() + i % 2;
-        if (key > row + half * 8 || key < starts[half]) scores[i] = MINUS_INFINITY;
-      }
+      if (first_key + KEYS - 1 > own_first || first_key < last_start)
+        mask_scores<KEYS>(scores, row, starts, first_key);
     };
 
     mbarrier_wait(&own[0], item_at.parity);
@@ -431,17 +438,380 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   if (threadIdx.x % 32 == 0) bulk_wait<0>();
 }
 
+// ---------------------------------------------------------------- backward
+// With P = exp(q k^T scale - lse), dP = d_out v^T, dS = P (dP - delta):
+//   d_q = scale dS k, d_k = scale dS^T q, d_v = P^T d_out, delta = row sums of out d_out.
+// A stage holds two tiles of the other side. The exponents of a step are computed while its dP is
+// multiplied; its last products run while the next step's scores wait for their turn.
+
+// Stages of tiles that a consumer has nothing to do with.
+template <int STAGES>
+DEVICE void pass_over(Position<STAGES>& at, uint64_t* full, uint64_t* empty, int steps) {
+  for (int step = 0; step < steps; ++step) {
+    // Released before it is full, it would be taken for the stage of the round before.
+    mbarrier_wait(&full[at.stage], at.parity);
+    release(&empty[at.stage]);
+    advance(at);
+  }
+}
+// A consumer's tiles, as part of its item's.
+DEVICE Tiles within(Tiles own, Tiles all) {
+  const int first = min(max(own.first, all.first), all.end);
+  return {first, max(first, min(own.end, all.end))};
+}
+
+template <int D>
+DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out,
+                                 const TensorMap* d_qkv,      // the q heads of it
+                                 const int* document_starts,  // [B,S] or null
+                                 const bf16* out,             // [T,HD]
+                                 const bf16* d_out,           // [T,HD]
+                                 const float* log_sum_exp,    // [B,H,S]
+                                 float* delta,                // [B,H,S]
+                                 int sequence, int kv_heads, const Work& work, float scale,
+                                 float scale_log2) {
+  constexpr int KEYS = BACKWARD_KEYS<D>, STAGES = BACKWARD_STAGES;
+  constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, KEY_BYTES = TILE_BYTES<D, KEYS>;
+  SHARED_DYNAMIC(queries);
+  uint8_t* const d_outs = queries + OWN_BYTES;
+  uint8_t* const stages = d_outs + OWN_BYTES;  // STAGES x (keys, values)
+  uint8_t* const outs = stages + STAGES * 2 * KEY_BYTES;
+  SHARED(uint64_t, own, 2);  // full, empty
+  SHARED(uint64_t, full, STAGES);
+  SHARED(uint64_t, empty, STAGES);
+  begin(queries);
+  if (threadIdx.x == 0) {
+    tma_prefetch(qkv);
+    tma_prefetch(of_d_out);
+    tma_prefetch(d_qkv);
+    init_ring<1>(&own[0], &own[1], 1);
+    init_ring<STAGES>(full, empty, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int heads = work.heads;
+
+  Position<1> item_at;
+  Position<STAGES> at;
+  if (threadIdx.x < WARPGROUP) {
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    if (threadIdx.x >= 32 || !elect_one()) return;
+    each_item<true>(work, [&](const Item& item) {
+      const Documents documents = documents_of(document_starts, item.b, sequence);
+      const int first = item.tile * ROWS, kv_head = item.head / (heads / kv_heads);
+      const Tiles tiles = keys_seen(documents, first, first + ROWS, KEYS);
+      mbarrier_wait(&own[1], item_at.parity ^ 1);  // the first round passes at once
+      mbarrier_arrive_expect_tx(&own[0], 2 * OWN_BYTES);
+      load_tile<D, ROWS>(queries, qkv, &own[0], item.head, first, item.b);
+      load_tile<D, ROWS>(d_outs, of_d_out, &own[0], item.head, first, item.b);
+      advance(item_at);
+      for (int tile = tiles.first; tile < tiles.end; ++tile) {
+        uint8_t* const keys = stages + at.stage * 2 * KEY_BYTES;
+        uint64_t* const loaded = &full[at.stage];
+        mbarrier_wait(&empty[at.stage], at.parity ^ 1);
+        mbarrier_arrive_expect_tx(loaded, 2 * KEY_BYTES);
+        const int k_head = heads + kv_head, v_head = heads + kv_heads + kv_head;
+        load_tile<D, KEYS>(keys, qkv, loaded, k_head, tile * KEYS, item.b);
+        load_tile<D, KEYS>(keys + KEY_BYTES, qkv, loaded, v_head, tile * KEYS, item.b);
+        advance(at);
+      }
+    });
+    return;
+  }
+
+  setmaxnreg_inc<CONSUMER_REGISTERS>();
+  const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
+  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN;
+  const uint8_t* const own_d_outs = d_outs + consumer * MMA_M * SPAN;
+  uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
+  each_item<true>(work, [&](const Item& item) {
+    const Documents documents = documents_of(document_starts, item.b, sequence);
+    const int first = item.tile * ROWS, own_first = first + consumer * MMA_M;
+    const int row = own_first + first_row();
+    const Tiles all = keys_seen(documents, first, first + ROWS, KEYS);
+    const Tiles tiles = within(keys_seen(documents, own_first, own_first + MMA_M, KEYS), all);
+    const int starts[2] = {start_of(documents, row), start_of(documents, row + 8)};
+    const int last_start = start_of(documents, own_first + MMA_M - 1);
+
+    // The four lanes that share a row of the scores add up its row of out d_out.
+    float lse_log2[2], deltas[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at_row = row + half * 8;
+      const size_t statistic = (size_t(item.b) * heads + item.head) * sequence + at_row;
+      float sum = 0;
+      lse_log2[half] = -MINUS_INFINITY;  // no probability behind the end of the sequence
+      if (at_row < sequence) {
+        lse_log2[half] = log_sum_exp[statistic] * LOG2_E;
+        const size_t token = size_t(item.b) * sequence + at_row;
+        const size_t in_out = (token * heads + item.head) * D;
+#pragma unroll
+        for (int i = 0; i < D; i += 4 * VALUES<bf16>) {
+          const int column = i + first_column() / 2 * VALUES<bf16>;
+          if (D % (4 * VALUES<bf16>) != 0 && column >= D) break;
+          float o[8], d_o[8];
+          unpack(*reinterpret_cast<const uint4*>(out + in_out + column), o);
+          unpack(*reinterpret_cast<const uint4*>(d_out + in_out + column), d_o);
+#pragma unroll
+          for (int value = 0; value < 8; ++value) sum += o[value] * d_o[value];
+        }
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      deltas[half] = sum;
+      if (first_column() == 0 && at_row < sequence) delta[statistic] = sum;
+    }
+
+    float scores[KEYS / 2], d_scores[KEYS / 2], d_q[D / 2];
+    uint32_t weights[KEYS / MMA_K][4];
+    int before = 0;
+    mbarrier_wait(&own[0], item_at.parity);
+    advance(item_at);
+    pass_over(at, full, empty, tiles.first - all.first);
+    for (int tile = tiles.first; tile < tiles.end; ++tile) {
+      const uint8_t* const keys = stages + at.stage * 2 * KEY_BYTES;
+      mbarrier_wait(&full[at.stage], at.parity);
+      wgmma_fence();
+      multiply_rows<D, KEYS>(scores, own_queries, keys);
+      wgmma_commit();
+      multiply_rows<D, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (tile > tiles.first) release(&empty[before]);
+      const int first_key = tile * KEYS;
+      if (first_key + KEYS - 1 > own_first || first_key < last_start)
+        mask_scores<KEYS>(scores, row, starts, first_key);
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i)
+        scores[i] = exp2_approx(scores[i] * scale_log2 - lse_log2[i / 2 % 2]);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i)
+        d_scores[i] = scores[i] * (d_scores[i] - deltas[i / 2 % 2]);
+      round_weights<KEYS>(weights, d_scores);
+      wgmma_fence();
+      add_weighted_rows<D, KEYS>(d_q, weights, keys, tile > tiles.first);
+      wgmma_commit();
+      before = at.stage;
+      advance(at);
+    }
+    release(&own[1]);
+    wgmma_wait<0>();
+    if (tiles.first < tiles.end) release(&empty[before]);
+    pass_over(at, full, empty, all.end - tiles.end);
+    const float scales[2] = {scale, scale};
+    store_rows<D>(d_qkv, store_tile, d_q, scales, item.head, own_first + warp * WARP_ROWS, item.b,
+                  sequence);
+  });
+  if (threadIdx.x % 32 == 0) bulk_wait<0>();
+}
+
+template <int D>
+DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
+                                  const TensorMap* d_qkv,      // the k and v heads of it
+                                  const int* document_starts,  // [B,S] or null
+                                  const float* log_sum_exp,    // [B,H,S]
+                                  const float* delta,          // [B,H,S]
+                                  int sequence, int heads, const Work& work, float scale,
+                                  float scale_log2) {
+  constexpr int QUERIES = BACKWARD_QUERIES, STAGES = BACKWARD_STAGES;
+  constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
+  SHARED_DYNAMIC(keys);
+  uint8_t* const values = keys + OWN_BYTES;
+  uint8_t* const stages = values + OWN_BYTES;  // STAGES x (queries, d_out)
+  uint8_t* const outs = stages + STAGES * 2 * QUERY_BYTES;
+  // Of the stages' queries.
+  SHARED(float, lses_log2, STAGES* QUERIES);
+  SHARED(float, deltas, STAGES* QUERIES);
+  SHARED(int, starts, STAGES* QUERIES);
+  SHARED(uint64_t, own, 2);  // full, empty
+  SHARED(uint64_t, full, STAGES);
+  SHARED(uint64_t, empty, STAGES);
+  begin(keys);
+  if (threadIdx.x == 0) {
+    tma_prefetch(qkv);
+    tma_prefetch(d_out);
+    tma_prefetch(d_qkv);
+    init_ring<1>(&own[0], &own[1], 1);
+    init_ring<STAGES>(full, empty, 1 + 32);  // the tiles, and each lane's statistics
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int kv_heads = work.heads, group = heads / kv_heads;
+
+  Position<1> item_at;
+  Position<STAGES> at;
+  if (threadIdx.x < WARPGROUP) {
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    // Tiles of queries from the diagonal on, for one query head after the other.
+    const auto each_stage = [&](const Item& item, const auto& load) {
+      const Documents documents = documents_of(document_starts, item.b, sequence);
+      const int first = item.tile * ROWS;
+      const Tiles tiles = queries_seeing(documents, first, first + ROWS, QUERIES);
+      for (int head = item.head * group; head < (item.head + 1) * group; ++head)
+        for (int tile = tiles.first; tile < tiles.end; ++tile) {
+          mbarrier_wait(&empty[at.stage], at.parity ^ 1);  // the first round passes at once
+          load(documents, head, tile * QUERIES);
+          advance(at);
+        }
+    };
+    if (threadIdx.x < 32 && elect_one()) {
+      each_item<false>(work, [&](const Item& item) {
+        const int first = item.tile * ROWS;
+        const int k_head = heads + item.head, v_head = heads + kv_heads + item.head;
+        mbarrier_wait(&own[1], item_at.parity ^ 1);
+        mbarrier_arrive_expect_tx(&own[0], 2 * OWN_BYTES);
+        load_tile<D, ROWS>(keys, qkv, &own[0], k_head, first, item.b);
+        load_tile<D, ROWS>(values, qkv, &own[0], v_head, first, item.b);
+        advance(item_at);
+        each_stage(item, [&](Documents, int head, int first_query) {
+          uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
+          uint64_t* const loaded = &full[at.stage];
+          mbarrier_arrive_expect_tx(loaded, 2 * QUERY_BYTES);
+          load_tile<D, QUERIES>(queries, qkv, loaded, head, first_query, item.b);
+          load_tile<D, QUERIES>(queries + QUERY_BYTES, d_out, loaded, head, first_query, item.b);
+        });
+      });
+    } else if (threadIdx.x / 32 == 1) {
+      each_item<false>(work, [&](const Item& item) {
+        each_stage(item, [&](Documents documents, int head, int first_query) {
+          const size_t statistics = (size_t(item.b) * heads + head) * sequence;
+#pragma unroll 1
+          for (int i = int(threadIdx.x) % 32; i < QUERIES; i += 32) {
+            const int query = first_query + i, to = at.stage * QUERIES + i;
+            const bool exists = query < sequence;
+            // No probability behind the end of the sequence.
+            lses_log2[to] = exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
+            deltas[to] = exists ? delta[statistics + query] : 0;
+            starts[to] = start_of(documents, query);
+          }
+          mbarrier_arrive(&full[at.stage]);
+        });
+      });
+    }
+    return;
+  }
+
+  setmaxnreg_inc<CONSUMER_REGISTERS>();
+  const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
+  const uint8_t* const own_keys = keys + consumer * MMA_M * SPAN;
+  const uint8_t* const own_values = values + consumer * MMA_M * SPAN;
+  uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
+  each_item<false>(work, [&](const Item& item) {
+    const Documents documents = documents_of(document_starts, item.b, sequence);
+    const int first = item.tile * ROWS, own_first = first + consumer * MMA_M;
+    const int key = own_first + first_row();
+    const Tiles all = queries_seeing(documents, first, first + ROWS, QUERIES);
+    const Tiles tiles =
+        within(queries_seeing(documents, own_first, own_first + MMA_M, QUERIES), all);
+
+    float scores[QUERIES / 2], d_scores[QUERIES / 2];  // transposed: [keys,queries]
+    float d_k[D / 2], d_v[D / 2];
+    uint32_t weights[QUERIES / MMA_K][4], d_weights[QUERIES / MMA_K][4];
+    bool added = false;
+    mbarrier_wait(&own[0], item_at.parity);
+    advance(item_at);
+    for (int member = 0; member < group; ++member) {
+      int before = 0;
+      pass_over(at, full, empty, tiles.first - all.first);
+      for (int tile = tiles.first; tile < tiles.end; ++tile) {
+        const uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
+        const uint8_t* const d_outs = queries + QUERY_BYTES;
+        const int first_statistic = at.stage * QUERIES + first_column();
+        mbarrier_wait(&full[at.stage], at.parity);
+        wgmma_fence();
+        multiply_rows<D, QUERIES>(scores, own_keys, queries);
+        wgmma_commit();
+        multiply_rows<D, QUERIES>(d_scores, own_values, d_outs);
+        wgmma_commit();
+        wgmma_wait<1>();
+        __syncwarp();  // every lane has read its statistics
+        if (tile > tiles.first) release(&empty[before]);
+        const int first_query = tile * QUERIES;
+        if (first_query < own_first + MMA_M - 1 ||
+            starts[at.stage * QUERIES + QUERIES - 1] > own_first) {
+#pragma unroll
+          for (int i = 0; i < QUERIES / 2; ++i) {
+            const int column = i / 4 * 8 + i % 2, own_key = key + i / 2 % 2 * 8;
+            const int start = starts[first_statistic + column];
+            if ((own_key > first_query + first_column() + column) | (own_key < start))
+              scores[i] = MINUS_INFINITY;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < QUERIES / 2; i += 4) {
+          const float2 lse =
+              *reinterpret_cast<const float2*>(&lses_log2[first_statistic + i / 4 * 8]);
+#pragma unroll
+          for (int j = i; j < i + 4; ++j)
+            scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < QUERIES / 2; i += 4) {
+          const float2 row_sums =
+              *reinterpret_cast<const float2*>(&deltas[first_statistic + i / 4 * 8]);
+#pragma unroll
+          for (int j = i; j < i + 4; ++j)
+            d_scores[j] = scores[j] * (d_scores[j] - (j % 2 ? row_sums.y : row_sums.x));
+        }
+        round_weights<QUERIES>(weights, scores);
+        round_weights<QUERIES>(d_weights, d_scores);
+        wgmma_fence();
+        add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, added);
+        add_weighted_rows<D, QUERIES>(d_k, d_weights, queries, added);
+        wgmma_commit();
+        if constexpr (D > 96) wgmma_wait<0>();  // there are no registers for the next step's scores
+        added = true;
+        before = at.stage;
+        advance(at);
+      }
+      wgmma_wait<0>();
+      __syncwarp();
+      if (tiles.first < tiles.end) release(&empty[before]);
+      pass_over(at, full, empty, all.end - tiles.end);
+    }
+    release(&own[1]);
+    const float scales[2] = {scale, scale}, ones[2] = {1, 1};
+    const int row = own_first + warp * WARP_ROWS;
+    store_rows<D>(d_qkv, store_tile, d_k, scales, heads + item.head, row, item.b, sequence);
+    store_rows<D>(d_qkv, store_tile, d_v, ones, heads + kv_heads + item.head, row, item.b,
+                  sequence);
+  });
+  if (threadIdx.x % 32 == 0) bulk_wait<0>();
+}
+
 // ---------------------------------------------------------------- kernels
-#define ATTENTION_KERNELS(d)                                                                 \
-  KERNEL(attention_forward_sm90_##d, THREADS, 1)                                             \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,             \
-   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,       \
-   int kv_heads, int section, float scale_log2) {                                            \
-    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};            \
-    attention_forward<d>(&qkv, &out, document_starts, log_sum_exp, sequence, kv_heads, work, \
-                         scale_log2);                                                        \
-  }                                                                                          \
-  EXPORT_KERNEL(attention_forward_sm90_##d)
+#define ATTENTION_KERNELS(d)                                                                       \
+  KERNEL(attention_forward_sm90_##d, THREADS, 1)                                                   \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,                   \
+   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,             \
+   int kv_heads, int section, float scale_log2) {                                                  \
+    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};                  \
+    attention_forward<d>(&qkv, &out, document_starts, log_sum_exp, sequence, kv_heads, work,       \
+                         scale_log2);                                                              \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_forward_sm90_##d)                                                        \
+  KERNEL(attention_backward_q_sm90_##d, THREADS, 1)                                                \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap of_d_out,              \
+   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const bf16* out,           \
+   const bf16* d_out, const float* log_sum_exp, float* delta, int batch, int sequence, int heads,  \
+   int kv_heads, int section, float scale, float scale_log2) {                                     \
+    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};                  \
+    attention_backward_q<d>(&qkv, &of_d_out, &d_qkv, document_starts, out, d_out, log_sum_exp,     \
+                            delta, sequence, kv_heads, work, scale, scale_log2);                   \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_backward_q_sm90_##d)                                                     \
+  KERNEL(attention_backward_kv_sm90_##d, THREADS, 1)                                               \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,                 \
+   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const float* log_sum_exp,  \
+   const float* delta, int batch, int sequence, int heads, int kv_heads, int section, float scale, \
+   float scale_log2) {                                                                             \
+    const Work work{kv_heads, batch * kv_heads, section, (sequence + ROWS - 1) / ROWS};            \
+    attention_backward_kv<d>(&qkv, &d_out, &d_qkv, document_starts, log_sum_exp, delta, sequence,  \
+                             heads, work, scale, scale_log2);                                      \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_backward_kv_sm90_##d)
 
 ATTENTION_KERNELS(32)
 ATTENTION_KERNELS(48)

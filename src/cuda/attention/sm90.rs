@@ -2,9 +2,8 @@
 //! many blocks as there are multiprocessors, each of which takes item after item: a tile of a head's
 //! rows.
 
-use super::{AttentionBackward, AttentionForward, Sizes, scale_log2, tiled};
+use super::{AttentionBackward, AttentionForward, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
-use crate::config::Dtype;
 use crate::cuda::{
     Arguments, DevicePointer, Driver, Fill, KernelId, L2Promotion, Launch, Swizzle, TensorMap,
     TensorMapSpec, TensorType,
@@ -21,13 +20,33 @@ const BF16_BYTES: usize = 2;
 const LOADED_ROWS: u32 = 64;
 const STORED_ROWS: u32 = 16;
 
+/// Stages of the rings, and rows of the other side in each, as the kernels are compiled.
 const FORWARD_KEYS: usize = 128;
+const BACKWARD_STAGES: usize = 3;
+const BACKWARD_QUERIES: usize = 64;
+
+const fn forward_stages(head_dim: usize) -> usize {
+    if head_dim <= 64 { 4 } else { 2 }
+}
+const fn backward_keys(head_dim: usize) -> usize {
+    if head_dim <= 64 { 128 } else { 64 }
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Kernels {
     heads: HeadSpec,
     forward: KernelId,
-    backward: tiled::Kernels,
+    backward_q: KernelId,
+    backward_kv: KernelId,
+}
+
+/// The heads of a result, and how they are walked.
+#[derive(Clone, Copy)]
+struct Walk {
+    /// Of one sequence.
+    heads: usize,
+    /// Of all sequences, walked together: what they read fits in half of the L2 cache.
+    section: usize,
 }
 
 impl Kernels {
@@ -35,8 +54,8 @@ impl Kernels {
     pub fn new(driver: &mut dyn Driver, heads: HeadSpec) -> Result<Self> {
         let mut kernel =
             |pass: &str| driver.kernel(&format!("attention_{pass}_sm90_{}", heads.head_dim));
-        let forward = kernel("forward")?;
-        Ok(Kernels { heads, forward, backward: tiled::Kernels::new(driver, Dtype::Bf16, heads)? })
+        let (forward, backward_q) = (kernel("forward")?, kernel("backward_q")?);
+        Ok(Kernels { heads, forward, backward_q, backward_kv: kernel("backward_kv")? })
     }
 
     /// Bytes of a tile: blocks of 64 columns, the last of them as wide as the others.
@@ -52,69 +71,79 @@ impl Kernels {
         pass: &AttentionForward,
     ) -> Result<(Launch, Arguments)> {
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
-        let stages = if head_dim <= 64 { 4 } else { 2 };
-        let shared_bytes = 2 * self.tile_bytes(ROWS) + 2 * stages * self.tile_bytes(FORWARD_KEYS);
-        let qkv = self.map(driver, pass.qkv, heads + 2 * kv_heads, sizes, LOADED_ROWS)?;
-        let out = self.map(driver, pass.out, heads, sizes, STORED_ROWS)?;
-        let maps = Arguments::new().with(qkv).with(out);
-        let arguments = maps.with(pass.document_starts.unwrap_or_default()).with(pass.log_sum_exp);
-        let section = self.section(driver, sizes, 1, heads / kv_heads, heads);
-        let arguments = self.sized(arguments, sizes, section).with(scale_log2(self.heads) as f32);
-        Ok((self.launch(driver, self.forward, heads, sizes, shared_bytes), arguments))
+        let ring_bytes = 2 * forward_stages(head_dim) * self.tile_bytes(FORWARD_KEYS);
+        let shared_bytes = 2 * self.tile_bytes(ROWS) + ring_bytes;
+        let walk = self.of_queries(driver, sizes);
+        let arguments = Arguments::new()
+            .with(self.map(driver, pass.qkv, heads + 2 * kv_heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, pass.out, heads, sizes, STORED_ROWS)?)
+            .with(pass.document_starts.unwrap_or_default())
+            .with(pass.log_sum_exp);
+        let arguments = self.sized(arguments, sizes, walk).with(scale_log2(self.heads) as f32);
+        Ok((launch(driver, self.forward, sizes, walk, shared_bytes), arguments))
     }
 
-    /// Errors: as [`Kernels::forward`].
+    /// The kernel for d_q, which makes delta, and the one for d_k and d_v. Errors: as
+    /// [`Kernels::forward`].
     pub fn backward(
         &self,
-        _: &mut dyn Driver,
+        driver: &mut dyn Driver,
         sizes: Sizes,
         pass: &AttentionBackward,
     ) -> Result<[(Launch, Arguments); 2]> {
-        Ok(self.backward.backward(sizes, pass))
+        let AttentionBackward { forward, d_out, delta, d_qkv } = *pass;
+        let HeadSpec { heads, kv_heads, head_dim } = self.heads;
+        let qkv_heads = heads + 2 * kv_heads;
+        let maps = Arguments::new()
+            .with(self.map(driver, forward.qkv, qkv_heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, d_out, heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, d_qkv, qkv_heads, sizes, STORED_ROWS)?)
+            .with(forward.document_starts.unwrap_or_default());
+        let of_q = maps.clone().with(forward.out).with(d_out).with(forward.log_sum_exp).with(delta);
+        let of_kv = maps.with(forward.log_sum_exp).with(delta);
+        // Two own tiles, stages of two tiles, and a tile to store through.
+        let passes = [
+            (self.backward_q, of_q, self.of_queries(driver, sizes), backward_keys(head_dim)),
+            (self.backward_kv, of_kv, self.of_keys(driver, sizes), BACKWARD_QUERIES),
+        ];
+        Ok(passes.map(|(kernel, arguments, walk, others)| {
+            let ring_bytes = 2 * BACKWARD_STAGES * self.tile_bytes(others);
+            let shared_bytes = 3 * self.tile_bytes(ROWS) + ring_bytes;
+            let arguments = self
+                .sized(arguments, sizes, walk)
+                .with(scale(self.heads) as f32)
+                .with(scale_log2(self.heads) as f32);
+            (launch(driver, kernel, sizes, walk, shared_bytes), arguments)
+        }))
     }
 
-    /// How many heads of the result are walked together: as many as read, from matrices of `reads`
-    /// heads for each `sharing` of the result's, what half of the L2 cache holds; of a sequence's
-    /// `heads`.
-    fn section(
-        &self,
-        driver: &dyn Driver,
-        Sizes { batch, sequence }: Sizes,
-        reads: usize,
-        sharing: usize,
-        heads: usize,
-    ) -> usize {
-        let bytes = 2 * reads * sequence * self.heads.head_dim * BF16_BYTES;
-        let groups = (driver.properties().l2_bytes as usize / 2 / bytes).max(1);
-        (groups * sharing).min(batch * heads)
+    /// Results for queries: the heads of a group read one head of k and of v.
+    fn of_queries(&self, driver: &dyn Driver, sizes: Sizes) -> Walk {
+        let HeadSpec { heads, kv_heads, .. } = self.heads;
+        let groups = self.in_half_l2(driver, sizes, 1);
+        Walk { heads, section: (groups * heads / kv_heads).min(sizes.batch * heads) }
     }
 
-    fn sized(
-        &self,
-        arguments: Arguments,
-        Sizes { batch, sequence }: Sizes,
-        section: usize,
-    ) -> Arguments {
+    /// Results for keys: a head reads its group's heads of q and of d_out.
+    fn of_keys(&self, driver: &dyn Driver, sizes: Sizes) -> Walk {
+        let HeadSpec { heads, kv_heads, .. } = self.heads;
+        let section = self.in_half_l2(driver, sizes, heads / kv_heads);
+        Walk { heads: kv_heads, section: section.min(sizes.batch * kv_heads) }
+    }
+
+    /// How often `count` heads of each of two matrices fit in half of the L2 cache, at least once.
+    fn in_half_l2(&self, driver: &dyn Driver, sizes: Sizes, count: usize) -> usize {
+        let bytes = 2 * count * sizes.sequence * self.heads.head_dim * BF16_BYTES;
+        (driver.properties().l2_bytes as usize / 2 / bytes).max(1)
+    }
+
+    fn sized(&self, arguments: Arguments, sizes: Sizes, walk: Walk) -> Arguments {
         arguments
-            .with(batch as i32)
-            .with(sequence as i32)
+            .with(sizes.batch as i32)
+            .with(sizes.sequence as i32)
             .with(self.heads.heads as i32)
             .with(self.heads.kv_heads as i32)
-            .with(section as i32)
-    }
-
-    fn launch(
-        &self,
-        driver: &dyn Driver,
-        kernel: KernelId,
-        heads: usize,
-        Sizes { batch, sequence }: Sizes,
-        shared_bytes: usize,
-    ) -> Launch {
-        let items = batch * heads * sequence.div_ceil(ROWS);
-        let blocks = items.min(driver.properties().multiprocessors as usize);
-        let grid = [blocks as u32, 1, 1];
-        Launch::new(kernel, grid, [THREADS, 1, 1]).shared_bytes(shared_bytes as u32)
+            .with(walk.section as i32)
     }
 
     /// A matrix of tokens, each with so many heads. A box is rows of one head of one sequence.
@@ -140,4 +169,17 @@ impl Kernels {
             fill: Fill::Zeros,
         })
     }
+}
+
+/// No more blocks than there are multiprocessors, each of which has room for one.
+fn launch(
+    driver: &dyn Driver,
+    kernel: KernelId,
+    Sizes { batch, sequence }: Sizes,
+    walk: Walk,
+    shared_bytes: usize,
+) -> Launch {
+    let items = batch * walk.heads * sequence.div_ceil(ROWS);
+    let blocks = items.min(driver.properties().multiprocessors as usize);
+    Launch::new(kernel, [blocks as u32, 1, 1], [THREADS, 1, 1]).shared_bytes(shared_bytes as u32)
 }
