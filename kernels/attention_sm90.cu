@@ -386,8 +386,8 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     // Of each step the scores, and of the step before it the weighted values.
     Position<STAGES> before = at;
     advance(at);
+    if (tiles.end - tiles.first > 1) mbarrier_wait(&keys_full[at.stage], at.parity);
     for (int tile = tiles.end - 2; tile >= tiles.first; --tile) {
-      mbarrier_wait(&keys_full[at.stage], at.parity);
       take_turn(consumer);
       wgmma_fence();
       multiply_rows<D, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
@@ -402,13 +402,17 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       release(&keys_empty[at.stage]);
       mask(tile);
       add_scores<KEYS>(softmax, scores, rescale, scale_log2);
+      const int values_stage = before.stage;
+      before = at;
+      advance(at);
+      // The next step's. This is a loop, over which ptxas moves nothing: else it would wait for the
+      // values above the softmax that is to hide them.
+      if (tile > tiles.first) mbarrier_wait(&keys_full[at.stage], at.parity);
       wgmma_wait<0>();
-      release(&values_empty[before.stage]);
+      release(&values_empty[values_stage]);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) sums[i] *= rescale[i / 2 % 2];
       round_weights<KEYS>(weights, scores);
-      before = at;
-      advance(at);
     }
     release(&own[1]);
     mbarrier_wait(&values_full[before.stage], before.parity);
@@ -568,9 +572,9 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     mbarrier_wait(&own[0], item_at.parity);
     advance(item_at);
     pass_over(at, full, empty, tiles.first - all.first);
+    if (tiles.first < tiles.end) mbarrier_wait(&full[at.stage], at.parity);
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
       const uint8_t* const keys = stages + at.stage * 2 * KEY_BYTES;
-      mbarrier_wait(&full[at.stage], at.parity);
       wgmma_fence();
       multiply_rows<D, KEYS>(scores, own_queries, keys);
       wgmma_commit();
@@ -584,6 +588,10 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
         scores[i] = exp2_approx(scores[i] * scale_log2 - lse_log2[i / 2 % 2]);
+      before = at.stage;
+      advance(at);
+      // The next step's, here because ptxas would otherwise wait for dP above the exponents.
+      if (tile + 1 < tiles.end) mbarrier_wait(&full[at.stage], at.parity);
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
@@ -592,8 +600,6 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_fence();
       add_weighted_rows<D, KEYS>(d_q, weights, keys, tile > tiles.first);
       wgmma_commit();
-      before = at.stage;
-      advance(at);
     }
     release(&own[1]);
     wgmma_wait<0>();
@@ -714,11 +720,11 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
     for (int member = 0; member < group; ++member) {
       int before = 0;
       pass_over(at, full, empty, tiles.first - all.first);
+      if (tiles.first < tiles.end) mbarrier_wait(&full[at.stage], at.parity);
       for (int tile = tiles.first; tile < tiles.end; ++tile) {
         const uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
         const uint8_t* const d_outs = queries + QUERY_BYTES;
         const int first_statistic = at.stage * QUERIES + first_column();
-        mbarrier_wait(&full[at.stage], at.parity);
         wgmma_fence();
         multiply_rows<D, QUERIES>(scores, own_keys, queries);
         wgmma_commit();
@@ -746,6 +752,10 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
           for (int j = i; j < i + 4; ++j)
             scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
         }
+        before = at.stage;
+        advance(at);
+        // The next step's, here because ptxas would otherwise wait for dP above the exponents.
+        if (tile + 1 < tiles.end) mbarrier_wait(&full[at.stage], at.parity);
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; i += 4) {
@@ -763,8 +773,6 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         wgmma_commit();
         if constexpr (D > 96) wgmma_wait<0>();  // there are no registers for the next step's scores
         added = true;
-        before = at.stage;
-        advance(at);
       }
       wgmma_wait<0>();
       __syncwarp();
