@@ -4,10 +4,10 @@
 // atomics, every sum in a fixed order. document_starts [B,S] or null: query i of a row sees keys
 // document_starts[i] to i.
 //
-// A tensor map (src/cuda/attention/sm90.rs) is {D, heads, S, B}, innermost first, with 128-byte
-// swizzles; boxes are {64, 1, 64, 1} where it is read, {64, 1, 16, 1} where it is written. So no
-// box reaches into another head or sequence, and what lies behind D or S is zeros and is not
-// stored.
+// A tensor map (src/cuda/attention/sm90.rs) is {D, heads, S, B}, innermost first; boxes are
+// {COLUMNS, 1, 64, 1} where it is read, {COLUMNS, 1, 16, 1} where it is written, with a swizzle as
+// wide as their rows. So no box reaches into another head or sequence; what lies behind S is zeros
+// and is not stored.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one item after the
 // other: 128 rows of a result. One thread loads the item's own rows, and through a ring of stages
@@ -21,7 +21,6 @@ constexpr int WARPGROUP = 128, CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGR
 constexpr int MMA_M = 64, MMA_K = 16;    // of one wgmma
 constexpr int ROWS = CONSUMERS * MMA_M;  // of a result, in an item
 constexpr int WARP_ROWS = 16;            // of a consumer's, in accumulators
-constexpr int SPAN = 128, COLUMNS = 64;  // bytes and values of a row: the span of the swizzle
 constexpr int BOX_ROWS = 64;             // of a load
 constexpr int READERS = CONSUMERS * 4;   // warps that release what all consumers read
 // 168 registers at launch x 3 = 40 + 232 + 232.
@@ -33,16 +32,27 @@ constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float LOG2_E = 1.44269504088896340736f, LN_2 = 0.69314718055994530942f;
 
-// A tile is rows of one head, in blocks of 64 columns; behind D, a block is zeros.
+// A tile is rows of one head, in blocks of COLUMNS columns: the widest span of a swizzle, in bytes,
+// that divides a row.
 template <int D>
-constexpr int BLOCKS = (D + COLUMNS - 1) / COLUMNS;
+constexpr int SPAN = D % 64 == 0   ? 128
+                     : D % 32 == 0 ? 64
+                                   : 32;
+template <int D>
+constexpr int COLUMNS = SPAN<D> / int(sizeof(bf16));
+template <int D>
+constexpr uint64_t SWIZZLE = D % 64 == 0   ? DESCRIPTOR_SWIZZLE_128
+                             : D % 32 == 0 ? DESCRIPTOR_SWIZZLE_64
+                                           : DESCRIPTOR_SWIZZLE_32;
 template <int D, int N>
-constexpr int TILE_BYTES = BLOCKS<D> * N * SPAN;
+constexpr int TILE_BYTES = N * D * int(sizeof(bf16));
 
 // Stages of a ring, and the rows of the other side in each. Products that are 128 wide read shared
 // memory least; 64 is what the registers hold beside wide heads, or two results.
 template <int D>
-constexpr int FORWARD_STAGES = D <= 64 ? 4 : 2;
+constexpr int FORWARD_STAGES = D <= 64   ? 4
+                               : D <= 96 ? 3
+                                         : 2;
 constexpr int FORWARD_KEYS = 128;
 constexpr int BACKWARD_STAGES = 3;
 template <int D>
@@ -147,18 +157,17 @@ template <int D, int N>
 DEVICE void load_tile(uint8_t* tile, const TensorMap* map, uint64_t* full, int head, int first,
                       int b) {
 #pragma unroll
-  for (int block = 0; block < BLOCKS<D>; ++block)
+  for (int column = 0; column < D; column += COLUMNS<D>)
 #pragma unroll
     for (int row = 0; row < N; row += BOX_ROWS)
-      tma_load_4d(tile + (block * N + row) * SPAN, map, full, block * COLUMNS, head, first + row,
-                  b);
+      tma_load_4d(tile + column * N * int(sizeof(bf16)) + row * SPAN<D>, map, full, column, head,
+                  first + row, b);
 }
 
 // A warp's 16 rows of accumulators, times a factor each, through a tile of its own.
 template <int D>
 DEVICE void store_rows(const TensorMap* map, uint8_t* tile, const float (&values)[D / 2],
                        const float (&factors)[2], int head, int first, int b, int sequence) {
-  constexpr int BLOCK_BYTES = WARP_ROWS * SPAN;
   if (first >= sequence) return;
   const int lane = int(threadIdx.x) % 32;
   if (lane == 0) bulk_wait_read<0>();  // the last store has left the tile
@@ -170,44 +179,48 @@ DEVICE void store_rows(const TensorMap* map, uint8_t* tile, const float (&values
     for (int i = 0; i < 4; ++i)
       quarters[i] = pack_bf16(values[group * 8 + 2 * i] * factors[i % 2],
                               values[group * 8 + 2 * i + 1] * factors[i % 2]);
-    const uint32_t column = group % 4 * 16 + lane / 16 * 8;
-    const uint32_t offset = lane % 16 * SPAN + column * int(sizeof(bf16));
-    stmatrix_x4(tile + group / 4 * BLOCK_BYTES + swizzle<SPAN>(offset), quarters);
+    const int block = group * 16 / COLUMNS<D>, column = group * 16 % COLUMNS<D> + lane / 16 * 8;
+    const uint32_t offset = lane % 16 * SPAN<D> + column * int(sizeof(bf16));
+    stmatrix_x4(tile + block * WARP_ROWS * SPAN<D> + swizzle<SPAN<D>>(offset), quarters);
   }
   fence_proxy_async();
   __syncwarp();
   if (lane == 0) {
 #pragma unroll
-    for (int block = 0; block < BLOCKS<D>; ++block)
-      tma_store_4d(map, tile + block * BLOCK_BYTES, block * COLUMNS, head, first, b);
+    for (int column = 0; column < D; column += COLUMNS<D>)
+      tma_store_4d(map, tile + column * WARP_ROWS * int(sizeof(bf16)), column, head, first, b);
     bulk_commit();
   }
 }
 
 // ---------------------------------------------------------------- products of a consumer
-// From one value of a row to another, in the 16 bytes that descriptors count; N rows in the tile.
-template <int N>
-DEVICE constexpr uint64_t along(int k) {
-  return uint64_t(k / COLUMNS * N * SPAN + k % COLUMNS * int(sizeof(bf16))) / 16;
+// Of operands along a row, which is K: from value k on, of a tile of N rows.
+template <int D, int N>
+DEVICE uint64_t along(const uint8_t* rows, int k) {
+  const int offset = k / COLUMNS<D> * N * SPAN<D> + k % COLUMNS<D> * int(sizeof(bf16));
+  return matrix_descriptor(rows, 16, 8 * SPAN<D>, SWIZZLE<D>) + uint64_t(offset / 16);
+}
+// Of operand B across rows, from row k on.
+template <int D, int N>
+DEVICE uint64_t across(const uint8_t* tile, int k) {
+  return matrix_descriptor(tile, N * SPAN<D>, 8 * SPAN<D>, SWIZZLE<D>) + uint64_t(k * SPAN<D> / 16);
 }
 
 // scores [64,N] = 64 rows of tile `a` times the rows of tile `b`.
 template <int D, int N>
 DEVICE void multiply_rows(float (&scores)[N / 2], const uint8_t* a, const uint8_t* b) {
-  const uint64_t of_a = descriptor_k_major(a), of_b = descriptor_k_major(b);
 #pragma unroll
   for (int k = 0; k < D; k += MMA_K)
-    wgmma<N>(scores, of_a + along<ROWS>(k), of_b + along<N>(k), k > 0);
+    wgmma<N>(scores, along<D, ROWS>(a, k), along<D, N>(b, k), k > 0);
 }
 
 // sums [64,D] += weights [64,N] times tile `b` [N,D]; = where `add` is false.
 template <int D, int N>
 DEVICE void add_weighted_rows(float (&sums)[D / 2], const uint32_t (&weights)[N / MMA_K][4],
                               const uint8_t* b, bool add) {
-  const uint64_t of_b = descriptor_mn_major(b, N * SPAN);
 #pragma unroll
   for (int k = 0; k < N; k += MMA_K)
-    wgmma<D, 1>(sums, weights[k / MMA_K], of_b + uint64_t(k * SPAN / 16), add || k > 0);
+    wgmma<D, 1>(sums, weights[k / MMA_K], across<D, N>(b, k), add || k > 0);
 }
 
 // Accumulators of [64,N], rounded, as A of the next product.
@@ -228,14 +241,34 @@ DEVICE int first_row() {
 }
 DEVICE int first_column() { return int(threadIdx.x) % 4 * 2; }
 
-// Hides keys behind a row's own and before its document from queries `row` and `row` + 8. Also what
-// lies behind the end of the sequence, from all rows that are in it.
+// Hides keys from queries. Of a consumer's thread, for an item of queries.
+struct Mask {
+  int first;       // of the consumer's queries
+  int row;         // the thread's first one
+  int starts[2];   // of its two rows' documents
+  int last_start;  // of the consumer's last query's document
+};
+DEVICE Mask mask_of(Documents documents, int first) {
+  const int row = first + first_row();
+  return {first,
+          row,
+          {start_of(documents, row), start_of(documents, row + 8)},
+          start_of(documents, first + MMA_M - 1)};
+}
+// Of N keys from `first_key` on. Those behind a query's own are also those behind the end of the
+// sequence, for all queries that are in it.
 template <int N>
-DEVICE void mask_scores(float (&scores)[N / 2], int row, const int (&starts)[2], int first_key) {
+DEVICE void hide(const Mask& mask, float (&scores)[N / 2], int first_key) {
+  const int key = first_key + first_column();
+  if (first_key + N - 1 > mask.first) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    const int half = i / 2 % 2, key = first_key + i / 4 * 8 + first_column() + i % 2;
-    if (key > row + half * 8 || key < starts[half]) scores[i] = MINUS_INFINITY;
+    for (int i = 0; i < N / 2; ++i)
+      if (key + i / 4 * 8 + i % 2 > mask.row + i / 2 % 2 * 8) scores[i] = MINUS_INFINITY;
+  }
+  if (first_key < mask.last_start) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      if (key + i / 4 * 8 + i % 2 < mask.starts[i / 2 % 2]) scores[i] = MINUS_INFINITY;
   }
 }
 
@@ -244,7 +277,7 @@ DEVICE void mask_scores(float (&scores)[N / 2], int row, const int (&starts)[2],
 DEVICE int warp_of_block() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0); }
 DEVICE void begin(const uint8_t* shared) {
   // Swizzles take bits of the address itself; that it is aligned so is not in the language.
-  if (threadIdx.x == 0 && shared_address(shared) % (8 * SPAN)) __trap();
+  if (threadIdx.x == 0 && shared_address(shared) % 1024) __trap();
 }
 template <int STAGES>
 DEVICE void init_ring(uint64_t* full, uint64_t* empty, int loaders) {
@@ -351,7 +384,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
 
   setmaxnreg_inc<CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
-  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN;
+  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN<D>;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   if (consumer == 1) pass_turn(consumer);
   each_item<true>(work, [&](const Item& item) {
@@ -359,17 +392,11 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     const int first = item.tile * ROWS, own_first = first + consumer * MMA_M;
     const int row = own_first + first_row();
     const Tiles tiles = keys_seen(documents, first, first + ROWS, KEYS);
-    const int starts[2] = {start_of(documents, row), start_of(documents, row + 8)};
-    const int last_start = start_of(documents, own_first + MMA_M - 1);
+    const Mask mask = mask_of(documents, own_first);
 
     float scores[KEYS / 2], sums[D / 2], rescale[2];
     uint32_t weights[KEYS / MMA_K][4];
     Softmax softmax{{LOWEST, LOWEST}, {0, 0}};
-    const auto mask = [&](int tile) {
-      const int first_key = tile * KEYS;
-      if (first_key + KEYS - 1 > own_first || first_key < last_start)
-        mask_scores<KEYS>(scores, row, starts, first_key);
-    };
 
     mbarrier_wait(&own[0], item_at.parity);
     advance(item_at);
@@ -379,7 +406,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     wgmma_commit();
     wgmma_wait<0>();
     release(&keys_empty[at.stage]);
-    mask(tiles.end - 1);
+    hide<KEYS>(mask, scores, (tiles.end - 1) * KEYS);
     add_scores<KEYS>(softmax, scores, rescale, scale_log2);
     round_weights<KEYS>(weights, scores);
 
@@ -400,7 +427,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       pass_turn(consumer);
       wgmma_wait<1>();
       release(&keys_empty[at.stage]);
-      mask(tile);
+      hide<KEYS>(mask, scores, tile * KEYS);
       add_scores<KEYS>(softmax, scores, rescale, scale_log2);
       const int values_stage = before.stage;
       before = at;
@@ -525,8 +552,8 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
 
   setmaxnreg_inc<CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
-  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN;
-  const uint8_t* const own_d_outs = d_outs + consumer * MMA_M * SPAN;
+  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN<D>;
+  const uint8_t* const own_d_outs = d_outs + consumer * MMA_M * SPAN<D>;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   each_item<true>(work, [&](const Item& item) {
     const Documents documents = documents_of(document_starts, item.b, sequence);
@@ -534,8 +561,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     const int row = own_first + first_row();
     const Tiles all = keys_seen(documents, first, first + ROWS, KEYS);
     const Tiles tiles = within(keys_seen(documents, own_first, own_first + MMA_M, KEYS), all);
-    const int starts[2] = {start_of(documents, row), start_of(documents, row + 8)};
-    const int last_start = start_of(documents, own_first + MMA_M - 1);
+    const Mask mask = mask_of(documents, own_first);
 
     // The four lanes that share a row of the scores add up its row of out d_out.
     float lse_log2[2], deltas[2];
@@ -582,9 +608,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_commit();
       wgmma_wait<1>();
       if (tile > tiles.first) release(&empty[before]);
-      const int first_key = tile * KEYS;
-      if (first_key + KEYS - 1 > own_first || first_key < last_start)
-        mask_scores<KEYS>(scores, row, starts, first_key);
+      hide<KEYS>(mask, scores, tile * KEYS);
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
         scores[i] = exp2_approx(scores[i] * scale_log2 - lse_log2[i / 2 % 2]);
@@ -700,8 +724,8 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
 
   setmaxnreg_inc<CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
-  const uint8_t* const own_keys = keys + consumer * MMA_M * SPAN;
-  const uint8_t* const own_values = values + consumer * MMA_M * SPAN;
+  const uint8_t* const own_keys = keys + consumer * MMA_M * SPAN<D>;
+  const uint8_t* const own_values = values + consumer * MMA_M * SPAN<D>;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   each_item<false>(work, [&](const Item& item) {
     const Documents documents = documents_of(document_starts, item.b, sequence);

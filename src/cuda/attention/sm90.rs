@@ -13,8 +13,6 @@ use crate::error::Result;
 const THREADS: u32 = 384;
 /// Of a result, in an item.
 const ROWS: usize = 128;
-/// Of a block of a tile, and of every box.
-const COLUMNS: usize = 64;
 const BF16_BYTES: usize = 2;
 /// Of the boxes of TMA.
 const LOADED_ROWS: u32 = 64;
@@ -26,7 +24,11 @@ const BACKWARD_STAGES: usize = 3;
 const BACKWARD_QUERIES: usize = 64;
 
 const fn forward_stages(head_dim: usize) -> usize {
-    if head_dim <= 64 { 4 } else { 2 }
+    match head_dim {
+        ..=64 => 4,
+        65..=96 => 3,
+        _ => 2,
+    }
 }
 const fn backward_keys(head_dim: usize) -> usize {
     if head_dim <= 64 { 128 } else { 64 }
@@ -58,9 +60,8 @@ impl Kernels {
         Ok(Kernels { heads, forward, backward_q, backward_kv: kernel("backward_kv")? })
     }
 
-    /// Bytes of a tile: blocks of 64 columns, the last of them as wide as the others.
     fn tile_bytes(&self, rows: usize) -> usize {
-        self.heads.head_dim.div_ceil(COLUMNS) * COLUMNS * rows * BF16_BYTES
+        rows * self.heads.head_dim * BF16_BYTES
     }
 
     /// Errors: matrices that leave their buffers.
@@ -158,13 +159,20 @@ impl Kernels {
         let head_dim = self.heads.head_dim;
         let head_bytes = (head_dim * BF16_BYTES) as u64;
         let token_bytes = heads as u64 * head_bytes;
+        // The widest span that divides a row.
+        let spans = [Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes32];
+        let spans = spans.map(|swizzle| (swizzle, swizzle.span_bytes().unwrap_or(head_bytes)));
+        let (swizzle, span) = spans
+            .into_iter()
+            .find(|(_, span)| head_bytes.is_multiple_of(*span))
+            .expect("head dims are multiples of 16");
         driver.tensor_map(&TensorMapSpec {
             data_type: TensorType::Bf16,
             address,
             dimensions: &[head_dim, heads, sequence, batch].map(|it| it as u64),
             stride_bytes: &[head_bytes, token_bytes, sequence as u64 * token_bytes],
-            box_dimensions: &[COLUMNS as u32, 1, box_rows, 1],
-            swizzle: Swizzle::Bytes128,
+            box_dimensions: &[span as u32 / BF16_BYTES as u32, 1, box_rows, 1],
+            swizzle,
             l2_promotion: L2Promotion::Bytes256,
             fill: Fill::Zeros,
         })
