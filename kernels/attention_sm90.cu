@@ -73,8 +73,9 @@ DEVICE void advance(Position<STAGES>& at) {
     at.parity ^= 1;
   }
 }
-// By each warp, when it has read a stage.
+// By each warp, when all its lanes have waited for a stage and read it.
 DEVICE void release(uint64_t* empty) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
 }
 
@@ -755,7 +756,6 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         multiply_rows<D, QUERIES>(d_scores, own_values, d_outs);
         wgmma_commit();
         wgmma_wait<1>();
-        __syncwarp();  // every lane has read its statistics
         if (tile > tiles.first) release(&empty[before]);
         const int first_query = tile * QUERIES;
         if (first_query < own_first + MMA_M - 1 ||
@@ -799,7 +799,6 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         added = true;
       }
       wgmma_wait<0>();
-      __syncwarp();
       if (tiles.first < tiles.end) release(&empty[before]);
       pass_over(at, full, empty, all.end - tiles.end);
     }

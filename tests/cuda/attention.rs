@@ -10,6 +10,7 @@ use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::View;
 
+use super::counting::Counting;
 use super::machines::*;
 use crate::support::normals;
 
@@ -364,6 +365,92 @@ fn f32_of_every_head_dim() {
     every_case(Dtype::F32);
 }
 
+/// At the edges of the Hopper kernels' tiles (64 and 128 rows) and of whole sequences of them, with
+/// each head dim and 1, 2, 4 and 8 query heads for one of k and v; several rounds of items for each
+/// block, and sequences that end within a tile with another behind them.
+#[test]
+fn bf16_of_long_sequences() {
+    let cases = [
+        (8, 1, 32, 3, 7),
+        (4, 1, 48, 2, 64),
+        (2, 1, 64, 2, 113),
+        (2, 2, 96, 1, 128),
+        (4, 2, 128, 1, 203),
+        (8, 1, 64, 1, 256),
+        (2, 1, 128, 2, 300),
+        (1, 1, 48, 1, 513),
+        (2, 1, 96, 1, 400),
+        (1, 1, 64, 1, 1024),
+    ];
+    let checks = cases.map(|(count, kv_heads, head_dim, batch, sequence)| {
+        let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), batch, sequence);
+        Check::new(case, case.inputs())
+    });
+    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+}
+
+/// Documents over several of the Hopper kernels' tiles: tiles behind and before all documents of a
+/// block's rows, of one of its two halves, and of none.
+#[test]
+fn bf16_of_long_documents() {
+    let cases: [(usize, usize, usize, usize, &[usize]); 4] = [
+        (4, 1, 32, 450, &[130, 5, 120, 1, 64]),
+        (2, 1, 64, 390, &[64, 128, 63, 2]),
+        (1, 1, 96, 520, &[257, 127]),
+        (2, 2, 128, 385, &[1, 191, 128]),
+    ];
+    let checks = cases.map(|(count, kv_heads, head_dim, sequence, lengths)| {
+        let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), 2, sequence);
+        Check::new(case, case.packed(lengths))
+    });
+    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+}
+
+/// However many heads are walked together, which depends on the machine's L2 cache: the same bits.
+#[test]
+fn the_order_of_the_heads_changes_no_bit() {
+    if !has_simt() {
+        return;
+    }
+    let case = Case::new(Dtype::Bf16, heads(6, 3, 32), 3, 130);
+    let inputs = case.packed(&[70]);
+    let kv_head_bytes = 2 * 2 * 130 * 32;
+    let mut found = [0, 2, 4, 1000].map(|kv_heads| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        driver.properties.l2_bytes = 2 * kv_heads * kv_head_bytes;
+        on_device(&mut driver, None, case, &inputs).bits()
+    });
+    let first = found[0].clone();
+    assert!(found.iter_mut().all(|bits| *bits == first));
+}
+
+/// A build for sm_80 alone has no wgmma kernels, and a chosen family is not replaced.
+#[test]
+fn hopper_runs_its_own_kernels_where_the_build_has_them() {
+    if !has_simt() {
+        return;
+    }
+    let heads = heads(2, 1, 64);
+    let case = Case::new(Dtype::Bf16, heads, 1, 9);
+    let launched = |lacks, family| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        driver.lacks = lacks;
+        on_device(&mut driver, family, case, &case.inputs());
+        driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
+    };
+    let sm90 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_64"));
+    let sm80 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_bf16_64"));
+    assert_eq!(launched(None, None), sm90);
+    assert_eq!(launched(None, Some(Family::Sm80)), sm80);
+    assert_eq!(launched(Some("attention_backward_kv_sm90"), None), sm80);
+    let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
+    driver.lacks = Some("attention_forward_sm90");
+    let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
+    assert!(error.to_string().contains("attention_forward_sm90_64"), "{error}");
+    let error = Attention::new(driver, Dtype::F32, heads, Some(Family::Sm90)).unwrap_err();
+    assert!(error.to_string().contains("choose f32"), "{error}");
+}
+
 /// Documents that begin on tiles' and warps' borders and beside them, of one token too, longer and
 /// shorter than a tile, and some that end rows that no tile divides.
 fn packed_cases(dtype: Dtype) -> Vec<Check> {
@@ -451,7 +538,12 @@ fn documents_know_nothing_of_each_other() {
 /// Scores in the thousands: exp(score) is far beyond any f32.
 #[test]
 fn large_scores() {
-    let checks = [(Dtype::Bf16, 64, 70), (Dtype::Bf16, 96, 33), (Dtype::F32, 48, 34)];
+    let checks = [
+        (Dtype::Bf16, 64, 70),
+        (Dtype::Bf16, 96, 33),
+        (Dtype::Bf16, 128, 270),
+        (Dtype::F32, 48, 34),
+    ];
     let checks = checks.map(|(dtype, head_dim, sequence)| {
         let case = Case::new(dtype, heads(2, 1, head_dim), 1, sequence);
         let mut inputs = case.inputs();
