@@ -492,6 +492,45 @@ DEVICE Tiles within(Tiles own, Tiles all) {
   return {first, max(first, min(own.end, all.end))};
 }
 
+// Of a thread's two queries.
+struct Statistics {
+  float lse_log2[2], deltas[2];
+};
+// Reads log_sum_exp; makes delta, of which the four lanes that share a row add up parts, and writes
+// it.
+template <int D>
+DEVICE Statistics statistics_of(const bf16* out, const bf16* d_out, const float* log_sum_exp,
+                                float* delta, const Item& item, int heads, int row, int sequence) {
+  Statistics found;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at_row = row + half * 8;
+    const size_t statistic = (size_t(item.b) * heads + item.head) * sequence + at_row;
+    float sum = 0;
+    found.lse_log2[half] = -MINUS_INFINITY;  // no probability behind the end of the sequence
+    if (at_row < sequence) {
+      found.lse_log2[half] = log_sum_exp[statistic] * LOG2_E;
+      const size_t token = size_t(item.b) * sequence + at_row;
+      const size_t begin = (token * heads + item.head) * D;
+#pragma unroll
+      for (int i = 0; i < D; i += 4 * VALUES<bf16>) {
+        const int column = i + first_column() / 2 * VALUES<bf16>;
+        if (D % (4 * VALUES<bf16>) != 0 && column >= D) break;
+        float o[8], d_o[8];
+        unpack(*reinterpret_cast<const uint4*>(out + begin + column), o);
+        unpack(*reinterpret_cast<const uint4*>(d_out + begin + column), d_o);
+#pragma unroll
+        for (int value = 0; value < 8; ++value) sum += o[value] * d_o[value];
+      }
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    found.deltas[half] = sum;
+    if (first_column() == 0 && at_row < sequence) delta[statistic] = sum;
+  }
+  return found;
+}
+
 template <int D>
 DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out,
                                  const TensorMap* d_qkv,      // the q heads of it
@@ -564,37 +603,9 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     const Tiles tiles = within(keys_seen(documents, own_first, own_first + MMA_M, KEYS), all);
     const Mask mask = mask_of(documents, own_first);
 
-    // The four lanes that share a row of the scores add up its row of out d_out.
-    float lse_log2[2], deltas[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at_row = row + half * 8;
-      const size_t statistic = (size_t(item.b) * heads + item.head) * sequence + at_row;
-      float sum = 0;
-      lse_log2[half] = -MINUS_INFINITY;  // no probability behind the end of the sequence
-      if (at_row < sequence) {
-        lse_log2[half] = log_sum_exp[statistic] * LOG2_E;
-        const size_t token = size_t(item.b) * sequence + at_row;
-        const size_t in_out = (token * heads + item.head) * D;
-#pragma unroll
-        for (int i = 0; i < D; i += 4 * VALUES<bf16>) {
-          const int column = i + first_column() / 2 * VALUES<bf16>;
-          if (D % (4 * VALUES<bf16>) != 0 && column >= D) break;
-          float o[8], d_o[8];
-          unpack(*reinterpret_cast<const uint4*>(out + in_out + column), o);
-          unpack(*reinterpret_cast<const uint4*>(d_out + in_out + column), d_o);
-#pragma unroll
-          for (int value = 0; value < 8; ++value) sum += o[value] * d_o[value];
-        }
-      }
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      deltas[half] = sum;
-      if (first_column() == 0 && at_row < sequence) delta[statistic] = sum;
-    }
-
     float scores[KEYS / 2], d_scores[KEYS / 2], d_q[D / 2];
     uint32_t weights[KEYS / MMA_K][4];
+    Statistics rows{};
     int before = 0;
     mbarrier_wait(&own[0], item_at.parity);
     advance(item_at);
@@ -605,6 +616,10 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_fence();
       multiply_rows<D, KEYS>(scores, own_queries, keys);
       wgmma_commit();
+      if (tile == tiles.first) {  // while the scores are multiplied
+        rows = statistics_of<D>(out, d_out, log_sum_exp, delta, item, heads, row, sequence);
+        wgmma_fence();
+      }
       multiply_rows<D, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
       wgmma_commit();
       wgmma_wait<1>();
@@ -612,7 +627,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       hide<KEYS>(mask, scores, tile * KEYS);
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
-        scores[i] = exp2_approx(scores[i] * scale_log2 - lse_log2[i / 2 % 2]);
+        scores[i] = exp2_approx(scores[i] * scale_log2 - rows.lse_log2[i / 2 % 2]);
       before = at.stage;
       advance(at);
       // The next step's, here because ptxas would otherwise wait for dP above the exponents.
@@ -620,7 +635,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i)
-        d_scores[i] = scores[i] * (d_scores[i] - deltas[i / 2 % 2]);
+        d_scores[i] = scores[i] * (d_scores[i] - rows.deltas[i / 2 % 2]);
       round_weights<KEYS>(weights, d_scores);
       wgmma_fence();
       add_weighted_rows<D, KEYS>(d_q, weights, keys, tile > tiles.first);
