@@ -421,7 +421,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       multiply_rows<D, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
       wgmma_commit();
       mbarrier_wait(&values_full[before.stage], before.parity);
-      wgmma_fence();
+      wgmma_fence();  // the one above is enough, but not for ptxas, behind a loop
       add_weighted_rows<D, KEYS>(sums, weights, values + before.stage * KEY_BYTES,
                                  tile < tiles.end - 2);
       wgmma_commit();
@@ -618,7 +618,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_commit();
       if (tile == tiles.first) {  // while the scores are multiplied
         rows = statistics_of<D>(out, d_out, log_sum_exp, delta, item, heads, row, sequence);
-        wgmma_fence();
+        wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch
       }
       multiply_rows<D, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
       wgmma_commit();
@@ -828,16 +828,17 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
 }
 
 // ---------------------------------------------------------------- kernels
-#define ATTENTION_KERNELS(d)                                                                       \
-  KERNEL(attention_forward_sm90_##d, THREADS, 1)                                                   \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,                   \
-   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,             \
-   int kv_heads, int section, float scale_log2) {                                                  \
-    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};                  \
-    attention_forward<d>(&qkv, &out, document_starts, log_sum_exp, sequence, kv_heads, work,       \
-                         scale_log2);                                                              \
-  }                                                                                                \
-  EXPORT_KERNEL(attention_forward_sm90_##d)                                                        \
+#define FORWARD_KERNEL(d)                                                                    \
+  KERNEL(attention_forward_sm90_##d, THREADS, 1)                                             \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,             \
+   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,       \
+   int kv_heads, int section, float scale_log2) {                                            \
+    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};            \
+    attention_forward<d>(&qkv, &out, document_starts, log_sum_exp, sequence, kv_heads, work, \
+                         scale_log2);                                                        \
+  }                                                                                          \
+  EXPORT_KERNEL(attention_forward_sm90_##d)
+#define BACKWARD_KERNELS(d)                                                                        \
   KERNEL(attention_backward_q_sm90_##d, THREADS, 1)                                                \
   (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap of_d_out,              \
    const __grid_constant__ TensorMap d_qkv, const int* document_starts, const bf16* out,           \
@@ -859,8 +860,13 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
   }                                                                                                \
   EXPORT_KERNEL(attention_backward_kv_sm90_##d)
 
-ATTENTION_KERNELS(32)
-ATTENTION_KERNELS(48)
-ATTENTION_KERNELS(64)
-ATTENTION_KERNELS(96)
-ATTENTION_KERNELS(128)
+FORWARD_KERNEL(32)
+FORWARD_KERNEL(48)
+FORWARD_KERNEL(64)
+FORWARD_KERNEL(96)
+FORWARD_KERNEL(128)
+BACKWARD_KERNELS(32)
+BACKWARD_KERNELS(48)
+BACKWARD_KERNELS(64)
+BACKWARD_KERNELS(96)
+BACKWARD_KERNELS(128)
