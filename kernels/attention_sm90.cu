@@ -666,10 +666,10 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
   uint8_t* const values = keys + OWN_BYTES;
   uint8_t* const stages = values + OWN_BYTES;  // STAGES x (queries, d_out)
   uint8_t* const outs = stages + STAGES * 2 * QUERY_BYTES;
-  // Of the stages' queries.
-  SHARED(float, lses_log2, STAGES* QUERIES);
-  SHARED(float, deltas, STAGES* QUERIES);
-  SHARED(int, starts, STAGES* QUERIES);
+  constexpr int STATISTICS = STAGES * QUERIES;  // of the stages' queries, read in pairs
+  SHARED(float2, lses_log2, STATISTICS / 2);
+  SHARED(float2, deltas, STATISTICS / 2);
+  SHARED(int, starts, STATISTICS);
   SHARED(uint64_t, own, 2);  // full, empty
   SHARED(uint64_t, full, STAGES);
   SHARED(uint64_t, empty, STAGES);
@@ -727,8 +727,9 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
             const int query = first_query + i, to = at.stage * QUERIES + i;
             const bool exists = query < sequence;
             // No probability behind the end of the sequence.
-            lses_log2[to] = exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
-            deltas[to] = exists ? delta[statistics + query] : 0;
+            reinterpret_cast<float*>(lses_log2)[to] =
+                exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
+            reinterpret_cast<float*>(deltas)[to] = exists ? delta[statistics + query] : 0;
             starts[to] = start_of(documents, query);
           }
           mbarrier_arrive(&full[at.stage]);
@@ -785,8 +786,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         }
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; i += 4) {
-          const float2 lse =
-              *reinterpret_cast<const float2*>(&lses_log2[first_statistic + i / 4 * 8]);
+          const float2 lse = lses_log2[(first_statistic + i / 4 * 8) / 2];
 #pragma unroll
           for (int j = i; j < i + 4; ++j)
             scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
@@ -798,8 +798,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; i += 4) {
-          const float2 row_sums =
-              *reinterpret_cast<const float2*>(&deltas[first_statistic + i / 4 * 8]);
+          const float2 row_sums = deltas[(first_statistic + i / 4 * 8) / 2];
 #pragma unroll
           for (int j = i; j < i + 4; ++j)
             d_scores[j] = scores[j] * (d_scores[j] - (j % 2 ? row_sums.y : row_sums.x));
