@@ -9,22 +9,31 @@
 // wide as their rows. So no box reaches into another head or sequence; what lies behind S is zeros
 // and is not stored.
 //
-// A block of three warpgroups keeps its multiprocessor to itself and takes one item after the
-// other: 128 rows of a result. One thread loads the item's own rows, and through a ring of stages
-// the rows of the other side; each of two consumers computes 64 rows of the result. Scores and what
+// A block keeps its multiprocessor to itself and takes one item after the other: 128 rows of a
+// result, or 192. One thread loads the item's own rows, and through a ring of stages the rows of
+// the other side; each of two or three consumers computes 64 rows of the result. Scores and what
 // comes of them never leave registers: an accumulator, rounded, is the A operand of the next
 // product. Backward is two kernels, one for each side that is summed over, as in attention_sm80.cu.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes
-constexpr int WARPGROUP = 128, CONSUMERS = 2, THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int MMA_M = 64, MMA_K = 16;    // of one wgmma
-constexpr int ROWS = CONSUMERS * MMA_M;  // of a result, in an item
-constexpr int WARP_ROWS = 16;            // of a consumer's, in accumulators
-constexpr int BOX_ROWS = 64;             // of a load
-constexpr int READERS = CONSUMERS * 4;   // warps that release what all consumers read
-// 168 registers at launch x 3 = 40 + 232 + 232.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int WARPGROUP = 128;
+constexpr int MMA_M = 64, MMA_K = 16;  // of one wgmma
+constexpr int WARP_ROWS = 16;          // of a consumer's, in accumulators
+constexpr int BOX_ROWS = 64;           // of a load
+
+// A block: a producer, and consumers of 64 rows each. Three where their registers allow: more
+// products to hide a softmax behind, but fewer items, and more rows behind the end of a sequence.
+template <int CONSUMERS_>
+struct Team {
+  static_assert(CONSUMERS_ == 2 || CONSUMERS_ == 3);
+  static constexpr int CONSUMERS = CONSUMERS_, THREADS = (1 + CONSUMERS) * WARPGROUP;
+  static constexpr int ROWS = CONSUMERS * MMA_M;  // of a result, in an item
+  static constexpr int READERS = CONSUMERS * 4;   // warps that release what all consumers read
+  // At launch 168 registers x 3 warpgroups, or 128 x 4.
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+};
 
 constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 // Below every score, yet what a mask hides lies infinitely far below it: a row that sees nothing of
@@ -80,8 +89,8 @@ DEVICE void release(uint64_t* empty) {
 }
 
 // ---------------------------------------------------------------- the work
-// All sequences' heads, each with `tiles` tiles of ROWS rows. The heads of a section are walked
-// together: what they read fits in the L2 cache.
+// All sequences' heads, each with `tiles` tiles of an item's rows. The heads of a section are
+// walked together: what they read fits in the L2 cache.
 struct Work {
   int heads;           // of one sequence, on the side of the result
   int total, section;  // of all sequences, and of a section
@@ -208,11 +217,12 @@ DEVICE uint64_t across(const uint8_t* tile, int k) {
 }
 
 // scores [64,N] = 64 rows of tile `a` times the rows of tile `b`.
-template <int D, int N>
+// `A_ROWS`: of the tile that they are in.
+template <int D, int A_ROWS, int N>
 DEVICE void multiply_rows(float (&scores)[N / 2], const uint8_t* a, const uint8_t* b) {
 #pragma unroll
   for (int k = 0; k < D; k += MMA_K)
-    wgmma<N>(scores, along<D, ROWS>(a, k), along<D, N>(b, k), k > 0);
+    wgmma<N>(scores, along<D, A_ROWS>(a, k), along<D, N>(b, k), k > 0);
 }
 
 // sums [64,D] += weights [64,N] times tile `b` [N,D]; = where `add` is false.
@@ -280,19 +290,22 @@ DEVICE void begin(const uint8_t* shared) {
   // Swizzles take bits of the address itself; that it is aligned so is not in the language.
   if (threadIdx.x == 0 && shared_address(shared) % 1024) __trap();
 }
-template <int STAGES>
+template <class T, int STAGES>
 DEVICE void init_ring(uint64_t* full, uint64_t* empty, int loaders) {
   for (int stage = 0; stage < STAGES; ++stage) {
     mbarrier_init(&full[stage], loaders);
-    mbarrier_init(&empty[stage], READERS);
+    mbarrier_init(&empty[stage], T::READERS);
   }
 }
 
 // ---------------------------------------------------------------- forward
 // The issue of a step's products, one consumer after the other: while one computes its softmax, the
-// other one's products run. Each consumer has a barrier, at which the other one passes the turn on.
-DEVICE void take_turn(int consumer) { barrier_sync(1 + consumer, CONSUMERS * WARPGROUP); }
-DEVICE void pass_turn(int consumer) { barrier_arrive(2 - consumer, CONSUMERS * WARPGROUP); }
+// others' products run. Each consumer has a barrier, at which the one before it passes the turn on.
+DEVICE void take_turn(int consumer) { barrier_sync(1 + consumer, 2 * WARPGROUP); }
+template <class T>
+DEVICE void pass_turn(int consumer) {
+  barrier_arrive(1 + (consumer + 1) % T::CONSUMERS, 2 * WARPGROUP);
+}
 
 // What a consumer's thread knows about its two rows.
 struct Softmax {
@@ -327,12 +340,12 @@ DEVICE void add_scores(Softmax& softmax, float (&scores)[N / 2], float (&rescale
   }
 }
 
-template <int D>
+template <class T, int D>
 DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
                               const int* document_starts,  // [B,S] or null
                               float* log_sum_exp,          // [B,H,S]
                               int sequence, int kv_heads, const Work& work, float scale_log2) {
-  constexpr int KEYS = FORWARD_KEYS, STAGES = FORWARD_STAGES<D>;
+  constexpr int ROWS = T::ROWS, KEYS = FORWARD_KEYS, STAGES = FORWARD_STAGES<D>;
   constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, KEY_BYTES = TILE_BYTES<D, KEYS>;
   SHARED_DYNAMIC(queries);
   uint8_t* const keys = queries + OWN_BYTES;          // STAGES tiles
@@ -347,9 +360,9 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   if (threadIdx.x == 0) {
     tma_prefetch(qkv);
     tma_prefetch(out);
-    init_ring<1>(&own[0], &own[1], 1);
-    init_ring<STAGES>(keys_full, keys_empty, 1);
-    init_ring<STAGES>(values_full, values_empty, 1);
+    init_ring<T, 1>(&own[0], &own[1], 1);
+    init_ring<T, STAGES>(keys_full, keys_empty, 1);
+    init_ring<T, STAGES>(values_full, values_empty, 1);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -358,7 +371,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   Position<1> item_at;
   Position<STAGES> at;
   if (threadIdx.x < WARPGROUP) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    setmaxnreg_dec<T::PRODUCER_REGISTERS>();
     if (threadIdx.x >= 32 || !elect_one()) return;
     each_item<true>(work, [&](const Item& item) {
       const Documents documents = documents_of(document_starts, item.b, sequence);
@@ -383,11 +396,11 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     return;
   }
 
-  setmaxnreg_inc<CONSUMER_REGISTERS>();
+  setmaxnreg_inc<T::CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
   const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN<D>;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
-  if (consumer == 1) pass_turn(consumer);
+  if (consumer == T::CONSUMERS - 1) pass_turn<T>(consumer);
   each_item<true>(work, [&](const Item& item) {
     const Documents documents = documents_of(document_starts, item.b, sequence);
     const int first = item.tile * ROWS, own_first = first + consumer * MMA_M;
@@ -403,7 +416,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     advance(item_at);
     mbarrier_wait(&keys_full[at.stage], at.parity);
     wgmma_fence();
-    multiply_rows<D, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
+    multiply_rows<D, ROWS, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
     wgmma_commit();
     wgmma_wait<0>();
     release(&keys_empty[at.stage]);
@@ -418,14 +431,14 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     for (int tile = tiles.end - 2; tile >= tiles.first; --tile) {
       take_turn(consumer);
       wgmma_fence();
-      multiply_rows<D, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
+      multiply_rows<D, ROWS, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
       wgmma_commit();
       mbarrier_wait(&values_full[before.stage], before.parity);
       wgmma_fence();  // the one above is enough, but not for ptxas, behind a loop
       add_weighted_rows<D, KEYS>(sums, weights, values + before.stage * KEY_BYTES,
                                  tile < tiles.end - 2);
       wgmma_commit();
-      pass_turn(consumer);
+      pass_turn<T>(consumer);
       wgmma_wait<1>();
       release(&keys_empty[at.stage]);
       hide<KEYS>(mask, scores, tile * KEYS);
@@ -541,7 +554,8 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
                                  float* delta,                // [B,H,S]
                                  int sequence, int kv_heads, const Work& work, float scale,
                                  float scale_log2) {
-  constexpr int KEYS = BACKWARD_KEYS<D>, STAGES = BACKWARD_STAGES;
+  using T = Team<2>;
+  constexpr int ROWS = T::ROWS, KEYS = BACKWARD_KEYS<D>, STAGES = BACKWARD_STAGES;
   constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, KEY_BYTES = TILE_BYTES<D, KEYS>;
   SHARED_DYNAMIC(queries);
   uint8_t* const d_outs = queries + OWN_BYTES;
@@ -555,8 +569,8 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     tma_prefetch(qkv);
     tma_prefetch(of_d_out);
     tma_prefetch(d_qkv);
-    init_ring<1>(&own[0], &own[1], 1);
-    init_ring<STAGES>(full, empty, 1);
+    init_ring<T, 1>(&own[0], &own[1], 1);
+    init_ring<T, STAGES>(full, empty, 1);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -565,7 +579,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
   Position<1> item_at;
   Position<STAGES> at;
   if (threadIdx.x < WARPGROUP) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    setmaxnreg_dec<T::PRODUCER_REGISTERS>();
     if (threadIdx.x >= 32 || !elect_one()) return;
     each_item<true>(work, [&](const Item& item) {
       const Documents documents = documents_of(document_starts, item.b, sequence);
@@ -590,7 +604,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     return;
   }
 
-  setmaxnreg_inc<CONSUMER_REGISTERS>();
+  setmaxnreg_inc<T::CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
   const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN<D>;
   const uint8_t* const own_d_outs = d_outs + consumer * MMA_M * SPAN<D>;
@@ -614,13 +628,13 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     for (int tile = tiles.first; tile < tiles.end; ++tile) {
       const uint8_t* const keys = stages + at.stage * 2 * KEY_BYTES;
       wgmma_fence();
-      multiply_rows<D, KEYS>(scores, own_queries, keys);
+      multiply_rows<D, ROWS, KEYS>(scores, own_queries, keys);
       wgmma_commit();
       if (tile == tiles.first) {  // while the scores are multiplied
         rows = statistics_of<D>(out, d_out, log_sum_exp, delta, item, heads, row, sequence);
         wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch
       }
-      multiply_rows<D, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
+      multiply_rows<D, ROWS, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
       wgmma_commit();
       wgmma_wait<1>();
       if (tile > tiles.first) release(&empty[before]);
@@ -660,7 +674,8 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
                                   const float* delta,          // [B,H,S]
                                   int sequence, int heads, const Work& work, float scale,
                                   float scale_log2) {
-  constexpr int QUERIES = BACKWARD_QUERIES, STAGES = BACKWARD_STAGES;
+  using T = Team<2>;
+  constexpr int ROWS = T::ROWS, QUERIES = BACKWARD_QUERIES, STAGES = BACKWARD_STAGES;
   constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
   SHARED_DYNAMIC(keys);
   uint8_t* const values = keys + OWN_BYTES;
@@ -678,8 +693,8 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
     tma_prefetch(qkv);
     tma_prefetch(d_out);
     tma_prefetch(d_qkv);
-    init_ring<1>(&own[0], &own[1], 1);
-    init_ring<STAGES>(full, empty, 1 + 32);  // the tiles, and each lane's statistics
+    init_ring<T, 1>(&own[0], &own[1], 1);
+    init_ring<T, STAGES>(full, empty, 1 + 32);  // the tiles, and each lane's statistics
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -688,7 +703,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
   Position<1> item_at;
   Position<STAGES> at;
   if (threadIdx.x < WARPGROUP) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
+    setmaxnreg_dec<T::PRODUCER_REGISTERS>();
     // Tiles of queries from the diagonal on, for one query head after the other.
     const auto each_stage = [&](const Item& item, const auto& load) {
       const Documents documents = documents_of(document_starts, item.b, sequence);
@@ -739,7 +754,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
     return;
   }
 
-  setmaxnreg_inc<CONSUMER_REGISTERS>();
+  setmaxnreg_inc<T::CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
   const uint8_t* const own_keys = keys + consumer * MMA_M * SPAN<D>;
   const uint8_t* const own_values = values + consumer * MMA_M * SPAN<D>;
@@ -767,9 +782,9 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
         const uint8_t* const d_outs = queries + QUERY_BYTES;
         const int first_statistic = at.stage * QUERIES + first_column();
         wgmma_fence();
-        multiply_rows<D, QUERIES>(scores, own_keys, queries);
+        multiply_rows<D, ROWS, QUERIES>(scores, own_keys, queries);
         wgmma_commit();
-        multiply_rows<D, QUERIES>(d_scores, own_values, d_outs);
+        multiply_rows<D, ROWS, QUERIES>(d_scores, own_values, d_outs);
         wgmma_commit();
         wgmma_wait<1>();
         if (tile > tiles.first) release(&empty[before]);
@@ -827,43 +842,51 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
 }
 
 // ---------------------------------------------------------------- kernels
-#define FORWARD_KERNEL(d)                                                                    \
-  KERNEL(attention_forward_sm90_##d, THREADS, 1)                                             \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,             \
-   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,       \
-   int kv_heads, int section, float scale_log2) {                                            \
-    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};            \
-    attention_forward<d>(&qkv, &out, document_starts, log_sum_exp, sequence, kv_heads, work, \
-                         scale_log2);                                                        \
-  }                                                                                          \
-  EXPORT_KERNEL(attention_forward_sm90_##d)
+// Their names end in an item's rows and the head dim.
+DEVICE Work work_of(int batch, int heads, int section, int sequence, int rows) {
+  return {heads, batch * heads, section, (sequence + rows - 1) / rows};
+}
+
+#define FORWARD_KERNEL(rows, d)                                                                  \
+  KERNEL(attention_forward_sm90_##rows##x##d, Team<rows / MMA_M>::THREADS, 1)                    \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap out,                 \
+   const int* document_starts, float* log_sum_exp, int batch, int sequence, int heads,           \
+   int kv_heads, int section, float scale_log2) {                                                \
+    const Work work = work_of(batch, heads, section, sequence, rows);                            \
+    attention_forward<Team<rows / MMA_M>, d>(&qkv, &out, document_starts, log_sum_exp, sequence, \
+                                             kv_heads, work, scale_log2);                        \
+  }                                                                                              \
+  EXPORT_KERNEL(attention_forward_sm90_##rows##x##d)
 #define BACKWARD_KERNELS(d)                                                                        \
-  KERNEL(attention_backward_q_sm90_##d, THREADS, 1)                                                \
+  KERNEL(attention_backward_q_sm90_128x##d, Team<2>::THREADS, 1)                                   \
   (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap of_d_out,              \
    const __grid_constant__ TensorMap d_qkv, const int* document_starts, const bf16* out,           \
    const bf16* d_out, const float* log_sum_exp, float* delta, int batch, int sequence, int heads,  \
    int kv_heads, int section, float scale, float scale_log2) {                                     \
-    const Work work{heads, batch * heads, section, (sequence + ROWS - 1) / ROWS};                  \
+    const Work work = work_of(batch, heads, section, sequence, 128);                               \
     attention_backward_q<d>(&qkv, &of_d_out, &d_qkv, document_starts, out, d_out, log_sum_exp,     \
                             delta, sequence, kv_heads, work, scale, scale_log2);                   \
   }                                                                                                \
-  EXPORT_KERNEL(attention_backward_q_sm90_##d)                                                     \
-  KERNEL(attention_backward_kv_sm90_##d, THREADS, 1)                                               \
+  EXPORT_KERNEL(attention_backward_q_sm90_128x##d)                                                 \
+  KERNEL(attention_backward_kv_sm90_128x##d, Team<2>::THREADS, 1)                                  \
   (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,                 \
    const __grid_constant__ TensorMap d_qkv, const int* document_starts, const float* log_sum_exp,  \
    const float* delta, int batch, int sequence, int heads, int kv_heads, int section, float scale, \
    float scale_log2) {                                                                             \
-    const Work work{kv_heads, batch * kv_heads, section, (sequence + ROWS - 1) / ROWS};            \
+    const Work work = work_of(batch, kv_heads, section, sequence, 128);                            \
     attention_backward_kv<d>(&qkv, &d_out, &d_qkv, document_starts, log_sum_exp, delta, sequence,  \
                              heads, work, scale, scale_log2);                                      \
   }                                                                                                \
-  EXPORT_KERNEL(attention_backward_kv_sm90_##d)
+  EXPORT_KERNEL(attention_backward_kv_sm90_128x##d)
 
-FORWARD_KERNEL(32)
-FORWARD_KERNEL(48)
-FORWARD_KERNEL(64)
-FORWARD_KERNEL(96)
-FORWARD_KERNEL(128)
+FORWARD_KERNEL(128, 32)
+FORWARD_KERNEL(128, 48)
+FORWARD_KERNEL(128, 64)
+FORWARD_KERNEL(128, 96)
+FORWARD_KERNEL(128, 128)
+FORWARD_KERNEL(192, 32)
+FORWARD_KERNEL(192, 48)
+FORWARD_KERNEL(192, 64)
 BACKWARD_KERNELS(32)
 BACKWARD_KERNELS(48)
 BACKWARD_KERNELS(64)

@@ -379,6 +379,8 @@ fn bf16_of_long_sequences() {
         (8, 1, 64, 1, 256),
         (2, 1, 128, 2, 300),
         (1, 1, 48, 1, 513),
+        (2, 1, 64, 1, 570),
+        (2, 2, 32, 2, 190),
         (2, 1, 96, 1, 400),
         (1, 1, 64, 1, 1024),
     ];
@@ -424,6 +426,34 @@ fn the_order_of_the_heads_changes_no_bit() {
     assert!(found.iter_mut().all(|bits| *bits == first));
 }
 
+/// Three consumers take 192 rows; where two waste fewer rows, they do it.
+#[test]
+fn items_of_forward_fit_the_sequence() {
+    if !has_simt() {
+        return;
+    }
+    let launched = |head_dim, sequence| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        let case = Case::new(Dtype::Bf16, heads(1, 1, head_dim), 1, sequence);
+        on_device(&mut driver, None, case, &case.inputs());
+        let counts = driver.counts.borrow();
+        let forward = counts.keys().find(|it| it.contains("_forward_")).unwrap();
+        forward.rsplit_once('_').unwrap().1.to_string()
+    };
+    for (head_dim, sequence, expected) in [
+        (32, 64, "128x32"),
+        (48, 128, "128x48"),
+        (64, 129, "192x64"),
+        (64, 192, "192x64"),
+        (64, 256, "128x64"),
+        (64, 1024, "128x64"),
+        (96, 192, "128x96"),
+        (128, 192, "128x128"),
+    ] {
+        assert_eq!(launched(head_dim, sequence), expected, "{sequence}");
+    }
+}
+
 /// A build for sm_80 alone has no wgmma kernels, and a chosen family is not replaced.
 #[test]
 fn hopper_runs_its_own_kernels_where_the_build_has_them() {
@@ -438,7 +468,8 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
         on_device(&mut driver, family, case, &case.inputs());
         driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
     };
-    let sm90 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_64"));
+    let sm90 =
+        ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_128x64"));
     let sm80 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_bf16_64"));
     assert_eq!(launched(None, None), sm90);
     assert_eq!(launched(None, Some(Family::Sm80)), sm80);
@@ -446,7 +477,7 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
     driver.lacks = Some("attention_forward_sm90");
     let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
-    assert!(error.to_string().contains("attention_forward_sm90_64"), "{error}");
+    assert!(error.to_string().contains("attention_forward_sm90_128x64"), "{error}");
     let error = Attention::new(driver, Dtype::F32, heads, Some(Family::Sm90)).unwrap_err();
     assert!(error.to_string().contains("choose f32"), "{error}");
 }

@@ -78,12 +78,17 @@ impl Kernels {
             Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
             Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
             Kernels::AttentionForward => with_one_attention(
-                &["FORWARD_KERNEL(32)"],
-                &["backward_q_sm90_32", "backward_kv_sm90_32", "decode_bf16_32"],
+                &["FORWARD_KERNEL(128, 32)"],
+                &[
+                    "forward_sm90_192x32",
+                    "backward_q_sm90_128x32",
+                    "backward_kv_sm90_128x32",
+                    "decode_bf16_32",
+                ],
             ),
             Kernels::AttentionBackward => with_one_attention(
                 &["BACKWARD_KERNELS(32)"],
-                &["forward_sm90_32", "decode_bf16_32"],
+                &["forward_sm90_128x32", "forward_sm90_192x32", "decode_bf16_32"],
             ),
         }
     }
@@ -807,7 +812,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::AttentionBackward,
         "a stage is full without its statistics",
-        &[("init_ring<STAGES>(full, empty, 1 + 32);", "init_ring<STAGES>(full, empty, 1);")],
+        &[("init_ring<T, STAGES>(full, empty, 1 + 32);", "init_ring<T, STAGES>(full, empty, 1);")],
         &["data race on shared memory", "after a write by block (0,0,0) thread 36 (warp 1"],
     ),
     planted(
