@@ -70,7 +70,7 @@ impl HeadSpec {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct AttentionSpec {
     pub heads: HeadSpec,
     pub batch: usize,

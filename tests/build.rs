@@ -266,6 +266,32 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     assert_eq!(code.len(), 9 + 7, "three layouts in three tiles, and the epilogues");
 }
 
+/// wgmma and TMA in every kernel; and the exponents of a step stand before the wait for the products
+/// that run meanwhile, above which ptxas would move whatever it may.
+#[test]
+fn the_hopper_attention_computes_exponents_while_it_multiplies() {
+    let Some(tools) = disassembler() else { return };
+    let code = disassemble(&tools, "attention_sm90", "sm_90a");
+    assert_eq!(code.len(), 18, "three passes, five head dims; forward of three in two forms");
+    for (name, code) in &code {
+        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
+            assert!(has(code, mnemonic), "{name} has no {mnemonic}");
+        }
+        // The waits of a step are the first two; forward has one before its first step.
+        let of_step = usize::from(name.contains("_forward_"));
+        let waits = code.iter().enumerate().filter(|(_, it)| *it == "WARPGROUP.DEPBAR.LE");
+        let waits: Vec<usize> = waits.map(|(at, _)| at).skip(of_step).take(2).collect();
+        let exponents = code[waits[0]..waits[1]].iter().filter(|it| *it == "MUFU.EX2").count();
+        // A consumer's 64 rows of so many columns, shared by 128 threads.
+        let columns = match name.rsplit_once('_').unwrap() {
+            (pass, _) if pass.contains("_backward_kv_") => 64,
+            (pass, "128x96" | "128x128") if pass.contains("_backward_q_") => 64,
+            _ => 128,
+        };
+        assert!(exponents >= columns / 2, "{name}: {exponents} exponents between {waits:?}");
+    }
+}
+
 /// Every copy and every read of fragments as wide as there is; operands that lie the other way are
 /// transposed on that way.
 #[test]

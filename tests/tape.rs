@@ -8,7 +8,7 @@ use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::parameters::ParameterTable;
 use isobath::model::pieces::{BlockTape, record_block};
 use isobath::model::{record_decode, record_loss};
-use isobath::tape::{Access, External, Program, Purpose, Tape};
+use isobath::tape::{Access, External, Fused, Program, Purpose, Step, Tape};
 use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
 
 use crate::support::{assert_close, normals, run_config, small_model, tokens};
@@ -430,6 +430,64 @@ fn an_op_without_a_gradient_is_refused_when_the_program_is_made() {
     let purpose = Purpose::Training { recompute: Recompute::None };
     let error = Program::new(tape, purpose, &[losses], |_| 4).unwrap_err();
     assert!(matches!(error, Error::NoGradient { op: "cached attention" }), "{error}");
+}
+
+/// What runs as one step: a product and what follows it, unless somebody else has to do with what
+/// lies between the two.
+#[test]
+fn a_product_joins_what_follows_it() {
+    let [t, c, f] = [6, 8, 16];
+    let bytes = |kind| if kind == Kind::Index { 4 } else { 8 };
+    let weight = |tape: &mut Tape, index, sizes: [usize; 2]| {
+        tape.external("weight", &sizes, Kind::Statistic, External::Parameter(index))
+    };
+    let fused = |program: &Program| -> Vec<&'static str> {
+        let name = |step: &Step<_>| match step {
+            Step::Fused(Fused::LinearRotary { .. }) => Some("rotary"),
+            Step::Fused(Fused::LinearSwiGlu { .. }) => Some("swiglu"),
+            Step::Fused(Fused::LinearSwiGluGradient { .. }) => Some("gradient"),
+            _ => None,
+        };
+        program.steps().iter().filter_map(name).collect()
+    };
+
+    let rotary = |residual: bool| {
+        let mut tape = Tape::new();
+        let inp = tape.activation_input("inp", &[t, c]);
+        let stream = tape.activation_input("stream", &[t, 3 * c]);
+        let [table, positions] =
+            [tape.input("table", &[t, 4]), tape.index_input("positions", &[t])];
+        let w = weight(&mut tape, 0, [3 * c, c]);
+        let qkv = tape.linear("qkv", inp, w, residual.then_some(stream)).unwrap();
+        let heads = HeadSpec { heads: 2, kv_heads: 2, head_dim: 4 };
+        tape.rotary(heads, table, positions, qkv).unwrap();
+        Program::new(tape, Purpose::Inference, &[qkv], bytes).unwrap()
+    };
+    assert_eq!(fused(&rotary(false)), ["rotary"]);
+    assert!(fused(&rotary(true)).is_empty(), "an addend comes between them");
+
+    // The gradient of inp by way of SwiGLU and two products; `twice`: the product of gate and up has
+    // another reader, whose gradient is added.
+    let ffn = |residual: bool, twice: bool| {
+        let mut tape = Tape::new();
+        let inp = tape.activation_input("inp", &[t, c]);
+        let stream = tape.activation_input("stream", &[t, 2 * f]);
+        let [w, u, v] = [[2 * f, c], [c, f], [c, f]];
+        let w = weight(&mut tape, 0, w);
+        let gate_up = tape.linear("gate and up", inp, w, residual.then_some(stream)).unwrap();
+        let product = tape.swiglu(gate_up).unwrap();
+        let u = weight(&mut tape, 1, u);
+        let mut out = tape.linear("down", product, u, None).unwrap();
+        if twice {
+            let v = weight(&mut tape, 2, v);
+            out = tape.linear("down again", product, v, Some(out)).unwrap();
+        }
+        let purpose = Purpose::VectorJacobian { out: Some(out), inp };
+        Program::new(tape, purpose, &[out], bytes).unwrap()
+    };
+    assert_eq!(fused(&ffn(false, false)), ["swiglu", "gradient"]);
+    assert_eq!(fused(&ffn(true, false)), ["gradient"], "gate and up have an addend");
+    assert_eq!(fused(&ffn(false, true)), ["swiglu"], "two gradients make that of the product");
 }
 
 /// x = embedding; (sum, n) = norm of (x W^T + x); loss of n U^T + sum: the fused residual add, with

@@ -6,23 +6,14 @@ use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::{AttentionSpec, HeadSpec};
-use crate::cuda::attention::Attention;
-use crate::cuda::{DevicePointer, Driver, StreamId};
+use crate::cuda::attention::{Attention, AttentionBackward, AttentionForward};
+use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
 /// B, S, H, K, D of models of about 1B parameters: 2048 values in heads of 64 and of 128, 8192
 /// tokens.
 const ON_GPU: [[usize; 5]; 3] = [[4, 2048, 32, 8, 64], [2, 4096, 32, 8, 64], [4, 2048, 16, 4, 128]];
 const ON_CPU: [usize; 5] = [1, 128, 4, 2, 64];
-
-struct Buffers {
-    qkv: DevicePointer,
-    out: DevicePointer,
-    log_sum_exp: DevicePointer,
-    d_out: DevicePointer,
-    delta: DevicePointer,
-    d_qkv: DevicePointer,
-}
 
 pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
     let shapes = match request.attention {
@@ -48,7 +39,7 @@ fn pair(
     let dtype = request.kernel_dtype();
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
-    let kernels = Attention::new(driver, dtype, heads)?;
+    let kernels = Attention::new(driver, dtype, heads, request.family)?;
     let tokens = batch * sequence;
     let qkv_values = tokens * heads.qkv_columns();
     let out_values = tokens * heads.heads * head_dim;
@@ -57,26 +48,29 @@ fn pair(
     let row_bytes = 4 * (tokens * heads.heads) as u64;
     let forward_bytes = qkv_bytes + out_bytes + row_bytes;
     let copies = Copies::new(driver, forward_bytes, 2 * forward_bytes, |buffers| {
-        Ok(Buffers {
+        let forward = AttentionForward {
+            spec,
             qkv: buffers.normals("qkv", dtype, qkv_values)?,
+            document_starts: None,
             out: buffers.zeros("out", out_bytes)?,
             log_sum_exp: buffers.zeros("log-sum-exp", row_bytes)?,
+        };
+        let backward = AttentionBackward {
+            forward,
             d_out: buffers.normals("d_out", dtype, out_values)?,
             delta: buffers.zeros("delta", row_bytes)?,
             d_qkv: buffers.zeros("d_qkv", qkv_bytes)?,
-        })
+        };
+        let forward = kernels.plan_forward(buffers.driver, &forward)?;
+        Ok([forward, kernels.plan_backward(buffers.driver, &backward)?])
     })?;
     let samples = samples(driver, request.samples);
+    let stream = StreamId::MAIN;
     // Leaves what the backward pass reads.
-    let forward = copies.time(driver, samples, |driver, it| {
-        let Buffers { qkv, out, log_sum_exp, .. } = *it;
-        kernels.forward(driver, StreamId::MAIN, spec, qkv, None, out, log_sum_exp)
-    })?;
-    let backward = copies.time(driver, samples, |driver, it| {
-        let Buffers { qkv, out, log_sum_exp, d_out, delta, d_qkv } = *it;
-        let stream = StreamId::MAIN;
-        kernels.backward(driver, stream, spec, qkv, None, out, log_sum_exp, d_out, delta, d_qkv)
-    })?;
+    let forward =
+        copies.time(driver, samples, |driver, [forward, _]| forward.launch(driver, stream))?;
+    let backward =
+        copies.time(driver, samples, |driver, [_, backward]| backward.launch(driver, stream))?;
     copies.release(driver)?;
     Ok([
         Row::new(Cost::attention_forward(spec, dtype), &forward),

@@ -152,7 +152,7 @@ impl BenchArgs {
             ("--vocab", self.vocab.is_some(), &[Loss]),
             ("--product", self.product.is_some(), &[Gemm]),
             ("--layout", self.layout.is_some(), &[Gemm]),
-            ("--family", self.family.is_some(), &[Gemm]),
+            ("--family", self.family.is_some(), &[Gemm, Attention]),
             ("--attention", self.attention.is_some(), &[Attention]),
             ("--elements", self.elements.is_some(), &[Adamw]),
             ("--preset", !self.presets.is_empty(), &[Step]),

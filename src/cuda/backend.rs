@@ -13,7 +13,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::adamw::{AdamW, AdamWBuffers};
-use super::attention::Attention;
+use super::attention::{Attention, AttentionBackward, AttentionForward, AttentionPlan};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
@@ -35,6 +35,7 @@ const STREAM: StreamId = StreamId::MAIN;
 pub struct Cuda {
     driver: Box<dyn Driver>,
     dtype: Dtype,
+    family: Option<Family>,
     buffers: Vec<Allocation>,
     layers: Layers,
     /// Ops are checked and made ready, nothing is launched.
@@ -49,6 +50,8 @@ struct Layers {
     norms: HashMap<usize, Norm>,
     residuals: HashMap<usize, ScaledResidual>,
     attentions: HashMap<HeadSpec, Attention>,
+    attention_forwards: HashMap<AttentionForward, AttentionPlan>,
+    attention_backwards: HashMap<AttentionBackward, AttentionPlan>,
     embeddings: HashMap<usize, Embedding>,
     losses: HashMap<LossSize, Loss>,
     /// Of each range of the flat buffer that is updated on its own, by its parameters.
@@ -70,26 +73,24 @@ struct LossSize {
 }
 
 impl Cuda {
-    /// `products`: the family of matmul kernels; `None`: the best for this machine.
+    /// `family`: of the kernels for matmuls and attention; `None`: the best for this machine.
     ///
     /// Errors: a machine or build without the kernels that every model needs.
-    pub fn new(
-        mut driver: Box<dyn Driver>,
-        dtype: Dtype,
-        products: Option<Family>,
-    ) -> Result<Self> {
+    pub fn new(mut driver: Box<dyn Driver>, dtype: Dtype, family: Option<Family>) -> Result<Self> {
         let layers = Layers {
-            gemm: Gemm::new(&mut *driver, dtype, products)?,
+            gemm: Gemm::new(&mut *driver, dtype, family)?,
             pointwise: Pointwise::new(&mut *driver, dtype)?,
             products: HashMap::new(),
             norms: HashMap::new(),
             residuals: HashMap::new(),
             attentions: HashMap::new(),
+            attention_forwards: HashMap::new(),
+            attention_backwards: HashMap::new(),
             embeddings: HashMap::new(),
             losses: HashMap::new(),
             optimizers: Vec::new(),
         };
-        Ok(Cuda { driver, dtype, buffers: Vec::new(), layers, preparing: false })
+        Ok(Cuda { driver, dtype, family, buffers: Vec::new(), layers, preparing: false })
     }
 
     pub fn driver(&mut self) -> &mut dyn Driver {
@@ -127,10 +128,29 @@ impl Cuda {
     }
 
     fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
-        let (driver, dtype) = (&mut *self.driver, self.dtype);
-        let make = || Attention::new(driver, dtype, heads);
+        let (driver, dtype, family) = (&mut *self.driver, self.dtype, self.family);
+        let make = || Attention::new(driver, dtype, heads, family);
         let attention = made(&mut self.layers.attentions, heads, make)?;
         Ok(ready(self.preparing, &mut *self.driver, attention))
+    }
+
+    fn attend(&mut self, pass: AttentionForward) -> Result<()> {
+        self.attention(pass.spec.heads)?;
+        let Layers { attentions, attention_forwards, .. } = &mut self.layers;
+        let (driver, attention) = (&mut *self.driver, &attentions[&pass.spec.heads]);
+        let make = || attention.plan_forward(driver, &pass);
+        let plan = made(attention_forwards, pass, make)?;
+        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
+    }
+
+    fn attend_backward(&mut self, pass: AttentionBackward) -> Result<()> {
+        let heads = pass.forward.spec.heads;
+        self.attention(heads)?;
+        let Layers { attentions, attention_backwards, .. } = &mut self.layers;
+        let (driver, attention) = (&mut *self.driver, &attentions[&heads]);
+        let make = || attention.plan_backward(driver, &pass);
+        let plan = made(attention_backwards, pass, make)?;
+        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
     }
 
     fn embedding(&mut self, columns: usize) -> Result<Ready<'_, Embedding>> {
@@ -604,9 +624,8 @@ impl Backend for Cuda {
         log_sum_exp: View,
     ) -> Result<()> {
         let [qkv, out, log_sum_exp] = [qkv, out, log_sum_exp].map(|view| self.address(view));
-        let starts = document_starts.map(|view| self.address(view));
-        let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
-        attention.forward(driver, STREAM, spec, qkv, starts, out, log_sum_exp)
+        let document_starts = document_starts.map(|view| self.address(view));
+        self.attend(AttentionForward { spec, qkv, document_starts, out, log_sum_exp })
     }
 
     fn attention_backward(
@@ -622,9 +641,9 @@ impl Backend for Cuda {
     ) -> Result<()> {
         let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
         let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
-        let starts = document_starts.map(|view| self.address(view));
-        let Some((driver, attention)) = self.attention(spec.heads)? else { return Ok(()) };
-        attention.backward(driver, STREAM, spec, qkv, starts, out, log_sum_exp, d_out, delta, d_qkv)
+        let document_starts = document_starts.map(|view| self.address(view));
+        let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
+        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv })
     }
 
     fn cached_attention_forward(

@@ -1,13 +1,16 @@
-//! kernels/attention_sm80.cu, attention_f32.cu and attention_decode.cu against the f64 CPU backend.
+//! kernels/attention_sm90.cu, attention_sm80.cu, attention_f32.cu and attention_decode.cu against the
+//! f64 CPU backend.
 
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
-use isobath::cuda::attention::Attention;
+use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward};
+use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::View;
 
+use super::counting::Counting;
 use super::machines::*;
 use crate::support::normals;
 
@@ -125,9 +128,23 @@ impl Outputs {
 
 // ------------------------------------------------------------------ on a device
 
-fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
+/// The families of kernels that each case runs on: what the machine runs best, and what is there for
+/// older ones.
+fn families(dtype: Dtype) -> &'static [Option<Family>] {
+    match dtype {
+        Dtype::Bf16 => &[None, Some(Family::Sm80)],
+        Dtype::F32 => &[None],
+    }
+}
+
+fn on_device(
+    driver: &mut dyn Driver,
+    family: Option<Family>,
+    case: Case,
+    inputs: &Inputs,
+) -> Outputs {
     let Case { dtype, spec } = case;
-    let attention = Attention::new(driver, dtype, spec.heads).unwrap();
+    let attention = Attention::new(driver, dtype, spec.heads, family).unwrap();
     let qkv = upload(driver, "qkv", dtype, &inputs.qkv);
     let starts = inputs.document_starts.as_ref();
     let starts = starts.map(|starts| driver.upload("document starts", starts).unwrap());
@@ -137,24 +154,23 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
     let log_sum_exp = unwritten(driver, "log_sum_exp", Dtype::F32, case.statistics());
     let delta = unwritten(driver, "delta", Dtype::F32, case.statistics());
     let main = StreamId::MAIN;
-    let document_starts = starts.map(|it| it.address);
-    attention
-        .forward(driver, main, spec, qkv.address, document_starts, out.address, log_sum_exp.address)
-        .unwrap();
-    attention
-        .backward(
-            driver,
-            main,
-            spec,
-            qkv.address,
-            document_starts,
-            out.address,
-            log_sum_exp.address,
-            d_out.address,
-            delta.address,
-            d_qkv.address,
-        )
-        .unwrap();
+    let forward = AttentionForward {
+        spec,
+        qkv: qkv.address,
+        document_starts: starts.map(|it| it.address),
+        out: out.address,
+        log_sum_exp: log_sum_exp.address,
+    };
+    let backward = AttentionBackward {
+        forward,
+        d_out: d_out.address,
+        delta: delta.address,
+        d_qkv: d_qkv.address,
+    };
+    let forward = attention.plan_forward(driver, &forward).unwrap();
+    let backward = attention.plan_backward(driver, &backward).unwrap();
+    forward.launch(driver, main).unwrap();
+    backward.launch(driver, main).unwrap();
     let outputs = Outputs {
         out: download(driver, dtype, out),
         log_sum_exp: download(driver, Dtype::F32, log_sum_exp),
@@ -279,10 +295,10 @@ impl Check {
     }
 
     /// The bits that a device gives, found to be exact enough.
-    fn run(&self, driver: &mut dyn Driver) -> Vec<u8> {
+    fn run(&self, driver: &mut dyn Driver, family: Option<Family>) -> Vec<u8> {
         let Check { case, inputs, plain, exact } = self;
-        let found = on_device(driver, *case, inputs);
-        let what = |name: &str| format!("{case:?} {name}");
+        let found = on_device(driver, family, *case, inputs);
+        let what = |name: &str| format!("{family:?} {case:?} {name}");
         let compare = |name: &str, dtype, of: fn(&Outputs) -> &Vec<f64>| {
             assert_exact(&what(name), dtype, of(&found), of(plain), of(exact));
         };
@@ -299,7 +315,15 @@ impl Check {
 }
 
 fn check_all(checks: &[Check]) {
-    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver)).collect());
+    on_every_machine(|driver| {
+        let mut all = vec![];
+        for check in checks {
+            for &family in families(check.case.dtype) {
+                all.extend(check.run(driver, family));
+            }
+        }
+        all
+    });
 }
 
 /// Every head dim, grouped and not, sequences at the edges of tiles (bf16: 32, 64 and 128 rows;
@@ -339,6 +363,123 @@ fn bf16_of_every_head_dim() {
 #[test]
 fn f32_of_every_head_dim() {
     every_case(Dtype::F32);
+}
+
+/// At the edges of the Hopper kernels' tiles (64 and 128 rows) and of whole sequences of them, with
+/// each head dim and 1, 2, 4 and 8 query heads for one of k and v; several rounds of items for each
+/// block, and sequences that end within a tile with another behind them.
+#[test]
+fn bf16_of_long_sequences() {
+    let cases = [
+        (8, 1, 32, 3, 7),
+        (4, 1, 48, 2, 64),
+        (2, 1, 64, 2, 113),
+        (2, 2, 96, 1, 128),
+        (4, 2, 128, 1, 203),
+        (8, 1, 64, 1, 256),
+        (2, 1, 128, 2, 300),
+        (1, 1, 48, 1, 513),
+        (2, 1, 64, 1, 570),
+        (2, 2, 32, 2, 190),
+        (2, 1, 96, 1, 400),
+        (1, 1, 64, 1, 1024),
+    ];
+    let checks = cases.map(|(count, kv_heads, head_dim, batch, sequence)| {
+        let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), batch, sequence);
+        Check::new(case, case.inputs())
+    });
+    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+}
+
+/// Documents over several of the Hopper kernels' tiles: tiles behind and before all documents of a
+/// block's rows, of one of its two halves, and of none.
+#[test]
+fn bf16_of_long_documents() {
+    let cases: [(usize, usize, usize, usize, &[usize]); 4] = [
+        (4, 1, 32, 450, &[130, 5, 120, 1, 64]),
+        (2, 1, 64, 390, &[64, 128, 63, 2]),
+        (1, 1, 96, 520, &[257, 127]),
+        (2, 2, 128, 385, &[1, 191, 128]),
+    ];
+    let checks = cases.map(|(count, kv_heads, head_dim, sequence, lengths)| {
+        let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), 2, sequence);
+        Check::new(case, case.packed(lengths))
+    });
+    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+}
+
+/// However many heads are walked together, which depends on the machine's L2 cache: the same bits.
+#[test]
+fn the_order_of_the_heads_changes_no_bit() {
+    if !has_simt() {
+        return;
+    }
+    let case = Case::new(Dtype::Bf16, heads(6, 3, 32), 3, 130);
+    let inputs = case.packed(&[70]);
+    let kv_head_bytes = 2 * 2 * 130 * 32;
+    let mut found = [0, 2, 4, 1000].map(|kv_heads| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        driver.properties.l2_bytes = 2 * kv_heads * kv_head_bytes;
+        on_device(&mut driver, None, case, &inputs).bits()
+    });
+    let first = found[0].clone();
+    assert!(found.iter_mut().all(|bits| *bits == first));
+}
+
+/// Three consumers take 192 rows; where two waste fewer rows, they do it.
+#[test]
+fn items_of_forward_fit_the_sequence() {
+    if !has_simt() {
+        return;
+    }
+    let launched = |head_dim, sequence| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        let case = Case::new(Dtype::Bf16, heads(1, 1, head_dim), 1, sequence);
+        on_device(&mut driver, None, case, &case.inputs());
+        let counts = driver.counts.borrow();
+        let forward = counts.keys().find(|it| it.contains("_forward_")).unwrap();
+        forward.rsplit_once('_').unwrap().1.to_string()
+    };
+    for (head_dim, sequence, expected) in [
+        (32, 64, "128x32"),
+        (48, 128, "128x48"),
+        (64, 129, "192x64"),
+        (64, 192, "192x64"),
+        (64, 256, "128x64"),
+        (64, 1024, "128x64"),
+        (96, 192, "128x96"),
+        (128, 192, "128x128"),
+    ] {
+        assert_eq!(launched(head_dim, sequence), expected, "{sequence}");
+    }
+}
+
+/// A build for sm_80 alone has no wgmma kernels, and a chosen family is not replaced.
+#[test]
+fn hopper_runs_its_own_kernels_where_the_build_has_them() {
+    if !has_simt() {
+        return;
+    }
+    let heads = heads(2, 1, 64);
+    let case = Case::new(Dtype::Bf16, heads, 1, 9);
+    let launched = |lacks, family| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        driver.lacks = lacks;
+        on_device(&mut driver, family, case, &case.inputs());
+        driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
+    };
+    let sm90 =
+        ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_128x64"));
+    let sm80 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_bf16_64"));
+    assert_eq!(launched(None, None), sm90);
+    assert_eq!(launched(None, Some(Family::Sm80)), sm80);
+    assert_eq!(launched(Some("attention_backward_kv_sm90"), None), sm80);
+    let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
+    driver.lacks = Some("attention_forward_sm90");
+    let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
+    assert!(error.to_string().contains("attention_forward_sm90_128x64"), "{error}");
+    let error = Attention::new(driver, Dtype::F32, heads, Some(Family::Sm90)).unwrap_err();
+    assert!(error.to_string().contains("choose f32"), "{error}");
 }
 
 /// Documents that begin on tiles' and warps' borders and beside them, of one token too, longer and
@@ -389,9 +530,11 @@ fn one_document_is_a_row() {
     on_each_machine(|driver| {
         for (dtype, sequence) in [(Dtype::Bf16, 150), (Dtype::F32, 70)] {
             let case = Case::new(dtype, heads(4, 2, 64), 2, sequence);
-            let whole = on_device(driver, case, &case.inputs());
-            let packed = on_device(driver, case, &case.packed(&[]));
-            assert!(whole.bits() == packed.bits(), "{case:?}");
+            for &family in families(dtype) {
+                let whole = on_device(driver, family, case, &case.inputs());
+                let packed = on_device(driver, family, case, &case.packed(&[]));
+                assert!(whole.bits() == packed.bits(), "{family:?} {case:?}");
+            }
         }
     });
 }
@@ -410,13 +553,15 @@ fn documents_know_nothing_of_each_other() {
                 let row = &mut disturbed.qkv[token * columns..][..columns];
                 row.iter_mut().for_each(|value| *value = rounded(dtype, *value * 100.0 + 3.0));
             }
-            let [found, expected] =
-                [&disturbed, &inputs].map(|inputs| on_device(driver, case, inputs));
-            let own =
-                |values: &[f64], columns: usize| values[begin * columns..end * columns].to_vec();
-            let out_columns = case.out_columns();
-            assert_eq!(own(&found.out, out_columns), own(&expected.out, out_columns), "{case:?}");
-            assert_eq!(own(&found.d_qkv, columns), own(&expected.d_qkv, columns), "{case:?}");
+            for &family in families(dtype) {
+                let [found, expected] =
+                    [&disturbed, &inputs].map(|inputs| on_device(driver, family, case, inputs));
+                let own = |of: &[f64], columns: usize| of[begin * columns..end * columns].to_vec();
+                let out = [&found, &expected].map(|it| own(&it.out, case.out_columns()));
+                assert_eq!(out[0], out[1], "{family:?} {case:?}");
+                let d_qkv = [&found, &expected].map(|it| own(&it.d_qkv, columns));
+                assert_eq!(d_qkv[0], d_qkv[1], "{family:?} {case:?}");
+            }
         }
     });
 }
@@ -424,7 +569,12 @@ fn documents_know_nothing_of_each_other() {
 /// Scores in the thousands: exp(score) is far beyond any f32.
 #[test]
 fn large_scores() {
-    let checks = [(Dtype::Bf16, 64, 70), (Dtype::Bf16, 96, 33), (Dtype::F32, 48, 34)];
+    let checks = [
+        (Dtype::Bf16, 64, 70),
+        (Dtype::Bf16, 96, 33),
+        (Dtype::Bf16, 128, 270),
+        (Dtype::F32, 48, 34),
+    ];
     let checks = checks.map(|(dtype, head_dim, sequence)| {
         let case = Case::new(dtype, heads(2, 1, head_dim), 1, sequence);
         let mut inputs = case.inputs();
@@ -486,14 +636,17 @@ fn layouts() {
                 // A sum that bf16 does not hold would be rounded.
                 let most = d_qkv.iter().fold(0.0f64, |most, &it| most.max(it));
                 assert!(most > 3.0 && most <= 256.0, "{most}");
-                let found = on_device(driver, case, &Inputs { qkv, document_starts: None, d_out });
-                assert_eq!(found.out, out, "{case:?}: out");
-                assert_eq!(found.d_qkv, d_qkv, "{case:?}: d_qkv");
+                let inputs = Inputs { qkv, document_starts: None, d_out };
                 let score = 64.0 * 64.0 / (head_dim as f64).sqrt();
-                assert_eq!(found.log_sum_exp.len(), batch * heads.heads * sequence);
-                for (at, &found) in found.log_sum_exp.iter().enumerate() {
-                    let error = (found - score).abs() / score;
-                    assert!(error <= 4.0 * unit_roundoff(Dtype::F32), "{at}: {found}, {score}");
+                for &family in families(dtype) {
+                    let found = on_device(driver, family, case, &inputs);
+                    assert_eq!(found.out, out, "{family:?} {case:?}: out");
+                    assert_eq!(found.d_qkv, d_qkv, "{family:?} {case:?}: d_qkv");
+                    assert_eq!(found.log_sum_exp.len(), batch * heads.heads * sequence);
+                    for (at, &found) in found.log_sum_exp.iter().enumerate() {
+                        let error = (found - score).abs() / score;
+                        assert!(error <= 4.0 * unit_roundoff(Dtype::F32), "{at}: {found}, {score}");
+                    }
                 }
             }
         }
@@ -510,23 +663,23 @@ fn a_single_token() {
                 let heads = heads(2, 2, head_dim);
                 let case = Case::new(dtype, heads, 2, 1);
                 let inputs = case.inputs();
-                let found = on_device(driver, case, &inputs);
-                let exact = exact(case, &inputs);
-                let plain = plain(case, &inputs);
-                assert_eq!(found.out, exact.out, "{case:?}: out");
-                let [of_found, of_plain, of_exact] =
-                    [&found, &plain, &exact].map(|it| &it.log_sum_exp);
-                assert_exact(&format!("{case:?} lse"), Dtype::F32, of_found, of_plain, of_exact);
-                let [d_q, d_k, d_v] = found.gradients(heads);
-                assert_eq!(d_v, inputs.d_out, "{case:?}: d_v");
-                // Two sums of D products in different orders, times a value of k or q.
-                let most =
-                    |values: &[f64]| values.iter().fold(0.0f64, |most, it| most.max(it.abs()));
-                let products = most(&inputs.qkv) * most(&inputs.d_out) * head_dim as f64;
-                let allowed = products * most(&inputs.qkv) * unit_roundoff(Dtype::F32);
-                assert!(most(&d_q) <= allowed, "{case:?}: d_q {} > {allowed}", most(&d_q));
-                assert!(most(&d_k) <= allowed, "{case:?}: d_k {} > {allowed}", most(&d_k));
-                all.extend(found.bits());
+                let (exact, plain) = (exact(case, &inputs), plain(case, &inputs));
+                for &family in families(dtype) {
+                    let found = on_device(driver, family, case, &inputs);
+                    assert_eq!(found.out, exact.out, "{family:?} {case:?}: out");
+                    let of = [&found, &plain, &exact].map(|it| &it.log_sum_exp);
+                    assert_exact(&format!("{case:?} lse"), Dtype::F32, of[0], of[1], of[2]);
+                    let [d_q, d_k, d_v] = found.gradients(heads);
+                    assert_eq!(d_v, inputs.d_out, "{family:?} {case:?}: d_v");
+                    // Two sums of D products in different orders, times a value of k or q.
+                    let most =
+                        |values: &[f64]| values.iter().fold(0.0f64, |most, it| most.max(it.abs()));
+                    let products = most(&inputs.qkv) * most(&inputs.d_out) * head_dim as f64;
+                    let allowed = products * most(&inputs.qkv) * unit_roundoff(Dtype::F32);
+                    assert!(most(&d_q) <= allowed, "{case:?}: d_q {} > {allowed}", most(&d_q));
+                    assert!(most(&d_k) <= allowed, "{case:?}: d_k {} > {allowed}", most(&d_k));
+                    all.extend(found.bits());
+                }
             }
         }
         all
@@ -559,7 +712,7 @@ impl Decode {
     fn run(&self, driver: &mut dyn Driver) -> Vec<u8> {
         let Decode { check: Check { case, inputs, plain, exact }, start } = self;
         let Case { dtype, spec: AttentionSpec { heads, sequence, .. } } = *case;
-        let attention = Attention::new(driver, dtype, heads).unwrap();
+        let attention = Attention::new(driver, dtype, heads, None).unwrap();
         let tokens = sequence - start;
         let cache_columns = heads.kv_heads * heads.head_dim;
         // What is not written yet, and three rows behind it, is NaN.
@@ -642,34 +795,39 @@ fn what_has_no_kernel_is_refused() {
                 (heads(1, 0, 64), "at least one of each"),
                 (heads(1 << 26, 1 << 26, 32), "smaller model.hidden"),
             ] {
-                let error = Attention::new(driver, dtype, heads).unwrap_err().to_string();
+                let error = Attention::new(driver, dtype, heads, None).unwrap_err().to_string();
                 assert!(error.contains(why), "{error}");
             }
         }
         let own = heads(4, 2, 64);
-        let attention = Attention::new(driver, Dtype::Bf16, own).unwrap();
+        let attention = Attention::new(driver, Dtype::Bf16, own, None).unwrap();
         let buffer = driver.allocate("all", 64).unwrap();
         let (all, main) = (buffer.address, StreamId::MAIN);
         let spec = |heads, batch, sequence| AttentionSpec { heads, batch, sequence };
+        let pass = |spec, at| {
+            let (qkv, document_starts) = (at, None);
+            let forward = AttentionForward { spec, qkv, document_starts, out: at, log_sum_exp: at };
+            AttentionBackward { forward, d_out: at, delta: at, d_qkv: at }
+        };
         for (spec, why) in [
             (spec(heads(4, 4, 64), 1, 8), "for these heads"),
             (spec(own, 1, 1 << 40), "choose data.sequence"),
             (spec(own, 1 << 40, 8), "train.micro_batch"),
         ] {
-            let forward = attention.forward(driver, main, spec, all, None, all, all);
-            let error = forward.unwrap_err().to_string();
+            let pass = pass(spec, all);
+            let error = attention.plan_forward(driver, &pass.forward).err().unwrap().to_string();
             assert!(error.contains(why), "{error}");
-            let backward =
-                attention.backward(driver, main, spec, all, None, all, all, all, all, all);
-            let error = backward.unwrap_err().to_string();
+            let error = attention.plan_backward(driver, &pass).err().unwrap().to_string();
             assert!(error.contains(why), "{error}");
         }
         let odd = all.offset(8);
-        let aligned = spec(own, 1, 8);
-        let error = attention.forward(driver, main, aligned, all, None, odd, all).unwrap_err();
-        assert!(error.to_string().contains("multiple of 16"), "{error}");
-        let error = attention.backward(driver, main, aligned, all, None, all, all, all, all, odd);
-        assert!(error.unwrap_err().to_string().contains("d_qkv begins at"));
+        let aligned = pass(spec(own, 1, 8), all);
+        let forward = AttentionForward { out: odd, ..aligned.forward };
+        let error = attention.plan_forward(driver, &forward).err().unwrap().to_string();
+        assert!(error.contains("multiple of 16"), "{error}");
+        let backward = AttentionBackward { d_qkv: odd, ..aligned };
+        let error = attention.plan_backward(driver, &backward).err().unwrap().to_string();
+        assert!(error.contains("d_qkv begins at"), "{error}");
         let error = attention.decode(driver, main, 1, 8, all, odd, all, all, all).unwrap_err();
         assert!(error.to_string().contains("keys begins at"), "{error}");
         let mut decode =
@@ -682,7 +840,9 @@ fn what_has_no_kernel_is_refused() {
         decode(0, 0).unwrap();
         let nothing = DevicePointer::NULL;
         for spec in [spec(own, 0, 8), spec(own, 2, 0)] {
-            attention.forward(driver, main, spec, nothing, None, nothing, nothing).unwrap();
+            let pass = pass(spec, nothing);
+            attention.plan_forward(driver, &pass.forward).unwrap().launch(driver, main).unwrap();
+            attention.plan_backward(driver, &pass).unwrap().launch(driver, main).unwrap();
         }
     });
 }
@@ -696,7 +856,7 @@ fn positions_that_break_the_contract_end_the_kernel() {
     }
     for positions in [[3, 5], [7, 8], [-1, 0]] {
         let driver: &mut dyn Driver = &mut Host::new(Options::default()).unwrap();
-        let attention = Attention::new(driver, Dtype::F32, heads(1, 1, 32)).unwrap();
+        let attention = Attention::new(driver, Dtype::F32, heads(1, 1, 32), None).unwrap();
         let at = driver.upload("positions", &positions).unwrap();
         let all = driver.upload("all", &[0.0f32; 8 * 32]).unwrap().address;
         let decoded = attention

@@ -20,11 +20,14 @@ pub struct Counting {
     pub counts: Counts,
     /// Kernels whose names begin so are not in this build.
     pub lacks: Option<&'static str>,
+    /// What the machine says of itself.
+    pub properties: Properties,
 }
 
 impl Counting {
     pub fn new(host: Host) -> Self {
-        Counting { host, counts: Counts::default(), lacks: None }
+        let properties = host.properties().clone();
+        Counting { host, counts: Counts::default(), lacks: None, properties }
     }
 
     fn count(&self, name: &str) {
@@ -35,7 +38,7 @@ impl Counting {
 #[rustfmt::skip]
 impl Driver for Counting {
     fn device(&self) -> &'static str { self.host.device() }
-    fn properties(&self) -> &Properties { self.host.properties() }
+    fn properties(&self) -> &Properties { &self.properties }
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
         self.host.allocate(label, bytes)
     }

@@ -15,12 +15,13 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use isobath::backend::NormSpec;
+use isobath::backend::{AttentionSpec, HeadSpec, NormSpec};
 use isobath::config::{Dtype, NormKind};
+use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward};
 use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
-use isobath::cuda::{Arguments, Driver, Launch, StreamId};
+use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
 
 use super::library;
 use super::machines::{download, unwritten, upload};
@@ -33,9 +34,18 @@ enum Kernels {
     Norm,
     GemmSm90,
     GemmMma,
+    /// Of attention_sm90.cu, each with what is in its own section.
+    AttentionForward,
+    AttentionBackward,
 }
 
-const ALL: [Kernels; 3] = [Kernels::Norm, Kernels::GemmSm90, Kernels::GemmMma];
+const ALL: [Kernels; 5] = [
+    Kernels::Norm,
+    Kernels::GemmSm90,
+    Kernels::GemmMma,
+    Kernels::AttentionForward,
+    Kernels::AttentionBackward,
+];
 
 impl Kernels {
     fn name(self) -> &'static str {
@@ -43,6 +53,8 @@ impl Kernels {
             Kernels::Norm => "norm",
             Kernels::GemmSm90 => "gemm_sm90",
             Kernels::GemmMma => "gemm_mma",
+            Kernels::AttentionForward => "attention_forward",
+            Kernels::AttentionBackward => "attention_backward",
         }
     }
 
@@ -65,6 +77,34 @@ impl Kernels {
             ),
             Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
             Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
+            Kernels::AttentionForward => with_one_attention(
+                &["FORWARD_KERNEL(128, 32)"],
+                &[
+                    "forward_sm90_192x32",
+                    "backward_q_sm90_128x32",
+                    "backward_kv_sm90_128x32",
+                    "decode_bf16_32",
+                ],
+            ),
+            Kernels::AttentionBackward => with_one_attention(
+                &["BACKWARD_KERNELS(32)"],
+                &["forward_sm90_128x32", "forward_sm90_192x32", "decode_bf16_32"],
+            ),
+        }
+    }
+
+    /// The part of the text whose calls are broken: of attention, one pass
+    /// after the other, and with the second one what both share.
+    fn breaks(self, text: &str, at: usize) -> bool {
+        let section = |name: &str| {
+            let start = text.find(&format!("---- {name}\n"));
+            start.unwrap_or_else(|| panic!("no section `{name}`"))
+        };
+        let in_forward = || (section("forward")..section("backward")).contains(&at);
+        match self {
+            Kernels::Norm | Kernels::GemmSm90 | Kernels::GemmMma => true,
+            Kernels::AttentionForward => in_forward(),
+            Kernels::AttentionBackward => !in_forward(),
         }
     }
 
@@ -75,6 +115,8 @@ impl Kernels {
             Kernels::Norm => run_norm(driver, &NORMS),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &PRODUCTS),
             Kernels::GemmMma => run_gemm_mma(driver),
+            Kernels::AttentionForward => run_attention_forward(driver),
+            Kernels::AttentionBackward => run_attention_backward(driver),
         };
         found.map_err(|error| error.to_string())
     }
@@ -108,6 +150,21 @@ fn with_some_gemms(text: &str) -> String {
     };
     let text = text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n";
     assert_eq!(kept, KEPT.len(), "{KEPT:?} must be there");
+    text
+}
+
+/// Of the Hopper attention, the kernels that these lines make, and others in name.
+fn with_one_attention(kept: &[&str], named: &[&str]) -> String {
+    let text = include_str!("../../kernels/attention_sm90.cu");
+    let makes =
+        |line: &str| line.starts_with("FORWARD_KERNEL(") || line.starts_with("BACKWARD_KERNELS(");
+    let lines = text.lines().filter(|line| !makes(line) || kept.contains(line));
+    let mut text: String = lines.map(|line| format!("{line}\n")).collect();
+    for name in named {
+        let _ =
+            writeln!(text, "KERNEL(attention_{name}, 1)() {{}} EXPORT_KERNEL(attention_{name})");
+    }
+    assert!(kept.iter().all(|line| text.contains(&format!("\n{line}\n"))), "{kept:?}");
     text
 }
 
@@ -250,6 +307,81 @@ fn run_gemm_sm90(
     Ok(all)
 }
 
+/// Batch and sequence, and where a document begins in each row of the second: more stages than the
+/// rings have, several items for a block, and whole tiles that a consumer passes over.
+const ATTENTIONS: [(usize, usize, Option<usize>); 2] = [(1, 600, None), (2, 330, Some(200))];
+const ATTENTION_HEADS: HeadSpec = HeadSpec { heads: 2, kv_heads: 1, head_dim: 32 };
+
+fn run_attention_forward(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
+    for (batch, sequence, document) in ATTENTIONS {
+        let (inputs, pass) = attention_forward(driver, batch, sequence, document);
+        attention.plan_forward(driver, &pass)?.launch(driver, StreamId::MAIN)?;
+        for (dtype, buffer) in [(Dtype::Bf16, inputs[1]), (Dtype::F32, inputs[2])] {
+            bytes(&download(driver, dtype, buffer), &mut all);
+        }
+        for buffer in inputs {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
+/// From results of a forward pass that are none: no formula needs them to be.
+fn run_attention_backward(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
+    for (batch, sequence, document) in ATTENTIONS {
+        let (inputs, mut forward) = attention_forward(driver, batch, sequence, document);
+        let tokens = batch * sequence;
+        let out = upload(driver, "out", Dtype::Bf16, &normals(5, tokens * 64));
+        let lse = upload(driver, "lse", Dtype::F32, &vec![5.0; tokens * 2]);
+        (forward.out, forward.log_sum_exp) = (out.address, lse.address);
+        let d_out = upload(driver, "d_out", Dtype::Bf16, &normals(6, tokens * 64));
+        let delta = unwritten(driver, "delta", Dtype::F32, tokens * 2);
+        let d_qkv = unwritten(driver, "d_qkv", Dtype::Bf16, tokens * 128);
+        let pass = AttentionBackward {
+            forward,
+            d_out: d_out.address,
+            delta: delta.address,
+            d_qkv: d_qkv.address,
+        };
+        attention.plan_backward(driver, &pass)?.launch(driver, StreamId::MAIN)?;
+        for (dtype, buffer) in [(Dtype::Bf16, d_qkv), (Dtype::F32, delta)] {
+            bytes(&download(driver, dtype, buffer), &mut all);
+        }
+        for buffer in inputs.into_iter().chain([out, lse, d_out, delta, d_qkv]) {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
+/// qkv, out, log-sum-exp and the documents' starts.
+fn attention_forward(
+    driver: &mut dyn Driver,
+    batch: usize,
+    sequence: usize,
+    document: Option<usize>,
+) -> ([Allocation; 4], AttentionForward) {
+    let tokens = batch * sequence;
+    let second = document.unwrap_or(0);
+    let starts = (0..tokens).map(|it| if it % sequence < second { 0 } else { second as i32 });
+    let starts = driver.upload("starts", &starts.collect::<Vec<i32>>()).unwrap();
+    let qkv = upload(driver, "qkv", Dtype::Bf16, &normals(1, tokens * 128));
+    let out = unwritten(driver, "out", Dtype::Bf16, tokens * 64);
+    let lse = unwritten(driver, "lse", Dtype::F32, tokens * 2);
+    let pass = AttentionForward {
+        spec: AttentionSpec { heads: ATTENTION_HEADS, batch, sequence },
+        qkv: qkv.address,
+        document_starts: document.map(|_| starts.address),
+        out: out.address,
+        log_sum_exp: lse.address,
+    };
+    ([qkv, out, lse, starts], pass)
+}
+
 fn run_gemm_mma(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     for (m, n, k) in [(64, 128, 160), (64, 64, 32)] {
@@ -303,7 +435,7 @@ fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> O
 fn first_options(kernels: Kernels) -> Options {
     let multiprocessors = match kernels {
         Kernels::GemmSm90 => 3, // for as many splits
-        Kernels::Norm | Kernels::GemmMma => 1,
+        _ => 1,
     };
     Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
 }
@@ -424,7 +556,8 @@ fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
 /// All of them, several at once, after the true kernels have written the references.
 fn judge_all(mutants: &[Mutant]) -> Vec<Verdict> {
     let folder = tempfile::tempdir().unwrap();
-    for (index, kernels) in ALL.into_iter().enumerate() {
+    let used = |kernels: &Kernels| mutants.iter().any(|it| it.kernels == *kernels);
+    for (index, kernels) in ALL.into_iter().filter(used).enumerate() {
         let name = format!("{} unchanged", kernels.name());
         let same = Mutant { kernels, name, text: kernels.text() };
         let verdict = judge(folder.path(), index, &same);
@@ -668,6 +801,39 @@ const PLANTED: &[Planted] = &[
         &["read out of bounds", "buffer \"inp\" (34720 bytes)"],
     ),
     planted(
+        Kernels::AttentionForward,
+        "a query does not see its own key",
+        &[("> mask.row + i / 2 % 2 * 8)", ">= mask.row + i / 2 % 2 * 8)")],
+        WRONG,
+    ),
+    planted(
+        Kernels::AttentionForward,
+        "weighted values are multiplied by the sums' scale before they are there",
+        &[("      wgmma_wait<0>();\n      release(&values_empty", "      release(&values_empty")],
+        &["the accumulator of the wgmma at", "before wgmma_wait"],
+    ),
+    planted(
+        Kernels::AttentionForward,
+        "rows are stored that other lanes may not have written yet",
+        &[("  fence_proxy_async();\n  __syncwarp();\n", "  fence_proxy_async();\n")],
+        &["data race on shared memory", "an asynchronous read by a bulk store of"],
+    ),
+    planted(
+        Kernels::AttentionBackward,
+        "a stage is handed back by the first lane, while others read its statistics",
+        &[(
+            "DEVICE void release(uint64_t* empty) {\n  __syncwarp();\n",
+            "DEVICE void release(uint64_t* empty) {\n",
+        )],
+        &["data race on shared memory", "after a read by block"],
+    ),
+    planted(
+        Kernels::AttentionBackward,
+        "a stage is full without its statistics",
+        &[("init_ring<T, STAGES>(full, empty, 1 + 32);", "init_ring<T, STAGES>(full, empty, 1);")],
+        &["data race on shared memory", "after a write by block (0,0,0) thread 36 (warp 1"],
+    ),
+    planted(
         Kernels::GemmMma,
         "a stage is read before its copies are complete",
         &[("cp_async_wait<1>();", "cp_async_wait<2>();")],
@@ -900,6 +1066,42 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
          it reads the result",
     ),
     (
+        Kernels::AttentionForward,
+        "if (threadIdx.x % 32 == 0) bulk_wait<0>();",
+        "sources only",
+        "as in gemm_sm90",
+    ),
+    (
+        Kernels::AttentionBackward,
+        "if (threadIdx.x % 32 == 0) bulk_wait<0>();",
+        "sources only",
+        "as in gemm_sm90",
+    ),
+    (
+        Kernels::AttentionForward,
+        "wgmma_fence();  // the one above is enough, but not for ptxas, behind a loop",
+        "removed",
+        "no register of these products is touched behind the other fence",
+    ),
+    (
+        Kernels::AttentionBackward,
+        "wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch",
+        "removed",
+        "no register of these products is touched behind the other fence",
+    ),
+    (
+        Kernels::AttentionBackward,
+        "if constexpr (D > 96) wgmma_wait<0>();  // there are no registers for the next step's scores",
+        "removed",
+        "for registers' sake, and of other head dims",
+    ),
+    (
+        Kernels::AttentionBackward,
+        "if constexpr (D > 96) wgmma_wait<0>();  // there are no registers for the next step's scores",
+        "groups + 1",
+        "for registers' sake, and of other head dims",
+    ),
+    (
         Kernels::GemmMma,
         "return tile + swizzle<64>(uint32_t(row * ROW_BYTES + chunk * 16));",
         "identity",
@@ -910,10 +1112,10 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
 fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
     let text = kernels.text();
     let mut all = vec![];
-    for call in calls(&text) {
+    for call in calls(&text).iter().filter(|call| kernels.breaks(&text, call.start)) {
         let number = text[..call.start].lines().count();
         let line = text.lines().nth(number.max(1) - 1).unwrap().trim().to_string();
-        for (what, replacement) in alterations(&call) {
+        for (what, replacement) in alterations(call) {
             let mutated = format!("{}{replacement}{}", &text[..call.start], &text[call.end..]);
             let name = format!("{}.cu:{number} `{line}`: {} {what}", kernels.name(), call.name);
             all.push((Mutant { kernels, name, text: mutated }, line.clone(), what));
@@ -924,11 +1126,21 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 
 #[test]
 fn every_synchronisation_that_is_broken_is_caught() {
+    break_all(&[Kernels::Norm, Kernels::GemmSm90, Kernels::GemmMma]);
+}
+
+#[test]
+#[ignore = "takes minutes: to be run when kernels/attention_sm90.cu has changed"]
+fn every_synchronisation_of_attention_that_is_broken_is_caught() {
+    break_all(&[Kernels::AttentionForward, Kernels::AttentionBackward]);
+}
+
+fn break_all(suites: &[Kernels]) {
     if library::is_missing() {
         return;
     }
     let (mut mutants, mut keys) = (vec![], vec![]);
-    for kernels in ALL {
+    for &kernels in suites {
         for (mutant, line, what) in mutants_of(kernels) {
             mutants.push(mutant);
             keys.push((kernels, line, what));
@@ -951,7 +1163,7 @@ fn every_synchronisation_that_is_broken_is_caught() {
             assert_eq!(*verdict, Verdict::Survived, "{} is no equivalent", mutant.name);
         }
     }
-    for (kernels, line, what, _) in EQUIVALENT {
+    for (kernels, line, what, _) in EQUIVALENT.iter().filter(|it| suites.contains(&it.0)) {
         let known = keys.iter().any(|key| key.0 == *kernels && key.1 == *line && key.2 == *what);
         assert!(known, "no mutant `{what}` of `{line}`: remove it from EQUIVALENT");
     }
@@ -1009,6 +1221,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
                 assert_eq!(exact, found);
                 vec![]
             }),
+            Kernels::AttentionForward | Kernels::AttentionBackward => Ok(vec![]),
         };
         bits.extend(more.map_err(|error| error.to_string())?);
         Ok::<Vec<u8>, String>(bits)

@@ -65,6 +65,33 @@ impl Family {
         }
     }
 
+    /// `choice` alone, or all of [`Family::of`]. Errors: as there; one that is not among them.
+    pub fn chosen(
+        device: &str,
+        machine: &Properties,
+        dtype: Dtype,
+        choice: Option<Family>,
+    ) -> Result<Vec<Family>> {
+        let families = Family::of(device, machine, dtype)?;
+        match choice {
+            None => Ok(families.to_vec()),
+            Some(chosen) if families.contains(&chosen) => Ok(vec![chosen]),
+            Some(chosen) => {
+                let (major, minor) = machine.compute_capability;
+                let names: Vec<&str> = families.iter().map(|family| family.name()).collect();
+                Err(refusal(
+                    device,
+                    format!(
+                        "{} (compute capability {major}.{minor}) has no {dtype} products of the \
+                         family {chosen}",
+                        machine.name
+                    ),
+                    format!("choose {}, or leave the choice open", names.join(" or ")),
+                ))
+            }
+        }
+    }
+
     /// Its kernels, for every layout that it has.
     pub fn variants(self) -> &'static [Variant] {
         match self {
@@ -395,25 +422,13 @@ impl Gemm {
         let device = driver.device();
         let properties = driver.properties();
         let multiprocessors = properties.multiprocessors as usize;
-        let families = Family::of(device, properties, dtype)?;
-        if let Some(chosen) = choice.filter(|it| !families.contains(it)) {
-            let (major, minor) = properties.compute_capability;
-            let names: Vec<&str> = families.iter().map(|family| family.name()).collect();
-            return Err(refusal(
-                device,
-                format!(
-                    "{} (compute capability {major}.{minor}) has no {dtype} products of the \
-                     family {chosen}",
-                    properties.name
-                ),
-                format!("choose {}, or leave the choice open", names.join(" or ")),
-            ));
-        }
+        let families = Family::chosen(device, properties, dtype, choice)?;
         let mut kernels = vec![];
         for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
             let of = |it: Family| it.variants().iter().filter(move |it| it.layout == layout);
-            let best = families.iter().copied().filter(|&family| of(family).next().is_some());
-            let candidates = choice.map_or_else(|| best.collect(), |family| vec![family]);
+            // The chosen one may lack the layout, which is found out when it is asked for.
+            let candidates = families.iter().copied();
+            let candidates = candidates.filter(|&it| choice.is_some() || of(it).next().is_some());
             // A build for fewer architectures lacks whole files: the next family is as right.
             let mut missing = None;
             for family in candidates {

@@ -1,0 +1,222 @@
+//! The kernels of kernels/attention_sm90.cu: bf16 with wgmma and TMA on compute capability 9.0. As
+//! many blocks as there are multiprocessors, each of which takes item after item: a tile of a head's
+//! rows.
+
+use super::{AttentionBackward, AttentionForward, Sizes, scale, scale_log2};
+use crate::backend::HeadSpec;
+use crate::cuda::{
+    Arguments, DevicePointer, Driver, Fill, KernelId, L2Promotion, Launch, Swizzle, TensorMap,
+    TensorMapSpec, TensorType,
+};
+use crate::error::Result;
+
+/// Rows of a result that a consumer computes; two consumers share an item of backward.
+const CONSUMER_ROWS: usize = 64;
+const BACKWARD_ROWS: usize = 128;
+const BF16_BYTES: usize = 2;
+/// Of the boxes of TMA.
+const LOADED_ROWS: u32 = 64;
+const STORED_ROWS: u32 = 16;
+
+/// Stages of the rings, and rows of the other side in each, as the kernels are compiled.
+const FORWARD_KEYS: usize = 128;
+const BACKWARD_STAGES: usize = 3;
+const BACKWARD_QUERIES: usize = 64;
+
+/// Rows of an item: 192 are three consumers, for which wide heads leave no registers.
+const fn forward_rows(head_dim: usize) -> &'static [usize] {
+    if head_dim <= 64 { &[128, 192] } else { &[128] }
+}
+
+/// Reckoned, as long as no GPU has timed it: an item takes as many steps as its last row sees tiles
+/// of keys, and the time of one more in which nothing is hidden; three consumers make a step 10%
+/// faster for each of their rows.
+fn forward_cost(sequence: usize, rows: usize) -> f64 {
+    let steps = |tile: usize| sequence.min((tile + 1) * rows).div_ceil(FORWARD_KEYS) + 1;
+    let steps: usize = (0..sequence.div_ceil(rows)).map(steps).sum();
+    (steps * rows) as f64 * if rows == 192 { 0.9 } else { 1.0 }
+}
+
+const fn forward_stages(head_dim: usize) -> usize {
+    match head_dim {
+        ..=64 => 4,
+        65..=96 => 3,
+        _ => 2,
+    }
+}
+const fn backward_keys(head_dim: usize) -> usize {
+    if head_dim <= 64 { 128 } else { 64 }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Kernels {
+    heads: HeadSpec,
+    /// The rows of an item, and the kernel.
+    forward: Vec<(usize, KernelId)>,
+    backward_q: KernelId,
+    backward_kv: KernelId,
+}
+
+/// The heads of a result, and how they are walked.
+#[derive(Clone, Copy)]
+struct Walk {
+    /// Of one sequence.
+    heads: usize,
+    /// Of all sequences, walked together: what they read fits in half of the L2 cache.
+    section: usize,
+}
+
+impl Kernels {
+    /// Errors: a build without them.
+    pub fn new(driver: &mut dyn Driver, heads: HeadSpec) -> Result<Self> {
+        let HeadSpec { head_dim, .. } = heads;
+        let mut kernel = |pass: &str, rows: usize| {
+            driver.kernel(&format!("attention_{pass}_sm90_{rows}x{head_dim}"))
+        };
+        let all_rows = forward_rows(head_dim).iter();
+        let forward = all_rows.map(|&rows| Ok((rows, kernel("forward", rows)?)));
+        Ok(Kernels {
+            heads,
+            forward: forward.collect::<Result<_>>()?,
+            backward_q: kernel("backward_q", BACKWARD_ROWS)?,
+            backward_kv: kernel("backward_kv", BACKWARD_ROWS)?,
+        })
+    }
+
+    fn tile_bytes(&self, rows: usize) -> usize {
+        rows * self.heads.head_dim * BF16_BYTES
+    }
+
+    /// Errors: matrices that leave their buffers.
+    pub fn forward(
+        &self,
+        driver: &mut dyn Driver,
+        sizes: Sizes,
+        pass: &AttentionForward,
+    ) -> Result<(Launch, Arguments)> {
+        let HeadSpec { heads, kv_heads, head_dim } = self.heads;
+        let ring_bytes = 2 * forward_stages(head_dim) * self.tile_bytes(FORWARD_KEYS);
+        let cost = |rows: usize| forward_cost(sizes.sequence, rows);
+        let cheapest = self.forward.iter().min_by(|a, b| cost(a.0).total_cmp(&cost(b.0)));
+        let &(rows, kernel) = cheapest.expect("every head dim has a kernel");
+        let shared_bytes = 2 * self.tile_bytes(rows) + ring_bytes;
+        let walk = self.of_queries(driver, sizes);
+        let arguments = Arguments::new()
+            .with(self.map(driver, pass.qkv, heads + 2 * kv_heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, pass.out, heads, sizes, STORED_ROWS)?)
+            .with(pass.document_starts.unwrap_or_default())
+            .with(pass.log_sum_exp);
+        let arguments = self.sized(arguments, sizes, walk).with(scale_log2(self.heads) as f32);
+        Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
+    }
+
+    /// The kernel for d_q, which makes delta, and the one for d_k and d_v. Errors: as
+    /// [`Kernels::forward`].
+    pub fn backward(
+        &self,
+        driver: &mut dyn Driver,
+        sizes: Sizes,
+        pass: &AttentionBackward,
+    ) -> Result<[(Launch, Arguments); 2]> {
+        let AttentionBackward { forward, d_out, delta, d_qkv } = *pass;
+        let HeadSpec { heads, kv_heads, head_dim } = self.heads;
+        let qkv_heads = heads + 2 * kv_heads;
+        let maps = Arguments::new()
+            .with(self.map(driver, forward.qkv, qkv_heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, d_out, heads, sizes, LOADED_ROWS)?)
+            .with(self.map(driver, d_qkv, qkv_heads, sizes, STORED_ROWS)?)
+            .with(forward.document_starts.unwrap_or_default());
+        let of_q = maps.clone().with(forward.out).with(d_out).with(forward.log_sum_exp).with(delta);
+        let of_kv = maps.with(forward.log_sum_exp).with(delta);
+        // Two own tiles, stages of two tiles, and a tile to store through.
+        let passes = [
+            (self.backward_q, of_q, self.of_queries(driver, sizes), backward_keys(head_dim)),
+            (self.backward_kv, of_kv, self.of_keys(driver, sizes), BACKWARD_QUERIES),
+        ];
+        Ok(passes.map(|(kernel, arguments, walk, others)| {
+            let ring_bytes = 2 * BACKWARD_STAGES * self.tile_bytes(others);
+            let shared_bytes = 3 * self.tile_bytes(BACKWARD_ROWS) + ring_bytes;
+            let arguments = self
+                .sized(arguments, sizes, walk)
+                .with(scale(self.heads) as f32)
+                .with(scale_log2(self.heads) as f32);
+            (launch(driver, kernel, BACKWARD_ROWS, sizes, walk, shared_bytes), arguments)
+        }))
+    }
+
+    /// Results for queries: the heads of a group read one head of k and of v.
+    fn of_queries(&self, driver: &dyn Driver, sizes: Sizes) -> Walk {
+        let HeadSpec { heads, kv_heads, .. } = self.heads;
+        let groups = self.in_half_l2(driver, sizes, 1);
+        Walk { heads, section: (groups * heads / kv_heads).min(sizes.batch * heads) }
+    }
+
+    /// Results for keys: a head reads its group's heads of q and of d_out.
+    fn of_keys(&self, driver: &dyn Driver, sizes: Sizes) -> Walk {
+        let HeadSpec { heads, kv_heads, .. } = self.heads;
+        let section = self.in_half_l2(driver, sizes, heads / kv_heads);
+        Walk { heads: kv_heads, section: section.min(sizes.batch * kv_heads) }
+    }
+
+    /// How often `count` heads of each of two matrices fit in half of the L2 cache, at least once.
+    fn in_half_l2(&self, driver: &dyn Driver, sizes: Sizes, count: usize) -> usize {
+        let bytes = 2 * count * sizes.sequence * self.heads.head_dim * BF16_BYTES;
+        (driver.properties().l2_bytes as usize / 2 / bytes).max(1)
+    }
+
+    fn sized(&self, arguments: Arguments, sizes: Sizes, walk: Walk) -> Arguments {
+        arguments
+            .with(sizes.batch as i32)
+            .with(sizes.sequence as i32)
+            .with(self.heads.heads as i32)
+            .with(self.heads.kv_heads as i32)
+            .with(walk.section as i32)
+    }
+
+    /// A matrix of tokens, each with so many heads. A box is rows of one head of one sequence.
+    fn map(
+        &self,
+        driver: &mut dyn Driver,
+        address: DevicePointer,
+        heads: usize,
+        Sizes { batch, sequence }: Sizes,
+        box_rows: u32,
+    ) -> Result<TensorMap> {
+        let head_dim = self.heads.head_dim;
+        let head_bytes = (head_dim * BF16_BYTES) as u64;
+        let token_bytes = heads as u64 * head_bytes;
+        // The widest span that divides a row.
+        let spans = [Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes32];
+        let spans = spans.map(|swizzle| (swizzle, swizzle.span_bytes().unwrap_or(head_bytes)));
+        let (swizzle, span) = spans
+            .into_iter()
+            .find(|(_, span)| head_bytes.is_multiple_of(*span))
+            .expect("head dims are multiples of 16");
+        driver.tensor_map(&TensorMapSpec {
+            data_type: TensorType::Bf16,
+            address,
+            dimensions: &[head_dim, heads, sequence, batch].map(|it| it as u64),
+            stride_bytes: &[head_bytes, token_bytes, sequence as u64 * token_bytes],
+            box_dimensions: &[span as u32 / BF16_BYTES as u32, 1, box_rows, 1],
+            swizzle,
+            l2_promotion: L2Promotion::Bytes256,
+            fill: Fill::Zeros,
+        })
+    }
+}
+
+/// No more blocks than there are multiprocessors, each of which has room for one.
+fn launch(
+    driver: &dyn Driver,
+    kernel: KernelId,
+    rows: usize,
+    Sizes { batch, sequence }: Sizes,
+    walk: Walk,
+    shared_bytes: usize,
+) -> Launch {
+    let items = batch * walk.heads * sequence.div_ceil(rows);
+    let blocks = items.min(driver.properties().multiprocessors as usize);
+    let threads = 128 * (1 + rows / CONSUMER_ROWS);
+    Launch::new(kernel, [blocks as u32, 1, 1], [threads as u32, 1, 1])
+        .shared_bytes(shared_bytes as u32)
+}
