@@ -252,6 +252,36 @@ DEVICE int first_row() {
 }
 DEVICE int first_column() { return int(threadIdx.x) % 4 * 2; }
 
+// The angles that q and k were rotated by, whose gradients are rotated back; null: not here.
+struct Angles {
+  const float* table;    // [P,D]: D/2 cosines of a position, then D/2 sines
+  const int* positions;  // [B,S], each below P
+};
+// Accumulators of a consumer's rows from `first` on: a pair (i, i + D/2) is in one thread.
+template <int D>
+DEVICE void rotate_back(float (&values)[D / 2], Angles angles, int first, int b, int sequence) {
+  if (!angles.table) return;
+  const int* const positions = angles.positions + size_t(b) * sequence;
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {  // the thread's two rows
+    const int row = first + first_row() + 8 * lower;
+    if (row >= sequence) continue;
+    const float* const of_row = angles.table + size_t(positions[row]) * D + first_column();
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      const float2 cosines = *reinterpret_cast<const float2*>(of_row + 8 * n);
+      const float2 sines = *reinterpret_cast<const float2*>(of_row + D / 2 + 8 * n);
+      float* const x = &values[4 * n + 2 * lower];
+      float* const y = x + D / 4;
+      const float2 low = make_float2(x[0], x[1]), high = make_float2(y[0], y[1]);
+      x[0] = low.x * cosines.x + high.x * sines.x;
+      x[1] = low.y * cosines.y + high.y * sines.y;
+      y[0] = high.x * cosines.x - low.x * sines.x;
+      y[1] = high.y * cosines.y - low.y * sines.y;
+    }
+  }
+}
+
 // Hides keys from queries. Of a consumer's thread, for an item of queries.
 struct Mask {
   int first;       // of the consumer's queries
@@ -548,10 +578,11 @@ template <int D>
 DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out,
                                  const TensorMap* d_qkv,      // the q heads of it
                                  const int* document_starts,  // [B,S] or null
-                                 const bf16* out,             // [T,HD]
-                                 const bf16* d_out,           // [T,HD]
-                                 const float* log_sum_exp,    // [B,H,S]
-                                 float* delta,                // [B,H,S]
+                                 Angles angles,
+                                 const bf16* out,           // [T,HD]
+                                 const bf16* d_out,         // [T,HD]
+                                 const float* log_sum_exp,  // [B,H,S]
+                                 float* delta,              // [B,H,S]
                                  int sequence, int kv_heads, const Work& work, float scale,
                                  float scale_log2) {
   using T = Team<2>;
@@ -660,6 +691,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     if (tiles.first < tiles.end) release(&empty[before]);
     pass_over(at, full, empty, all.end - tiles.end);
     const float scales[2] = {scale, scale};
+    rotate_back<D>(d_q, angles, own_first, item.b, sequence);
     store_rows<D>(d_qkv, store_tile, d_q, scales, item.head, own_first + warp * WARP_ROWS, item.b,
                   sequence);
   });
@@ -670,8 +702,9 @@ template <int D>
 DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
                                   const TensorMap* d_qkv,      // the k and v heads of it
                                   const int* document_starts,  // [B,S] or null
-                                  const float* log_sum_exp,    // [B,H,S]
-                                  const float* delta,          // [B,H,S]
+                                  Angles angles,
+                                  const float* log_sum_exp,  // [B,H,S]
+                                  const float* delta,        // [B,H,S]
                                   int sequence, int heads, const Work& work, float scale,
                                   float scale_log2) {
   using T = Team<2>;
@@ -834,6 +867,8 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
     release(&own[1]);
     const float scales[2] = {scale, scale}, ones[2] = {1, 1};
     const int row = own_first + warp * WARP_ROWS;
+    wgmma_wait<0>();  // for ptxas, which does not see that the last one was enough
+    rotate_back<D>(d_k, angles, own_first, item.b, sequence);
     store_rows<D>(d_qkv, store_tile, d_k, scales, heads + item.head, row, item.b, sequence);
     store_rows<D>(d_qkv, store_tile, d_v, ones, heads + kv_heads + item.head, row, item.b,
                   sequence);
@@ -857,26 +892,28 @@ DEVICE Work work_of(int batch, int heads, int section, int sequence, int rows) {
                                              kv_heads, work, scale_log2);                        \
   }                                                                                              \
   EXPORT_KERNEL(attention_forward_sm90_##rows##x##d)
-#define BACKWARD_KERNELS(d)                                                                        \
-  KERNEL(attention_backward_q_sm90_128x##d, Team<2>::THREADS, 1)                                   \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap of_d_out,              \
-   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const bf16* out,           \
-   const bf16* d_out, const float* log_sum_exp, float* delta, int batch, int sequence, int heads,  \
-   int kv_heads, int section, float scale, float scale_log2) {                                     \
-    const Work work = work_of(batch, heads, section, sequence, 128);                               \
-    attention_backward_q<d>(&qkv, &of_d_out, &d_qkv, document_starts, out, d_out, log_sum_exp,     \
-                            delta, sequence, kv_heads, work, scale, scale_log2);                   \
-  }                                                                                                \
-  EXPORT_KERNEL(attention_backward_q_sm90_128x##d)                                                 \
-  KERNEL(attention_backward_kv_sm90_128x##d, Team<2>::THREADS, 1)                                  \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,                 \
-   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const float* log_sum_exp,  \
-   const float* delta, int batch, int sequence, int heads, int kv_heads, int section, float scale, \
-   float scale_log2) {                                                                             \
-    const Work work = work_of(batch, kv_heads, section, sequence, 128);                            \
-    attention_backward_kv<d>(&qkv, &d_out, &d_qkv, document_starts, log_sum_exp, delta, sequence,  \
-                             heads, work, scale, scale_log2);                                      \
-  }                                                                                                \
+#define BACKWARD_KERNELS(d)                                                                     \
+  KERNEL(attention_backward_q_sm90_128x##d, Team<2>::THREADS, 1)                                \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap of_d_out,           \
+   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const float* table,     \
+   const int* positions, const bf16* out, const bf16* d_out, const float* log_sum_exp,          \
+   float* delta, int batch, int sequence, int heads, int kv_heads, int section, float scale,    \
+   float scale_log2) {                                                                          \
+    const Work work = work_of(batch, heads, section, sequence, 128);                            \
+    attention_backward_q<d>(&qkv, &of_d_out, &d_qkv, document_starts, Angles{table, positions}, \
+                            out, d_out, log_sum_exp, delta, sequence, kv_heads, work, scale,    \
+                            scale_log2);                                                        \
+  }                                                                                             \
+  EXPORT_KERNEL(attention_backward_q_sm90_128x##d)                                              \
+  KERNEL(attention_backward_kv_sm90_128x##d, Team<2>::THREADS, 1)                               \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,              \
+   const __grid_constant__ TensorMap d_qkv, const int* document_starts, const float* table,     \
+   const int* positions, const float* log_sum_exp, const float* delta, int batch, int sequence, \
+   int heads, int kv_heads, int section, float scale, float scale_log2) {                       \
+    const Work work = work_of(batch, kv_heads, section, sequence, 128);                         \
+    attention_backward_kv<d>(&qkv, &d_out, &d_qkv, document_starts, Angles{table, positions},   \
+                             log_sum_exp, delta, sequence, heads, work, scale, scale_log2);     \
+  }                                                                                             \
   EXPORT_KERNEL(attention_backward_kv_sm90_128x##d)
 
 FORWARD_KERNEL(128, 32)

@@ -381,6 +381,37 @@ pub trait Backend {
         )
     }
 
+    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv; it may be rounded
+    /// between the two, or not.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_rotary_backward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        document_starts: Option<View>,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        unfused::attention_rotary_backward(
+            self,
+            spec,
+            qkv,
+            document_starts,
+            out,
+            log_sum_exp,
+            d_out,
+            delta,
+            table,
+            positions,
+            d_qkv,
+        )
+    }
+
     /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
     /// z_loss log^2(Z); 0 where the target is IGNORE_INDEX. inp [T,C], weight [V,C], losses [T];
     /// logits [chunk,V] is scratch.
@@ -419,7 +450,34 @@ pub trait Backend {
 
 /// Two ops one after the other, for whoever has no kernel that does both.
 pub(crate) mod unfused {
-    use super::{Backend, HeadSpec, Result, Sink, View};
+    use super::{AttentionSpec, Backend, HeadSpec, Result, Sink, View};
+
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn attention_rotary_backward<B: Backend + ?Sized>(
+        backend: &mut B,
+        spec: AttentionSpec,
+        qkv: View,
+        document_starts: Option<View>,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        backend.attention_backward(
+            spec,
+            qkv,
+            document_starts,
+            out,
+            log_sum_exp,
+            d_out,
+            delta,
+            d_qkv,
+        )?;
+        backend.rotary_backward(spec.heads, table, positions, d_qkv)
+    }
 
     pub(crate) fn linear_rotary_forward<B: Backend + ?Sized>(
         backend: &mut B,

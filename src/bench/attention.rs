@@ -60,6 +60,7 @@ fn pair(
             d_out: buffers.normals("d_out", dtype, out_values)?,
             delta: buffers.zeros("delta", row_bytes)?,
             d_qkv: buffers.zeros("d_qkv", qkv_bytes)?,
+            angles: None,
         };
         let forward = kernels.plan_forward(buffers.driver, &forward)?;
         Ok([forward, kernels.plan_backward(buffers.driver, &backward)?])

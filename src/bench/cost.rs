@@ -252,6 +252,20 @@ impl Cost {
         }
     }
 
+    /// With the gradients of q and k rotated back; `positions`: rows of the table.
+    pub fn attention_rotary_backward(spec: AttentionSpec, dtype: Dtype, positions: usize) -> Self {
+        let cost = Cost::attention_backward(spec, dtype);
+        let tokens = spec.batch * spec.sequence;
+        let table = 4 * (product(&[positions, spec.heads.head_dim]) + tokens as u64);
+        Cost {
+            what: format!("attention_backward, {dtype}, rotary"),
+            bytes: cost.bytes + table,
+            bytes_formula: "qkv and d_qkv [T,(H+2K)D]; out and d_out [T,HD]; log-sum-exp, and \
+                            delta written and read [B,H,S]; table [P,D] once; positions [T]",
+            ..cost
+        }
+    }
+
     /// Of T tokens that attend to P rows of a cache.
     pub fn attention_decode(heads: HeadSpec, dtype: Dtype, t: usize, p: usize) -> Self {
         let HeadSpec { heads: h, kv_heads, head_dim } = heads;

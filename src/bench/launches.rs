@@ -81,6 +81,36 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
                     Step::Forward(Op::SwiGlu { inp: gate_up, out }),
                 ])
             }
+            Fused::AttentionRotaryGradient {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            } => {
+                // Of Hopper's kernels, as the products are.
+                if dtype == Dtype::Bf16 {
+                    return vec![Cost::attention_rotary_backward(spec, dtype, rows(table))];
+                }
+                parts([
+                    Step::Backward(Gradient::Attention {
+                        spec,
+                        qkv,
+                        document_starts,
+                        out,
+                        log_sum_exp,
+                        d_out,
+                        delta,
+                        d_qkv,
+                    }),
+                    Step::Backward(Gradient::Rotary { heads: spec.heads, table, positions, d_qkv }),
+                ])
+            }
             Fused::LinearSwiGluGradient {
                 inp,
                 weight,

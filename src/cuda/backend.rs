@@ -13,7 +13,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::adamw::{AdamW, AdamWBuffers};
-use super::attention::{Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use super::attention::{Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
@@ -643,7 +643,46 @@ impl Backend for Cuda {
         let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
         let document_starts = document_starts.map(|view| self.address(view));
         let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
-        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv })
+        let angles = None;
+        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })
+    }
+
+    fn attention_rotary_backward(
+        &mut self,
+        spec: AttentionSpec,
+        qkv: View,
+        document_starts: Option<View>,
+        out: View,
+        log_sum_exp: View,
+        d_out: View,
+        delta: View,
+        table: View,
+        positions: View,
+        d_qkv: View,
+    ) -> Result<()> {
+        self.attention(spec.heads)?;
+        if !self.layers.attentions[&spec.heads].rotates_back() {
+            return unfused::attention_rotary_backward(
+                self,
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            );
+        }
+        let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
+        let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
+        let document_starts = document_starts.map(|view| self.address(view));
+        let [table, positions] = [table, positions].map(|view| self.address(view));
+        let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
+        let angles = Some(Angles { table, positions });
+        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })
     }
 
     fn cached_attention_forward(

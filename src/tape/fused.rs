@@ -1,4 +1,4 @@
-//! Steps that run as one: a matrix product, and what would read its whole result once more.
+//! Steps that run as one: what makes a tensor, and what would read all of it once more.
 //!
 //! [`fuse`] finds them in a finished list of steps, so neither recording nor the backward rules know
 //! of them. A backend that cannot do two things in one kernel does them one after the other
@@ -6,7 +6,7 @@
 
 use super::ValueId;
 use super::op::{Access, Gradient, Op, Step};
-use crate::backend::{Backend, HeadSpec, Sink};
+use crate::backend::{AttentionSpec, Backend, HeadSpec, Sink};
 use crate::error::Result;
 use crate::tensor::View;
 
@@ -36,6 +36,18 @@ pub enum Fused<H> {
         /// The gradient of `inp`, which nobody else reads: scratch.
         d_inp: H,
         d_gate_up: H,
+    },
+    AttentionRotaryGradient {
+        spec: AttentionSpec,
+        qkv: H,
+        document_starts: Option<H>,
+        out: H,
+        log_sum_exp: H,
+        d_out: H,
+        delta: H,
+        table: H,
+        positions: H,
+        d_qkv: H,
     },
 }
 
@@ -78,6 +90,29 @@ impl<H: Copy> Fused<H> {
                 d_inp: f(d_inp, Write),
                 d_gate_up: f(d_gate_up, Write),
             },
+            Fused::AttentionRotaryGradient {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            } => Fused::AttentionRotaryGradient {
+                spec,
+                qkv: f(qkv, Read),
+                document_starts: document_starts.map(|starts| f(starts, Read)),
+                out: f(out, Read),
+                log_sum_exp: f(log_sum_exp, Read),
+                d_out: f(d_out, Read),
+                delta: f(delta, Write),
+                table: f(table, Read),
+                positions: f(positions, Read),
+                d_qkv: f(d_qkv, Write),
+            },
         }
     }
 }
@@ -101,6 +136,29 @@ impl Fused<View> {
                 d_gate_up,
             } => backend
                 .linear_swiglu_backward(inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up),
+            Fused::AttentionRotaryGradient {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            } => backend.attention_rotary_backward(
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            ),
         }
     }
 }
@@ -151,6 +209,30 @@ fn joined(
                 d_gate_up,
             })
         }
+        (
+            Step::Backward(Gradient::Attention {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                d_qkv,
+            }),
+            Step::Backward(Gradient::Rotary { heads, table, positions, d_qkv: rotated }),
+        ) if d_qkv == rotated && spec.heads == heads => Some(Fused::AttentionRotaryGradient {
+            spec,
+            qkv,
+            document_starts,
+            out,
+            log_sum_exp,
+            d_out,
+            delta,
+            table,
+            positions,
+            d_qkv,
+        }),
         _ => None,
     }
 }

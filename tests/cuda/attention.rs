@@ -4,7 +4,7 @@
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
-use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward};
+use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward};
 use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
@@ -143,8 +143,25 @@ fn on_device(
     case: Case,
     inputs: &Inputs,
 ) -> Outputs {
+    rotated_back_on_device(driver, family, case, inputs, None)
+}
+
+/// `rotary`: a table and positions, by which the gradients of q and k are rotated back.
+fn rotated_back_on_device(
+    driver: &mut dyn Driver,
+    family: Option<Family>,
+    case: Case,
+    inputs: &Inputs,
+    rotary: Option<(&[f64], &[i32])>,
+) -> Outputs {
     let Case { dtype, spec } = case;
     let attention = Attention::new(driver, dtype, spec.heads, family).unwrap();
+    let rotary = rotary.map(|(table, positions)| {
+        let table = upload(driver, "table", Dtype::F32, table);
+        [table, driver.upload("positions", positions).unwrap()]
+    });
+    let angles = rotary
+        .map(|[table, positions]| Angles { table: table.address, positions: positions.address });
     let qkv = upload(driver, "qkv", dtype, &inputs.qkv);
     let starts = inputs.document_starts.as_ref();
     let starts = starts.map(|starts| driver.upload("document starts", starts).unwrap());
@@ -166,6 +183,7 @@ fn on_device(
         d_out: d_out.address,
         delta: delta.address,
         d_qkv: d_qkv.address,
+        angles,
     };
     let forward = attention.plan_forward(driver, &forward).unwrap();
     let backward = attention.plan_backward(driver, &backward).unwrap();
@@ -177,7 +195,8 @@ fn on_device(
         delta: download(driver, Dtype::F32, delta),
         d_qkv: download(driver, dtype, d_qkv),
     };
-    for buffer in [qkv, d_out, out, d_qkv, log_sum_exp, delta].into_iter().chain(starts) {
+    let optional = starts.into_iter().chain(rotary.into_iter().flatten());
+    for buffer in [qkv, d_out, out, d_qkv, log_sum_exp, delta].into_iter().chain(optional) {
         driver.release(buffer).unwrap();
     }
     outputs
@@ -567,6 +586,59 @@ fn documents_know_nothing_of_each_other() {
 }
 
 /// Scores in the thousands: exp(score) is far beyond any f32.
+/// Rotary embedding undone in the epilogue: every head width, several tiles, a tail, and rows whose
+/// positions do not count from 0.
+#[test]
+fn gradients_are_rotated_back() {
+    const POSITIONS: usize = 300;
+    on_each_machine(|driver| {
+        for (index, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+            let case = Case::new(Dtype::Bf16, heads(4, [1, 2, 4][index % 3], head_dim), 2, 139);
+            let of = case.spec.heads;
+            let attention = Attention::new(driver, case.dtype, of, None).unwrap();
+            if !attention.rotates_back() {
+                println!("skipped: only Hopper's kernels rotate back");
+                return;
+            }
+            let half = head_dim / 2;
+            let angle = |i: usize| 0.37 * (i / head_dim + 1) as f64 * (i % half + 1) as f64;
+            let table: Vec<f64> = (0..POSITIONS * head_dim)
+                .map(|i| if i % head_dim < half { angle(i).cos() } else { angle(i).sin() })
+                .map(|value| rounded(Dtype::F32, value))
+                .collect();
+            let positions: Vec<i32> =
+                (0..case.tokens()).map(|token| (token * 7 % POSITIONS) as i32).collect();
+            let rotate_back = |d_qkv: &[f64], round: &dyn Fn(f64) -> f64| -> Vec<f64> {
+                let mut out = d_qkv.to_vec();
+                for (row, &position) in out.chunks_exact_mut(of.qkv_columns()).zip(&positions) {
+                    let angles = &table[position as usize * head_dim..][..head_dim];
+                    for head in row[..v_column(of, 0)].chunks_exact_mut(head_dim) {
+                        for i in 0..half {
+                            let (x, y, cos, sin) =
+                                (head[i], head[i + half], angles[i], angles[half + i]);
+                            head[i] = round(x * cos + y * sin);
+                            head[i + half] = round(y * cos - x * sin);
+                        }
+                    }
+                }
+                out
+            };
+            let inputs = case.inputs();
+            let rotary = Some((table.as_slice(), positions.as_slice()));
+            let found = rotated_back_on_device(driver, None, case, &inputs, rotary);
+            let mut exact = exact(case, &inputs);
+            exact.d_qkv = rotate_back(&exact.d_qkv, &|value| value);
+            let mut plain = plain(case, &inputs);
+            plain.d_qkv = rotate_back(&plain.d_qkv, &|value| rounded(case.dtype, value));
+            let [found, plain, exact] = [found, plain, exact].map(|it| it.gradients(of));
+            for (part, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
+                let what = format!("{name} rotated back, {of:?}");
+                assert_exact(&what, case.dtype, &found[part], &plain[part], &exact[part]);
+            }
+        }
+    });
+}
+
 #[test]
 fn large_scores() {
     let checks = [
@@ -807,7 +879,7 @@ fn what_has_no_kernel_is_refused() {
         let pass = |spec, at| {
             let (qkv, document_starts) = (at, None);
             let forward = AttentionForward { spec, qkv, document_starts, out: at, log_sum_exp: at };
-            AttentionBackward { forward, d_out: at, delta: at, d_qkv: at }
+            AttentionBackward { forward, d_out: at, delta: at, d_qkv: at, angles: None }
         };
         for (spec, why) in [
             (spec(heads(4, 4, 64), 1, 8), "for these heads"),

@@ -346,6 +346,7 @@ fn run_attention_backward(driver: &mut dyn Driver) -> isobath::error::Result<Vec
             d_out: d_out.address,
             delta: delta.address,
             d_qkv: d_qkv.address,
+            angles: None,
         };
         attention.plan_backward(driver, &pass)?.launch(driver, StreamId::MAIN)?;
         for (dtype, buffer) in [(Dtype::Bf16, d_qkv), (Dtype::F32, delta)] {
@@ -1088,6 +1089,12 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
         "wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch",
         "removed",
         "no register of these products is touched behind the other fence",
+    ),
+    (
+        Kernels::AttentionBackward,
+        "wgmma_wait<0>();  // for ptxas, which does not see that the last one was enough",
+        "removed",
+        "the wait behind each head's tiles was for the same products",
     ),
     (
         Kernels::AttentionBackward,

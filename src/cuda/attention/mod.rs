@@ -49,6 +49,18 @@ pub struct AttentionBackward {
     pub delta: DevicePointer,
     /// [T,(H+2K)D]
     pub d_qkv: DevicePointer,
+    /// By which q and k were rotated, to rotate their gradients back; where
+    /// [`Attention::rotates_back`].
+    pub angles: Option<Angles>,
+}
+
+/// Of rotary embedding.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Angles {
+    /// [P,D] in f32: D/2 cosines of a position, then D/2 sines
+    pub table: DevicePointer,
+    /// [T], i32, each below P
+    pub positions: DevicePointer,
 }
 
 /// A pass that is ready to be launched.
@@ -158,18 +170,34 @@ impl Attention {
         Ok(AttentionPlan { launches })
     }
 
-    /// Errors: as [`Attention::plan_forward`].
+    /// Whether [`AttentionBackward::angles`] are taken.
+    pub fn rotates_back(&self) -> bool {
+        matches!(self.kernels, Kernels::Sm90(_))
+    }
+
+    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them.
     pub fn plan_backward(
         &self,
         driver: &mut dyn Driver,
         pass: &AttentionBackward,
     ) -> Result<AttentionPlan> {
         let AttentionBackward { forward: AttentionForward { spec, qkv, out, .. }, .. } = *pass;
+        if pass.angles.is_some() && !self.rotates_back() {
+            return Err(refusal(
+                self.device,
+                "these kernels do not rotate gradients back".to_string(),
+                "ask Attention::rotates_back first, and rotate them by a kernel of their own"
+                    .to_string(),
+            ));
+        }
         let mut launches = vec![];
         if let Some(sizes) = self.check(spec)? {
             let (d_out, d_qkv) = (pass.d_out, pass.d_qkv);
             let matrices = [("qkv", qkv), ("out", out), ("d_out", d_out), ("d_qkv", d_qkv)];
             self.check_alignment(&matrices)?;
+            if let Some(Angles { table, positions }) = pass.angles {
+                self.check_alignment(&[("table", table), ("positions", positions)])?;
+            }
             // d_q first, because its kernel makes the other one's delta.
             launches.extend(match &self.kernels {
                 Kernels::Tiled(kernels) => kernels.backward(sizes, pass),

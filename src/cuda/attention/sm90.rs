@@ -118,14 +118,18 @@ impl Kernels {
         sizes: Sizes,
         pass: &AttentionBackward,
     ) -> Result<[(Launch, Arguments); 2]> {
-        let AttentionBackward { forward, d_out, delta, d_qkv } = *pass;
+        let AttentionBackward { forward, d_out, delta, d_qkv, angles } = *pass;
+        let null = DevicePointer::NULL;
+        let [table, positions] = angles.map_or([null; 2], |it| [it.table, it.positions]);
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
         let qkv_heads = heads + 2 * kv_heads;
         let maps = Arguments::new()
             .with(self.map(driver, forward.qkv, qkv_heads, sizes, LOADED_ROWS)?)
             .with(self.map(driver, d_out, heads, sizes, LOADED_ROWS)?)
             .with(self.map(driver, d_qkv, qkv_heads, sizes, STORED_ROWS)?)
-            .with(forward.document_starts.unwrap_or_default());
+            .with(forward.document_starts.unwrap_or_default())
+            .with(table)
+            .with(positions);
         let of_q = maps.clone().with(forward.out).with(d_out).with(forward.log_sum_exp).with(delta);
         let of_kv = maps.with(forward.log_sum_exp).with(delta);
         // Two own tiles, stages of two tiles, and a tile to store through.

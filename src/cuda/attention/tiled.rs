@@ -123,7 +123,7 @@ impl Kernels {
     }
 
     pub fn backward(&self, sizes: Sizes, pass: &AttentionBackward) -> [(Launch, Arguments); 2] {
-        let AttentionBackward { forward, d_out, delta, d_qkv } = *pass;
+        let AttentionBackward { forward, d_out, delta, d_qkv, angles: _ } = *pass;
         let Passes { backward_q, backward_kv, .. } = self.of(&forward);
         let starts = forward.document_starts.unwrap_or_default();
         let of_q = Arguments::new()
