@@ -271,47 +271,28 @@ DEVICE uint8_t* place_in(uint8_t* tile, int group) {
   const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
   return tile + swizzle<SPAN>(offset);
 }
-// 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
-// quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
-// calls store(tile).
-template <class Fill, class Store>
+// COUNT times 64 x 64 values, the `index`th of a tile's, of which there is an even number.
+// fill(group, quarters) packs the thread's 8 of 16 columns of each, in the order of the
+// accumulators; one thread then calls store(first store tile).
+template <int COUNT, class Fill, class Store>
 DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
-  // The store before the last one has left this tile; the last one may still read the other.
-  if (storing) bulk_wait_read<STORES - 1>();
+  uint8_t* const tiles = out.tiles + index % STORES * BLOCK_BYTES;
+  // The stores before have left these tiles; the last one may still read another.
+  if (storing) bulk_wait_read<STORES - COUNT>();
   barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
-    uint32_t quarters[4];
+    uint32_t quarters[COUNT][4];
     fill(group, quarters);
-    stmatrix_x4(place_in(tile, group), quarters);
-  }
-  fence_proxy_async();
-  barrier_sync(out.barrier, WARPGROUP);
-  if (storing) {
-    store(tile);
-    bulk_commit();
-  }
-}
-// Twice as many, of which fill(group, first, second) packs both at a time; store(first, second).
-template <class Fill, class Store>
-DEVICE void send_both(const Outbox& out, const Fill& fill, const Store& store) {
-  const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t *const first = out.tiles, *const second = first + BLOCK_BYTES;
-  if (storing) bulk_wait_read<0>();
-  barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
-  for (int group = 0; group < 4; ++group) {
-    uint32_t quarters[2][4];
-    fill(group, quarters[0], quarters[1]);
-    stmatrix_x4(place_in(first, group), quarters[0]);
-    stmatrix_x4(place_in(second, group), quarters[1]);
+    for (int i = 0; i < COUNT; ++i)
+      stmatrix_x4(place_in(tiles + i * BLOCK_BYTES, group), quarters[i]);
   }
   fence_proxy_async();
   barrier_sync(out.barrier, WARPGROUP);
   if (storing) {
-    store(first, second);
+    store(tiles);
     bulk_commit();
   }
 }
@@ -334,7 +315,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
         float values[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = accumulators[block][part * 32 + group * 8 + i];
@@ -350,9 +331,9 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
             }
           }
         }
-        pack_eight(values, quarters);
+        pack_eight(values, quarters[0]);
       };
-      send(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
+      send<1>(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
         if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
       });
     }
@@ -430,28 +411,28 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& 
       const float* const ups = gates + K::TILE_N / 4;
       const bool inside = at_row < to.m && at_column < to.n;
       const int sent = 3 * (block * (K::TILE_N / 128) + part);
-      send(
+      send<1>(
           out, sent,
-          [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
+          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(gates + group * 8, quarters[0]); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
           });
-      send(
+      send<1>(
           out, sent + 1,
-          [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
+          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(ups + group * 8, quarters[0]); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
           });
-      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
-        uint32_t up[4];
-        pack_eight(gates + group * 8, quarters);
+      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
+        uint32_t gate[4], up[4];
+        pack_eight(gates + group * 8, gate);
         pack_eight(ups + group * 8, up);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          quarters[i] = pack_bf16(swiglu<bf16>(low_float(quarters[i]), low_float(up[i])),
-                                  swiglu<bf16>(high_float(quarters[i]), high_float(up[i])));
+          quarters[0][i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
+                                     swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
       };
-      send(out, sent + 2, fill, [&](const uint8_t* tile) {
+      send<1>(out, sent + 2, fill, [&](const uint8_t* tile) {
         if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
       });
     }
@@ -472,7 +453,7 @@ DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, const 
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const auto fill = [&](int group, uint32_t(&d_gates)[4], uint32_t(&d_ups)[4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[2][4]) {
         uint32_t gates[4], ups[4];  // pairs; all are on their way before the first is used
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
@@ -490,14 +471,14 @@ DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, const 
           const uint32_t gate = gates[pair], up = ups[pair];
           const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[0]);
           const GateUp high = swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[1]);
-          d_gates[pair] = pack_bf16(low.gate, high.gate);
-          d_ups[pair] = pack_bf16(low.up, high.up);
+          quarters[0][pair] = pack_bf16(low.gate, high.gate);
+          quarters[1][pair] = pack_bf16(low.up, high.up);
         }
       };
-      send_both(out, fill, [&](const uint8_t* d_gates, const uint8_t* d_ups) {
+      send<2>(out, 0, fill, [&](const uint8_t* tiles) {
         if (at_row < to.m && at_column < to.n) {
-          tma_store_3d(to.map_out, d_gates, at_column, 0, at_row);
-          tma_store_3d(to.map_out, d_ups, at_column, 1, at_row);
+          tma_store_3d(to.map_out, tiles, at_column, 0, at_row);
+          tma_store_3d(to.map_out, tiles + BLOCK_BYTES, at_column, 1, at_row);
         }
       });
     }

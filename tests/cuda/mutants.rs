@@ -703,7 +703,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a store tile is written while the store before the last one still reads it",
-        &[("if (storing) bulk_wait_read<STORES - 1>();", "")],
+        &[("if (storing) bulk_wait_read<STORES - COUNT>();", "")],
         &["data race on shared memory", "bulk store of block (0,0,0) thread"],
     ),
     planted(
