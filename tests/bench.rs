@@ -604,6 +604,17 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"].as_array().unwrap().len(), 1);
     assert_eq!(report["rows"][0]["what"], "gemm_sm80_tn_64x64, bf16");
     assert!(report["copy"].is_null());
+    for (family, names) in [
+        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"]),
+        ("sm90", ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"]),
+    ] {
+        let report = answer(&format!(
+            "attention --device simt --attention 1,8,1,1,32 --family {family} --samples 1 --json"
+        ));
+        let [forward, q, kv] = names.map(|name| format!("attention_{name}"));
+        assert_eq!(report["rows"][0]["what"], format!("{forward}, bf16"));
+        assert_eq!(report["rows"][1]["what"], format!("{q} and {kv}, bf16"));
+    }
 }
 
 /// benches/peers reads these fields and computes the same.

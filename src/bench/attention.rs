@@ -72,9 +72,16 @@ fn pair(
         copies.time(driver, samples, |driver, [forward, _]| forward.launch(driver, stream))?;
     let backward =
         copies.time(driver, samples, |driver, [_, backward]| backward.launch(driver, stream))?;
+    let mut names = vec![];
+    for plan in &copies.copies[0] {
+        names.push(plan.kernels(driver)?.join(" and "));
+    }
     copies.release(driver)?;
+    let row = |name: &str, cost: Cost, timing| {
+        Row::new(Cost { what: format!("{name}, {dtype}"), ..cost }, timing)
+    };
     Ok([
-        Row::new(Cost::attention_forward(spec, dtype), &forward),
-        Row::new(Cost::attention_backward(spec, dtype), &backward),
+        row(&names[0], Cost::attention_forward(spec, dtype), &forward),
+        row(&names[1], Cost::attention_backward(spec, dtype), &backward),
     ])
 }

@@ -65,7 +65,7 @@ pub struct BenchArgs {
     /// gemm: nt (a layer forward), nn (gradient of its input) or tn (of its weight) [default: all]
     #[arg(long)]
     layout: Option<Layout>,
-    /// gemm: which kernels: sm80, sm90 or f32 [default: the best of this machine]
+    /// gemm, attention: which kernels: sm80, sm90 or f32 [default: the best of this machine]
     #[arg(long)]
     family: Option<Family>,
     /// attention: batch, sequence, heads, KV heads, head dim [default: three of 1B models; on simt

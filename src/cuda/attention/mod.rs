@@ -70,6 +70,12 @@ pub struct AttentionPlan {
 }
 
 impl AttentionPlan {
+    /// The names of its kernels, in their order. Errors: another driver than the plan's.
+    pub fn kernels(&self, driver: &dyn Driver) -> Result<Vec<String>> {
+        let launches = self.launches.iter();
+        launches.map(|(launch, _)| Ok(driver.kernel_info(launch.kernel)?.name.clone())).collect()
+    }
+
     /// Errors: what the driver finds wrong.
     pub fn launch(&self, driver: &mut dyn Driver, stream: StreamId) -> Result<()> {
         let mut launches = self.launches.iter();
