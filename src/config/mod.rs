@@ -287,7 +287,7 @@ choice! {
         None = "none",
         /// The outputs of norms and SwiGLU.
         Norms = "norms",
-        /// Queries, keys and values, too.
+        /// Queries, keys, values and attention's results, too.
         Attention = "attention",
         /// All but the input of each block.
         Block = "block",

@@ -38,8 +38,8 @@ pub(super) fn not_kept(ops: &[Recorded], level: Recompute) -> HashMap<ValueId, V
 /// The weakest level that does not keep an activation.
 ///
 /// - `Norms`: as large as what it is computed from, which is kept anyway, by one pass over memory.
-/// - `Attention`: queries, keys and values, by one more product. Attention's own result stays: it is
-///   a third of their size or less, and costs attention's forward pass.
+/// - `Attention`: queries, keys and values, by one product: 2 C FLOPs for an element of them. And
+///   attention's results, by its forward pass: 2 S for an element, so cheaper up to S = C.
 /// - `Block`: everything else. Of a norm that adds, the addends would have to be kept in place of its
 ///   result; a row's statistics are small.
 fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
@@ -54,8 +54,8 @@ fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
             Op::Norm { residual: None, out, .. } | Op::SwiGlu { out, .. } => {
                 levels.insert(out, Recompute::Norms);
             }
-            Op::Attention { qkv, .. } => {
-                levels.insert(qkv, Recompute::Attention);
+            Op::Attention { qkv, out, log_sum_exp, .. } => {
+                levels.extend([qkv, out, log_sum_exp].map(|id| (id, Recompute::Attention)));
             }
             Op::Embedding { .. }
             | Op::Norm { residual: Some(_), .. }
