@@ -6,7 +6,7 @@ use isobath::bench::cost::Cost;
 use isobath::bench::{
     self, Benchmark, Machine, Prediction, ProductsRequest, Request, Sizes, StepRequest, Unit,
 };
-use isobath::config::{Config, Dtype, NormKind, Recompute};
+use isobath::config::{Config, Dtype, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Family, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
@@ -330,6 +330,24 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     let odd = StepRequest { preset: Some("40m".to_string()), sets: vec![] };
     let error = Prediction::new(&odd.resolve(Machine::Gpu, None).unwrap()).unwrap_err();
     assert!(matches!(&error, Error::Config { what, .. } if what.contains("head dim of 52")));
+}
+
+#[test]
+fn every_kernel_of_every_placement_is_of_a_family() {
+    for (placement, norm) in
+        Placement::NAMES.iter().flat_map(|it| [(it, NormKind::Rms), (it, NormKind::Layer)])
+    {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut config = Config { dtype, ..unpadded() };
+            config.model.placement = placement.parse().unwrap();
+            config.model.norm = norm;
+            let prediction = Prediction::new(&config).unwrap();
+            let launches: u64 = prediction.kernels.iter().map(|it| it.launches).sum();
+            let of_families: u64 = prediction.families.iter().map(|it| it.launches).sum();
+            assert_eq!(launches, of_families, "{placement} {norm} {dtype}");
+            assert!(prediction.families.iter().all(|it| it.launches > 0), "{placement} {dtype}");
+        }
+    }
 }
 
 /// How the kernels of an op begin; the op behind a name that several of them share.
