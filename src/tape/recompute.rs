@@ -9,35 +9,36 @@ use crate::config::Recompute;
 /// Every activation that is not kept at `level`, and the ops that write it, in order.
 ///
 /// It is written in a block and read there alone: the residual stream between blocks is always kept,
-/// and nothing is computed again twice.
+/// and nothing is computed more than twice.
 pub(super) fn not_kept(ops: &[Recorded], level: Recompute) -> HashMap<ValueId, Vec<Op<ValueId>>> {
     let weakest = weakest_levels(ops);
-    let mut writers: HashMap<ValueId, Vec<Op<ValueId>>> = HashMap::new();
-    let mut block_of: HashMap<ValueId, usize> = HashMap::new();
-    for recorded in ops {
-        for (id, access) in Step::Forward(recorded.op).operands() {
+    let mut not_kept: HashMap<ValueId, Vec<Op<ValueId>>> = HashMap::new();
+    let mut home: HashMap<ValueId, usize> = HashMap::new(); // value -> its block
+    for Recorded { op, block } in ops {
+        for (id, access) in Step::Forward(*op).operands() {
             if access == Access::Write
-                && let Some(block) = recorded.block
                 && level.includes(weakest[&id])
+                && let Some(block) = *block
             {
-                writers.insert(id, vec![]);
-                block_of.insert(id, block);
+                home.insert(id, block);
+                not_kept.insert(id, vec![]);
             }
-            if block_of.get(&id).copied() != recorded.block {
-                writers.remove(&id);
+            if home.get(&id) != block.as_ref() {
+                not_kept.remove(&id);
             } else if access != Access::Read
-                && let Some(writers) = writers.get_mut(&id)
+                && let Some(writers) = not_kept.get_mut(&id)
             {
-                writers.push(recorded.op);
+                writers.push(*op);
             }
         }
     }
-    writers
+    not_kept
 }
 
 /// The weakest level that does not keep an activation.
 ///
-/// - `Norms`: as large as what it is computed from, which is kept anyway, by one pass over memory.
+/// - `Norms`: what one pass over memory makes of the residual stream, or of gate and up, which are
+///   kept anyway.
 /// - `Attention`: queries, keys and values, by one product: 2 C FLOPs for an element of them. And
 ///   attention's results, by its forward pass: 2 S for an element, so cheaper up to S = C.
 /// - `Block`: everything else. Of a norm that adds, the addends would have to be kept in place of its
