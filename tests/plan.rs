@@ -4,6 +4,8 @@
 use std::fs;
 use std::process::Stdio;
 
+use isobath::config::{Config, Placement, Recompute};
+use isobath::engine;
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -45,6 +47,21 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
     assert_eq!((&bf16["process"], &bf16["gradients"]), (&0.into(), &f32["gradients"]));
     let gradients = bf16["gradients"].as_u64().unwrap();
     assert_eq!((&bf16["working_copy"], &f32["working_copy"]), (&(gradients / 2).into(), &0.into()));
+}
+
+#[test]
+fn every_level_takes_less_memory_than_the_weaker_ones_in_every_placement() {
+    for placement in Placement::NAMES {
+        let mut more = usize::MAX;
+        for level in Recompute::NAMES {
+            let mut config = Config::preset("130m").unwrap();
+            config.model.placement = placement.parse().unwrap();
+            config.train.recompute = level.parse().unwrap();
+            let less = engine::Plan::without_device(&config).unwrap().arena_bytes();
+            assert!(less < more, "{placement}: {level} takes {less} bytes, a weaker one {more}");
+            more = less;
+        }
+    }
 }
 
 /// Bytes of the logits that training holds at one time.
