@@ -6,7 +6,7 @@ use isobath::bench::cost::Cost;
 use isobath::bench::{
     self, Benchmark, Machine, Prediction, ProductsRequest, Request, Sizes, StepRequest, Unit,
 };
-use isobath::config::{Config, Dtype, NormKind, Recompute};
+use isobath::config::{Config, Dtype, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Family, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
@@ -273,15 +273,28 @@ fn a_prediction_multiplies_as_often_as_the_plans_formula_says() {
         assert_eq!(6 * sum(&prediction, |kernel| kernel.op == "attention_backward"), 5 * attention);
         assert_eq!(prediction.flops, products + attention / 6 * 7);
 
-        // A block's forward pass again, but for its last product, whose result nobody reads.
-        let recomputing = {
+        let recomputing = |level| {
             let mut config = config.clone();
-            config.train.recompute = Recompute::Block;
+            config.train.recompute = level;
             Prediction::new(&config).unwrap()
         };
+        let [norms, attention, block] =
+            [Recompute::Norms, Recompute::Attention, Recompute::Block].map(recomputing);
+        // Norms multiply nothing; attention has q, k, v and itself again; a block all of its forward
+        // pass but for its last product, whose result nobody reads.
+        let per_token = |weights: usize| 2 * (weights * config.model.layers) as u64 * tokens;
+        let (c, f) = (config.model.hidden, config.model.ffn);
+        let qkv = c * (config.model.heads + 2 * config.model.kv_heads) * config.model.head_dim();
+        assert_eq!(norms.flops, prediction.flops);
         let forward = |it: &Prediction| sum(it, |kernel| kernel.op == "attention_forward");
-        assert_eq!(forward(&recomputing), 2 * forward(&prediction), "{}", config.name);
-        assert!(recomputing.roofs[0].milliseconds > prediction.roofs[0].milliseconds);
+        let again = per_token(qkv) + forward(&prediction);
+        assert_eq!(attention.flops, prediction.flops + again, "{}", config.name);
+        let again = again + per_token(c * c + 2 * f * c);
+        assert_eq!(block.flops, prediction.flops + again, "{}", config.name);
+        assert_eq!(forward(&block), 2 * forward(&prediction));
+        let milliseconds =
+            [&prediction, &norms, &attention, &block].map(|it| it.roofs[0].milliseconds);
+        assert!(milliseconds.is_sorted_by(|a, b| a < b), "{milliseconds:?}");
     }
 }
 
@@ -324,8 +337,26 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     assert!(matches!(&error, Error::Config { what, .. } if what.contains("head dim of 52")));
 }
 
+#[test]
+fn every_kernel_of_every_placement_is_of_a_family() {
+    for (placement, norm) in
+        Placement::NAMES.iter().flat_map(|it| [(it, NormKind::Rms), (it, NormKind::Layer)])
+    {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut config = Config { dtype, ..unpadded() };
+            config.model.placement = placement.parse().unwrap();
+            config.model.norm = norm;
+            let prediction = Prediction::new(&config).unwrap();
+            let launches: u64 = prediction.kernels.iter().map(|it| it.launches).sum();
+            let of_families: u64 = prediction.families.iter().map(|it| it.launches).sum();
+            assert_eq!(launches, of_families, "{placement} {norm} {dtype}");
+            assert!(prediction.families.iter().all(|it| it.launches > 0), "{placement} {dtype}");
+        }
+    }
+}
+
 /// How the kernels of an op begin; the op behind a name that several of them share.
-const KERNELS: [(&str, &str); 18] = [
+const KERNELS: [(&str, &str); 19] = [
     ("gemm_sm90_nt_128", "gemm_nt"),
     ("gemm_sm90_nt_rotary_", "gemm_nt_rotary"),
     ("gemm_sm90_nt_swiglu_", "gemm_nt_swiglu"),
@@ -336,6 +367,7 @@ const KERNELS: [(&str, &str); 18] = [
     ("norm_backward_bf16_", "norm_backward"),
     ("norm_backward_gain", "norm_backward"),
     ("rotary_", "rotary"),
+    ("swiglu_forward_", "swiglu_forward"),
     ("attention_forward_", "attention_forward"),
     ("attention_backward_q_", "attention_backward"),
     ("attention_backward_kv_", "attention_backward"),
@@ -356,7 +388,8 @@ fn a_prediction_lists_what_a_training_step_launches() {
     if skipped() {
         return;
     }
-    for recompute in [Recompute::None, Recompute::Block] {
+    for name in Recompute::NAMES {
+        let recompute: Recompute = name.parse().unwrap();
         let mut config = unpadded();
         config.train.recompute = recompute;
         let counts = Counts::default();

@@ -172,7 +172,10 @@ fn wrong_input_ends_with_2_and_a_remedy() {
     assert_fails(&["plan", "--set", "model.heads=3"], 2, &["model.heads = 3", "remedy"]);
     assert_fails(&["plan", "--preset", "13m", "--json"], 2, &["unknown preset `13m`", "`130m`"]);
     assert_fails(&["plan", "no/such.toml"], 2, &["no/such.toml", "check the path"]);
-    assert_fails(&["plan", "--device", "gpu"], 2, &["'gpu'", "cuda"]);
+    assert_fails(&["plan", "--device", "gpu"], 2, &["'gpu'", "cuda", "h200"]);
+    assert_fails(&["train", "--device", "h200"], 2, &["'h200'", "cuda"]);
+    let odd = ["plan", "--preset", "40m", "--device", "h200"];
+    assert_fails(&odd, 2, &["no kernel for a head dim of 52", "remedy"]);
     assert_fails(&["plann"], 2, &["plan"]);
     assert_fails(&["info", "--jsn"], 2, &["--json"]);
 }

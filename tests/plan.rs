@@ -1,8 +1,11 @@
-//! src/plan.rs and src/engine/plan.rs: the memory table against what a run really takes.
+//! src/plan.rs, src/engine/plan.rs and src/bench/machine_plan.rs: the memory table against what a run
+//! really takes; plans for machines that are not here.
 
 use std::fs;
 use std::process::Stdio;
 
+use isobath::config::{Config, Placement, Recompute};
+use isobath::engine;
 use serde_json::Value;
 use tempfile::tempdir;
 
@@ -26,8 +29,13 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
         let live: u64 = tensors.iter().map(|line| line["live_bytes"].as_u64().unwrap()).sum();
         assert!(live <= get("activations"), "{preset}");
         assert!(live as f64 > 0.8 * get("activations") as f64, "{preset}: {live}");
-        let less = plan_with("train.recompute=block");
-        assert!(less["activations"].as_u64().unwrap() < get("activations"), "{preset}");
+        let mut more = get("activations");
+        for level in ["norms", "attention", "block"] {
+            let bytes = plan_with(&format!("train.recompute={level}"));
+            let less = bytes["activations"].as_u64().unwrap();
+            assert!(less < more, "{preset}: {level} takes {less} bytes, a weaker one {more}");
+            more = less;
+        }
     }
     // Activations of bf16 take half; the process's memory is not the device's.
     let [f32, bf16] = ["f32", "bf16"].map(|dtype| {
@@ -39,6 +47,21 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
     assert_eq!((&bf16["process"], &bf16["gradients"]), (&0.into(), &f32["gradients"]));
     let gradients = bf16["gradients"].as_u64().unwrap();
     assert_eq!((&bf16["working_copy"], &f32["working_copy"]), (&(gradients / 2).into(), &0.into()));
+}
+
+#[test]
+fn every_level_takes_less_memory_than_the_weaker_ones_in_every_placement() {
+    for placement in Placement::NAMES {
+        let mut more = usize::MAX;
+        for level in Recompute::NAMES {
+            let mut config = Config::preset("130m").unwrap();
+            config.model.placement = placement.parse().unwrap();
+            config.train.recompute = level.parse().unwrap();
+            let less = engine::Plan::without_device(&config).unwrap().arena_bytes();
+            assert!(less < more, "{placement}: {level} takes {less} bytes, a weaker one {more}");
+            more = less;
+        }
+    }
 }
 
 /// Bytes of the logits that training holds at one time.
@@ -63,6 +86,88 @@ fn a_machine_for_bf16_holds_more_logits_at_one_time_in_whole_tiles() {
         assert_eq!(of(vocab, "f32"), (f32 * stored * 4).next_multiple_of(256), "{vocab}");
         assert_eq!(of(vocab, "bf16"), (bf16 * stored * 2).next_multiple_of(256), "{vocab}");
     }
+}
+
+/// The sum of one number of every element of a list.
+fn sum(list: &Value, of: impl Fn(&Value) -> f64) -> f64 {
+    list.as_array().unwrap().iter().map(of).sum()
+}
+
+#[test]
+fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() {
+    let arguments = ["--preset", "130m", "--device", "h200"];
+    let on_h200 = plan(&arguments);
+    let usable = on_h200["usable_bytes"].as_u64().unwrap();
+    assert_eq!(usable, 138 << 30);
+    let predicted = &on_h200["predicted"];
+    for (at, roof) in predicted["roofs"].as_array().unwrap().iter().enumerate() {
+        let families = sum(&predicted["families"], |it| it["milliseconds"][at].as_f64().unwrap());
+        let all = roof["milliseconds"].as_f64().unwrap();
+        assert!((families / all - 1.0).abs() < 1e-9, "{families} of {all} ms under {roof}");
+    }
+    for what in ["bytes", "flops"] {
+        assert_eq!(sum(&predicted["families"], |it| it[what].as_f64().unwrap()), predicted[what]);
+    }
+
+    let mut slower = 0.0;
+    let names: Vec<&str> = on_h200["levels"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["recompute"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["none", "norms", "attention", "block"]);
+    for level in on_h200["levels"].as_array().unwrap() {
+        // By planning for any GPU, as `isobath train` does it.
+        let recompute = format!("train.recompute={}", level["recompute"].as_str().unwrap());
+        let bytes = |rows: Option<u64>| {
+            let rows = rows.map(|rows| format!("train.micro_batch={rows}"));
+            let mut arguments = vec!["--preset", "130m", "--device", "cuda", "--set", &recompute];
+            arguments.extend(rows.iter().flat_map(|rows| ["--set", rows]));
+            plan(&arguments)["bytes"].take()
+        };
+        let as_configured = bytes(None);
+        assert_eq!(level["activation_bytes"], as_configured["activations"], "{level}");
+        assert_eq!(level["total_bytes"], as_configured["total"], "{level}");
+        let largest = level["largest_micro_batch"].as_u64().unwrap();
+        assert!(bytes(Some(largest))["total"].as_u64().unwrap() <= usable, "{level}");
+        assert!(bytes(Some(largest + 1))["total"].as_u64().unwrap() > usable, "{level}");
+        let milliseconds = level["milliseconds"][0].as_f64().unwrap();
+        assert!(milliseconds > slower, "{level}: a weaker one takes {slower} ms");
+        slower = milliseconds;
+    }
+    let of_none = &on_h200["levels"][0]["milliseconds"][0];
+    assert_eq!(of_none, &predicted["roofs"][0]["milliseconds"]);
+
+    // Where nothing but the machine's name differs, so does nothing else of the plan.
+    let mut on_gpu = plan(&["--preset", "130m", "--device", "cuda"]);
+    for (key, value) in on_gpu.as_object_mut().unwrap() {
+        assert_eq!(&on_h200[key], value, "{key}");
+    }
+    let shown = isobath().arg("plan").args(arguments).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let largest = format!("{} x 256 tokens", on_h200["levels"][3]["largest_micro_batch"]);
+    for part in [
+        "on one NVIDIA H200; predicted, not measured",
+        "MFU = (6*N_matmul + 6*L*S*C",
+        "* tokens/s / 989.5e12",
+        "in 141312.0 MiB of memory (139 GiB, as seen on a rented NVIDIA H200",
+        "assumed, not measured",
+        &largest,
+    ] {
+        assert!(shown.contains(part), "no {part:?} in:\n{shown}");
+    }
+}
+
+#[test]
+fn a_plan_for_a_smaller_machine_says_that_nothing_fits() {
+    let on_h100 = plan(&["--preset", "7b", "--device", "h100"]);
+    assert_eq!(on_h100["predicted"]["machine"], "NVIDIA H100 80GB HBM3");
+    // Nobody measured one.
+    assert_eq!(on_h100["predicted"]["roofs"].as_array().unwrap().len(), 1);
+    assert_eq!(sum(&on_h100["levels"], |it| it["largest_micro_batch"].as_f64().unwrap()), 0.0);
+    let shown = isobath().args(["plan", "--preset", "7b", "--device", "h100"]).output().unwrap();
+    assert!(String::from_utf8(shown.stdout).unwrap().contains("not one row fits"));
 }
 
 #[cfg(target_os = "linux")]

@@ -1,5 +1,7 @@
 //! The tape: recording, gradients of a whole model, recomputation, and the memory plan.
 
+use std::collections::BTreeMap;
+
 use isobath::Error;
 use isobath::backend::{Backend, HeadSpec, NormSpec};
 use isobath::config::{Attention, LnsPosition, ModelConfig, NormKind, Placement, Recompute};
@@ -157,14 +159,81 @@ fn gradients_of_every_placement_match_finite_differences() {
     check_model_gradients(ModelConfig { lns_position: LnsPosition::BeforeNorm, ..layer });
 }
 
+/// From the one that keeps everything to the one that keeps least.
+fn levels() -> Vec<Recompute> {
+    Recompute::NAMES.iter().map(|name| name.parse().unwrap()).collect()
+}
+
 #[test]
 fn recomputation_changes_no_bit_of_any_placement() {
-    for model in placements() {
-        let run =
-            |recompute| step(&mut trainer::<f32>(&model, [2, 12], recompute), model.vocab, 24);
-        let what = (model.placement, model.lns_position);
-        assert!(run(Recompute::None) == run(Recompute::Block), "{what:?}");
+    fn check<T: Float>(model: &ModelConfig) {
+        let run = |recompute| {
+            let mut trainer = trainer::<T>(model, [2, 12], recompute);
+            let outcome = step(&mut trainer, model.vocab, 24);
+            trainer.update(&run_config(model).optimizer, 1, 1e-3).unwrap();
+            let (cpu, view) = trainer.device();
+            (outcome, cpu.values(view).to_vec())
+        };
+        let kept = run(Recompute::None);
+        for level in levels() {
+            let what = (model.placement, model.lns_position, model.norm);
+            assert!(run(level) == kept, "{level}: {what:?}");
+        }
     }
+    for model in placements() {
+        check::<f32>(&model);
+        check::<f64>(&ModelConfig { norm: NormKind::Layer, ..model });
+    }
+}
+
+/// How often a training program runs each op forward.
+fn forward_counts(model: &ModelConfig, recompute: Recompute) -> BTreeMap<&'static str, usize> {
+    let table = ParameterTable::new(model);
+    let recorded = record_loss(model, &table, 2, 24, false, 0.0, None).unwrap();
+    let purpose = Purpose::Training { recompute };
+    let program = Program::new(recorded.tape, purpose, &[recorded.losses], |_| 4).unwrap();
+    let mut counts = BTreeMap::new();
+    for step in program.steps() {
+        let name = match step {
+            Step::Forward(op) => op.name(),
+            Step::Fused(Fused::LinearRotary { .. }) => "linear, rotary",
+            Step::Fused(Fused::LinearSwiGlu { .. }) => "linear, swiglu",
+            Step::Fused(Fused::LinearSwiGluGradient { .. }) => "fused gradient",
+            Step::Backward(_) | Step::Copy { .. } | Step::Add { .. } => continue,
+        };
+        *counts.entry(name).or_insert(0) += 1;
+    }
+    counts
+}
+
+#[test]
+fn a_level_computes_again_what_it_says_and_nothing_else() {
+    let layers = 3;
+    let again = |model: &ModelConfig, level| {
+        let once = forward_counts(model, Recompute::None);
+        let mut counts = forward_counts(model, level);
+        assert_eq!(counts["fused gradient"], layers, "{level}");
+        counts.iter_mut().for_each(|(name, count)| *count -= once.get(name).unwrap_or(&0));
+        counts.retain(|_, count| *count > 0);
+        counts.into_iter().collect::<Vec<_>>()
+    };
+    let pre = ModelConfig { layers, ..small_model() };
+    let [norms, attention, block] =
+        [Recompute::Norms, Recompute::Attention, Recompute::Block].map(|it| again(&pre, it));
+    // SwiGLU of gate and up, which are not multiplied again.
+    assert_eq!(norms, [("norm", 2 * layers), ("swiglu", layers)]);
+    let [itself, qkv] = [("attention", layers), ("linear, rotary", layers)];
+    assert_eq!(attention, [itself, qkv, ("norm", 2 * layers), ("swiglu", layers)]);
+    // The projection behind attention, and gate and up; not the product that ends the block.
+    let [projection, gate_up] = [("linear", layers), ("linear, swiglu", layers)];
+    assert_eq!(block, [itself, projection, qkv, gate_up, ("norm", 2 * layers)]);
+
+    // The norm behind the FFN is the residual stream between blocks, and kept.
+    let post = ModelConfig { placement: Placement::Post, ..pre.clone() };
+    assert_eq!(again(&post, Recompute::Norms), [("norm", layers), ("swiglu", layers)]);
+    // Nobody reads again what the norms behind the branches gave.
+    let sandwich = ModelConfig { placement: Placement::Sandwich, ..pre };
+    assert_eq!(again(&sandwich, Recompute::Norms), norms);
 }
 
 #[test]
@@ -228,10 +297,13 @@ fn recomputation_saves_memory_and_changes_no_bit() {
         Plan::new(&config, &Cpu::<f32>::new()).unwrap().arena_bytes()
     };
     assert!(config(Recompute::Block) < config(Recompute::None) * 6 / 10);
+    assert!(levels().windows(2).all(|pair| config(pair[1]) < config(pair[0])));
     let kept = step(&mut trainer::<f32>(&model, [2, 70], Recompute::None), model.vocab, 140);
-    let again = step(&mut trainer::<f32>(&model, [2, 70], Recompute::Block), model.vocab, 140);
-    assert_eq!(kept.0, again.0, "loss");
-    assert!(kept.1 == again.1, "gradients");
+    for level in levels() {
+        let again = step(&mut trainer::<f32>(&model, [2, 70], level), model.vocab, 140);
+        assert_eq!(kept.0, again.0, "{level}: loss");
+        assert!(kept.1 == again.1, "{level}: gradients");
+    }
 }
 
 #[test]
@@ -290,7 +362,7 @@ fn packed_documents_train_as_if_alone() {
     let expected = alone.accumulate([Rows::new(&apart, &apart_targets)].into_iter()).unwrap();
     let wide = |gradients: Vec<f32>| gradients.into_iter().map(f64::from).collect::<Vec<_>>();
     let expected_gradients = wide(alone.gradients().unwrap());
-    for recompute in [Recompute::None, Recompute::Block] {
+    for recompute in levels() {
         let mut row = trainer_of::<f64>(Attention::Document, &model, [1, 32], recompute);
         let found = row.accumulate([packed].into_iter()).unwrap();
         assert_eq!(found.predicted, expected.predicted);
@@ -400,11 +472,8 @@ fn is_input(
 fn planned_memory_is_never_overwritten_before_its_last_read() {
     let model = ModelConfig { layers: 3, ..small_model() };
     let table = ParameterTable::new(&model);
-    for purpose in [
-        Purpose::Inference,
-        Purpose::Training { recompute: Recompute::None },
-        Purpose::Training { recompute: Recompute::Block },
-    ] {
+    let training = levels().into_iter().map(|recompute| Purpose::Training { recompute });
+    for purpose in training.chain([Purpose::Inference]) {
         let recorded = record_loss(&model, &table, 2, 24, false, 0.0, None).unwrap();
         let kept = [recorded.losses];
         let program = Program::new(recorded.tape, purpose, &kept, |_| 4).unwrap();

@@ -8,6 +8,7 @@
 
 use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
+use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};
 use crate::cuda::gemm::{Epilogue, Layout, Output};
 
@@ -38,6 +39,34 @@ fn statistics(norm: NormKind) -> u64 {
     match norm {
         NormKind::Rms => 4,
         NormKind::Layer => 8,
+    }
+}
+
+choice! {
+    /// Kernels that are counted together. Products are those of every op, the loss included.
+    pub enum KernelFamily {
+        Gemm = "gemm",
+        Attention = "attention",
+        Norm = "norm",
+        Pointwise = "pointwise",
+        Loss = "loss",
+        Optimizer = "optimizer",
+    }
+}
+
+impl KernelFamily {
+    pub fn of(op: &str) -> Self {
+        match op.split('_').next() {
+            Some("gemm") => KernelFamily::Gemm,
+            Some("attention") => KernelFamily::Attention,
+            Some("norm") => KernelFamily::Norm,
+            Some("rotary" | "swiglu" | "scaled" | "embedding" | "copy" | "add") => {
+                KernelFamily::Pointwise
+            }
+            Some("loss") => KernelFamily::Loss,
+            Some("gradient" | "adamw" | "zero") => KernelFamily::Optimizer,
+            _ => unreachable!("{op} is of no family"),
+        }
     }
 }
 

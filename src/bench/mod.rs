@@ -14,6 +14,7 @@ mod fusions;
 mod gemm;
 mod launches;
 mod loss;
+mod machine_plan;
 mod norm;
 mod predict;
 mod products;
@@ -25,7 +26,9 @@ mod table;
 mod timing;
 mod tune;
 
-pub use predict::{Kernel, Prediction, Roof};
+pub use cost::KernelFamily;
+pub use machine_plan::{Level, MachinePlan};
+pub use predict::{FamilyTime, Kernel, Prediction, Roof};
 pub use products::{ProductsRequest, Wanted};
 pub use report::{Report, Row, Unit, Work};
 pub use shapes::{GemmPrediction, GemmRow};

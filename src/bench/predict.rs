@@ -9,12 +9,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::cost::Cost;
+use super::cost::{Cost, KernelFamily};
 use super::launches::launches_of_a_step;
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
 use crate::cuda::attention;
-use crate::cuda::peaks::H200;
+use crate::cuda::peaks::{H200, Peaks};
 use crate::error::{Error, Result};
 use crate::plan::{FLOPS_FORMULA, PlanReport};
 
@@ -42,7 +42,19 @@ pub struct Prediction {
     pub flops: u64,
     /// The datasheet's, then what was measured, where that is known.
     pub roofs: Vec<Roof>,
+    pub families: Vec<FamilyTime>,
     pub kernels: Vec<Kernel>,
+}
+
+/// All kernels of one family, in a training step.
+#[derive(Serialize, Clone, Debug)]
+pub struct FamilyTime {
+    pub family: KernelFamily,
+    pub launches: u64,
+    pub bytes: u64,
+    pub flops: u64,
+    /// At least, under each roof.
+    pub milliseconds: Vec<f64>,
 }
 
 /// Equal launches of a training step.
@@ -80,10 +92,15 @@ pub struct Roof {
 }
 
 impl Prediction {
-    /// Of the training step of `config` on an H200.
+    /// Of the training step of `config` on an H200. Errors: as [`Prediction::on`].
+    pub fn new(config: &Config) -> Result<Self> {
+        Prediction::on(config, &H200)
+    }
+
+    /// Of the training step of `config` on this machine.
     ///
     /// Errors: a broken shape rule; an unknown vocabulary; sizes without a kernel.
-    pub fn new(config: &Config) -> Result<Self> {
+    pub fn on(config: &Config, machine: &Peaks) -> Result<Self> {
         let config = &config.with_vocab()?;
         let head_dim = config.model.head_dim();
         let head_dims = attention::head_dims();
@@ -97,7 +114,7 @@ impl Prediction {
             });
         }
         let mut kernels: Vec<Kernel> = vec![];
-        for (launches, cost) in launches_of_a_step(config, &H200)? {
+        for (launches, cost) in launches_of_a_step(config, machine)? {
             match kernels.iter_mut().find(|kernel| kernel.is(&cost)) {
                 Some(kernel) => kernel.launches += launches,
                 None => kernels.push(Kernel::new(launches, cost)),
@@ -106,7 +123,7 @@ impl Prediction {
         let report = PlanReport::new(config)?;
         let mut prediction = Prediction {
             name: config.name.clone(),
-            machine: H200.name,
+            machine: machine.name,
             dtype: config.dtype,
             vocab: config.model.vocab,
             micro_batch: config.train.micro_batch,
@@ -118,11 +135,12 @@ impl Prediction {
             bytes: kernels.iter().map(|kernel| kernel.launches * kernel.bytes).sum(),
             flops: kernels.iter().map(|kernel| kernel.launches * kernel.flops).sum(),
             roofs: vec![],
+            families: vec![],
             kernels,
         };
-        let peak = H200.flops_per_second(config.dtype);
-        prediction.raise("datasheet", H200.bytes_per_second, peak, H200.source);
-        if config.dtype == Dtype::Bf16 {
+        let peak = machine.flops_per_second(config.dtype);
+        prediction.raise("datasheet", machine.bytes_per_second, peak, machine.source);
+        if *machine == H200 && config.dtype == Dtype::Bf16 {
             prediction.raise(
                 "measured",
                 H200_MEASURED_BYTES_PER_SECOND,
@@ -130,7 +148,25 @@ impl Prediction {
                 H200_MEASURED_SOURCE,
             );
         }
+        let families = KernelFamily::NAMES.iter().map(|name| name.parse());
+        prediction.families =
+            families.map(|it| Ok(prediction.family(it?))).collect::<Result<_>>()?;
         Ok(prediction)
+    }
+
+    fn family(&self, family: KernelFamily) -> FamilyTime {
+        let kernels = || self.kernels.iter().filter(|it| KernelFamily::of(it.op) == family);
+        let sum = |of: fn(&Kernel) -> u64| kernels().map(|it| it.launches * of(it)).sum();
+        let under = |roof: usize| -> f64 {
+            kernels().map(|it| it.launches as f64 * it.microseconds[roof] / 1e3).sum()
+        };
+        FamilyTime {
+            family,
+            launches: sum(|_| 1),
+            bytes: sum(|it| it.bytes),
+            flops: sum(|it| it.flops),
+            milliseconds: (0..self.roofs.len()).map(under).collect(),
+        }
     }
 
     /// Adds a roof, and every kernel's time under it.
@@ -237,7 +273,40 @@ impl fmt::Display for Prediction {
             self.bytes as f64 / 1e9,
             self.flops as f64 / 1e12
         )?;
-        writeln!(f, "\n{:<10} {:>10} {:>14} {:>8}", "roof", "ms a step", "tokens/s", "MFU")?;
+        writeln!(f)?;
+        self.write_roofs(f)
+    }
+}
+
+impl Prediction {
+    /// What takes how long, in a table without the single kernels.
+    pub(super) fn write_families(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<10} {:>8} {:>9} {:>9}", "kernels", "launches", "GB", "TFLOP")?;
+        for roof in &self.roofs {
+            write!(f, " {:>13}", format!("ms, {}", roof.name))?;
+        }
+        writeln!(f, " {:>7}", "share")?;
+        for it in &self.families {
+            write!(
+                f,
+                "{:<10} {:>8} {:>9.2} {:>9.2}",
+                it.family,
+                it.launches,
+                it.bytes as f64 / 1e9,
+                it.flops as f64 / 1e12
+            )?;
+            for milliseconds in &it.milliseconds {
+                write!(f, " {milliseconds:>13.2}")?;
+            }
+            let share = 100.0 * it.milliseconds[0] / self.roofs[0].milliseconds;
+            writeln!(f, " {share:>5.1} %")?;
+        }
+        Ok(())
+    }
+
+    /// A step's time under each roof, what follows from it, and where the roofs come from.
+    pub(super) fn write_roofs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<10} {:>10} {:>14} {:>8}", "roof", "ms a step", "tokens/s", "MFU")?;
         for roof in &self.roofs {
             writeln!(
                 f,

@@ -1,4 +1,4 @@
-//! The arguments that make a configuration; `train` and `plan` share them.
+//! The arguments that make a configuration, shared by the commands that train or plan.
 
 use std::path::PathBuf;
 
@@ -6,8 +6,9 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use isobath::config::{Config, DeviceKind};
 
+/// All but the device.
 #[derive(Args, Clone, Debug)]
-pub struct ConfigArgs {
+pub struct ValueArgs {
     /// Configuration file
     #[arg(value_name = "RUN.toml")]
     pub file: Option<PathBuf>,
@@ -17,16 +18,29 @@ pub struct ConfigArgs {
     /// A value above those of the file, for instance model.layers=12; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ConfigArgs {
+    #[command(flatten)]
+    pub values: ValueArgs,
     /// Where to compute; short for --set device=...
     #[arg(long, value_parser = PossibleValuesParser::new(DeviceKind::NAMES))]
     pub device: Option<String>,
 }
 
+impl ValueArgs {
+    /// The configuration, with the right types but not validated; `device` is above all values.
+    pub fn resolve(&self, device: Option<&str>) -> isobath::Result<Config> {
+        let mut sets = self.sets.clone();
+        sets.extend(device.map(|device| format!("device={device}")));
+        Config::resolve(self.preset.as_deref(), self.file.as_deref(), &sets)
+    }
+}
+
 impl ConfigArgs {
     /// The configuration, with the right types but not validated.
     pub fn resolve(&self) -> isobath::Result<Config> {
-        let mut sets = self.sets.clone();
-        sets.extend(self.device.as_ref().map(|device| format!("device={device}")));
-        Config::resolve(self.preset.as_deref(), self.file.as_deref(), &sets)
+        self.values.resolve(self.device.as_deref())
     }
 }

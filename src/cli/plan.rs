@@ -1,21 +1,48 @@
-//! `isobath plan`: what a configuration costs, without data or device.
+//! `isobath plan`: what a configuration costs, without data or device; on a machine that is named
+//! but not here, also how long it takes at least.
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
+use isobath::bench::MachinePlan;
+use isobath::config::DeviceKind;
+use isobath::cuda::peaks::{MACHINES, Peaks};
 use isobath::plan::PlanReport;
+use serde::Serialize;
 
-use super::config::ConfigArgs;
+use super::config::ValueArgs;
 use super::output;
 
 #[derive(Args, Debug)]
 pub struct PlanArgs {
     #[command(flatten)]
-    config: ConfigArgs,
+    values: ValueArgs,
+    /// Where it would compute; h200 or h100: also the least time of a training step on one, by
+    /// kernel family, and the largest micro-batch at each level of recomputation, without any device
+    #[arg(long, value_parser = PossibleValuesParser::new(devices()))]
+    device: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
+fn devices() -> impl Iterator<Item = &'static str> {
+    let machines = MACHINES.iter().map(|machine| machine.short_name);
+    DeviceKind::NAMES.iter().copied().chain(machines)
+}
+
 pub fn run(args: PlanArgs) -> anyhow::Result<()> {
-    let report = PlanReport::new(&args.config.resolve()?)?;
-    if args.json { output::print_json(&report) } else { output::print(&report.to_string()) }
+    let machine = args.device.as_deref().and_then(Peaks::of_short_name);
+    let device = match machine {
+        Some(_) => Some(DeviceKind::Cuda.name()),
+        None => args.device.as_deref(),
+    };
+    let config = args.values.resolve(device)?;
+    match machine {
+        Some(machine) => print(&args, &MachinePlan::new(&config, machine)?),
+        None => print(&args, &PlanReport::new(&config)?),
+    }
+}
+
+fn print(args: &PlanArgs, report: &(impl Serialize + ToString)) -> anyhow::Result<()> {
+    if args.json { output::print_json(report) } else { output::print(&report.to_string()) }
 }

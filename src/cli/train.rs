@@ -27,15 +27,15 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// Errors: those of [`Config::resolve`].
     fn resolve(mut self) -> Result<Run> {
-        if self.resume && self.config.file.is_none() {
+        if self.resume && self.config.values.file.is_none() {
             // A run is resumed with the configuration that it saved; --set may still change it.
             let folder = match &self.out {
                 Some(out) => out.clone(),
                 None => default_folder(&self.config.clone().resolve()?.name),
             };
             RunDir::check_exists(&folder)?;
-            self.config.preset = None;
-            self.config.file = Some(folder.join(rundir::CONFIG));
+            self.config.values.preset = None;
+            self.config.values.file = Some(folder.join(rundir::CONFIG));
             self.out = Some(folder);
         }
         let mut config = self.config.resolve()?;

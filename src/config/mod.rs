@@ -281,11 +281,23 @@ pub struct TrainConfig {
 }
 
 choice! {
-    /// Which activations are computed again in the backward pass instead of being kept.
+    /// Which activations are computed again in the backward pass instead of being kept. Weakest
+    /// first: each level recomputes what the ones above it do.
     pub enum Recompute {
         None = "none",
-        /// Only the input of each block is kept.
+        /// The outputs of norms and SwiGLU.
+        Norms = "norms",
+        /// Queries, keys, values and attention's results, too.
+        Attention = "attention",
+        /// All but the input of each block.
         Block = "block",
+    }
+}
+
+impl Recompute {
+    /// Whether this level recomputes what `weaker` does.
+    pub fn includes(self, weaker: Recompute) -> bool {
+        self as usize >= weaker as usize
     }
 }
 

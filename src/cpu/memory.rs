@@ -27,7 +27,9 @@ impl Memory {
             .map_err(|()| Error::Device {
                 device: "cpu".to_string(),
                 what: format!("{bytes} bytes for {label} could not be allocated"),
-                remedy: "lower train.micro_batch or set train.recompute=\"block\"".to_string(),
+                remedy:
+                    "lower train.micro_batch or raise train.recompute (norms, attention, block)"
+                        .to_string(),
             })?;
         self.buffers.push(buffer.into_vec());
         Ok(BufferId(self.buffers.len() as u32 - 1))

@@ -10,38 +10,57 @@ use crate::config::Dtype;
 pub struct Peaks {
     /// As the driver names the machine.
     pub name: &'static str,
+    /// As a command line names it.
+    pub short_name: &'static str,
     pub multiprocessors: usize,
     /// Of device memory, read and written together.
     pub bytes_per_second: f64,
     bf16_flops_per_second: f64,
     f32_flops_per_second: f64,
     pub source: &'static str,
+    /// Of device memory, all of it.
+    pub memory_bytes: u64,
+    pub memory_source: &'static str,
 }
 
 pub const H200: Peaks = Peaks {
     name: "NVIDIA H200",
+    short_name: "h200",
     multiprocessors: 132,
     bytes_per_second: 4.8e12,
     bf16_flops_per_second: 989.5e12,
     f32_flops_per_second: 67e12,
     source: "NVIDIA H200 datasheet, SXM: 4.8 TB/s; 1979 TFLOP/s bf16 with sparsity, half of it \
              dense; 67 TFLOP/s fp32",
+    memory_bytes: 139 << 30,
+    memory_source: "139 GiB, as seen on a rented NVIDIA H200; its datasheet says 141 GB",
 };
 
 pub const H100: Peaks = Peaks {
     name: "NVIDIA H100 80GB HBM3",
+    short_name: "h100",
     multiprocessors: 132,
     bytes_per_second: 3.35e12,
     bf16_flops_per_second: 989.5e12,
     f32_flops_per_second: 67e12,
     source: "NVIDIA H100 datasheet, SXM: 3.35 TB/s; 1979 TFLOP/s bf16 with sparsity, half of it \
              dense; 67 TFLOP/s fp32",
+    memory_bytes: 80_000_000_000,
+    memory_source: "80 GB, as its datasheet says, of 10^9 bytes",
 };
+
+/// Every machine that is known here.
+pub const MACHINES: [&Peaks; 2] = [&H200, &H100];
 
 impl Peaks {
     /// Of the machine that the driver names so, if it is known here.
     pub fn of(name: &str) -> Option<&'static Peaks> {
-        [&H200, &H100].into_iter().find(|peaks| peaks.name == name)
+        MACHINES.into_iter().find(|peaks| peaks.name == name)
+    }
+
+    /// Of the machine that a command line names so.
+    pub fn of_short_name(name: &str) -> Option<&'static Peaks> {
+        MACHINES.into_iter().find(|peaks| peaks.short_name == name)
     }
 
     /// Of products of operands of this type: bf16 on tensor cores, fp32 without them.

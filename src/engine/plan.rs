@@ -160,7 +160,7 @@ impl Plan {
             available,
             table: memory.to_string(),
             remedy: "lower train.micro_batch (and raise train.grad_accumulation by as much), \
-                     set train.recompute=\"block\", or lower data.sequence"
+                     raise train.recompute (norms, attention, block), or lower data.sequence"
                 .to_string(),
         })
     }

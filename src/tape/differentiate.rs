@@ -3,12 +3,13 @@
 //!
 //! Ops are visited in reverse. The first contribution to an activation's gradient is written, the
 //! rest are added; a residual passes its gradient on without a copy, so the gradient of the
-//! residual stream is one tensor through the whole model. With recomputation, the forward steps
-//! of a block stand again before its backward steps, under new names; steps whose results nobody
-//! reads are then dropped.
+//! residual stream is one tensor through the whole model. What recomputation does not keep
+//! (recompute.rs) is computed again in front of the first backward step that reads it, under a new
+//! name, and with it whatever else that needs. Steps whose results nobody reads are then dropped.
 
 use std::collections::{HashMap, HashSet};
 
+use super::recompute::not_kept;
 use super::{Access, External, Gradient, Op, Residual, Role, Step, Tape, Value, ValueId};
 use crate::backend::{GainGradient, NORM_PARTIAL_ROWS, Sink};
 use crate::config::Recompute;
@@ -86,6 +87,10 @@ struct Pass<'a> {
     values: &'a mut Vec<Value>,
     /// value -> its gradient, complete once all its readers have been visited
     gradients: HashMap<ValueId, ValueId>,
+    /// value that is not kept -> the ops that write it, in order
+    writers: HashMap<ValueId, Vec<Op<ValueId>>>,
+    /// value -> the same computed again
+    again: HashMap<ValueId, ValueId>,
     steps: Vec<Step<ValueId>>,
 }
 
@@ -97,51 +102,55 @@ impl<'a> Pass<'a> {
         seed: Option<(ValueId, ValueId)>,
     ) -> Result<Self> {
         let ops = tape.ops.clone();
-        let gradients = seed.into_iter().collect();
-        let mut pass = Pass { values: &mut tape.values, gradients, steps: Vec::new() };
+        let writers = not_kept(&ops, recompute);
+        let mut pass = Pass {
+            values: &mut tape.values,
+            gradients: seed.into_iter().collect(),
+            writers,
+            again: HashMap::new(),
+            steps: Vec::new(),
+        };
         for recorded in &ops {
             // The loss is computed with its gradient, from one computation of the logits.
             if !matches!(recorded.op, Op::CrossEntropy { .. }) {
                 pass.steps.push(Step::Forward(recorded.op));
             }
         }
-        let mut renamed: HashMap<ValueId, ValueId> = HashMap::new();
-        let mut current = None;
         for recorded in ops.iter().rev() {
-            if recompute == Recompute::Block && recorded.block != current {
-                current = recorded.block;
-                renamed.clear();
-                if current.is_some() {
-                    for again in ops.iter().filter(|o| o.block == current) {
-                        let op =
-                            again.op.map(&mut |id, access| pass.rename(id, access, &mut renamed));
-                        pass.steps.push(Step::Forward(op));
-                    }
-                }
-            }
-            pass.backward(recorded.op, &renamed)?;
+            pass.backward(recorded.op)?;
         }
         Ok(pass)
+    }
+
+    /// The name under which the backward pass finds an activation: its own if it was kept, else that
+    /// of its second computation, which is recorded here when it is first asked for.
+    fn activation(&mut self, id: ValueId) -> ValueId {
+        if let Some(&again) = self.again.get(&id) {
+            return again;
+        }
+        let Some(writers) = self.writers.remove(&id) else { return id };
+        for op in writers {
+            for (operand, access) in Step::Forward(op).operands() {
+                if access == Access::Read {
+                    self.activation(operand);
+                }
+            }
+            let op = op.map(&mut |operand, access| {
+                if access == Access::Write {
+                    let Value { name, shape, kind, .. } = self.values[operand.0];
+                    let again = self.push(name, shape, kind);
+                    self.again.insert(operand, again);
+                }
+                self.again.get(&operand).copied().unwrap_or(operand)
+            });
+            self.steps.push(Step::Forward(op));
+        }
+        self.again[&id]
     }
 
     fn push(&mut self, name: &'static str, shape: Shape, kind: Kind) -> ValueId {
         self.values.push(Value { name, shape, kind, role: Role::Activation });
         ValueId(self.values.len() - 1)
-    }
-
-    /// The name under which a value of a recomputed block is known in its backward pass.
-    fn rename(
-        &mut self,
-        id: ValueId,
-        access: Access,
-        renamed: &mut HashMap<ValueId, ValueId>,
-    ) -> ValueId {
-        if access == Access::Write {
-            let Value { name, shape, kind, .. } = self.values[id.0].clone();
-            let again = self.push(name, shape, kind);
-            renamed.insert(id, again);
-        }
-        renamed.get(&id).copied().unwrap_or(id)
     }
 
     fn new_gradient(&mut self, of: ValueId) -> ValueId {
@@ -220,10 +229,8 @@ impl<'a> Pass<'a> {
         Ok(gradient)
     }
 
-    /// The backward rules, one arm an op. `renamed` leads to recomputed activations; gradients
-    /// are known by the names of the forward pass.
-    fn backward(&mut self, op: Op<ValueId>, renamed: &HashMap<ValueId, ValueId>) -> Result<()> {
-        let kept = |id: ValueId| renamed.get(&id).copied().unwrap_or(id);
+    /// The backward rules, one arm an op. Gradients are known by the names of the forward pass.
+    fn backward(&mut self, op: Op<ValueId>) -> Result<()> {
         match op {
             Op::Embedding { tokens, table, out } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
@@ -233,15 +240,17 @@ impl<'a> Pass<'a> {
             Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let normalised = residual.map_or(inp, |r| r.sum);
+                let kept = self.activation(normalised);
+                let (mean, rstd) = (mean.map(|it| self.activation(it)), self.activation(rstd));
                 let partial = self.gain_partial(out);
                 let d_inp = self.sink(normalised);
                 let d_gain = self.parameter_gradient(gain)?;
                 self.steps.push(Step::Backward(Gradient::Norm {
                     spec,
-                    inp: kept(normalised),
+                    inp: kept,
                     gain,
-                    mean: mean.map(kept),
-                    rstd: kept(rstd),
+                    mean,
+                    rstd,
                     d_out,
                     partial,
                     d_inp,
@@ -257,7 +266,7 @@ impl<'a> Pass<'a> {
                 let gain = match gain {
                     None => None,
                     Some(gain) => Some(GainGradient {
-                        inp: kept(inp),
+                        inp: self.activation(inp),
                         gain,
                         partial: self.gain_partial(out),
                         d_gain: self.parameter_gradient(gain)?,
@@ -268,10 +277,11 @@ impl<'a> Pass<'a> {
             }
             Op::Linear { inp, weight, residual, out } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
+                let kept = self.activation(inp);
                 let d_inp = self.sink(inp);
                 let d_weight = self.parameter_gradient(weight)?;
                 self.steps.push(Step::Backward(Gradient::Linear {
-                    inp: kept(inp),
+                    inp: kept,
                     weight,
                     d_out,
                     d_inp,
@@ -294,12 +304,14 @@ impl<'a> Pass<'a> {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let shape = self.values[log_sum_exp.0].shape;
                 let delta = self.push("attention delta", shape, Kind::Statistic);
+                let [kept, out, log_sum_exp] =
+                    [qkv, out, log_sum_exp].map(|it| self.activation(it));
                 self.written(qkv, |d_qkv| Gradient::Attention {
                     spec,
-                    qkv: kept(qkv),
+                    qkv: kept,
                     document_starts,
-                    out: kept(out),
-                    log_sum_exp: kept(log_sum_exp),
+                    out,
+                    log_sum_exp,
                     d_out,
                     delta,
                     d_qkv,
@@ -308,13 +320,15 @@ impl<'a> Pass<'a> {
             Op::CachedAttention { .. } => return Err(Error::NoGradient { op: op.name() }),
             Op::SwiGlu { inp, out } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
-                self.written(inp, |d_inp| Gradient::SwiGlu { inp: kept(inp), d_out, d_inp });
+                let kept = self.activation(inp);
+                self.written(inp, |d_inp| Gradient::SwiGlu { inp: kept, d_out, d_inp });
             }
             Op::CrossEntropy { spec, inp, weight, targets, scale, logits, losses } => {
                 let d_weight = self.parameter_gradient(weight)?;
+                let kept = self.activation(inp);
                 self.written(inp, |d_inp| Gradient::CrossEntropy {
                     spec,
-                    inp: kept(inp),
+                    inp: kept,
                     weight,
                     targets,
                     scale,

@@ -13,6 +13,7 @@ mod fused;
 mod memory;
 mod op;
 mod program;
+mod recompute;
 
 pub use fused::Fused;
 pub use memory::{MemoryLine, MemoryPlan};
@@ -63,7 +64,7 @@ pub enum External {
 #[derive(Clone, Debug)]
 struct Recorded {
     op: Op<ValueId>,
-    /// The block whose activations are recomputed together.
+    /// The block whose input is kept, however much of it is computed again.
     block: Option<usize>,
 }
 
@@ -134,7 +135,8 @@ impl Tape {
         })
     }
 
-    /// Ops recorded until [`Tape::end_block`] are one unit of recomputation.
+    /// Ops recorded until [`Tape::end_block`] may be computed again in the backward pass; what other
+    /// ops read of them is always kept.
     pub fn begin_block(&mut self, block: usize) {
         self.block = Some(block);
     }

@@ -232,8 +232,10 @@ fn every_schedule_trains_the_same_bits() {
             )
         };
         let first = run(Options { workers: 1, ..Options::default() }, Recompute::None);
-        let again = run(Options { workers: 3, ..Options::default() }, Recompute::Block);
-        assert!(first == again, "{dtype}: recomputation or workers change bits");
+        for level in [Recompute::Norms, Recompute::Attention, Recompute::Block] {
+            let again = run(Options { workers: 3, ..Options::default() }, level);
+            assert!(first == again, "{dtype}: {level} or workers change bits");
+        }
         for options in plain_schedules() {
             assert!(first == run(options, Recompute::None), "{dtype}: {options:?} changes bits");
         }

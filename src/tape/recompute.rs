@@ -1,0 +1,71 @@
+//! Which activations the backward pass keeps: the one place that knows what a level of recomputation
+//! means. How the others come back is in differentiate.rs, and the same for all of them.
+
+use std::collections::HashMap;
+
+use super::{Access, Op, Recorded, Step, ValueId};
+use crate::config::Recompute;
+
+/// Every activation that is not kept at `level`, and the ops that write it, in order.
+///
+/// It is written in a block and read there alone: the residual stream between blocks is always kept,
+/// and nothing is computed more than twice.
+pub(super) fn not_kept(ops: &[Recorded], level: Recompute) -> HashMap<ValueId, Vec<Op<ValueId>>> {
+    let weakest = weakest_levels(ops);
+    let mut not_kept: HashMap<ValueId, Vec<Op<ValueId>>> = HashMap::new();
+    let mut home: HashMap<ValueId, usize> = HashMap::new(); // value -> its block
+    for Recorded { op, block } in ops {
+        for (id, access) in Step::Forward(*op).operands() {
+            if access == Access::Write
+                && level.includes(weakest[&id])
+                && let Some(block) = *block
+            {
+                home.insert(id, block);
+                not_kept.insert(id, vec![]);
+            }
+            if home.get(&id) != block.as_ref() {
+                not_kept.remove(&id);
+            } else if access != Access::Read
+                && let Some(writers) = not_kept.get_mut(&id)
+            {
+                writers.push(*op);
+            }
+        }
+    }
+    not_kept
+}
+
+/// The weakest level that does not keep an activation.
+///
+/// - `Norms`: what one pass over memory makes of the residual stream, or of gate and up, which are
+///   kept anyway.
+/// - `Attention`: queries, keys and values, by one product: 2 C FLOPs for an element of them. And
+///   attention's results, by its forward pass: 2 S for an element, so cheaper up to S = C.
+/// - `Block`: everything else. Of a norm that adds, the addends would have to be kept in place of its
+///   result; a row's statistics are small.
+fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
+    let mut levels = HashMap::new();
+    for Recorded { op, .. } in ops {
+        for (id, access) in Step::Forward(*op).operands() {
+            if access == Access::Write {
+                levels.insert(id, Recompute::Block);
+            }
+        }
+        match *op {
+            Op::Norm { residual: None, out, .. } | Op::SwiGlu { out, .. } => {
+                levels.insert(out, Recompute::Norms);
+            }
+            Op::Attention { qkv, out, log_sum_exp, .. } => {
+                levels.extend([qkv, out, log_sum_exp].map(|id| (id, Recompute::Attention)));
+            }
+            Op::Embedding { .. }
+            | Op::Norm { residual: Some(_), .. }
+            | Op::ScaledResidual { .. }
+            | Op::Linear { .. }
+            | Op::Rotary { .. }
+            | Op::CachedAttention { .. }
+            | Op::CrossEntropy { .. } => {}
+        }
+    }
+    levels
+}
