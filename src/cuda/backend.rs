@@ -21,10 +21,10 @@ use super::norm::{Norm, NormBackward, NormForward};
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
-use super::{Allocation, DevicePointer, Driver, StreamId};
+use super::{Allocation, DevicePointer, Driver, GraphId, StreamId};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink,
+    Recording, ResidualSpec, Sink,
 };
 use crate::config::Dtype;
 use crate::error::Result;
@@ -39,6 +39,8 @@ pub struct Cuda {
     layers: Layers,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
+    /// What can be recorded is replayed as a graph.
+    graphs: bool,
 }
 
 /// The kernels that were asked for so far.
@@ -89,7 +91,12 @@ impl Cuda {
             losses: HashMap::new(),
             optimizers: Vec::new(),
         };
-        Ok(Cuda { driver, dtype, buffers: Vec::new(), layers, preparing: false })
+        Ok(Cuda { driver, dtype, buffers: Vec::new(), layers, preparing: false, graphs: true })
+    }
+
+    /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
+    pub fn with_graphs(self, graphs: bool) -> Self {
+        Cuda { graphs, ..self }
     }
 
     pub fn driver(&mut self) -> &mut dyn Driver {
@@ -331,6 +338,24 @@ impl Backend for Cuda {
 
     fn end_preparation(&mut self) {
         self.preparing = false;
+    }
+
+    fn record(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Option<Recording>> {
+        if !self.graphs {
+            return Ok(None);
+        }
+        self.driver.begin_capture(STREAM)?;
+        let worked = work(self);
+        let graph = self.driver.end_capture(STREAM);
+        if let (Err(_), Ok(unfinished)) = (&worked, &graph) {
+            self.driver.release_graph(*unfinished)?;
+        }
+        worked?;
+        Ok(Some(Recording(graph?.0)))
+    }
+
+    fn replay(&mut self, recording: Recording) -> Result<()> {
+        self.driver.launch_graph(GraphId(recording.0), STREAM)
     }
 
     fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {
