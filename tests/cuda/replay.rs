@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use isobath::backend::Backend;
 use isobath::config::{Attention, Config, Dtype, ModelConfig, Recompute};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
-use isobath::cuda::{Cuda, Driver, GRAPHS, graphs_from_variables};
+use isobath::cuda::{Cuda, GRAPHS, graphs_from_variables};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::optim;
