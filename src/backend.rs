@@ -146,6 +146,10 @@ impl AdamWStep<'_> {
     }
 }
 
+/// What a backend recorded, see [`Backend::record`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Recording(pub u32);
+
 pub trait Backend {
     /// "cpu", "cuda", "simt".
     fn name(&self) -> &'static str;
@@ -178,6 +182,20 @@ pub trait Backend {
         false
     }
     fn end_preparation(&mut self) {}
+
+    /// Keeps what `work` enqueues instead of running it, for [`Backend::replay`]. `work` was prepared
+    /// and neither reads nor writes from the host. `None`, and nothing happened: this backend has
+    /// nothing to gain from it, `work` is to be called whenever it is to run.
+    fn record(&mut self, _work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Option<Recording>>
+    where
+        Self: Sized,
+    {
+        Ok(None)
+    }
+    /// Runs everything that was recorded, in order, on what now lies in the same places.
+    fn replay(&mut self, _recording: Recording) -> Result<()> {
+        unreachable!("{} records nothing", self.name())
+    }
 
     /// Bytes that [`Backend::prepare_optimizer`] allocates.
     fn optimizer_bytes(&self, _decay: &[Range<usize>]) -> usize {

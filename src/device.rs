@@ -55,7 +55,10 @@ impl Device {
     }
 }
 
-/// The kernels' backend on the GPU, or on the CPU as SIMT_... says. Errors: why there is none.
+/// The kernels' backend on the GPU, or on the CPU as SIMT_... says; with graphs unless
+/// ISOBATH_GRAPHS says no. Errors: why there is none.
 pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
-    Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)
+    let graphs = cuda::graphs_from_env()?;
+    let backend = Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)?;
+    Ok(backend.with_graphs(graphs))
 }

@@ -395,7 +395,7 @@ fn a_prediction_lists_what_a_training_step_launches() {
         let counts = Counts::default();
         let host = Host::new(Options::default()).unwrap();
         let driver = Box::new(Counting { counts: counts.clone(), ..Counting::new(host) });
-        let backend = Cuda::new(driver, config.dtype, None).unwrap();
+        let backend = Cuda::new(driver, config.dtype, None).unwrap().with_graphs(false);
         let plan = Plan::new(&config, &backend).unwrap();
         let mut trainer = Trainer::new(plan, &config, backend).unwrap();
         let parameters = initial_parameters(trainer.table(), 1);

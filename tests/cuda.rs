@@ -19,4 +19,5 @@ mod mutants;
 mod norm;
 mod plain;
 mod pointwise;
+mod replay;
 mod residual;

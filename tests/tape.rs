@@ -199,6 +199,7 @@ fn forward_counts(model: &ModelConfig, recompute: Recompute) -> BTreeMap<&'stati
             Step::Fused(Fused::LinearRotary { .. }) => "linear, rotary",
             Step::Fused(Fused::LinearSwiGlu { .. }) => "linear, swiglu",
             Step::Fused(Fused::LinearSwiGluGradient { .. }) => "fused gradient",
+            Step::Fused(Fused::AttentionRotaryGradient { .. }) => "attention and rotary gradient",
             Step::Backward(_) | Step::Copy { .. } | Step::Add { .. } => continue,
         };
         *counts.entry(name).or_insert(0) += 1;
@@ -213,6 +214,7 @@ fn a_level_computes_again_what_it_says_and_nothing_else() {
         let once = forward_counts(model, Recompute::None);
         let mut counts = forward_counts(model, level);
         assert_eq!(counts["fused gradient"], layers, "{level}");
+        assert_eq!(counts["attention and rotary gradient"], layers, "{level}");
         counts.iter_mut().for_each(|(name, count)| *count -= once.get(name).unwrap_or(&0));
         counts.retain(|_, count| *count > 0);
         counts.into_iter().collect::<Vec<_>>()

@@ -6,7 +6,7 @@ use super::report::Row;
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
-use crate::cuda::{Cuda, Driver, StreamId};
+use crate::cuda::{self, Cuda, Driver, StreamId};
 use crate::engine::{Plan, Rows, Trainer};
 use crate::error::{Error, Result};
 use crate::model::init::initial_parameters;
@@ -79,7 +79,8 @@ const WARM_UP: u64 = 2;
 
 pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>) -> Result<Row> {
     let samples = samples(&*driver, asked) as u64;
-    let backend = Cuda::new(driver, config.dtype, None)?;
+    let graphs = cuda::graphs_from_env()?;
+    let backend = Cuda::new(driver, config.dtype, None)?.with_graphs(graphs);
     let mut trainer = Trainer::new(Plan::new(config, &backend)?, config, backend)?;
     let parameters = initial_parameters(trainer.table(), config.seed);
     trainer.set_parameters(&parameters)?;

@@ -2,8 +2,8 @@
 //!
 //! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
 //! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
-//! program is prepared; a step then only launches, on one stream, and the first read behind it
-//! waits and reports what went wrong. The layers of each op know the kernels; here stand only
+//! program is prepared; a step then only launches, or replays what was recorded as a graph, on one
+//! stream, and the first read behind it waits and reports what went wrong. The layers of each op know the kernels; here stand only
 //! addresses.
 
 use std::collections::HashMap;
@@ -21,10 +21,10 @@ use super::norm::{Norm, NormBackward, NormForward};
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
-use super::{Allocation, DevicePointer, Driver, StreamId};
+use super::{Allocation, DevicePointer, Driver, GraphId, StreamId};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink, unfused,
+    Recording, ResidualSpec, Sink, unfused,
 };
 use crate::config::Dtype;
 use crate::error::Result;
@@ -40,6 +40,8 @@ pub struct Cuda {
     layers: Layers,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
+    /// What can be recorded is replayed as a graph.
+    graphs: bool,
 }
 
 /// The kernels that were asked for so far.
@@ -90,7 +92,13 @@ impl Cuda {
             losses: HashMap::new(),
             optimizers: Vec::new(),
         };
-        Ok(Cuda { driver, dtype, family, buffers: Vec::new(), layers, preparing: false })
+        let buffers = Vec::new();
+        Ok(Cuda { driver, dtype, family, buffers, layers, preparing: false, graphs: true })
+    }
+
+    /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
+    pub fn with_graphs(self, graphs: bool) -> Self {
+        Cuda { graphs, ..self }
     }
 
     pub fn driver(&mut self) -> &mut dyn Driver {
@@ -351,6 +359,24 @@ impl Backend for Cuda {
 
     fn end_preparation(&mut self) {
         self.preparing = false;
+    }
+
+    fn record(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Option<Recording>> {
+        if !self.graphs {
+            return Ok(None);
+        }
+        self.driver.begin_capture(STREAM)?;
+        let worked = work(self);
+        let graph = self.driver.end_capture(STREAM);
+        if let (Err(_), Ok(unfinished)) = (&worked, &graph) {
+            self.driver.release_graph(*unfinished)?;
+        }
+        worked?;
+        Ok(Some(Recording(graph?.0)))
+    }
+
+    fn replay(&mut self, recording: Recording) -> Result<()> {
+        self.driver.launch_graph(GraphId(recording.0), STREAM)
     }
 
     fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {

@@ -208,6 +208,8 @@ pub trait Driver {
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId>;
     /// Everything that was recorded, with the arguments of that time.
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()>;
+    /// The graph is not launched again.
+    fn release_graph(&mut self, graph: GraphId) -> Result<()>;
 }
 
 impl dyn Driver + '_ {
@@ -749,6 +751,7 @@ pub struct Ledger {
     buffers: BTreeMap<u64, Live>,
     /// Buffers so far.
     added: u64,
+    removed: u64,
 }
 
 struct Live {
@@ -767,7 +770,14 @@ impl Ledger {
     /// Whether exactly this buffer was there.
     pub fn remove(&mut self, buffer: Allocation) -> bool {
         let found = self.buffers.get(&buffer.address.0).is_some_and(|it| it.bytes == buffer.bytes);
-        found && self.buffers.remove(&buffer.address.0).is_some()
+        let removed = found && self.buffers.remove(&buffer.address.0).is_some();
+        self.removed += u64::from(removed);
+        removed
+    }
+
+    /// Buffers that were released so far: as long as it stays, what was live is live.
+    pub fn removed(&self) -> u64 {
+        self.removed
     }
 
     pub fn addresses(&self) -> impl Iterator<Item = DevicePointer> + '_ {

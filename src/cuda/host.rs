@@ -140,7 +140,7 @@ fn named(variable: &'static str) -> impl Fn(Error) -> Error {
     }
 }
 
-fn number(variable: &str, text: &str, most: u64) -> Result<u64> {
+pub(super) fn number(variable: &str, text: &str, most: u64) -> Result<u64> {
     match text.parse::<u64>() {
         Ok(number) if number <= most => Ok(number),
         _ => Err(Error::Usage {
@@ -265,7 +265,8 @@ pub struct Host {
     events: Vec<Option<Instant>>,
     capture: Capture,
     recorded: Vec<Recorded>,
-    graphs: Vec<Vec<Recorded>>,
+    /// `None`: released.
+    graphs: Vec<Option<Vec<Recorded>>>,
 }
 
 /// Whether this program has the machine in it. Errors: why not.
@@ -742,15 +743,23 @@ impl Driver for Host {
 
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
         self.capture.end(DEVICE, stream)?;
-        self.graphs.push(std::mem::take(&mut self.recorded));
+        self.graphs.push(Some(std::mem::take(&mut self.recorded)));
         Ok(GraphId(self.graphs.len() as u32 - 1))
     }
 
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
         self.check_stream(stream)?;
         self.capture.forbid(DEVICE, "a graph")?;
-        let work = self.graphs.get(graph.0 as usize).ok_or_else(|| foreign(DEVICE, "graph"))?;
+        let Some(Some(work)) = self.graphs.get(graph.0 as usize) else {
+            return Err(foreign(DEVICE, "graph"));
+        };
         work.iter().try_for_each(|work| self.execute(work))
+    }
+
+    fn release_graph(&mut self, graph: GraphId) -> Result<()> {
+        self.capture.forbid(DEVICE, "the release of a graph")?;
+        let released = self.graphs.get_mut(graph.0 as usize).and_then(Option::take);
+        released.map(|_| ()).ok_or_else(|| foreign(DEVICE, "graph"))
     }
 }
 

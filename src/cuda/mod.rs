@@ -22,6 +22,8 @@ mod rows;
 pub use backend::Cuda;
 pub use driver::*;
 
+use std::ffi::OsString;
+
 use crate::config::DeviceKind;
 use crate::error::{Error, Result};
 
@@ -41,6 +43,23 @@ pub fn open(kind: DeviceKind, simt: host::Options) -> Result<Box<dyn Driver>> {
             what: "the device `cpu` has no kernels of its own".to_string(),
             remedy: "use --device simt to run CUDA kernels on the CPU".to_string(),
         }),
+    }
+}
+
+/// The environment variable that says whether work that repeats is replayed as a graph; 0: every
+/// kernel is launched on its own, so that an error comes out of its own launch.
+pub const GRAPHS: &str = "ISOBATH_GRAPHS";
+
+/// Whether the environment wants graphs, for [`Cuda::with_graphs`]; where it says nothing, it does.
+pub fn graphs_from_env() -> Result<bool> {
+    graphs_from_variables(|name| std::env::var_os(name))
+}
+
+/// As [`graphs_from_env`], of any set of variables. Errors name the variable.
+pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
+    match variable(GRAPHS) {
+        Some(text) => Ok(host::number(GRAPHS, &text.to_string_lossy(), 1)? == 1),
+        None => Ok(true),
     }
 }
 

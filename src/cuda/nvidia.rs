@@ -14,13 +14,14 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
 
+use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
 use crate::error::{Error, Result};
 
 const DEVICE: &str = "cuda";
 
-/// cuTensorMapEncodeTiled and cuLaunchKernelEx are there from here on.
+/// cuTensorMapEncodeTiled and cuLaunchKernelEx are there from here on; what graphs need is older.
 const OLDEST_DRIVER: i32 = 12_000;
 const OLDEST_GPU: (u32, u32) = (8, 0);
 /// Dynamic shared memory that a kernel may use without asking.
@@ -128,9 +129,19 @@ struct Kernel {
     shared_bytes_allowed: u32,
 }
 
+/// What a captured stream was asked to do, as far as released buffers matter to it.
+#[derive(Default)]
+struct Captured {
+    launches: Vec<(KernelId, Arguments)>,
+    /// Of copies and fills.
+    ranges: Vec<(DevicePointer, u64)>,
+}
+
 struct Graph {
     graph: CudaGraph,
-    launches: Vec<(KernelId, Arguments)>,
+    captured: Captured,
+    /// [`Ledger::removed`] when all buffers of `captured` were last seen to be live.
+    checked: u64,
 }
 
 struct Event {
@@ -149,9 +160,10 @@ pub struct Nvidia {
     pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
     capture: Capture,
-    captured: Vec<(KernelId, Arguments)>,
+    captured: Captured,
     // In the order in which they are given back; the context goes last.
-    graphs: Vec<Graph>,
+    /// `None`: released.
+    graphs: Vec<Option<Graph>>,
     events: Vec<Event>,
     streams: Vec<Arc<CudaStream>>,
     modules: Vec<Module>,
@@ -181,7 +193,7 @@ impl Nvidia {
             pending: vec![],
             memory: Ledger::default(),
             capture: Capture::default(),
-            captured: vec![],
+            captured: Captured::default(),
             graphs: vec![],
             events: vec![],
             streams: vec![stream],
@@ -256,9 +268,22 @@ impl Nvidia {
             kernel,
             device: DEVICE.to_string(),
             what: text_of(error) + &hint,
-            remedy: "run it with --device simt --race, or with CUDA_LAUNCH_BLOCKING=1 to see which"
-                .to_string(),
+            remedy: format!(
+                "run it with --device simt --race, or with {GRAPHS}=0 CUDA_LAUNCH_BLOCKING=1 to see \
+                 which"
+            ),
         }
+    }
+
+    /// A capture could not begin, or gave no graph.
+    fn cannot_record(&self, error: DriverError) -> Error {
+        if is_kernel_fault(error.0) {
+            return self.failed(error);
+        }
+        absent(
+            format!("cannot record a graph: {}", text_of(error)),
+            format!("set {GRAPHS}=0 to launch kernel by kernel, and report it"),
+        )
     }
 
     fn launched(&mut self, kernel: KernelId, stream: StreamId) {
@@ -704,7 +729,7 @@ impl Driver for Nvidia {
         };
         launched.result().map_err(|error| self.refused(launch.kernel, error))?;
         if recorded {
-            self.captured.push((launch.kernel, arguments.clone()));
+            self.captured.launches.push((launch.kernel, arguments.clone()));
         } else {
             self.launched(launch.kernel, launch.stream);
         }
@@ -745,8 +770,10 @@ impl Driver for Nvidia {
         to: DevicePointer,
         bytes: u64,
     ) -> Result<()> {
-        self.capture.records(DEVICE, stream)?;
         self.memory.check_copy(DEVICE, from, to, bytes)?;
+        if self.capture.records(DEVICE, stream)? {
+            self.captured.ranges.extend([(from, bytes), (to, bytes)]);
+        }
         self.bind()?;
         let stream = self.stream(stream)?.cu_stream();
         // SAFETY: both ranges lie in live buffers of ours and do not overlap.
@@ -755,8 +782,10 @@ impl Driver for Nvidia {
     }
 
     fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
-        self.capture.records(DEVICE, stream)?;
         self.memory.check(DEVICE, "fill", to, bytes)?;
+        if self.capture.records(DEVICE, stream)? {
+            self.captured.ranges.push((to, bytes));
+        }
         self.bind()?;
         let stream = self.stream(stream)?.cu_stream();
         // SAFETY: the range lies in a live buffer of ours.
@@ -812,44 +841,60 @@ impl Driver for Nvidia {
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
         self.stream(stream)?;
         self.capture.begin(DEVICE, stream)?;
-        self.captured.clear();
+        self.captured = Captured::default();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let begun = self.stream(stream)?.begin_capture(mode);
         begun.map_err(|error| {
-            let failed = self.failed(error);
             self.capture = Capture::default();
-            failed
+            self.cannot_record(error)
         })
     }
 
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
         self.capture.end(DEVICE, stream)?;
         let ended = self.stream(stream)?.end_capture(sys::CUgraphInstantiate_flags(0));
-        let Some(graph) = ended.map_err(|error| self.failed(error))? else {
+        let Some(graph) = ended.map_err(|error| self.cannot_record(error))? else {
             return Err(absent("the capture gave no graph", "record at least one launch"));
         };
-        let launches = std::mem::take(&mut self.captured);
-        self.graphs.push(Graph { graph, launches });
+        let captured = std::mem::take(&mut self.captured);
+        self.graphs.push(Some(Graph { graph, captured, checked: self.memory.removed() }));
         Ok(GraphId(self.graphs.len() as u32 - 1))
     }
 
     fn launch_graph(&mut self, graph: GraphId, on: StreamId) -> Result<()> {
         self.capture.forbid(DEVICE, "a graph")?;
         self.bind()?;
-        let Some(recorded) = self.graphs.get(graph.0 as usize) else {
+        let Some(Some(Graph { graph: recorded, captured, checked })) =
+            self.graphs.get(graph.0 as usize)
+        else {
             return Err(foreign(DEVICE, "graph"));
         };
-        // Again, because a buffer may have been released since it was recorded.
-        for (kernel, arguments) in &recorded.launches {
-            check_arguments(DEVICE, &self.find(*kernel)?.info, arguments, &self.memory)?;
+        let removed = self.memory.removed();
+        if *checked != removed {
+            for (kernel, arguments) in &captured.launches {
+                check_arguments(DEVICE, &self.find(*kernel)?.info, arguments, &self.memory)?;
+            }
+            for &(from, bytes) in &captured.ranges {
+                self.memory.check(DEVICE, "copy or fill", from, bytes)?;
+            }
         }
         let stream = self.stream(on)?.cu_stream();
-        // SAFETY: the graph was instantiated in this context and lives as long as `self`.
-        unsafe { result::graph::launch(recorded.graph.cu_graph_exec(), stream) }
+        // SAFETY: the graph was instantiated in this context, was not released, and every buffer
+        // that it uses is live (just checked, or none was released since).
+        unsafe { result::graph::launch(recorded.cu_graph_exec(), stream) }
             .map_err(|error| self.failed(error))?;
-        let kernels: Vec<KernelId> = recorded.launches.iter().map(|(kernel, _)| *kernel).collect();
+        let kernels: Vec<KernelId> = captured.launches.iter().map(|(kernel, _)| *kernel).collect();
         kernels.into_iter().for_each(|kernel| self.launched(kernel, on));
+        self.graphs[graph.0 as usize].iter_mut().for_each(|graph| graph.checked = removed);
         Ok(())
+    }
+
+    fn release_graph(&mut self, graph: GraphId) -> Result<()> {
+        self.capture.forbid(DEVICE, "the release of a graph")?;
+        self.bind()?;
+        // CUDA frees a graph that still runs when it has ended.
+        let released = self.graphs.get_mut(graph.0 as usize).and_then(Option::take);
+        released.map(|_| ()).ok_or_else(|| foreign(DEVICE, "graph"))
     }
 }
 

@@ -73,8 +73,8 @@ impl Batches {
         })
     }
 
-    /// Writes the micro-batches of a step and returns where each lies. Errors: too many of them,
-    /// rows of another size, documents where rows are attended to as one.
+    /// Writes the micro-batches of a step and returns where each lies. Errors: too many of them or
+    /// none, rows of another size, documents where rows are attended to as one.
     pub fn write<'a>(
         &mut self,
         micro_batches: impl Iterator<Item = Rows<'a>>,
@@ -110,6 +110,12 @@ impl Batches {
             }
         }
         let used = self.staged_tokens.len() / self.tokens;
+        if used == 0 {
+            return Err(Error::Usage {
+                what: "a step without micro-batches".to_string(),
+                remedy: "give at least one; its targets may all be left out".to_string(),
+            });
+        }
         backend.write_index(self.part(self.all.tokens, 0, used, backend), &self.staged_tokens)?;
         backend.write_index(self.part(self.all.targets, 0, used, backend), &self.staged_targets)?;
         if let Some(starts) = self.all.document_starts {

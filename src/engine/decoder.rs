@@ -3,6 +3,7 @@
 //! The prompt runs through in chunks of 64 tokens, everything after it token by token. No device
 //! memory is allocated once a [`Decoder`] exists.
 
+use super::replay::Replay;
 use super::{Parameters, check_available};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
@@ -29,6 +30,7 @@ pub struct Decoder {
 /// A forward pass over a fixed number of tokens.
 struct Forward {
     program: BoundProgram,
+    replay: Replay,
     tokens: ValueId,
     rotary: RotaryInputs,
     logits: ValueId,
@@ -111,7 +113,8 @@ impl DecoderPlan {
             let program = program.bind(arena, external);
             program.prepare(backend)?;
             backend.write(program.view(rotary.table), &self.rotary)?;
-            Ok(Forward { program, tokens, rotary, logits, count })
+            let replay = Replay::default();
+            Ok(Forward { program, replay, tokens, rotary, logits, count })
         };
         Ok(Decoder {
             chunk: bind(self.chunk)?,
@@ -156,14 +159,16 @@ impl Decoder {
         }
         let mut rest = tokens;
         while !rest.is_empty() {
-            let forward = if rest.len() >= self.chunk.count { &self.chunk } else { &self.single };
+            let whole = rest.len() >= self.chunk.count;
+            let forward = if whole { &mut self.chunk } else { &mut self.single };
             let (now, later) = rest.split_at(forward.count);
             let ids: Vec<i32> = now.iter().map(|&token| token as i32).collect();
             let start = self.length as i32;
             let positions: Vec<i32> = (start..start + forward.count as i32).collect();
             backend.write_index(forward.program.view(forward.tokens), &ids)?;
             backend.write_index(forward.program.view(forward.rotary.positions), &positions)?;
-            forward.program.run(backend)?;
+            let Forward { program, replay, .. } = forward;
+            replay.run(backend, |backend| program.run(backend))?;
             if later.is_empty() {
                 let all = forward.program.view(forward.logits);
                 let row = all.shape.columns() * backend.element_bytes(all.kind);

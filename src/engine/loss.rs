@@ -2,6 +2,7 @@
 
 use super::Rows;
 use super::batches::{MicroBatch, check_no_documents, stage_starts};
+use super::replay::Replay;
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -87,7 +88,8 @@ impl LossProgram {
         arena: BufferId,
         external: impl Fn(External, Kind) -> View,
     ) -> BoundLoss {
-        BoundLoss { inputs: self.inputs, program: self.program.bind(arena, external) }
+        let program = self.program.bind(arena, external);
+        BoundLoss { inputs: self.inputs, program, replay: Replay::default() }
     }
 }
 
@@ -95,6 +97,8 @@ impl LossProgram {
 pub(super) struct BoundLoss {
     program: BoundProgram,
     inputs: LossInputs,
+    /// Of [`BoundLoss::run`].
+    replay: Replay,
 }
 
 impl BoundLoss {
@@ -120,19 +124,23 @@ impl BoundLoss {
         backend.write_index(self.program.view(rotary.positions), &positions)
     }
 
-    /// Runs one micro-batch of a step, from device memory to device memory; the token ids have been
-    /// checked.
-    pub(super) fn run_stored(
-        &self,
-        micro_batch: MicroBatch,
-        backend: &mut impl Backend,
-    ) -> Result<()> {
+    /// Brings one micro-batch of a step into place; its token ids have been checked.
+    pub(super) fn load(&self, micro_batch: &MicroBatch, backend: &mut impl Backend) -> Result<()> {
         backend.copy(micro_batch.tokens, self.program.view(self.inputs.tokens))?;
         backend.copy(micro_batch.targets, self.program.view(self.inputs.targets))?;
         if let (Some(from), Some(to)) = (micro_batch.document_starts, self.inputs.document_starts) {
             backend.copy(from, self.program.view(to))?;
         }
-        self.program.run(backend)?;
+        Ok(())
+    }
+
+    /// Forward and, in training, backward over the micro-batch that was loaded last.
+    pub(super) fn compute(&self, backend: &mut impl Backend) -> Result<()> {
+        self.program.run(backend)
+    }
+
+    /// Puts the losses of the last run to those of the step.
+    pub(super) fn store(&self, micro_batch: &MicroBatch, backend: &mut impl Backend) -> Result<()> {
         backend.copy(self.losses(), micro_batch.losses)
     }
 
@@ -149,7 +157,7 @@ impl BoundLoss {
 
     /// Runs one micro-batch and reads its losses; there is no gradient to scale.
     pub(super) fn run(
-        &self,
+        &mut self,
         rows: Rows,
         losses: &mut [f32],
         backend: &mut impl Backend,
@@ -165,7 +173,8 @@ impl BoundLoss {
                 backend.write_index(self.program.view(to), &starts)?;
             }
         }
-        self.program.run(backend)?;
+        let BoundLoss { program, replay, .. } = self;
+        replay.run(backend, |backend| program.run(backend))?;
         backend.read(self.losses(), losses)
     }
 }

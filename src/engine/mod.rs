@@ -11,6 +11,7 @@ mod layerwise;
 mod loss;
 mod parameters;
 mod plan;
+mod replay;
 mod trainer;
 
 pub use decoder::{Decoder, DecoderPlan};

@@ -6,6 +6,7 @@ use super::batches::Batches;
 use super::decoder::Decoder;
 use super::loss::BoundLoss;
 use super::plan::Plan;
+use super::replay::Replay;
 use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
 use crate::config::{Config, ModelConfig, OptimizerConfig};
@@ -40,6 +41,8 @@ pub struct Trainer<B> {
     arena_holds: Use,
     decoder: Decoder,
     batches: Batches,
+    /// What is computed for a micro-batch, by whether it is the first and the last of its step.
+    computing: [[Replay; 2]; 2],
     losses: Vec<f32>,
 }
 
@@ -105,6 +108,7 @@ impl<B: Backend> Trainer<B> {
             arena_holds,
             decoder,
             batches,
+            computing: Default::default(),
             losses,
         })
     }
@@ -177,6 +181,14 @@ impl<B: Backend> Trainer<B> {
 
     /// Forward and backward over all micro-batches of a step. Every predicted token weighs the
     /// same, in whichever micro-batch it stands. What rests has no gradient.
+    ///
+    /// What is computed for a micro-batch is replayed: forward and backward; in front of the first,
+    /// the fill of gradients; behind the last, their norm. So there are three recordings, however
+    /// many micro-batches a step has (four if one of the steps has a single one). Outside stay the copies of a micro-batch into place
+    /// and of its losses out of it, whose addresses differ, and with sampled layers, of which others
+    /// rest in other steps, the fill of what rests and the norm.
+    ///
+    /// Errors: no micro-batch, or one that does not fit.
     pub fn accumulate<'a>(
         &mut self,
         micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
@@ -189,9 +201,23 @@ impl<B: Backend> Trainer<B> {
         }
         let scale = 1.0 / predicted.max(1) as f32;
         self.training.set_scale(scale, &mut self.backend)?;
-        self.backend.zero(self.flat.gradients)?;
-        for micro_batch in self.batches.write(micro_batches, &mut self.backend)? {
-            self.training.run_stored(micro_batch, &mut self.backend)?;
+        let micro_batches = self.batches.write(micro_batches, &mut self.backend)?;
+        let (training, flat, sampled) = (&self.training, &self.flat, self.sampling.is_some());
+        for (i, micro_batch) in micro_batches.iter().enumerate() {
+            let (first, last) = (i == 0, i + 1 == micro_batches.len());
+            training.load(micro_batch, &mut self.backend)?;
+            let computing = &mut self.computing[usize::from(first)][usize::from(last)];
+            computing.run(&mut self.backend, |backend| {
+                if first {
+                    backend.zero(flat.gradients)?;
+                }
+                training.compute(backend)?;
+                if last && !sampled {
+                    backend.gradient_norm(flat)?;
+                }
+                Ok(())
+            })?;
+            training.store(micro_batch, &mut self.backend)?;
         }
         if let Some(sampling) = &self.sampling {
             let resting = |layer: &usize| sampling.count(*layer).is_none();
@@ -200,8 +226,8 @@ impl<B: Backend> Trainer<B> {
                 let part = self.flat.part(&range, |kind| self.backend.element_bytes(kind));
                 self.backend.zero(part.gradients)?;
             }
+            self.backend.gradient_norm(&self.flat)?;
         }
-        self.backend.gradient_norm(&self.flat)?;
         let total = self.batches.total_loss(&mut self.backend)?;
         let mut grad_norm = [0.0];
         self.backend.read(self.flat.grad_norm, &mut grad_norm)?;
@@ -210,6 +236,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Clips and updates; `step` counts updates from 1. A gradient that is not finite changes nothing.
+    /// On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].
     pub fn update(&mut self, optimizer: &OptimizerConfig, step: u64, lr: f64) -> Result<()> {

@@ -187,11 +187,15 @@ fn what_a_device_cannot_do_is_refused() {
     assert_eq!(output.status.code(), Some(2), "{message}");
     assert!(message.contains("--device simt"), "{message}");
 
-    // A schedule that does not exist, and what it is to be.
-    let mut command = isobath();
-    command.args(["generate", "--prompt", "a", "--device", "simt"]).arg(&run);
-    let output = command.env("SIMT_ORDER", "sideways").output().unwrap();
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.contains("SIMT_ORDER") && message.contains("fifo"), "{message}");
+    // Variables with values that do not exist, and what they are to be.
+    for (variable, value, right) in
+        [("SIMT_ORDER", "sideways", "fifo"), ("ISOBATH_GRAPHS", "few", "from 0 to 1")]
+    {
+        let mut command = isobath();
+        command.args(["generate", "--prompt", "a", "--device", "simt"]).arg(&run);
+        let output = command.env(variable, value).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(variable) && message.contains(right), "{message}");
+    }
 }

@@ -11,7 +11,7 @@ use isobath::cuda::{
     Properties, StreamId, TensorMap, TensorMapSpec,
 };
 
-/// What a driver was asked to run: kernels by name, "copy" and "fill".
+/// What a driver was asked to run or to record: kernels by name, "copy", "fill" and "graph".
 pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
 
 /// simt, and a count of what it runs.
@@ -91,6 +91,8 @@ impl Driver for Counting {
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> { self.host.end_capture(stream) }
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
+        self.count("graph");
         self.host.launch_graph(graph, stream)
     }
+    fn release_graph(&mut self, graph: GraphId) -> Result<()> { self.host.release_graph(graph) }
 }

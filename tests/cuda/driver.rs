@@ -18,7 +18,7 @@ use crate::support::normals;
 
 /// That it is an error, and that its text contains every part.
 #[track_caller]
-fn assert_refused<T>(result: Result<T, Error>, parts: &[&str]) -> Error {
+pub fn assert_refused<T>(result: Result<T, Error>, parts: &[&str]) -> Error {
     let error = result.err().expect("this must be refused");
     let text = error.to_string();
     for part in parts {
@@ -582,6 +582,7 @@ fn a_graph_runs_what_was_recorded_and_nothing_before() {
         let on_main = driver.fill(StreamId::MAIN, a.address, 16, 9);
         assert_refused(on_main, &["work on another stream"]);
         assert_refused(driver.synchronize(), &["cannot be recorded"]);
+        assert_refused(driver.release_graph(GraphId(0)), &["release of a graph cannot be rec"]);
         assert_refused(driver.elapsed_ms(event, event), &["waiting for an event cannot be rec"]);
         assert_refused(driver.download::<u8>(a.address, 1).map(|_| ()), &["to host memory"]);
         let graph = driver.end_capture(stream).unwrap();
@@ -598,6 +599,12 @@ fn a_graph_runs_what_was_recorded_and_nothing_before() {
         let copied = [vec![9; 16], vec![1; 16], vec![2; 32]].concat();
         assert_eq!(contents(driver), [filled, copied]);
         assert_refused(driver.launch_graph(GraphId(1), stream), &["this graph is of another"]);
+
+        driver.release(a).unwrap();
+        assert_refused(driver.launch_graph(graph, stream), &["32 bytes from", "in no buffer"]);
+        driver.release_graph(graph).unwrap();
+        assert_refused(driver.launch_graph(graph, stream), &["this graph is of another"]);
+        assert_refused(driver.release_graph(graph), &["this graph is of another"]);
     }
 }
 
