@@ -43,7 +43,7 @@ pub struct TuneReport {
     pub seconds: f64,
     /// Whose fastest candidate is the model's choice.
     pub same: usize,
-    /// Whose fastest candidate is at most [`RIGHT_PERCENT`] faster than the model's choice.
+    /// Whose fastest candidate is at most 1 % faster than the model's choice.
     pub right: usize,
     /// Geometric mean, and the largest.
     pub mean_loss_percent: f64,
