@@ -153,21 +153,26 @@ KERNEL(conform_cluster, 32)(uint32_t* out, const uint32_t* inp) {
 }
 EXPORT_KERNEL(conform_cluster)
 
-// Clusters of 2: each block writes into the other, then arrives there. out [blocks,32].
+// Clusters of 2: each block writes into the other, then arrives there; and once more, when it has
+// read what it got. out [blocks,32].
 KERNEL(conform_mbarrier_cluster, 32)(uint32_t* out, const uint32_t* inp) {
-  SHARED(uint64_t, barrier, 1);
+  SHARED(uint64_t, barrier, 2);
   SHARED(uint32_t, mailbox, 32);
   const uint32_t lane = threadIdx.x, peer = cluster_rank() ^ 1;
   if (lane == 0) {
-    mbarrier_init(barrier, 32);
+    mbarrier_init(&barrier[0], 32);
+    mbarrier_init(&barrier[1], 32);
     fence_mbarrier_init();
   }
   __syncwarp();
   cluster_sync();
   cluster_map(mailbox, peer)[lane] = inp[32 * blockIdx.x + lane];
-  mbarrier_arrive_cluster(barrier, peer);
-  mbarrier_wait_cluster(barrier, 0);
-  out[32 * blockIdx.x + lane] = mailbox[lane ^ 5];
+  mbarrier_arrive_cluster(&barrier[0], peer);
+  mbarrier_wait_cluster(&barrier[0], 0);
+  const uint32_t received = mailbox[lane ^ 5];
+  mbarrier_arrive_peer(&barrier[1], peer);
+  mbarrier_wait(&barrier[1], 0);
+  out[32 * blockIdx.x + lane] = received;
   __syncwarp();
   cluster_sync();
 }
