@@ -377,11 +377,11 @@ def measure(args):
     return record
 
 
-def write(record, args):
+def write(record, args, as_text=table):
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     if args.table:
-        args.table.write_text(table(record))
+        args.table.write_text(as_text(record))
 
 
 def main():

@@ -175,7 +175,7 @@ def measure(args):
                     record["ceilings"] = kernels.time_ceilings(stopwatch, twins, record["rows"])
                 kernels.time_peers(stopwatch, burst, twins, joined[kernels.key(row)], made)
                 if time.monotonic() - written > WRITE_SECONDS:
-                    write(record, args)
+                    kernels.write(record, args, table)
                     written = time.monotonic()
             record["rounds"] += 1
             print(f"round {record['rounds']} of {args.rounds}: {len(record['rows'])} of "
@@ -183,13 +183,6 @@ def measure(args):
     finally:
         isobath.close()
     return record
-
-
-def write(record, args):
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    if args.table:
-        args.table.write_text(table(record))
 
 
 def main():
@@ -226,7 +219,7 @@ def main():
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    write(record, args)
+    kernels.write(record, args, table)
     print(table(record), end="")
     return 0
 
