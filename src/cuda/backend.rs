@@ -3,8 +3,8 @@
 //! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
 //! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
 //! program is prepared; a step then only launches, or replays what was recorded as a graph, on one
-//! stream, and the first read behind it waits and reports what went wrong. The layers of each op know the kernels; here stand only
-//! addresses.
+//! stream, and the first read behind it waits and reports what went wrong. The layers of each op
+//! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
 use std::hash::Hash;

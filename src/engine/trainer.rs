@@ -184,9 +184,9 @@ impl<B: Backend> Trainer<B> {
     ///
     /// What is computed for a micro-batch is replayed: forward and backward; in front of the first,
     /// the fill of gradients; behind the last, their norm. So there are three recordings, however
-    /// many micro-batches a step has (four if one of the steps has a single one). Outside stay the copies of a micro-batch into place
-    /// and of its losses out of it, whose addresses differ, and with sampled layers, of which others
-    /// rest in other steps, the fill of what rests and the norm.
+    /// many micro-batches a step has (four if one of the steps has a single one). Outside stay the
+    /// copies of a micro-batch into place and of its losses out of it, whose addresses differ, and
+    /// with sampled layers, of which others rest in other steps, the fill of what rests and the norm.
     ///
     /// Errors: no micro-batch, or one that does not fit.
     pub fn accumulate<'a>(
