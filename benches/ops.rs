@@ -236,6 +236,7 @@ impl Ops<'_> {
             moment1: self.tensor(&[n])?,
             moment2: self.tensor(&[n])?,
             grad_norm: self.tensor(&[1])?,
+            first: 0,
         };
         self.cpu.values_mut(flat.moment2).iter_mut().for_each(|v| *v = v.abs());
         let all = 0..n;
@@ -250,6 +251,8 @@ impl Ops<'_> {
             correction2: 0.5,
             clip: 1.0,
             decay: std::slice::from_ref(&all),
+            seed: 0,
+            update: 1,
         };
         self.time(group, "gradient norm", floats(n), |cpu| cpu.gradient_norm(&flat));
         self.time(group, "adamw", floats(7 * n), |cpu| cpu.adamw(&flat, &step));

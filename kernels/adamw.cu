@@ -1,11 +1,11 @@
 // The global gradient norm and AdamW, over flat buffers of any length.
 //
 // Contract: src/cuda/adamw.rs launches; nothing is allocated. Buffers are 16-byte aligned, f32, the
-// working copy bf16. Both kernels of the norm add in f64 and in an order that only n decides, so
-// the norm is the same on every machine. The update reads everything that changes from step to
-// step from device memory (so a captured graph can be replayed), clips by grad_norm[0], and does
-// nothing at all where that is not finite. It reads and writes each element once: 28 bytes, 30
-// with the working copy.
+// working copy bf16, the moments as the kernel's name says. Both kernels of the norm add in f64 and
+// in an order that only n decides, so the norm is the same on every machine. The update computes in
+// f32, reads everything that changes from step to step from device memory (so a captured graph can
+// be replayed), clips by grad_norm[0], and does nothing at all where that is not finite. It reads
+// and writes each element once: 28 bytes, 20 with moments in bf16, 2 more with the working copy.
 #include "isobath.cuh"
 
 constexpr int WARP = 32;
@@ -84,6 +84,7 @@ struct alignas(16) Scalars {
   float lr, beta1, rest1, beta2;              // rest: 1 - beta
   float rest2, inverse1, inverse2, eps;       // inverse: 1 / (1 - beta^step)
   float decoupled, coupled, clip, alignment;  // one of the decays is 0; clip 0: off
+  uint64_t seed, stream;                      // of the bits that round; the stream names the update
 };
 
 // Which elements decay: `boundaries` ascend, and an element that an odd number of them have passed
@@ -111,6 +112,17 @@ DEVICE void load_four(const float* from, uint64_t element, uint64_t n, float (&v
     for (int j = 0; j < 4; ++j) values[j] = element + j < n ? from[element + j] : 0.0f;
   }
 }
+// 8 bytes of a thread, 256 of a warp without a gap: whole sectors, as with 16.
+DEVICE void load_four(const bf16* from, uint64_t element, uint64_t n, float (&values)[4]) {
+  if (element + 4 <= n) {
+    const uint2 four = __ldcs(reinterpret_cast<const uint2*>(from + element));
+    values[0] = low_float(four.x), values[1] = high_float(four.x);
+    values[2] = low_float(four.y), values[3] = high_float(four.y);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values[j] = element + j < n ? to_float(from[element + j]) : 0.0f;
+  }
+}
 DEVICE void store_four(float* to, uint64_t element, uint64_t n, const float (&values)[4]) {
   if (element + 4 <= n) {
     __stcs(reinterpret_cast<float4*>(to + element),
@@ -121,16 +133,72 @@ DEVICE void store_four(float* to, uint64_t element, uint64_t n, const float (&va
       if (element + j < n) to[element + j] = values[j];
   }
 }
-// 8 bytes of a thread, 256 of a warp without a gap: whole sectors, as with 16.
-DEVICE void store_four(bf16* to, uint64_t element, uint64_t n, const float (&values)[4]) {
+// Two values of 16 bits in each number, the first in the lower half.
+DEVICE void store_four(bf16* to, uint64_t element, uint64_t n, uint2 four) {
   if (element + 4 <= n) {
-    *reinterpret_cast<uint2*>(to + element) =
-        make_uint2(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]));
+    *reinterpret_cast<uint2*>(to + element) = four;
   } else {
+    const uint32_t pairs[2] = {four.x, four.y};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (element + j < n) to[element + j] = to_bf16(values[j]);
+      if (element + j < n) to[element + j] = bf16{uint16_t(pairs[j / 2] >> (j % 2 * 16))};
   }
+}
+
+// Philox4x32, as src/random.rs has it, with 7 rounds: the fewest with which it passes BigCrush
+// (Salmon et al. 2011, table 2). Random numbers of other uses have 10.
+DEVICE uint4 philox(uint64_t seed, uint64_t stream, uint64_t counter) {
+  uint32_t x[4] = {uint32_t(counter), uint32_t(counter >> 32), uint32_t(stream),
+                   uint32_t(stream >> 32)};
+  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t first = uint64_t(0xd2511f53u) * x[0], second = uint64_t(0xcd9e8d57u) * x[2];
+    x[0] = uint32_t(second >> 32) ^ x[1] ^ key[0];
+    x[1] = uint32_t(second);
+    x[2] = uint32_t(first >> 32) ^ x[3] ^ key[1];
+    x[3] = uint32_t(first);
+    key[0] += 0x9e3779b9u;
+    key[1] += 0xbb67ae85u;
+  }
+  return make_uint4(x[0], x[1], x[2], x[3]);
+}
+// The upper half is x in bf16, rounded away from zero in as many of 65536 cases of `random` as x
+// has above the bf16 below it, in 65536ths of the step between the two: the mean is x exactly. A
+// value of bf16 stays what it is, zeros and infinities too.
+DEVICE uint32_t round_by_chance(float x, uint32_t random) {
+  const uint32_t bits = __float_as_uint(x);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : bits + (random & 0xffffu);
+}
+DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) {
+  return low >> 16 | (high & 0xffff0000u);
+}
+
+// The moments of four elements; `index` is that of the first one in the whole flat buffer.
+DEVICE void store_moments(const Scalars&, float* moment1, float* moment2, uint64_t element,
+                          uint64_t n, uint64_t, const float (&m)[4], const float (&v)[4]) {
+  store_four(moment1, element, n, m);
+  store_four(moment2, element, n, v);
+}
+// One draw for the four: of the number of each the lower half for the first moment, the upper half
+// for the second one. Who computes an element, and in which launch, does not matter.
+DEVICE void store_moments(const Scalars& step, bf16* moment1, bf16* moment2, uint64_t element,
+                          uint64_t n, uint64_t index, const float (&m)[4], const float (&v)[4]) {
+  const uint4 drawn = philox(step.seed, step.stream, index / 4);
+  const uint32_t random[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
+  uint32_t rounded[2][4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    rounded[0][j] = round_by_chance(m[j], random[j]);
+    rounded[1][j] = round_by_chance(v[j], random[j] >> 16);
+  }
+  uint2 pairs[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    pairs[i] = make_uint2(upper_halves(rounded[i][0], rounded[i][1]),
+                          upper_halves(rounded[i][2], rounded[i][3]));
+  store_four(moment1, element, n, pairs[0]);
+  store_four(moment2, element, n, pairs[1]);
 }
 
 // m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
@@ -144,22 +212,23 @@ DEVICE void update(const Scalars& step, float scale, bool decays, float gradient
   w -= step.lr * (direction + (decays ? step.decoupled : 0.0f) * w);
 }
 
-// Two vectors of four arrays are 128 bytes in flight for a thread, which at half occupancy is more
-// than memory can deliver in the time of one access.
+// Two vectors of four arrays are 128 bytes in flight for a thread (96 where moments are bf16),
+// which at half occupancy is more than memory can deliver in the time of one access.
 constexpr int UPDATE_THREADS = 256, UPDATE_VECTORS = 2;
 constexpr int CHUNK = 4 * UPDATE_THREADS * UPDATE_VECTORS;  // elements of a block
 
-KERNEL(adamw_update, UPDATE_THREADS, 4)
-(const Scalars* scalars,      // [1]
- const float* grad_norm,      // [1]
- const uint64_t* boundaries,  // [boundary_count], ascending
- int boundary_count,
- float* parameters,       // [n]
- const float* gradients,  // [n]
- float* moment1,          // [n]
- float* moment2,          // [n]
- bf16* working,           // [n], round(parameters), or null
- uint64_t n) {
+template <class Moment>
+DEVICE void update_chunk(const Scalars* scalars,      // [1]
+                         const float* grad_norm,      // [1]
+                         const uint64_t* boundaries,  // [boundary_count], ascending
+                         int boundary_count,
+                         float* parameters,       // [n]
+                         const float* gradients,  // [n]
+                         Moment* moment1,         // [n]
+                         Moment* moment2,         // [n]
+                         bf16* working,           // [n], round(parameters), or null
+                         uint64_t n,
+                         uint64_t first) {  // of the whole flat buffer; 4 divides it
   const uint64_t chunk = uint64_t(blockIdx.x) * CHUNK;
   float w[UPDATE_VECTORS][4], g[UPDATE_VECTORS][4], m[UPDATE_VECTORS][4], v[UPDATE_VECTORS][4];
 #pragma unroll
@@ -189,9 +258,21 @@ KERNEL(adamw_update, UPDATE_THREADS, 4)
       update(step, scale, count % 2 != 0, g[i][j], w[i][j], m[i][j], v[i][j]);
     }
     store_four(parameters, element, n, w[i]);
-    store_four(moment1, element, n, m[i]);
-    store_four(moment2, element, n, v[i]);
-    if (working) store_four(working, element, n, w[i]);
+    store_moments(step, moment1, moment2, element, n, first + element, m[i], v[i]);
+    if (working)
+      store_four(working, element, n,
+                 make_uint2(pack_bf16(w[i][0], w[i][1]), pack_bf16(w[i][2], w[i][3])));
   }
 }
-EXPORT_KERNEL(adamw_update)
+
+#define ADAMW_UPDATE(moment)                                                                       \
+  KERNEL(adamw_update_##moment, UPDATE_THREADS, 4)                                                 \
+  (const Scalars* scalars, const float* grad_norm, const uint64_t* boundaries, int boundary_count, \
+   float* parameters, const float* gradients, moment* moment1, moment* moment2, bf16* working,     \
+   uint64_t n, uint64_t first) {                                                                   \
+    update_chunk(scalars, grad_norm, boundaries, boundary_count, parameters, gradients, moment1,   \
+                 moment2, working, n, first);                                                      \
+  }                                                                                                \
+  EXPORT_KERNEL(adamw_update_##moment)
+ADAMW_UPDATE(f32)
+ADAMW_UPDATE(bf16)

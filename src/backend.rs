@@ -89,7 +89,8 @@ pub struct LossSpec {
 
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
 /// global gradient norm, which stays on the device so that a step needs no answer from it. Where
-/// activations are narrower than f32, a fifth holds the parameters rounded to their type.
+/// activations are narrower than f32, a fifth holds the parameters rounded to their type. Both
+/// moments may be [`Kind::Bf16`], on devices that can round them by chance.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {
     pub parameters: View,
@@ -100,6 +101,8 @@ pub struct FlatBuffers {
     pub moment2: View,
     /// [1]
     pub grad_norm: View,
+    /// Elements of the whole flat buffers before these.
+    pub first: usize,
 }
 
 impl FlatBuffers {
@@ -117,6 +120,7 @@ impl FlatBuffers {
             moment1: part(self.moment1),
             moment2: part(self.moment2),
             grad_norm: self.grad_norm,
+            first: self.first + range.start,
         }
     }
 }
@@ -137,6 +141,10 @@ pub struct AdamWStep<'a> {
     pub clip: f64,
     /// Ranges of the flat buffer that decay, ascending; the rest does not.
     pub decay: &'a [Range<usize>],
+    /// Of the run, and which of its updates this is: with an element's index in the whole flat
+    /// buffer they decide how its moments are rounded, where these are stored in bf16.
+    pub seed: u64,
+    pub update: u64,
 }
 
 impl AdamWStep<'_> {
@@ -203,6 +211,8 @@ pub trait Backend {
     }
     /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;
     /// once, before either is called with these buffers. `decay` as in [`AdamWStep`].
+    ///
+    /// Errors: moments of a kind that this device does not update.
     fn prepare_optimizer(&mut self, _buffers: &FlatBuffers, _decay: &[Range<usize>]) -> Result<()> {
         Ok(())
     }

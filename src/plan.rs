@@ -48,8 +48,10 @@ impl PlanReport {
     pub fn new(config: &Config) -> Result<Self> {
         let config = &config.with_vocab()?;
         let vocab = config.model.vocab;
-        let plan = match (Device::choose(config.device), config.dtype) {
-            (Ok(Device::Cpu), Dtype::F32) => Plan::new(config, &Cpu::<f32>::new())?,
+        // What the CPU cannot train is planned for a machine that can.
+        let trains = |device: Device| config.validate_on(device.kind()).is_ok();
+        let plan = match Device::choose(config.device) {
+            Ok(Device::Cpu) if trains(Device::Cpu) => Plan::new(config, &Cpu::<f32>::new())?,
             _ => Plan::without_device(config)?,
         };
         let bytes = plan.memory();

@@ -24,10 +24,16 @@ impl Philox {
 
     /// The block at `counter`, the lower half of the 128-bit counter.
     pub fn at(&self, counter: u64) -> [u32; 4] {
+        self.after_rounds(ROUNDS, counter)
+    }
+
+    /// The block that as many rounds make: of another generator, Philox4x32-`rounds`. With 7 or more
+    /// it passes BigCrush; only kernels that draw for every element take fewer than 10.
+    pub fn after_rounds(&self, rounds: usize, counter: u64) -> [u32; 4] {
         let [mut x0, mut x1] = [counter as u32, (counter >> 32) as u32];
         let [mut x2, mut x3] = [self.stream as u32, (self.stream >> 32) as u32];
         let [mut key0, mut key1] = [self.seed as u32, (self.seed >> 32) as u32];
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let product0 = u64::from(MULTIPLIERS[0]) * u64::from(x0);
             let product1 = u64::from(MULTIPLIERS[1]) * u64::from(x2);
             (x0, x1, x2, x3) = (

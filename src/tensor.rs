@@ -66,6 +66,8 @@ pub enum Kind {
     Activation,
     /// Row statistics, losses, gains and master weights: never below f32.
     Statistic,
+    /// bf16 whatever activations are: optimizer state that is stored narrow.
+    Bf16,
     /// Token ids, targets, positions: i32.
     Index,
 }

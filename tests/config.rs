@@ -466,6 +466,8 @@ rules! {
     a_trained_tokenizer_has_the_bytes: ["data.tokenizer=train:256"] => ["data.tokenizer", "from 257"];
     a_field_is_given: ["data.field="] => ["data.field = \"\""];
     bf16_is_not_for_the_cpu: ["dtype=bf16", "device=cpu"] => ["dtype = bf16", "--set dtype=f32"];
+    narrow_moments_are_not_for_the_cpu: ["optimizer.moments=bf16", "device=cpu"]
+        => ["optimizer.moments = bf16", "--set optimizer.moments=f32", "cuda or simt"];
     the_name_is_no_path: ["name=a/b"] => ["name = \"a/b\"", "letters"];
     the_name_is_no_windows_path: ["name='a\\b'"] => ["name = "];
     the_name_is_not_the_parent: ["name=.."] => ["name = \"..\""];
@@ -497,6 +499,11 @@ fn what_auto_turns_out_to_be_is_checked_too() {
     config.validate_on(DeviceKind::Cuda).unwrap();
     config.dtype = Dtype::F32;
     config.validate_on(DeviceKind::Cpu).unwrap();
+    config.optimizer.moments = Dtype::Bf16;
+    let parts = ["optimizer.moments = bf16", "--set optimizer.moments=f32"];
+    assert_refused(config.validate_on(DeviceKind::Cpu), &parts);
+    config.validate_on(DeviceKind::Cuda).unwrap();
+    config.validate_on(DeviceKind::Simt).unwrap();
 }
 
 #[test]

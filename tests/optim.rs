@@ -3,7 +3,7 @@
 use isobath::config::Placement;
 use isobath::config::{OptimizerConfig, ScheduleKind};
 use isobath::model::parameters::ParameterTable;
-use isobath::optim::{LayerSampling, UpdateGroup, adamw_step, learning_rate};
+use isobath::optim::{LayerSampling, UpdateGroup, UpdateTime, adamw_step, learning_rate};
 
 use crate::support::{run_config, small_model};
 
@@ -75,7 +75,8 @@ fn linear_and_cosine_are_halfway_in_the_middle_and_wsd_falls_at_the_end_only() {
 fn clipping_scales_to_the_norm_and_zero_turns_it_off() {
     let step = |clip| {
         let config = OptimizerConfig { clip, ..optimizer(ScheduleKind::Cosine, 0) };
-        adamw_step(&config, 2, 1e-3, &[])
+        let time = UpdateTime { seed: 1, update: 5, count: 2 };
+        adamw_step(&config, time, 1e-3, &[])
     };
     assert_eq!(step(0.0).gradient_scale(1e30), 1.0);
     assert_eq!(step(1.0).gradient_scale(0.0), 1.0);
@@ -86,6 +87,7 @@ fn clipping_scales_to_the_norm_and_zero_turns_it_off() {
     }
     let step = step(1.0);
     assert!((step.correction1 - (1.0 - 0.9f64.powi(2))).abs() < 1e-15);
+    assert_eq!((step.seed, step.update), (1, 5), "the random bits are those of the run's update");
     assert!((step.correction2 - (1.0 - 0.95f64.powi(2))).abs() < 1e-15);
 }
 

@@ -2,9 +2,15 @@
 
 use isobath::random::Philox;
 
-/// Random123's known-answer vectors (kat_vectors, philox4x32 with 10 rounds).
+/// Random123's known-answer vectors (kat_vectors, philox4x32 with 7 and 10 rounds).
 #[test]
 fn philox_gives_the_published_vectors() {
+    let of_seven = |seed, stream, counter| Philox::new(seed, stream).after_rounds(7, counter);
+    assert_eq!(of_seven(0, 0, 0), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+    assert_eq!(
+        of_seven(0x299f_31d0_a409_3822, 0x0370_7344_1319_8a2e, 0x85a3_08d3_243f_6a88),
+        [0x4dfc_caba, 0x190a_87f0, 0xc473_62ba, 0xb6b5_242a]
+    );
     let all = u64::MAX;
     assert_eq!(Philox::new(0, 0).at(0), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
     assert_eq!(Philox::new(all, all).at(all), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);

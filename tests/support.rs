@@ -104,6 +104,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
+            moments: Dtype::F32,
             sampled_layers: 0,
             sample_interval: 1,
         },

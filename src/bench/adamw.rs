@@ -1,4 +1,4 @@
-//! The global gradient norm, and AdamW over flat buffers that all decay.
+//! The global gradient norm, and AdamW over flat buffers that all decay, with moments in each type.
 
 use std::slice;
 
@@ -9,7 +9,7 @@ use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::AdamWStep;
 use crate::config::Dtype;
-use crate::cuda::adamw::{AdamW, AdamWBuffers};
+use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -17,30 +17,55 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     let default = if on_cpu(driver) { 1 << 18 } else { 1 << 28 };
     let elements = request.elements.unwrap_or(default);
     sizes::check("an update", &[elements])?;
+    let mut rows = vec![norm(driver, request, elements)?];
+    for moments in [Dtype::F32, Dtype::Bf16] {
+        rows.push(update(driver, request, elements, moments)?);
+    }
+    Ok(rows)
+}
+
+fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<Row> {
+    let flat = element_bytes(Dtype::F32) * elements as u64;
+    let copies = Copies::new(driver, flat, flat + 4, |buffers| {
+        let gradients = buffers.normals("gradients", Dtype::F32, elements)?;
+        Ok((gradients, buffers.zeros("gradient norm", 4)?))
+    })?;
+    let kernels = AdamW::new(driver, part(elements, Dtype::F32), &[])?;
+    let samples = samples(driver, request.samples);
+    let timing = copies.time(driver, samples, |driver, &(gradients, grad_norm)| {
+        kernels.gradient_norm(driver, StreamId::MAIN, gradients, grad_norm)
+    })?;
+    kernels.release(driver)?;
+    copies.release(driver)?;
+    Ok(Row::new(Cost::gradient_norm(elements), &timing))
+}
+
+fn update(
+    driver: &mut dyn Driver,
+    request: &Request,
+    elements: usize,
+    moments: Dtype,
+) -> Result<Row> {
     let dtype = request.kernel_dtype();
     let whole = 0..elements;
     let decay = slice::from_ref(&whole);
-    let flat = 4 * elements as u64;
+    let [flat, moment] = [Dtype::F32, moments].map(|it| element_bytes(it) * elements as u64);
     let working = match dtype {
         Dtype::F32 => None,
         Dtype::Bf16 => Some(element_bytes(dtype) * elements as u64),
     };
-    let allocated = 4 * flat + working.unwrap_or(0) + 4;
+    let allocated = 2 * (flat + moment) + working.unwrap_or(0) + 4;
     let copies = Copies::new(driver, flat, allocated, |buffers| {
         Ok(AdamWBuffers {
             parameters: buffers.normals("parameters", Dtype::F32, elements)?,
             gradients: buffers.normals("gradients", Dtype::F32, elements)?,
-            moment1: buffers.zeros("moment1", flat)?,
-            moment2: buffers.zeros("moment2", flat)?,
+            moment1: buffers.zeros("moment1", moment)?,
+            moment2: buffers.zeros("moment2", moment)?,
             working: working.map(|bytes| buffers.zeros("working copy", bytes)).transpose()?,
             grad_norm: buffers.zeros("gradient norm", 4)?,
         })
     })?;
-    let kernels = AdamW::new(driver, elements as u64, decay)?;
-    let samples = samples(driver, request.samples);
-    let norm = copies.time(driver, samples, |driver, it| {
-        kernels.gradient_norm(driver, StreamId::MAIN, it.gradients, it.grad_norm)
-    })?;
+    let kernels = AdamW::new(driver, part(elements, moments), decay)?;
     let step = AdamWStep {
         lr: 1e-4,
         beta1: 0.9,
@@ -52,14 +77,18 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         correction2: 1.0 - 0.95,
         clip: 1.0,
         decay,
+        seed: 1,
+        update: 1,
     };
     kernels.prepare(driver, StreamId::MAIN, &step)?;
-    let update =
+    let samples = samples(driver, request.samples);
+    let timing =
         copies.time(driver, samples, |driver, it| kernels.launch(driver, StreamId::MAIN, it))?;
     kernels.release(driver)?;
     copies.release(driver)?;
-    Ok(vec![
-        Row::new(Cost::gradient_norm(elements), &norm),
-        Row::new(Cost::adamw(dtype, elements), &update),
-    ])
+    Ok(Row::new(Cost::adamw(dtype, moments, elements), &timing))
+}
+
+fn part(elements: usize, moments: Dtype) -> FlatPart {
+    FlatPart { first: 0, elements: elements as u64, moments }
 }

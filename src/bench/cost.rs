@@ -372,19 +372,31 @@ impl Cost {
         Cost::moving("gradient_norm", "", Dtype::F32, Sizes::Flat { n }, bytes, "gradients [N]")
     }
 
-    /// `working`: the type of matmul operands.
-    pub fn adamw(working: Dtype, n: usize) -> Self {
-        let (bytes, formula) = match working {
-            Dtype::F32 => {
+    /// `working`: the type of matmul operands; `moments`: what both are stored in.
+    pub fn adamw(working: Dtype, moments: Dtype, n: usize) -> Self {
+        let (bytes, formula) = match (working, moments) {
+            (Dtype::F32, Dtype::F32) => {
                 (28, "parameters and both moments read and written, gradients read [N]: 28 N")
             }
-            Dtype::Bf16 => (
+            (Dtype::F32, Dtype::Bf16) => {
+                (20, "parameters and both bf16 moments read and written, gradients read [N]: 20 N")
+            }
+            (Dtype::Bf16, Dtype::F32) => (
                 30,
                 "parameters and both moments read and written, gradients read, bf16 copy written \
                  [N]: 30 N",
             ),
+            (Dtype::Bf16, Dtype::Bf16) => (
+                22,
+                "parameters and both bf16 moments read and written, gradients read, bf16 copy \
+                 written [N]: 22 N",
+            ),
         };
-        Cost::moving("adamw", "", working, Sizes::Flat { n }, bytes * n as u64, formula)
+        let detail = match moments {
+            Dtype::F32 => "",
+            Dtype::Bf16 => ", moments in bf16",
+        };
+        Cost::moving("adamw", detail, working, Sizes::Flat { n }, bytes * n as u64, formula)
     }
 
     /// Of numbers of any type, or of token ids.

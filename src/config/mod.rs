@@ -77,7 +77,7 @@ impl Config {
 }
 
 choice! {
-    /// Type of matmul operands and activations.
+    /// Type of matmul operands and activations, or of what the optimizer stores.
     pub enum Dtype {
         F32 = "f32",
         Bf16 = "bf16",
@@ -319,6 +319,8 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; 0: off.
     pub clip: f64,
+    /// Type that both moments are stored in; in bf16, rounded by chance so that the mean is exact.
+    pub moments: Dtype,
     /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and head;
     /// 0: all. "LISA", Pan et al. 2024.
     pub sampled_layers: usize,

@@ -83,8 +83,16 @@ impl Config {
 
     /// Whether `device`, the one that `auto` turned out to be, can train this.
     pub fn validate_on(&self, device: DeviceKind) -> Result<()> {
-        rule(!(device == DeviceKind::Cpu && self.dtype == Dtype::Bf16), "dtype", self.dtype, || {
+        let cpu = device == DeviceKind::Cpu;
+        rule(!(cpu && self.dtype == Dtype::Bf16), "dtype", self.dtype, || {
             ("the CPU trains in f32".into(), "add --set dtype=f32".into())
+        })?;
+        let moments = self.optimizer.moments;
+        rule(!(cpu && moments == Dtype::Bf16), "optimizer.moments", moments, || {
+            (
+                "the CPU keeps moments in f32".into(),
+                "add --set optimizer.moments=f32, or train on cuda or simt".into(),
+            )
         })
     }
 

@@ -22,13 +22,15 @@ pub(crate) use matmul::{Matrix, matmul};
 pub use tile::TileProduct;
 pub use vectorise::Level;
 
+use std::ops::Range;
+
 use memory::Memory;
 
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
     ResidualSpec, Sink,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::host_memory;
 use crate::tensor::{BufferId, Kind, Shape, View};
 
@@ -78,6 +80,7 @@ impl<T: Float> Backend for Cpu<T> {
     fn element_bytes(&self, kind: Kind) -> usize {
         match kind {
             Kind::Activation | Kind::Statistic => size_of::<T>(),
+            Kind::Bf16 => 2,
             Kind::Index => size_of::<i32>(),
         }
     }
@@ -415,6 +418,16 @@ impl<T: Float> Backend for Cpu<T> {
         let gradients = loss::Gradients { scale: scale[0], d_inp, d_weight };
         loss::cross_entropy(spec, inputs, Some(gradients));
         Ok(())
+    }
+
+    fn prepare_optimizer(&mut self, buffers: &FlatBuffers, _: &[Range<usize>]) -> Result<()> {
+        match buffers.moment1.kind {
+            Kind::Bf16 => Err(Error::Config {
+                what: "optimizer.moments = bf16: the CPU keeps moments in f32".to_string(),
+                remedy: "add --set optimizer.moments=f32".to_string(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {

@@ -5,11 +5,15 @@
 //! [`AdamW::prepare`], which copies what is new in this step to the device and may not be
 //! captured, then [`AdamW::gradient_norm`] and [`AdamW::launch`], which may. The formulas stand at
 //! the head of kernels/adamw.cu and in its function `update`.
+//!
+//! Moments in bf16 are rounded by chance. The random bits are a pure function of seed, update and
+//! the element's index in the whole flat buffer: [`ROUNDING_STREAM`] says which.
 
 use std::ops::Range;
 
 use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
 use crate::backend::AdamWStep;
+use crate::config::Dtype;
 use crate::error::{Error, Result};
 
 /// Elements of a block of adamw_update, and its threads.
@@ -24,6 +28,23 @@ const MAX_PARTIALS: u64 = 1024;
 pub const MAX_ELEMENTS: u64 = 1 << 40;
 /// What every address must be a multiple of.
 const ALIGNMENT: u64 = 16;
+/// Elements that share one draw of random bits.
+const DRAWN_AT_ONCE: u64 = 4;
+
+/// Element i of update t has word i % 4 of Philox4x32-7 under the run's seed, stream
+/// `ROUNDING_STREAM ^ t`, counter i / 4: the lower half for its first moment, the upper half for its
+/// second one.
+pub const ROUNDING_STREAM: u64 = 0x4d4f_4d53 << 32;
+
+/// The part of the flat buffers that an optimizer is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlatPart {
+    /// Elements before it; a multiple of 4.
+    pub first: u64,
+    pub elements: u64,
+    /// What both moments are stored in.
+    pub moments: Dtype,
+}
 
 /// What an update reads from device memory, as kernels/adamw.cu lays it out. Everything that a
 /// step may change is in it, so that a captured graph can be replayed for another step.
@@ -46,9 +67,13 @@ pub struct Scalars {
     /// 0: off
     clip: f32,
     alignment: f32,
+    seed: u64,
+    /// [`ROUNDING_STREAM`] and the update.
+    stream: u64,
 }
 
-/// Addresses of an update, f32 but for the working copy; all multiples of 16.
+/// Addresses of an update, f32 but for the working copy and, if so stored, the moments; all multiples
+/// of 16.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWBuffers {
     /// [N]
@@ -69,7 +94,7 @@ pub struct AdamWBuffers {
 #[derive(Clone, Debug)]
 pub struct AdamW {
     device: &'static str,
-    elements: u64,
+    part: FlatPart,
     decay: Vec<Range<usize>>,
     boundaries: i32,
     /// Step scalars, then partial sums of the norm, then boundaries of the decaying ranges.
@@ -94,9 +119,18 @@ impl AdamW {
     /// The table costs a block of 2048 elements one binary search while its loads are under way,
     /// and each element another one in the few blocks that a range begins or ends in.
     ///
-    /// Errors: more than [`MAX_ELEMENTS`]; ranges that do not ascend, overlap, or leave the buffer.
-    pub fn new(driver: &mut dyn Driver, elements: u64, decay: &[Range<usize>]) -> Result<Self> {
+    /// Errors: more than [`MAX_ELEMENTS`]; a part that begins within a vector; ranges that do not
+    /// ascend, overlap, or leave the buffer.
+    pub fn new(driver: &mut dyn Driver, part: FlatPart, decay: &[Range<usize>]) -> Result<Self> {
         let device = driver.device();
+        let FlatPart { first, elements, moments } = part;
+        if !first.is_multiple_of(DRAWN_AT_ONCE) {
+            return Err(refusal(
+                device,
+                format!("a part from element {first} on; {DRAWN_AT_ONCE} share one random draw"),
+                "begin every part of the flat buffer at a multiple of 4 elements",
+            ));
+        }
         if elements > MAX_ELEMENTS {
             return Err(refusal(
                 device,
@@ -129,11 +163,11 @@ impl AdamW {
         };
         let norm_partials = driver.kernel("adamw_norm_partials")?;
         let norm_total = driver.kernel("adamw_norm_total")?;
-        let update = driver.kernel("adamw_update")?;
+        let update = driver.kernel(&format!("adamw_update_{moments}"))?;
         let memory = driver.allocate("optimizer scalars and scratch", Self::device_bytes(decay))?;
         let adamw = AdamW {
             device,
-            elements,
+            part,
             decay: decay.to_vec(),
             boundaries: boundary_count,
             memory,
@@ -165,8 +199,8 @@ impl AdamW {
     ) -> Result<()> {
         self.check_alignment("gradients", gradients)?;
         let partials = self.memory.address.offset(PARTIALS_AT);
-        let blocks = self.elements.div_ceil(NORM_TILE).clamp(1, MAX_PARTIALS) as u32;
-        let arguments = Arguments::new().with(gradients).with(partials).with(self.elements);
+        let blocks = self.part.elements.div_ceil(NORM_TILE).clamp(1, MAX_PARTIALS) as u32;
+        let arguments = Arguments::new().with(gradients).with(partials).with(self.part.elements);
         let launch = Launch::new(self.norm_partials, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
         driver.launch(&launch, &arguments)?;
         let arguments = Arguments::new().with(partials).with(grad_norm).with(blocks as i32);
@@ -219,6 +253,8 @@ impl AdamW {
             coupled: if step.decoupled { 0.0 } else { weight_decay },
             clip: f32_of("clip", step.clip)?.max(0.0),
             alignment: 0.0,
+            seed: step.seed,
+            stream: ROUNDING_STREAM ^ step.update,
         })
     }
 
@@ -256,7 +292,7 @@ impl AdamW {
         self.check_alignment("moment1", args.moment1)?;
         self.check_alignment("moment2", args.moment2)?;
         self.check_alignment("working copy", args.working.unwrap_or_default())?;
-        if self.elements == 0 {
+        if self.part.elements == 0 {
             return Ok(());
         }
         let arguments = Arguments::new()
@@ -269,8 +305,9 @@ impl AdamW {
             .with(args.moment1)
             .with(args.moment2)
             .with(args.working.unwrap_or_default())
-            .with(self.elements);
-        let blocks = self.elements.div_ceil(CHUNK) as u32;
+            .with(self.part.elements)
+            .with(self.part.first);
+        let blocks = self.part.elements.div_ceil(CHUNK) as u32;
         let launch = Launch::new(self.update, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
         driver.launch(&launch, &arguments)
     }

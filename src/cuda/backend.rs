@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::adamw::{AdamW, AdamWBuffers};
+use super::adamw::{AdamW, AdamWBuffers, FlatPart};
 use super::attention::{Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
@@ -338,7 +338,7 @@ impl Backend for Cuda {
 
     fn element_bytes(&self, kind: Kind) -> usize {
         match (kind, self.dtype) {
-            (Kind::Activation, Dtype::Bf16) => 2,
+            (Kind::Activation, Dtype::Bf16) | (Kind::Bf16, _) => 2,
             (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
         }
     }
@@ -385,7 +385,12 @@ impl Backend for Cuda {
 
     fn prepare_optimizer(&mut self, buffers: &FlatBuffers, decay: &[Range<usize>]) -> Result<()> {
         let elements = buffers.parameters.shape.elements() as u64;
-        let optimizer = AdamW::new(&mut *self.driver, elements, decay)?;
+        let moments = match buffers.moment1.kind {
+            Kind::Bf16 => Dtype::Bf16,
+            _ => Dtype::F32,
+        };
+        let part = FlatPart { first: buffers.first as u64, elements, moments };
+        let optimizer = AdamW::new(&mut *self.driver, part, decay)?;
         self.layers.optimizers.push((buffers.parameters, optimizer));
         Ok(())
     }
@@ -463,6 +468,7 @@ impl Backend for Cuda {
             Kind::Activation => pointwise.add(driver, STREAM, elements, from, to),
             Kind::Statistic => pointwise.add_f32(driver, STREAM, elements, from, to),
             Kind::Index => unreachable!("token ids are not numbers to compute with"),
+            Kind::Bf16 => unreachable!("the tape has no optimizer state"),
         }
     }
 

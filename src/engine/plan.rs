@@ -8,7 +8,7 @@ use super::Parameters;
 use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
-use super::trainer::update_groups;
+use super::trainer::{moment_kind, update_groups};
 use crate::backend::Backend;
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
@@ -23,6 +23,8 @@ pub struct Plan {
     pub(super) evaluation: LossProgram,
     pub(super) sampling: DecoderPlan,
     pub(super) flat_bytes: usize,
+    /// Of each of the two.
+    pub(super) moment_bytes: usize,
     working_bytes: usize,
     batch_bytes: usize,
     optimizer_bytes: usize,
@@ -74,6 +76,7 @@ impl Plan {
         };
         Self::sized(config, |kind| match kind {
             Kind::Activation => activation,
+            Kind::Bf16 => 2,
             Kind::Statistic | Kind::Index => 4,
         })
     }
@@ -94,6 +97,7 @@ impl Plan {
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
+        let moment_bytes = table.stored_elements() * element_bytes(moment_kind(&config.optimizer));
         let working_bytes = Parameters::working_bytes(&table, &element_bytes);
         let (count, tokens) = (config.train.grad_accumulation, batch * sequence);
         let batch_bytes = Batches::bytes(count, tokens, documents, &element_bytes);
@@ -103,6 +107,7 @@ impl Plan {
             evaluation,
             sampling,
             flat_bytes,
+            moment_bytes,
             working_bytes,
             batch_bytes,
             optimizer_bytes: 0,
@@ -131,7 +136,7 @@ impl Plan {
         let flat = self.flat_bytes as u64;
         let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
         let (working_copy, batches) = (self.working_bytes as u64, self.batch_bytes as u64);
-        let moments = 2 * flat + self.optimizer_bytes as u64;
+        let moments = (2 * self.moment_bytes + self.optimizer_bytes) as u64;
         let process = self.process_bytes as u64;
         let flat_buffers = 2 * flat + working_copy + moments;
         MemoryTable {
@@ -160,7 +165,8 @@ impl Plan {
             available,
             table: memory.to_string(),
             remedy: "lower train.micro_batch (and raise train.grad_accumulation by as much), \
-                     raise train.recompute (norms, attention, block), or lower data.sequence"
+                     raise train.recompute (norms, attention, block), lower data.sequence, or \
+                     set optimizer.moments to bf16"
                 .to_string(),
         })
     }

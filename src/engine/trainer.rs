@@ -9,10 +9,10 @@ use super::plan::Plan;
 use super::replay::Replay;
 use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
-use crate::config::{Config, ModelConfig, OptimizerConfig};
+use crate::config::{Config, Dtype, ModelConfig, OptimizerConfig};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
-use crate::optim::{self, LayerSampling, UpdateGroup};
+use crate::optim::{self, LayerSampling, UpdateGroup, UpdateTime};
 use crate::tape::External;
 use crate::tensor::{Kind, View};
 
@@ -30,6 +30,7 @@ pub struct StepOutcome {
 pub struct Trainer<B> {
     backend: B,
     config: ModelConfig,
+    seed: u64,
     table: ParameterTable,
     parameters: Parameters,
     flat: FlatBuffers,
@@ -58,19 +59,22 @@ impl<B: Backend> Trainer<B> {
     pub fn new(plan: Plan, config: &Config, mut backend: B) -> Result<Self> {
         plan.check_fits(&backend)?;
         let arena = backend.allocate("activations", plan.arena_bytes())?;
-        let Plan { table, training, evaluation, sampling, flat_bytes, .. } = plan;
+        let Plan { table, training, evaluation, sampling, flat_bytes, moment_bytes, .. } = plan;
         let bytes = backend.element_bytes(Kind::Statistic);
         let parameters = Parameters::allocate(&table, &mut backend)?;
-        let mut flat = |label| -> Result<View> {
-            Ok(flat_view(backend.allocate(label, flat_bytes)?, table.stored_elements()))
+        let mut flat = |label, kind, bytes| -> Result<View> {
+            let view = flat_view(backend.allocate(label, bytes)?, table.stored_elements());
+            Ok(View { kind, ..view })
         };
+        let moment = moment_kind(&config.optimizer);
         let flat = FlatBuffers {
             parameters: parameters.master,
             working: parameters.working,
-            gradients: flat("gradients")?,
-            moment1: flat("first moment")?,
-            moment2: flat("second moment")?,
+            gradients: flat("gradients", Kind::Statistic, flat_bytes)?,
+            moment1: flat("first moment", moment, moment_bytes)?,
+            moment2: flat("second moment", moment, moment_bytes)?,
             grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
+            first: 0,
         };
         let groups = update_groups(&table, &config.optimizer);
         for group in &groups {
@@ -91,13 +95,14 @@ impl<B: Backend> Trainer<B> {
         let losses = vec![0.0; tokens];
         training.prepare(&mut backend)?;
         evaluation.prepare(&mut backend)?;
-        let config = config.model.clone();
+        let (config, seed) = (config.model.clone(), config.seed);
         training.write_constants(&config, &mut backend)?;
         let decoder = sampling.allocate(&parameters, &mut backend)?;
         let arena_holds = Use::Training;
         Ok(Trainer {
             backend,
             config,
+            seed,
             table,
             parameters,
             flat,
@@ -235,29 +240,31 @@ impl<B: Backend> Trainer<B> {
         Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
     }
 
-    /// Clips and updates; `step` counts updates from 1. A gradient that is not finite changes nothing.
+    /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
     /// On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].
-    pub fn update(&mut self, optimizer: &OptimizerConfig, step: u64, lr: f64) -> Result<()> {
+    pub fn update(&mut self, optimizer: &OptimizerConfig, update: u64, lr: f64) -> Result<()> {
+        let time = UpdateTime { seed: self.seed, update, count: update };
         let Some(sampling) = &self.sampling else {
-            let arguments = optim::adamw_step(optimizer, step, lr, &self.groups[0].decay);
+            let arguments = optim::adamw_step(optimizer, time, lr, &self.groups[0].decay);
             return self.backend.adamw(&self.flat, &arguments);
         };
-        if sampling.update() != step {
+        if sampling.update() != update {
             return Err(Error::Usage {
-                what: format!("update {step} with the gradient of update {}", sampling.update()),
+                what: format!("update {update} with the gradient of update {}", sampling.update()),
                 remedy: "begin the update before its gradient is computed".to_string(),
             });
         }
         for group in &self.groups[1..] {
             let count = match group.layer {
-                None => Some(step),
+                None => Some(update),
                 Some(layer) => sampling.count(layer),
             };
             let Some(count) = count else { continue };
             let part = self.flat.part(&group.range, |kind| self.backend.element_bytes(kind));
-            let arguments = optim::adamw_step(optimizer, count, lr, &group.decay);
+            let time = UpdateTime { count, ..time };
+            let arguments = optim::adamw_step(optimizer, time, lr, &group.decay);
             self.backend.adamw(&part, &arguments)?;
         }
         Ok(())
@@ -300,6 +307,14 @@ fn layer_sampling(config: &Config) -> Option<LayerSampling> {
         let OptimizerConfig { sampled_layers, sample_interval, .. } = *optimizer;
         LayerSampling::new(config.seed, layers, sampled_layers, sample_interval)
     })
+}
+
+/// What both moments are stored as.
+pub(super) fn moment_kind(config: &OptimizerConfig) -> Kind {
+    match config.moments {
+        Dtype::F32 => Kind::Statistic,
+        Dtype::Bf16 => Kind::Bf16,
+    }
 }
 
 /// What the optimizer is made ready for: the whole, and the parts if they are updated apart.

@@ -91,14 +91,25 @@ fn decay_ranges(table: &ParameterTable, part: &Range<usize>) -> Vec<Range<usize>
     ranges
 }
 
-/// The arguments of step `step` (from 1).
+/// When an update is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UpdateTime {
+    /// Of the run.
+    pub seed: u64,
+    /// Updates of the run up to this one.
+    pub update: u64,
+    /// Those of the parameters at hand, which may have rested: Adam's t.
+    pub count: u64,
+}
+
+/// The arguments of an update.
 pub fn adamw_step<'a>(
     config: &OptimizerConfig,
-    step: u64,
+    UpdateTime { seed, update, count }: UpdateTime,
     lr: f64,
     decay: &'a [Range<usize>],
 ) -> AdamWStep<'a> {
-    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+    let correction = |beta: f64| 1.0 - beta.powf(count as f64);
     AdamWStep {
         lr,
         beta1: config.beta1,
@@ -110,5 +121,7 @@ pub fn adamw_step<'a>(
         correction2: correction(config.beta2),
         clip: config.clip,
         decay,
+        seed,
+        update,
     }
 }

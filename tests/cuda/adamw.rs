@@ -1,8 +1,11 @@
 //! kernels/adamw.cu against the f64 CPU backend: sizes around vectors, tiles and blocks, decaying
-//! ranges at every edge, clipping, norms that are not finite, and the working copy.
+//! ranges at every edge, clipping, norms that are not finite, and the working copy. Moments in bf16
+//! are f32 results rounded as `moments::stored` says.
 
 // One decaying range is a list of ranges, not of its elements.
 #![expect(clippy::single_range_in_vec_init)]
+
+mod moments;
 
 use std::ops::Range;
 
@@ -10,7 +13,7 @@ use half::bf16;
 use isobath::backend::{AdamWStep, Backend, FlatBuffers};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
-use isobath::cuda::adamw::{AdamW, AdamWBuffers, MAX_ELEMENTS};
+use isobath::cuda::adamw::{AdamW, AdamWBuffers, FlatPart, MAX_ELEMENTS};
 use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId, host};
 use isobath::tensor::{Kind, Shape, View};
 
@@ -27,7 +30,11 @@ struct Case {
     /// Largest norm, as a share of the gradients' norm; 0: off.
     clip: f64,
     working: bool,
+    moments: Dtype,
 }
+
+const SEED: u64 = 0x1234_5678_9abc_def0;
+const UPDATE: u64 = 3;
 
 impl Case {
     fn step(&self, norm: f64) -> AdamWStep<'_> {
@@ -43,23 +50,33 @@ impl Case {
             correction2: 1.0 - 0.95f64.powi(3),
             clip: f64::from((self.clip * norm) as f32),
             decay: &self.decay,
+            seed: SEED,
+            update: UPDATE,
         }
+    }
+
+    fn part(&self) -> FlatPart {
+        FlatPart { first: 0, elements: self.elements as u64, moments: self.moments }
     }
 }
 
-/// parameters, gradients, moment1, moment2 [N], each in f32.
+fn f32_part(elements: usize) -> FlatPart {
+    FlatPart { first: 0, elements: elements as u64, moments: F32 }
+}
+
+/// parameters, gradients, moment1, moment2 [N], in f32; the moments as they are stored.
 type Flat = [Vec<f64>; 4];
 
-fn inputs(elements: usize) -> Flat {
-    let draw = |seed, of: fn(f64) -> f64| -> Vec<f64> {
-        normals(seed, elements).into_iter().map(|value| rounded(F32, of(value))).collect()
+fn inputs(elements: usize, moments: Dtype) -> Flat {
+    let draw = |dtype, seed, of: fn(f64) -> f64| -> Vec<f64> {
+        normals(seed, elements).into_iter().map(|value| rounded(dtype, of(value))).collect()
     };
     [
         // None so small that its decay could not be seen.
-        draw(1, |x| 0.1 * (x + 1f64.copysign(x))),
-        draw(2, |x| x),
-        draw(3, |x| 0.1 * x),
-        draw(4, |x| 0.1 + x * x),
+        draw(F32, 1, |x| 0.1 * (x + 1f64.copysign(x))),
+        draw(F32, 2, |x| x),
+        draw(moments, 3, |x| 0.1 * x),
+        draw(moments, 4, |x| 0.1 + x * x),
     ]
 }
 
@@ -77,7 +94,7 @@ struct Prepared {
 
 impl Prepared {
     fn new(case: Case) -> Self {
-        let inputs = inputs(case.elements);
+        let inputs = inputs(case.elements, case.moments);
         let norm = inputs[1].iter().map(|g| g * g).sum::<f64>().sqrt();
         let (plain, exact) = (plain(&case, &inputs, norm), exact(&case, &inputs, norm));
         Prepared { case, inputs, clip_by: norm, plain, exact }
@@ -98,7 +115,8 @@ fn exact(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
     };
     let [parameters, gradients, moment1, moment2] = [0, 1, 2, 3].map(|i| view(&inputs[i]));
     let grad_norm = view(&[0.0]);
-    let buffers = FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm };
+    let buffers =
+        FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm, first: 0 };
     cpu.gradient_norm(&buffers).unwrap();
     cpu.adamw(&buffers, &case.step(norm)).unwrap();
     [grad_norm, parameters, moment1, moment2].map(|view| cpu.values(view).to_vec())
@@ -134,6 +152,7 @@ fn plain(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
 /// The buffers of one optimizer on a device.
 struct OnDevice {
     adamw: AdamW,
+    moments: Dtype,
     flat: [Allocation; 4],
     working: Option<Allocation>,
     grad_norm: Allocation,
@@ -142,9 +161,11 @@ struct OnDevice {
 impl OnDevice {
     fn new(driver: &mut dyn Driver, case: &Case, inputs: &Flat) -> Self {
         let names = ["parameters", "gradients", "moment1", "moment2"];
+        let dtypes = [F32, F32, case.moments, case.moments];
         OnDevice {
-            adamw: AdamW::new(driver, case.elements as u64, &case.decay).unwrap(),
-            flat: [0, 1, 2, 3].map(|i| upload(driver, names[i], F32, &inputs[i])),
+            adamw: AdamW::new(driver, case.part(), &case.decay).unwrap(),
+            moments: case.moments,
+            flat: [0, 1, 2, 3].map(|i| upload(driver, names[i], dtypes[i], &inputs[i])),
             working: case.working.then(|| unwritten(driver, "working", Dtype::Bf16, case.elements)),
             grad_norm: unwritten(driver, "grad_norm", F32, 1),
         }
@@ -168,8 +189,9 @@ impl OnDevice {
     }
 
     fn outputs(&self, driver: &mut dyn Driver) -> Outputs {
-        [self.grad_norm, self.flat[0], self.flat[2], self.flat[3]]
-            .map(|buffer| download(driver, F32, buffer))
+        let [parameters, _, moment1, moment2] = self.flat;
+        [(F32, self.grad_norm), (F32, parameters), (self.moments, moment1), (self.moments, moment2)]
+            .map(|(dtype, buffer)| download(driver, dtype, buffer))
     }
 
     /// Every bit that an update could change.
@@ -199,8 +221,13 @@ fn check(driver: &mut dyn Driver, prepared: &Prepared) -> Vec<u8> {
     device.adamw.update(driver, StreamId::MAIN, &step, &device.buffers()).unwrap();
     let found = device.outputs(driver);
     let what = format!("{} elements, {case:?}", case.elements);
+    // Before they were rounded.
+    let computed = match case.moments {
+        Dtype::F32 => found.clone(),
+        Dtype::Bf16 => moments::check_stored(driver, &what, case, inputs, &step, &found),
+    };
     for i in 0..4 {
-        assert_exact(&format!("{what} {}", NAMES[i]), F32, &found[i], &plain[i], &exact[i]);
+        assert_exact(&format!("{what} {}", NAMES[i]), F32, &computed[i], &plain[i], &exact[i]);
     }
     if let Some(working) = device.working {
         let rounded: Vec<f64> = found[1].iter().map(|&w| rounded(Dtype::Bf16, w)).collect();
@@ -225,6 +252,7 @@ fn every_size_and_option() {
     let sizes = [1, 2, 3, 4, 5, 63, 1023, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 10_243];
     check_all(sizes.into_iter().enumerate().flat_map(|(index, elements)| {
         [0, 1].map(|option| Case {
+            moments: if (index / 2 + option) % 2 == 0 { Dtype::Bf16 } else { F32 },
             elements,
             decay: vec![0..elements / 2, elements / 2 + elements / 7..elements],
             decoupled: (index + option) % 2 == 0,
@@ -256,6 +284,7 @@ fn every_edge_of_a_decaying_range() {
         decoupled: index % 2 == 0,
         clip: 0.5,
         working: false,
+        moments: DTYPES[index / 2 % 2],
     }));
 }
 
@@ -277,7 +306,7 @@ fn the_norm_of_more_tiles_than_blocks() {
 }
 
 fn norm_of(driver: &mut dyn Driver, gradients: &[f32]) -> f32 {
-    let adamw = AdamW::new(driver, gradients.len() as u64, &[]).unwrap();
+    let adamw = AdamW::new(driver, f32_part(gradients.len()), &[]).unwrap();
     let buffer = driver.upload("gradients", gradients).unwrap();
     let to = driver.upload("grad_norm", &[f32::NAN]).unwrap();
     adamw.gradient_norm(driver, StreamId::MAIN, buffer.address, to.address).unwrap();
@@ -311,12 +340,18 @@ fn a_norm_is_exact_over_the_whole_range_of_f32() {
 fn a_norm_that_is_not_finite_changes_nothing() {
     on_each_machine(|driver| {
         let elements = 2048 + 7;
-        let case =
-            Case { elements, decay: vec![0..100], decoupled: true, clip: 1.0, working: true };
+        let case = Case {
+            elements,
+            decay: vec![0..100],
+            decoupled: true,
+            clip: 1.0,
+            working: true,
+            moments: Dtype::Bf16,
+        };
         for clip in [0.0, 1.0] {
             for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                 for place in [0, 3, 2047, 2048, elements - 1] {
-                    let mut flat = inputs(elements);
+                    let mut flat = inputs(elements, case.moments);
                     flat[1][place] = bad;
                     let device = OnDevice::new(driver, &case, &flat);
                     let working = device.working.unwrap();
@@ -331,7 +366,7 @@ fn a_norm_that_is_not_finite_changes_nothing() {
                     assert!(device.bits(driver) == before, "{bad} at {place} changed something");
 
                     // The same optimizer takes the next step.
-                    let good = upload(driver, "gradients", F32, &inputs(elements)[1]);
+                    let good = upload(driver, "gradients", F32, &inputs(elements, F32)[1]);
                     let bytes = good.bytes;
                     let (from, to) = (good.address, device.flat[1].address);
                     driver.on_device(StreamId::MAIN, from, to, bytes).unwrap();
@@ -350,44 +385,50 @@ fn a_norm_that_is_not_finite_changes_nothing() {
 /// were launched one by one.
 #[test]
 fn a_captured_step_reads_its_scalars_from_the_device() {
-    on_each_machine(|driver| {
-        let case = Case {
-            elements: 5000,
-            decay: vec![64..1000, 2048..4500],
-            decoupled: true,
-            clip: 0.5,
-            working: true,
-        };
-        let flat = inputs(case.elements);
-        let step = |t: i32| AdamWStep {
-            lr: 0.01 * f64::from(t),
-            correction1: 1.0 - 0.9f64.powi(t),
-            correction2: 1.0 - 0.95f64.powi(t),
-            clip: if t == 2 { 0.0 } else { 20.0 },
-            ..case.step(1.0)
-        };
-        let launched = OnDevice::new(driver, &case, &flat);
-        for t in 1..4 {
-            launched.norm(driver);
-            launched.adamw.update(driver, StreamId::MAIN, &step(t), &launched.buffers()).unwrap();
-        }
-        let captured = OnDevice::new(driver, &case, &flat);
-        let stream = driver.new_stream().unwrap();
-        driver.begin_capture(stream).unwrap();
-        let (gradients, to) = (captured.flat[1].address, captured.grad_norm.address);
-        captured.adamw.gradient_norm(driver, stream, gradients, to).unwrap();
-        captured.adamw.launch(driver, stream, &captured.buffers()).unwrap();
-        let graph = driver.end_capture(stream).unwrap();
-        driver.synchronize().unwrap();
-        for t in 1..4 {
-            captured.adamw.prepare(driver, stream, &step(t)).unwrap();
-            driver.launch_graph(graph, stream).unwrap();
-        }
-        driver.synchronize().unwrap();
-        assert!(captured.bits(driver) == launched.bits(driver), "the replay gives other bits");
-        launched.release(driver);
-        captured.release(driver);
-    });
+    for moments in DTYPES {
+        on_each_machine(|driver| check_captured(driver, moments));
+    }
+}
+
+fn check_captured(driver: &mut dyn Driver, moments: Dtype) {
+    let case = Case {
+        elements: 5000,
+        decay: vec![64..1000, 2048..4500],
+        decoupled: true,
+        clip: 0.5,
+        working: true,
+        moments,
+    };
+    let flat = inputs(case.elements, moments);
+    let step = |t: i32| AdamWStep {
+        lr: 0.01 * f64::from(t),
+        correction1: 1.0 - 0.9f64.powi(t),
+        correction2: 1.0 - 0.95f64.powi(t),
+        clip: if t == 2 { 0.0 } else { 20.0 },
+        update: t as u64,
+        ..case.step(1.0)
+    };
+    let launched = OnDevice::new(driver, &case, &flat);
+    for t in 1..4 {
+        launched.norm(driver);
+        launched.adamw.update(driver, StreamId::MAIN, &step(t), &launched.buffers()).unwrap();
+    }
+    let captured = OnDevice::new(driver, &case, &flat);
+    let stream = driver.new_stream().unwrap();
+    driver.begin_capture(stream).unwrap();
+    let (gradients, to) = (captured.flat[1].address, captured.grad_norm.address);
+    captured.adamw.gradient_norm(driver, stream, gradients, to).unwrap();
+    captured.adamw.launch(driver, stream, &captured.buffers()).unwrap();
+    let graph = driver.end_capture(stream).unwrap();
+    driver.synchronize().unwrap();
+    for t in 1..4 {
+        captured.adamw.prepare(driver, stream, &step(t)).unwrap();
+        driver.launch_graph(graph, stream).unwrap();
+    }
+    driver.synchronize().unwrap();
+    assert!(captured.bits(driver) == launched.bits(driver), "the replay gives other bits");
+    launched.release(driver);
+    captured.release(driver);
 }
 
 #[test]
@@ -401,14 +442,23 @@ fn what_cannot_be_updated_is_refused() {
             #[expect(clippy::reversed_empty_ranges)]
             (8, vec![6..4], "ascend"),
         ] {
-            let error = AdamW::new(driver, elements, &decay).unwrap_err().to_string();
+            let part = FlatPart { elements, ..f32_part(0) };
+            let error = AdamW::new(driver, part, &decay).unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
         }
-        AdamW::new(driver, MAX_ELEMENTS, &[]).unwrap();
+        AdamW::new(driver, FlatPart { elements: MAX_ELEMENTS, ..f32_part(0) }, &[]).unwrap();
+        let error = AdamW::new(driver, FlatPart { first: 66, ..f32_part(8) }, &[]).unwrap_err();
+        assert!(error.to_string().contains("a multiple of 4 elements"), "{error}");
 
-        let case =
-            Case { elements: 64, decay: vec![0..8], decoupled: true, clip: 0.0, working: true };
-        let device = OnDevice::new(driver, &case, &inputs(64));
+        let case = Case {
+            elements: 64,
+            decay: vec![0..8],
+            decoupled: true,
+            clip: 0.0,
+            working: true,
+            moments: F32,
+        };
+        let device = OnDevice::new(driver, &case, &inputs(64, F32));
         let good = case.step(1.0);
         let other = [0..9];
         for (step, why) in [
@@ -440,7 +490,7 @@ fn what_cannot_be_updated_is_refused() {
         assert!(error.to_string().contains("multiple of 16"), "{error}");
 
         // No elements: a norm of 0 and no update.
-        let empty = AdamW::new(driver, 0, &[]).unwrap();
+        let empty = AdamW::new(driver, f32_part(0), &[]).unwrap();
         empty.gradient_norm(driver, StreamId::MAIN, buffers.gradients, to).unwrap();
         assert_eq!(driver.download::<f32>(to, 1).unwrap(), [0.0]);
         let step = AdamWStep { decay: &[], ..good };
@@ -452,10 +502,17 @@ fn what_cannot_be_updated_is_refused() {
 #[test]
 fn the_working_copy_is_the_nearest() {
     on_each_machine(|driver| {
-        let case = Case { elements: 6, decay: vec![], decoupled: true, clip: 0.0, working: true };
+        let case = Case {
+            elements: 6,
+            decay: vec![],
+            decoupled: true,
+            clip: 0.0,
+            working: true,
+            moments: F32,
+        };
         // lr 0: the parameters stay.
         let step = AdamWStep { lr: 0.0, ..case.step(1.0) };
-        let mut flat = inputs(6);
+        let mut flat = inputs(6, F32);
         flat[0] = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x3f80_7fff, 0xbf81_8000, 0x0000_0001]
             .map(|bits| f64::from(f32::from_bits(bits)))
             .to_vec();
@@ -482,6 +539,7 @@ fn workers_do_not_change_a_bit() {
         decoupled: true,
         clip: 0.5,
         working: true,
+        moments: Dtype::Bf16,
     };
     let prepared = Prepared::new(case);
     let of_workers = |workers| {

@@ -96,25 +96,50 @@ fn a_checkpoint_goes_on_wherever_it_was_written() {
     }
 }
 
+/// Losses and gradient norms of every step.
+fn steps(run: &Path) -> Vec<(Option<f64>, Option<f64>)> {
+    let values = |line: &Value| (line["loss"].as_f64(), line["grad_norm"].as_f64());
+    metrics(run).iter().map(values).collect()
+}
+
+/// What a checkpoint says of parameters and moments.
+fn state(run: &Path, step: u64) -> [Vec<u8>; 2] {
+    let folder = isobath::rundir::checkpoint_folder(run, step);
+    ["trainer.safetensors", "model.safetensors"]
+        .map(|file| std::fs::read(folder.join(file)).unwrap())
+}
+
 #[test]
 fn a_resumed_run_has_the_bits_of_one_in_one_go() {
     let Some(case) = Case::new() else { return };
-    let sets = |steps: &'static str| ["dtype=bf16", "train.grad_accumulation=2", steps];
-    let whole = case.train("whole", "simt", &sets("train.steps=4"));
-    case.train("parts", "simt", &sets("train.steps=2"));
-    let parts = case.train("parts", "simt", &sets("train.steps=4"));
-    // The first part has evaluated at its end; the rest is the same.
-    let steps = |run: &Path| {
-        let values = |line: &Value| (line["loss"].as_f64(), line["grad_norm"].as_f64());
-        metrics(run).iter().map(values).collect::<Vec<_>>()
-    };
-    assert_eq!(steps(&whole), steps(&parts));
-    let state = |run: &Path| {
-        let folder = isobath::rundir::checkpoint_folder(run, 4);
-        ["trainer.safetensors", "model.safetensors"].map(|file| std::fs::read(folder.join(file)))
-    };
-    let [whole, parts] = [state(&whole), state(&parts)];
-    assert!(whole.map(Result::unwrap) == parts.map(Result::unwrap));
+    for format in ["optimizer.moments=f32", "optimizer.moments=bf16"] {
+        let sets = |steps: &'static str| ["dtype=bf16", "train.grad_accumulation=2", format, steps];
+        let [whole, parts] = ["whole", "parts"].map(|name| format!("{name}-{format}"));
+        let whole = case.train(&whole, "simt", &sets("train.steps=4"));
+        case.train(&parts, "simt", &sets("train.steps=2"));
+        let parts = case.train(&parts, "simt", &sets("train.steps=4"));
+        // The first part has evaluated at its end; the rest is the same.
+        assert_eq!(steps(&whole), steps(&parts), "{format}");
+        assert!(state(&whole, 4) == state(&parts, 4), "{format}");
+    }
+}
+
+/// Checkpoints are the same whatever the optimizer's state is stored as.
+#[test]
+fn a_run_goes_on_with_state_of_another_type() {
+    let Some(case) = Case::new() else { return };
+    let sets = |moments, steps| ["dtype=bf16", moments, steps];
+    let [wide, narrow] = ["optimizer.moments=f32", "optimizer.moments=bf16"];
+    let whole = losses(&case.train("wide", "simt", &sets(wide, "train.steps=6")));
+    for (name, first, second) in [("narrowed", wide, narrow), ("widened", narrow, wide)] {
+        case.train(name, "simt", &sets(first, "train.steps=3"));
+        let found = losses(&case.train(name, "simt", &sets(second, "train.steps=6")));
+        assert_ne!(found, whole, "{name}: moments were never narrow");
+        assert_eq!(found.len(), 6);
+        for (found, expected) in found.into_iter().zip(&whole) {
+            assert_near(found, *expected, 3e-3);
+        }
+    }
 }
 
 #[test]

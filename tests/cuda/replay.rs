@@ -51,6 +51,12 @@ fn with_sampled_layers(config: Config) -> Config {
     config
 }
 
+fn with_narrow_moments(config: Config) -> Config {
+    let mut config = config;
+    config.optimizer.moments = Dtype::Bf16;
+    config
+}
+
 struct Batch {
     tokens: Vec<i32>,
     targets: Vec<i32>,
@@ -166,6 +172,7 @@ fn ten_replayed_steps_give_the_bits_of_launched_ones() {
         ("recompute", recomputed(config(Dtype::Bf16, 2))),
         ("documents", with_documents(config(Dtype::Bf16, 2))),
         ("sampled layers", with_sampled_layers(config(Dtype::Bf16, 2))),
+        ("moments in bf16", with_narrow_moments(config(Dtype::F32, 2))),
     ];
     for (what, config) in cases {
         on_machines(config.dtype, |replays, launches| {
@@ -178,7 +185,7 @@ fn ten_replayed_steps_give_the_bits_of_launched_ones() {
 /// The replaying run is also begun anew from its state in the middle, where it records again.
 #[test]
 fn evaluations_samples_and_a_resumption_in_between_change_no_bit() {
-    let config = with_sampled_layers(config(Dtype::Bf16, 2));
+    let config = with_narrow_moments(with_sampled_layers(config(Dtype::Bf16, 2)));
     let held_out = Batch::new(&config, 1000);
     let run = |first: Cuda, second: Option<Cuda>| {
         let (mut trainer, mut trained) = (self::trainer(&config, first), Trained::default());
@@ -257,13 +264,13 @@ fn the_host_launches_once_for_each_micro_batch() {
     let expected = |calls: &[(&str, u64)]| -> BTreeMap<String, u64> {
         calls.iter().map(|&(name, count)| (name.to_string(), count)).collect()
     };
-    let whole = |copies| expected(&[("adamw_update", 1), ("copy", copies), ("graph", 3)]);
+    let whole = |copies| expected(&[("adamw_update_f32", 1), ("copy", copies), ("graph", 3)]);
     let plain = config(Dtype::Bf16, 3);
     let sampled = with_sampled_layers(plain.clone());
     let resting = [
         ("adamw_norm_partials", 1),
         ("adamw_norm_total", 1),
-        ("adamw_update", 3), // in front of the layers, behind them, and one of them
+        ("adamw_update_f32", 3), // in front of the layers, behind them, and one of them
         ("copy", 9),
         ("fill", 2),
         ("graph", 3),
