@@ -163,25 +163,16 @@ DEVICE uint4 philox(uint64_t seed, uint64_t stream, uint64_t counter) {
   }
   return make_uint4(x[0], x[1], x[2], x[3]);
 }
-// The upper half is x in bf16, rounded away from zero in as many of 65536 cases of `random` as x
-// has above the bf16 below it, in 65536ths of the step between the two: the mean is x exactly. A
-// value of bf16 stays what it is, zeros and infinities too.
-DEVICE uint32_t round_by_chance(float x, uint32_t random) {
-  const uint32_t bits = __float_as_uint(x);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : bits + (random & 0xffffu);
-}
-DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) {
-  return low >> 16 | (high & 0xffff0000u);
-}
-
 // The moments of four elements; `index` is that of the first one in the whole flat buffer.
 DEVICE void store_moments(const Scalars&, float* moment1, float* moment2, uint64_t element,
                           uint64_t n, uint64_t, const float (&m)[4], const float (&v)[4]) {
   store_four(moment1, element, n, m);
   store_four(moment2, element, n, v);
 }
-// One draw for the four: of the number of each the lower half for the first moment, the upper half
-// for the second one. Who computes an element, and in which launch, does not matter.
+// Each is raised by a random part of a step: it becomes a neighbour as often as it is near it, and
+// the mean is exact. One draw for the four: of the number of each the lower half for the first
+// moment, the upper half for the second one. Who computes an element, and in which launch, does not
+// matter.
 DEVICE void store_moments(const Scalars& step, bf16* moment1, bf16* moment2, uint64_t element,
                           uint64_t n, uint64_t index, const float (&m)[4], const float (&v)[4]) {
   const uint4 drawn = philox(step.seed, step.stream, index / 4);
@@ -189,8 +180,8 @@ DEVICE void store_moments(const Scalars& step, bf16* moment1, bf16* moment2, uin
   uint32_t rounded[2][4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    rounded[0][j] = round_by_chance(m[j], random[j]);
-    rounded[1][j] = round_by_chance(v[j], random[j] >> 16);
+    rounded[0][j] = raised(m[j], random[j] & 0xffffu);
+    rounded[1][j] = raised(v[j], random[j] >> 16);
   }
   uint2 pairs[2];
 #pragma unroll
@@ -226,7 +217,7 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
                          const float* gradients,  // [n]
                          Moment* moment1,         // [n]
                          Moment* moment2,         // [n]
-                         bf16* working,           // [n], round(parameters), or null
+                         bf16* working,           // [n], rounded_parameter of each, or null
                          uint64_t n,
                          uint64_t first) {  // of the whole flat buffer; 4 divides it
   const uint64_t chunk = uint64_t(blockIdx.x) * CHUNK;
@@ -260,8 +251,9 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
     store_four(parameters, element, n, w[i]);
     store_moments(step, moment1, moment2, element, n, first + element, m[i], v[i]);
     if (working)
-      store_four(working, element, n,
-                 make_uint2(pack_bf16(w[i][0], w[i][1]), pack_bf16(w[i][2], w[i][3])));
+      store_four(
+          working, element, n,
+          make_uint2(rounded_parameters(w[i][0], w[i][1]), rounded_parameters(w[i][2], w[i][3])));
   }
 }
 

@@ -37,6 +37,22 @@ DEVICE uint32_t pack_bf16(float low, float high) { return bf16x2_bits(low, high)
 DEVICE float low_float(uint32_t pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_float(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// The upper half is x in bf16, away from zero where what x is beyond the value below it makes a
+// whole step together with `added` of 65536 parts of one. NaN stays NaN.
+DEVICE uint32_t raised(float x, uint32_t added) {
+  const uint32_t bits = __float_as_uint(x);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fff0000u : bits + added;
+}
+DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) {
+  return low >> 16 | (high & 0xffff0000u);
+}
+// How parameters become bf16, everywhere: to nearest, halves away from zero. What that changes, as
+// a number of bits, fits into 16 with a sign, so that both are the parameter exactly.
+DEVICE uint32_t rounded_parameter(float x) { return raised(x, 0x8000u); }
+DEVICE uint32_t rounded_parameters(float low, float high) {
+  return upper_halves(rounded_parameter(low), rounded_parameter(high));
+}
+
 // ---------------------------------------------------------------- vectors of 16 bytes
 using f32 = float;  // kernels' names end in the type
 

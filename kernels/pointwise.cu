@@ -210,18 +210,18 @@ DEVICE void add(const T* from, T* to, uint64_t elements) {
 POINTWISE_KERNELS(bf16)
 POINTWISE_KERNELS(f32)
 
-// to = from, rounded to nearest, ties to even
+// to = from, rounded as parameters are
 KERNEL(cast_to_bf16, THREADS, 8)(const float* from, bf16* to, uint64_t elements) {
   const uint64_t vectors = elements / VALUES<bf16>;
   for (uint64_t at = first_thread(); at < vectors; at += thread_step()) {
     const float4* const four = reinterpret_cast<const float4*>(from) + 2 * at;
     const float4 low = four[0], high = four[1];
     reinterpret_cast<uint4*>(to)[at] =
-        make_uint4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
-                   pack_bf16(high.z, high.w));
+        make_uint4(rounded_parameters(low.x, low.y), rounded_parameters(low.z, low.w),
+                   rounded_parameters(high.x, high.y), rounded_parameters(high.z, high.w));
   }
   const uint64_t rest = vectors * VALUES<bf16> + first_thread();
-  if (rest < elements) to[rest] = to_bf16(from[rest]);
+  if (rest < elements) to[rest] = bf16{uint16_t(rounded_parameter(from[rest]) >> 16)};
 }
 EXPORT_KERNEL(cast_to_bf16)
 

@@ -140,6 +140,14 @@ pub fn rounded(dtype: Dtype, value: f64) -> f64 {
     }
 }
 
+/// A parameter in bf16: the nearest, and of two equally near the one farther from zero.
+pub fn rounded_parameter(value: f32) -> bf16 {
+    match value.is_nan() {
+        true => bf16::NAN,
+        false => bf16::from_bits(((value.to_bits() + 0x8000) >> 16) as u16),
+    }
+}
+
 /// Half the distance from 1 to the next value: the relative error of one rounding.
 pub fn unit_roundoff(dtype: Dtype) -> f64 {
     match dtype {

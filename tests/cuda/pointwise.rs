@@ -311,8 +311,8 @@ fn sums_are_rounded_once() {
 
 /// Normals, and what rounding can get wrong.
 fn castable(count: usize) -> Vec<f32> {
-    let halfway = f32::from_bits(0x3f80_8000); // between 1 and the next bf16: to even, down
-    let odd_halfway = f32::from_bits(0x3f81_8000); // to even, up
+    let halfway = f32::from_bits(0x3f80_8000); // between 1 and the next bf16: up
+    let odd_halfway = f32::from_bits(0x3f81_8000); // up, too
     let special = [
         halfway,
         odd_halfway,
@@ -322,6 +322,7 @@ fn castable(count: usize) -> Vec<f32> {
         f32::INFINITY,
         f32::NEG_INFINITY,
         f32::NAN,
+        f32::from_bits(0x7fff_ffff), // a NaN that would become -0
         -0.0,
         f32::from_bits(1),
         f32::from_bits(0x0001_8000),
@@ -335,7 +336,7 @@ fn castable(count: usize) -> Vec<f32> {
 }
 
 #[test]
-fn casts_round_to_nearest_even_and_lose_nothing_back() {
+fn casts_round_to_nearest_halves_away_and_lose_nothing_back() {
     on_every_machine(|driver| {
         let mut all = vec![];
         let kernels = Pointwise::new(driver, Dtype::Bf16).unwrap();
@@ -351,7 +352,7 @@ fn casts_round_to_nearest_even_and_lose_nothing_back() {
             let narrow = driver.download::<bf16>(narrow.address, elements + 1).unwrap();
             let wide = driver.download::<f32>(wide.address, elements + 1).unwrap();
             for (i, &value) in values.iter().enumerate() {
-                let expected = bf16::from_f32(value);
+                let expected = rounded_parameter(value);
                 if value.is_nan() {
                     assert!(narrow[i].is_nan() && wide[i].is_nan(), "{elements}: NaN at {i}");
                 } else {
