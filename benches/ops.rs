@@ -232,6 +232,7 @@ impl Ops<'_> {
         let flat = FlatBuffers {
             parameters: self.tensor(&[n])?,
             working: None,
+            vectors: None,
             gradients: self.tensor(&[n])?,
             moment1: self.tensor(&[n])?,
             moment2: self.tensor(&[n])?,

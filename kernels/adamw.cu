@@ -1,11 +1,12 @@
 // The global gradient norm and AdamW, over flat buffers of any length.
 //
 // Contract: src/cuda/adamw.rs launches; nothing is allocated. Buffers are 16-byte aligned, f32, the
-// working copy bf16, the moments as the kernel's name says. Both kernels of the norm add in f64 and
-// in an order that only n decides, so the norm is the same on every machine. The update computes in
-// f32, reads everything that changes from step to step from device memory (so a captured graph can
-// be replayed), clips by grad_norm[0], and does nothing at all where that is not finite. It reads
-// and writes each element once: 28 bytes, 20 with moments in bf16, 2 more with the working copy.
+// working copy bf16, the moments and the parameters as the kernel's name says. Both kernels of the
+// norm add in f64 and in an order that only n decides, so the norm is the same on every machine.
+// The update computes in f32, reads everything that changes from step to step from device memory
+// (so a captured graph can be replayed), clips by grad_norm[0], and does nothing at all where that
+// is not finite. It reads and writes each element once: 28 bytes, 20 with moments in bf16; 2 more
+// where it also writes a working copy, which parameters in two halves hold already.
 #include "isobath.cuh"
 
 constexpr int WARP = 32;
@@ -112,17 +113,6 @@ DEVICE void load_four(const float* from, uint64_t element, uint64_t n, float (&v
     for (int j = 0; j < 4; ++j) values[j] = element + j < n ? from[element + j] : 0.0f;
   }
 }
-// 8 bytes of a thread, 256 of a warp without a gap: whole sectors, as with 16.
-DEVICE void load_four(const bf16* from, uint64_t element, uint64_t n, float (&values)[4]) {
-  if (element + 4 <= n) {
-    const uint2 four = __ldcs(reinterpret_cast<const uint2*>(from + element));
-    values[0] = low_float(four.x), values[1] = high_float(four.x);
-    values[2] = low_float(four.y), values[3] = high_float(four.y);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) values[j] = element + j < n ? to_float(from[element + j]) : 0.0f;
-  }
-}
 DEVICE void store_four(float* to, uint64_t element, uint64_t n, const float (&values)[4]) {
   if (element + 4 <= n) {
     __stcs(reinterpret_cast<float4*>(to + element),
@@ -133,18 +123,109 @@ DEVICE void store_four(float* to, uint64_t element, uint64_t n, const float (&va
       if (element + j < n) to[element + j] = values[j];
   }
 }
-// Two values of 16 bits in each number, the first in the lower half.
-DEVICE void store_four(bf16* to, uint64_t element, uint64_t n, uint2 four) {
+// Of 16 bits each, two in a number, the first in the lower half. 8 bytes of a thread, 256 of a warp
+// without a gap: whole sectors, as with 16.
+DEVICE uint2 load_halves(const uint16_t* from, uint64_t element, uint64_t n) {
+  if (element + 4 <= n) return __ldcs(reinterpret_cast<const uint2*>(from + element));
+  uint32_t pairs[2] = {};
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (element + j < n) pairs[j / 2] |= uint32_t(from[element + j]) << (j % 2 * 16);
+  return make_uint2(pairs[0], pairs[1]);
+}
+// Kept in the caches where the next forward pass reads it.
+template <bool Kept = false>
+DEVICE void store_halves(uint16_t* to, uint64_t element, uint64_t n, uint2 four) {
   if (element + 4 <= n) {
-    *reinterpret_cast<uint2*>(to + element) = four;
+    uint2* const place = reinterpret_cast<uint2*>(to + element);
+    if constexpr (Kept)
+      *place = four;
+    else
+      __stcs(place, four);
   } else {
     const uint32_t pairs[2] = {four.x, four.y};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (element + j < n) to[element + j] = bf16{uint16_t(pairs[j / 2] >> (j % 2 * 16))};
+      if (element + j < n) to[element + j] = uint16_t(pairs[j / 2] >> (j % 2 * 16));
+  }
+}
+DEVICE const uint16_t* halves(const bf16* values) {
+  return reinterpret_cast<const uint16_t*>(values);
+}
+DEVICE uint16_t* halves(bf16* values) { return reinterpret_cast<uint16_t*>(values); }
+DEVICE void load_four(const bf16* from, uint64_t element, uint64_t n, float (&values)[4]) {
+  const uint2 four = load_halves(halves(from), element, n);
+  values[0] = low_float(four.x), values[1] = high_float(four.x);
+  values[2] = low_float(four.y), values[3] = high_float(four.y);
+}
+
+// ---------------------------------------------------------------- parameters
+DEVICE void store_working(bf16* to, uint64_t element, uint64_t n, const float (&w)[4]) {
+  store_halves<true>(halves(to), element, n,
+                     make_uint2(rounded_parameters(w[0], w[1]), rounded_parameters(w[2], w[3])));
+}
+
+// As f32, with a rounded copy or without.
+struct Whole {
+  float* parameters;  // [n]
+  bf16* working;      // [n], rounded_parameter of each, or null
+};
+DEVICE void load_four(const Whole& from, uint64_t element, uint64_t n, float (&w)[4]) {
+  load_four(from.parameters, element, n, w);
+}
+DEVICE void store_four(const Whole& to, uint64_t element, uint64_t n, const float (&w)[4]) {
+  store_four(to.parameters, element, n, w);
+  if (to.working) store_working(to.working, element, n, w);
+}
+
+// As the rounded copy and the lower half of the bits of each: from 0x8000 on, it has raised the
+// upper half by 1, which is what a 16-bit number with a sign takes back when it is added. Some
+// parameters are vectors that kernels read in f32: those have a copy, too.
+struct Split {
+  bf16* working;               // [n]
+  uint16_t* lower;             // [n]
+  float* vectors;              // copies of all of them, whatever part of the parameters this is
+  const uint64_t* boundaries;  // [2 count], ascending: where each vector begins and ends
+  const uint64_t* places;      // [count]: where its copy begins
+  int count;
+};
+DEVICE float joined(uint32_t upper, uint32_t lower) {
+  return __uint_as_float((upper & 0xffff0000u) + uint32_t(int32_t(lower) >> 16));
+}
+DEVICE void load_four(const Split& from, uint64_t element, uint64_t n, float (&w)[4]) {
+  const uint2 upper = load_halves(halves(from.working), element, n);
+  const uint2 lower = load_halves(from.lower, element, n);
+  w[0] = joined(upper.x << 16, lower.x << 16);
+  w[1] = joined(upper.x, lower.x);
+  w[2] = joined(upper.y << 16, lower.y << 16);
+  w[3] = joined(upper.y, lower.y);
+}
+DEVICE uint32_t lower_halves(float low, float high) {
+  return (__float_as_uint(low) & 0xffffu) | __float_as_uint(high) << 16;
+}
+DEVICE void store_four(const Split& to, uint64_t element, uint64_t n, const float (&w)[4]) {
+  store_working(to.working, element, n, w);
+  store_halves(to.lower, element, n,
+               make_uint2(lower_halves(w[0], w[1]), lower_halves(w[2], w[3])));
+}
+
+// Whether a block of elements may hold some of a vector, then the copies of four of them.
+DEVICE bool holds_vectors(const Whole&, uint64_t, uint64_t) { return false; }
+DEVICE void store_vectors(const Whole&, uint64_t, uint64_t, const float (&)[4]) {}
+DEVICE bool holds_vectors(const Split& to, uint64_t begin, uint64_t end) {
+  const int passed = boundaries_passed(to.boundaries, 0, 2 * to.count, begin);
+  return passed % 2 != 0 || (passed < 2 * to.count && to.boundaries[passed] < end);
+}
+DEVICE void store_vectors(const Split& to, uint64_t element, uint64_t n, const float (&w)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int passed = boundaries_passed(to.boundaries, 0, 2 * to.count, element + j);
+    if (passed % 2 != 0 && element + j < n)
+      to.vectors[to.places[passed / 2] + (element + j - to.boundaries[passed - 1])] = w[j];
   }
 }
 
+// ---------------------------------------------------------------- moments
 // Philox4x32, as src/random.rs has it, with 7 rounds: the fewest with which it passes BigCrush
 // (Salmon et al. 2011, table 2). Random numbers of other uses have 10.
 DEVICE uint4 philox(uint64_t seed, uint64_t stream, uint64_t counter) {
@@ -188,8 +269,8 @@ DEVICE void store_moments(const Scalars& step, bf16* moment1, bf16* moment2, uin
   for (int i = 0; i < 2; ++i)
     pairs[i] = make_uint2(upper_halves(rounded[i][0], rounded[i][1]),
                           upper_halves(rounded[i][2], rounded[i][3]));
-  store_four(moment1, element, n, pairs[0]);
-  store_four(moment2, element, n, pairs[1]);
+  store_halves(halves(moment1), element, n, pairs[0]);
+  store_halves(halves(moment2), element, n, pairs[1]);
 }
 
 // m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
@@ -208,16 +289,14 @@ DEVICE void update(const Scalars& step, float scale, bool decays, float gradient
 constexpr int UPDATE_THREADS = 256, UPDATE_VECTORS = 2;
 constexpr int CHUNK = 4 * UPDATE_THREADS * UPDATE_VECTORS;  // elements of a block
 
-template <class Moment>
+template <class Parameters, class Moment>
 DEVICE void update_chunk(const Scalars* scalars,      // [1]
                          const float* grad_norm,      // [1]
                          const uint64_t* boundaries,  // [boundary_count], ascending
-                         int boundary_count,
-                         float* parameters,       // [n]
+                         int boundary_count, const Parameters& parameters,
                          const float* gradients,  // [n]
                          Moment* moment1,         // [n]
                          Moment* moment2,         // [n]
-                         bf16* working,           // [n], rounded_parameter of each, or null
                          uint64_t n,
                          uint64_t first) {  // of the whole flat buffer; 4 divides it
   const uint64_t chunk = uint64_t(blockIdx.x) * CHUNK;
@@ -238,6 +317,7 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
   const float scale = step.clip > 0 && norm > step.clip ? __fdiv_rn(step.clip, norm) : 1.0f;
   const int passed = boundaries_passed(boundaries, 0, boundary_count, chunk);
   const bool mixed = passed < boundary_count && boundaries[passed] < chunk + CHUNK;
+  const bool vectors = holds_vectors(parameters, chunk, chunk + CHUNK);
 
 #pragma unroll
   for (int i = 0; i < UPDATE_VECTORS; ++i) {
@@ -250,21 +330,29 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
     }
     store_four(parameters, element, n, w[i]);
     store_moments(step, moment1, moment2, element, n, first + element, m[i], v[i]);
-    if (working)
-      store_four(
-          working, element, n,
-          make_uint2(rounded_parameters(w[i][0], w[i][1]), rounded_parameters(w[i][2], w[i][3])));
+    if (vectors) store_vectors(parameters, element, n, w[i]);
   }
 }
 
 #define ADAMW_UPDATE(moment)                                                                       \
   KERNEL(adamw_update_##moment, UPDATE_THREADS, 4)                                                 \
   (const Scalars* scalars, const float* grad_norm, const uint64_t* boundaries, int boundary_count, \
-   float* parameters, const float* gradients, moment* moment1, moment* moment2, bf16* working,     \
-   uint64_t n, uint64_t first) {                                                                   \
-    update_chunk(scalars, grad_norm, boundaries, boundary_count, parameters, gradients, moment1,   \
-                 moment2, working, n, first);                                                      \
+   const float* gradients, moment* moment1, moment* moment2, uint64_t n, uint64_t first,           \
+   float* parameters, bf16* working) {                                                             \
+    const Whole whole = {parameters, working};                                                     \
+    update_chunk(scalars, grad_norm, boundaries, boundary_count, whole, gradients, moment1,        \
+                 moment2, n, first);                                                               \
   }                                                                                                \
-  EXPORT_KERNEL(adamw_update_##moment)
+  EXPORT_KERNEL(adamw_update_##moment)                                                             \
+  KERNEL(adamw_update_split_##moment, UPDATE_THREADS, 4)                                           \
+  (const Scalars* scalars, const float* grad_norm, const uint64_t* boundaries, int boundary_count, \
+   const float* gradients, moment* moment1, moment* moment2, uint64_t n, uint64_t first,           \
+   bf16* working, uint16_t* lower, float* vectors, const uint64_t* vector_boundaries,              \
+   const uint64_t* vector_places, int vector_count) {                                              \
+    const Split split = {working, lower, vectors, vector_boundaries, vector_places, vector_count}; \
+    update_chunk(scalars, grad_norm, boundaries, boundary_count, split, gradients, moment1,        \
+                 moment2, n, first);                                                               \
+  }                                                                                                \
+  EXPORT_KERNEL(adamw_update_split_##moment)
 ADAMW_UPDATE(f32)
 ADAMW_UPDATE(bf16)

@@ -89,13 +89,16 @@ pub struct LossSpec {
 
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
 /// global gradient norm, which stays on the device so that a step needs no answer from it. Where
-/// activations are narrower than f32, a fifth holds the parameters rounded to their type. Both
-/// moments may be [`Kind::Bf16`], on devices that can round them by chance.
+/// activations are narrower than f32, a fifth holds the parameters rounded to their type. On devices
+/// that can, both moments may be [`Kind::Bf16`], rounded by chance, and the parameters
+/// [`Kind::LowerHalf`] of what the rounded ones are the upper half of.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {
     pub parameters: View,
     /// Activations; written by the update.
     pub working: Option<View>,
+    /// f32 copies of all vectors, if parameters are halves; written by the update.
+    pub vectors: Option<View>,
     pub gradients: View,
     pub moment1: View,
     pub moment2: View,
@@ -106,7 +109,7 @@ pub struct FlatBuffers {
 }
 
 impl FlatBuffers {
-    /// A range of elements of every buffer; the norm stays that of the whole.
+    /// A range of elements of every buffer; the norm and the copies of vectors stay those of the whole.
     pub fn part(&self, range: &Range<usize>, element_bytes: impl Fn(Kind) -> usize) -> Self {
         let part = |view: View| View {
             offset: view.offset + range.start * element_bytes(view.kind),
@@ -116,6 +119,7 @@ impl FlatBuffers {
         FlatBuffers {
             parameters: part(self.parameters),
             working: self.working.map(part),
+            vectors: self.vectors,
             gradients: part(self.gradients),
             moment1: part(self.moment1),
             moment2: part(self.moment2),
@@ -123,6 +127,15 @@ impl FlatBuffers {
             first: self.first + range.start,
         }
     }
+}
+
+/// A vector among the parameters, and where its f32 copy begins.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VectorCopy {
+    /// Elements of the flat buffers.
+    pub from: Range<usize>,
+    /// Element of [`FlatBuffers::vectors`].
+    pub to: usize,
 }
 
 /// AdamW, Loshchilov & Hutter 2019, algorithm 2; with `decoupled` false, Adam with L2 decay.
@@ -206,14 +219,20 @@ pub trait Backend {
     }
 
     /// Bytes that [`Backend::prepare_optimizer`] allocates.
-    fn optimizer_bytes(&self, _decay: &[Range<usize>]) -> usize {
+    fn optimizer_bytes(&self, _decay: &[Range<usize>], _vectors: &[VectorCopy]) -> usize {
         0
     }
     /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;
-    /// once, before either is called with these buffers. `decay` as in [`AdamWStep`].
+    /// once, before either is called with these buffers. `decay` as in [`AdamWStep`]; `vectors`
+    /// ascend, and are read where the parameters are halves.
     ///
-    /// Errors: moments of a kind that this device does not update.
-    fn prepare_optimizer(&mut self, _buffers: &FlatBuffers, _decay: &[Range<usize>]) -> Result<()> {
+    /// Errors: state of a kind that this device does not update.
+    fn prepare_optimizer(
+        &mut self,
+        _buffers: &FlatBuffers,
+        _decay: &[Range<usize>],
+        _vectors: &[VectorCopy],
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -225,6 +244,14 @@ pub trait Backend {
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
+    /// Copies f32 in and out that lie as bf16, rounded as [`Backend::round`] does it, and as the lower
+    /// halves of their bits.
+    fn write_halves(&mut self, upper: View, _lower: View, _values: &[f32]) -> Result<()> {
+        unreachable!("{} has no f32 in halves: {}", self.name(), upper.shape)
+    }
+    fn read_halves(&mut self, upper: View, _lower: View, _values: &mut [f32]) -> Result<()> {
+        unreachable!("{} has no f32 in halves: {}", self.name(), upper.shape)
+    }
     /// The views themselves, if they are f32 in host memory.
     fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]>;
     fn zero(&mut self, view: View) -> Result<()>;

@@ -68,6 +68,8 @@ pub enum Kind {
     Statistic,
     /// bf16 whatever activations are: optimizer state that is stored narrow.
     Bf16,
+    /// The lower 16 bits of an f32 whose bf16 is stored elsewhere.
+    LowerHalf,
     /// Token ids, targets, positions: i32.
     Index,
 }

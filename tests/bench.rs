@@ -6,7 +6,7 @@ use isobath::bench::cost::Cost;
 use isobath::bench::{
     self, Benchmark, Machine, Prediction, ProductsRequest, Request, Sizes, StepRequest, Unit,
 };
-use isobath::config::{Config, Dtype, NormKind, Placement, Recompute};
+use isobath::config::{Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Family, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
@@ -111,7 +111,10 @@ fn work_is_counted_by_its_formula() {
     let logits = 16 * 80 * 2;
     let loss = [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4];
     assert_eq!(amounts(&small(Benchmark::Loss)), loss);
-    assert_eq!(amounts(&small(Benchmark::Adamw)), [4 * 3000, 30 * 3000, 22 * 3000]);
+    assert_eq!(
+        amounts(&small(Benchmark::Adamw)),
+        [4 * 3000, 30 * 3000, 22 * 3000, 28 * 3000, 20 * 3000]
+    );
     assert_eq!(amounts(&wide(small(Benchmark::Adamw))), [4 * 3000, 28 * 3000, 20 * 3000]);
 }
 
@@ -333,6 +336,10 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     narrow.optimizer.moments = Dtype::Bf16;
     let narrow = Prediction::new(&narrow).unwrap();
     assert_eq!(prediction.bytes - narrow.bytes, 8 * stored, "moments in bf16");
+    let mut halves = config.clone();
+    halves.optimizer.master = Master::Split;
+    let halves = Prediction::new(&halves).unwrap();
+    assert_eq!(prediction.bytes - halves.bytes, 2 * stored, "parameters in halves");
 
     let without = Prediction::new(&Config { dtype: Dtype::F32, ..config }).unwrap();
     assert_eq!(without.roofs.len(), 1, "nobody measured fp32 products");
@@ -683,6 +690,8 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("loss_forward", json!({"T": 16, "V": 2048})),
         ("loss_backward", json!({"T": 16, "V": 2048})),
         ("gradient_norm", json!({"N": 4096})),
+        ("adamw", json!({"N": 4096})), // with its state stored in each way
+        ("adamw", json!({"N": 4096})),
         ("adamw", json!({"N": 4096})),
         ("adamw", json!({"N": 4096})),
     ];

@@ -468,6 +468,10 @@ rules! {
     bf16_is_not_for_the_cpu: ["dtype=bf16", "device=cpu"] => ["dtype = bf16", "--set dtype=f32"];
     narrow_moments_are_not_for_the_cpu: ["optimizer.moments=bf16", "device=cpu"]
         => ["optimizer.moments = bf16", "--set optimizer.moments=f32", "cuda or simt"];
+    halves_are_not_for_the_cpu: ["optimizer.master=bf16+16", "device=cpu"]
+        => ["optimizer.master = bf16+16", "--set optimizer.master=f32", "cuda or simt"];
+    halves_need_a_bf16_copy: ["optimizer.master=bf16+16", "device=simt"]
+        => ["optimizer.master = bf16+16", "dtype = f32", "in bf16"];
     the_name_is_no_path: ["name=a/b"] => ["name = \"a/b\"", "letters"];
     the_name_is_no_windows_path: ["name='a\\b'"] => ["name = "];
     the_name_is_not_the_parent: ["name=.."] => ["name = \"..\""];

@@ -473,9 +473,16 @@ fn adamw_is_the_published_formula_and_walks_decay_ranges() {
         update: 1,
     };
     let grad_norm = view(cpu, &[1]);
-    let working = None;
-    let buffers =
-        FlatBuffers { parameters, working, gradients, moment1, moment2, grad_norm, first: 0 };
+    let buffers = FlatBuffers {
+        parameters,
+        working: None,
+        vectors: None,
+        gradients,
+        moment1,
+        moment2,
+        grad_norm,
+        first: 0,
+    };
     for norm in [f64::NAN, f64::INFINITY] {
         cpu.values_mut(grad_norm)[0] = norm;
         cpu.adamw(&buffers, &step).unwrap();
@@ -511,9 +518,16 @@ fn gradient_norm_is_the_euclidean_norm() {
     let grad_norm = view(cpu, &[1]);
     let unused = filled(cpu, &[50_001], 8);
     let (parameters, moment1, moment2) = (unused, unused, unused);
-    let working = None;
-    let buffers =
-        FlatBuffers { parameters, working, gradients, moment1, moment2, grad_norm, first: 0 };
+    let buffers = FlatBuffers {
+        parameters,
+        working: None,
+        vectors: None,
+        gradients,
+        moment1,
+        moment2,
+        grad_norm,
+        first: 0,
+    };
     cpu.gradient_norm(&buffers).unwrap();
     assert_close("norm", &values(cpu, grad_norm), &[expected], 1e-12);
 }

@@ -21,3 +21,4 @@ mod plain;
 mod pointwise;
 mod replay;
 mod residual;
+mod state;

@@ -1,5 +1,6 @@
 //! src/optim: schedules, clipping, and what is updated when.
 
+use isobath::backend::VectorCopy;
 use isobath::config::Placement;
 use isobath::config::{OptimizerConfig, ScheduleKind};
 use isobath::model::parameters::ParameterTable;
@@ -160,11 +161,14 @@ fn groups_of_an_update_make_up_the_flat_buffer() {
             assert_eq!(layers, [None, Some(1), Some(2), Some(3), None]);
             let mut end = 0;
             let mut decaying = vec![];
-            for UpdateGroup { range, decay, layer } in &groups {
+            let mut copies = vec![];
+            for UpdateGroup { range, decay, vectors, layer } in &groups {
                 assert_eq!(range.start, end);
                 end = range.end;
                 decaying
                     .extend(decay.iter().flat_map(|d| range.start + d.start..range.start + d.end));
+                let place = |it: &VectorCopy| (range.start + it.from.start, it.from.len(), it.to);
+                copies.extend(vectors.iter().map(place));
                 for parameter in table.entries() {
                     let inside = range.contains(&parameter.offset);
                     assert!(!inside || parameter.range().end <= range.end, "{}", parameter.name);
@@ -177,6 +181,19 @@ fn groups_of_an_update_make_up_the_flat_buffer() {
             let whole: Vec<usize> =
                 UpdateGroup::whole(&table).decay.into_iter().flatten().collect();
             assert_eq!(decaying, whole, "{placement}");
+            // Every gain has a copy of its own, whose place is the same in whole and parts.
+            let of_whole = UpdateGroup::whole(&table).vectors;
+            let place = |it: &VectorCopy| (it.from.start, it.from.len(), it.to);
+            assert_eq!(copies, of_whole.iter().map(place).collect::<Vec<_>>(), "{placement}");
+            let gains = table.entries().iter().filter(|it| it.stored.sizes().len() == 1);
+            let gains = gains.map(|it| (it.offset, it.stored.elements(), it.vector.unwrap()));
+            assert_eq!(copies, gains.collect::<Vec<_>>(), "{placement}");
+            let mut end = 0;
+            for (_, elements, to) in copies {
+                assert!(to >= end && to.is_multiple_of(64), "{placement}: a copy at {to}");
+                end = to + elements;
+            }
+            assert!(end <= table.vector_elements());
         }
     }
 }

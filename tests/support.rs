@@ -2,8 +2,8 @@
 
 use isobath::config::{
     Attention, CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, Format,
-    InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig, OptimizerKind, Placement,
-    Recompute, Rows, ScheduleKind, TrainConfig,
+    InitKind, LnsPosition, Master, ModelConfig, NormKind, OptimizerConfig, OptimizerKind,
+    Placement, Recompute, Rows, ScheduleKind, TrainConfig,
 };
 use isobath::random::Philox;
 
@@ -105,6 +105,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             weight_decay: 0.1,
             clip: 1.0,
             moments: Dtype::F32,
+            master: Master::F32,
             sampled_layers: 0,
             sample_interval: 1,
         },

@@ -259,8 +259,8 @@ def loss(row, device):
 # ------------------------------------------------------------------ optimizer
 
 def adamw(row, device):
-    if has(row, "moments in bf16"):
-        raise NoTwin("PyTorch's fused AdamW keeps moments in the parameters' type")
+    if has(row, "moments in bf16") or has(row, "parameters in halves"):
+        raise NoTwin("PyTorch's fused AdamW keeps parameters and moments in one type")
     count = row["sizes"]["N"]
     working = row["dtype"] == "bf16"
 

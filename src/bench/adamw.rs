@@ -1,4 +1,5 @@
-//! The global gradient norm, and AdamW over flat buffers that all decay, with moments in each type.
+//! The global gradient norm, and AdamW over flat buffers that all decay, with its state stored in each
+//! way.
 
 use std::slice;
 
@@ -8,7 +9,7 @@ use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::AdamWStep;
-use crate::config::Dtype;
+use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
@@ -18,8 +19,14 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     let elements = request.elements.unwrap_or(default);
     sizes::check("an update", &[elements])?;
     let mut rows = vec![norm(driver, request, elements)?];
-    for moments in [Dtype::F32, Dtype::Bf16] {
-        rows.push(update(driver, request, elements, moments)?);
+    let masters: &[Master] = match request.kernel_dtype() {
+        Dtype::F32 => &[Master::F32],
+        Dtype::Bf16 => &[Master::F32, Master::Split],
+    };
+    for &master in masters {
+        for moments in [Dtype::F32, Dtype::Bf16] {
+            rows.push(update(driver, request, part(elements, master, moments))?);
+        }
     }
     Ok(rows)
 }
@@ -30,7 +37,7 @@ fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<R
         let gradients = buffers.normals("gradients", Dtype::F32, elements)?;
         Ok((gradients, buffers.zeros("gradient norm", 4)?))
     })?;
-    let kernels = AdamW::new(driver, part(elements, Dtype::F32), &[])?;
+    let kernels = AdamW::new(driver, part(elements, Master::F32, Dtype::F32), &[], &[])?;
     let samples = samples(driver, request.samples);
     let timing = copies.time(driver, samples, |driver, &(gradients, grad_norm)| {
         kernels.gradient_norm(driver, StreamId::MAIN, gradients, grad_norm)
@@ -40,32 +47,36 @@ fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<R
     Ok(Row::new(Cost::gradient_norm(elements), &timing))
 }
 
-fn update(
-    driver: &mut dyn Driver,
-    request: &Request,
-    elements: usize,
-    moments: Dtype,
-) -> Result<Row> {
-    let dtype = request.kernel_dtype();
+fn update(driver: &mut dyn Driver, request: &Request, part: FlatPart) -> Result<Row> {
+    let (dtype, elements) = (request.kernel_dtype(), part.elements as usize);
     let whole = 0..elements;
     let decay = slice::from_ref(&whole);
-    let [flat, moment] = [Dtype::F32, moments].map(|it| element_bytes(it) * elements as u64);
+    let bytes = |dtype| element_bytes(dtype) * part.elements;
+    let (gradients, moment) = (bytes(Dtype::F32), bytes(part.moments));
+    let parameters = match part.master {
+        Master::F32 => bytes(Dtype::F32),
+        Master::Split => bytes(Dtype::Bf16),
+    };
     let working = match dtype {
         Dtype::F32 => None,
-        Dtype::Bf16 => Some(element_bytes(dtype) * elements as u64),
+        Dtype::Bf16 => Some(bytes(dtype)),
     };
-    let allocated = 2 * (flat + moment) + working.unwrap_or(0) + 4;
-    let copies = Copies::new(driver, flat, allocated, |buffers| {
+    let allocated = parameters + gradients + 2 * moment + working.unwrap_or(0) + 8;
+    let copies = Copies::new(driver, gradients, allocated, |buffers| {
         Ok(AdamWBuffers {
-            parameters: buffers.normals("parameters", Dtype::F32, elements)?,
+            parameters: match part.master {
+                Master::F32 => buffers.normals("parameters", Dtype::F32, elements)?,
+                Master::Split => buffers.normals("parameters", Dtype::Bf16, elements)?,
+            },
             gradients: buffers.normals("gradients", Dtype::F32, elements)?,
             moment1: buffers.zeros("moment1", moment)?,
             moment2: buffers.zeros("moment2", moment)?,
             working: working.map(|bytes| buffers.zeros("working copy", bytes)).transpose()?,
+            vectors: Some(buffers.zeros("copies of vectors", 4)?),
             grad_norm: buffers.zeros("gradient norm", 4)?,
         })
     })?;
-    let kernels = AdamW::new(driver, part(elements, moments), decay)?;
+    let kernels = AdamW::new(driver, part, decay, &[])?;
     let step = AdamWStep {
         lr: 1e-4,
         beta1: 0.9,
@@ -86,9 +97,9 @@ fn update(
         copies.time(driver, samples, |driver, it| kernels.launch(driver, StreamId::MAIN, it))?;
     kernels.release(driver)?;
     copies.release(driver)?;
-    Ok(Row::new(Cost::adamw(dtype, moments, elements), &timing))
+    Ok(Row::new(Cost::adamw(dtype, part.master, part.moments, elements), &timing))
 }
 
-fn part(elements: usize, moments: Dtype) -> FlatPart {
-    FlatPart { first: 0, elements: elements as u64, moments }
+fn part(elements: usize, master: Master, moments: Dtype) -> FlatPart {
+    FlatPart { first: 0, elements: elements as u64, master, moments }
 }

@@ -9,7 +9,7 @@
 use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::choice::choice;
-use crate::config::{Dtype, NormKind};
+use crate::config::{Dtype, Master, NormKind};
 use crate::cuda::gemm::{Epilogue, Layout, Output};
 
 /// One launch of an op's kernels.
@@ -373,30 +373,45 @@ impl Cost {
     }
 
     /// `working`: the type of matmul operands; `moments`: what both are stored in.
-    pub fn adamw(working: Dtype, moments: Dtype, n: usize) -> Self {
-        let (bytes, formula) = match (working, moments) {
-            (Dtype::F32, Dtype::F32) => {
+    pub fn adamw(working: Dtype, master: Master, moments: Dtype, n: usize) -> Self {
+        use Dtype::{Bf16, F32};
+        let (bytes, formula) = match (working, master, moments) {
+            (F32, _, F32) => {
                 (28, "parameters and both moments read and written, gradients read [N]: 28 N")
             }
-            (Dtype::F32, Dtype::Bf16) => {
+            (F32, _, Bf16) => {
                 (20, "parameters and both bf16 moments read and written, gradients read [N]: 20 N")
             }
-            (Dtype::Bf16, Dtype::F32) => (
+            (Bf16, Master::F32, F32) => (
                 30,
                 "parameters and both moments read and written, gradients read, bf16 copy written \
                  [N]: 30 N",
             ),
-            (Dtype::Bf16, Dtype::Bf16) => (
+            (Bf16, Master::F32, Bf16) => (
                 22,
                 "parameters and both bf16 moments read and written, gradients read, bf16 copy \
                  written [N]: 22 N",
             ),
+            (Bf16, Master::Split, F32) => (
+                28,
+                "bf16 copy, lower halves and both moments read and written, gradients read [N]: 28 N",
+            ),
+            (Bf16, Master::Split, Bf16) => (
+                20,
+                "bf16 copy, lower halves and both bf16 moments read and written, gradients read \
+                 [N]: 20 N",
+            ),
         };
-        let detail = match moments {
-            Dtype::F32 => "",
-            Dtype::Bf16 => ", moments in bf16",
+        let of_master = match master {
+            Master::F32 => "",
+            Master::Split => ", parameters in halves",
         };
-        Cost::moving("adamw", detail, working, Sizes::Flat { n }, bytes * n as u64, formula)
+        let of_moments = match moments {
+            F32 => "",
+            Bf16 => ", moments in bf16",
+        };
+        let detail = format!("{of_master}{of_moments}");
+        Cost::moving("adamw", &detail, working, Sizes::Flat { n }, bytes * n as u64, formula)
     }
 
     /// Of numbers of any type, or of token ids.

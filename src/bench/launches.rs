@@ -35,7 +35,10 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     costs.push((micro_batches, Cost::copy(4, tokens)));
     costs.push((1, Cost::gradient_norm(stored)));
     // Trainer::update
-    costs.push((1, Cost::adamw(config.dtype, config.optimizer.moments, stored)));
+    costs.push((
+        1,
+        Cost::adamw(config.dtype, config.optimizer.master, config.optimizer.moments, stored),
+    ));
     Ok(costs)
 }
 
@@ -211,7 +214,7 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
         },
         Step::Copy { from, .. } => {
             let element_bytes = match (program.value(from).kind, dtype) {
-                (Kind::Activation, Dtype::Bf16) | (Kind::Bf16, _) => 2,
+                (Kind::Activation, Dtype::Bf16) | (Kind::Bf16 | Kind::LowerHalf, _) => 2,
                 (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
             };
             vec![Cost::copy(element_bytes, shape(from).elements())]
@@ -219,7 +222,7 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
         Step::Add { from, .. } => {
             let dtype = match program.value(from).kind {
                 Kind::Activation => dtype,
-                Kind::Bf16 => Dtype::Bf16,
+                Kind::Bf16 | Kind::LowerHalf => Dtype::Bf16,
                 Kind::Statistic | Kind::Index => Dtype::F32,
             };
             vec![Cost::add(dtype, shape(from).elements())]

@@ -321,6 +321,7 @@ pub struct OptimizerConfig {
     pub clip: f64,
     /// Type that both moments are stored in; in bf16, rounded by chance so that the mean is exact.
     pub moments: Dtype,
+    pub master: Master,
     /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and head;
     /// 0: all. "LISA", Pan et al. 2024.
     pub sampled_layers: usize,
@@ -334,6 +335,15 @@ choice! {
         Adamw = "adamw",
         /// Weight decay added to the gradient.
         Adam = "adam",
+    }
+}
+
+choice! {
+    /// How the f32 parameters that an update reads and writes are stored, beside bf16 activations.
+    pub enum Master {
+        F32 = "f32",
+        /// As the copy in bf16 that products read, and the 16 bits that it lacks.
+        Split = "bf16+16",
     }
 }
 

@@ -8,8 +8,8 @@
 
 use super::{
     Attention, CheckpointConfig, Config, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, DataConfig,
-    DeviceKind, Dtype, Format, InitKind, LnsPosition, ModelConfig, NormKind, OptimizerConfig,
-    OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig, nearest,
+    DeviceKind, Dtype, Format, InitKind, LnsPosition, Master, ModelConfig, NormKind,
+    OptimizerConfig, OptimizerKind, Placement, Recompute, Rows, ScheduleKind, TrainConfig, nearest,
 };
 use crate::error::{Error, Result};
 
@@ -173,6 +173,7 @@ fn demo() -> Config {
             weight_decay: 0.1,
             clip: 1.0,
             moments: Dtype::F32,
+            master: Master::F32,
             sampled_layers: 0,
             sample_interval: 1,
         },
@@ -275,6 +276,7 @@ fn paper(paper: &PaperModel) -> Config {
             weight_decay: 0.0,
             clip: 0.0,
             moments: Dtype::F32,
+            master: Master::F32,
             sampled_layers: 0,
             sample_interval: 1,
         },

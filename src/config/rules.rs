@@ -8,7 +8,7 @@ use std::fmt::{Debug, Display};
 
 use super::BYTE_VOCAB;
 use super::{
-    Attention, Config, DeviceKind, Dtype, Format, LnsPosition, ModelConfig, Placement, Rows,
+    Attention, Config, DeviceKind, Dtype, Format, LnsPosition, Master, ModelConfig, Placement, Rows,
 };
 use crate::error::{Error, Result};
 
@@ -58,6 +58,13 @@ impl Config {
         at_least_one("train.grad_accumulation", accumulated)?;
         at_most("train.grad_accumulation", accumulated, MOST_GRAD_ACCUMULATION)?;
         at_least_one("train.steps", train.steps)?;
+        let (master, dtype) = (self.optimizer.master, self.dtype);
+        rule(master == Master::F32 || dtype == Dtype::Bf16, "optimizer.master", master, || {
+            (
+                format!("with dtype = {dtype} there is no bf16 copy that could be half of it"),
+                "add --set optimizer.master=f32, or train in bf16 on cuda or simt".into(),
+            )
+        })?;
         let tokens = self.tokens_per_step().checked_mul(train.steps);
         rule(
             tokens.is_some_and(|tokens| tokens <= i64::MAX as u64),

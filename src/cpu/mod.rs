@@ -28,7 +28,7 @@ use memory::Memory;
 
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink,
+    ResidualSpec, Sink, VectorCopy,
 };
 use crate::error::{Error, Result};
 use crate::host_memory;
@@ -80,7 +80,7 @@ impl<T: Float> Backend for Cpu<T> {
     fn element_bytes(&self, kind: Kind) -> usize {
         match kind {
             Kind::Activation | Kind::Statistic => size_of::<T>(),
-            Kind::Bf16 => 2,
+            Kind::Bf16 | Kind::LowerHalf => 2,
             Kind::Index => size_of::<i32>(),
         }
     }
@@ -420,13 +420,18 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn prepare_optimizer(&mut self, buffers: &FlatBuffers, _: &[Range<usize>]) -> Result<()> {
-        match buffers.moment1.kind {
-            Kind::Bf16 => Err(Error::Config {
-                what: "optimizer.moments = bf16: the CPU keeps moments in f32".to_string(),
-                remedy: "add --set optimizer.moments=f32".to_string(),
+    fn prepare_optimizer(
+        &mut self,
+        buffers: &FlatBuffers,
+        _: &[Range<usize>],
+        _: &[VectorCopy],
+    ) -> Result<()> {
+        match [buffers.parameters.kind, buffers.moment1.kind] {
+            [Kind::Statistic, Kind::Statistic] => Ok(()),
+            _ => Err(Error::Config {
+                what: "optimizer.moments and optimizer.master: the CPU keeps both in f32".into(),
+                remedy: "set both to f32, or train on cuda or simt".into(),
             }),
-            _ => Ok(()),
         }
     }
 

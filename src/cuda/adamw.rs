@@ -12,8 +12,8 @@
 use std::ops::Range;
 
 use super::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
-use crate::backend::AdamWStep;
-use crate::config::Dtype;
+use crate::backend::{AdamWStep, VectorCopy};
+use crate::config::{Dtype, Master};
 use crate::error::{Error, Result};
 
 /// Elements of a block of adamw_update, and its threads.
@@ -42,6 +42,7 @@ pub struct FlatPart {
     /// Elements before it; a multiple of 4.
     pub first: u64,
     pub elements: u64,
+    pub master: Master,
     /// What both moments are stored in.
     pub moments: Dtype,
 }
@@ -72,20 +73,21 @@ pub struct Scalars {
     stream: u64,
 }
 
-/// Addresses of an update, f32 but for the working copy and, if so stored, the moments; all multiples
-/// of 16.
+/// Addresses of an update, f32 unless it says so; all multiples of 16.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWBuffers {
-    /// [N]
+    /// [N], f32 or lower halves.
     pub parameters: DevicePointer,
     /// [N]
     pub gradients: DevicePointer,
-    /// [N]
+    /// [N], f32 or bf16.
     pub moment1: DevicePointer,
-    /// [N]
+    /// [N], f32 or bf16.
     pub moment2: DevicePointer,
-    /// [N], bf16: the new parameters, rounded.
+    /// [N], bf16: the new parameters, rounded; the upper halves.
     pub working: Option<DevicePointer>,
+    /// Copies of all vectors; not read where parameters are f32.
+    pub vectors: Option<DevicePointer>,
     /// [1], of these gradients: what they are clipped by.
     pub grad_norm: DevicePointer,
 }
@@ -97,7 +99,9 @@ pub struct AdamW {
     part: FlatPart,
     decay: Vec<Range<usize>>,
     boundaries: i32,
-    /// Step scalars, then partial sums of the norm, then boundaries of the decaying ranges.
+    vectors: i32,
+    /// Step scalars, then partial sums of the norm, then boundaries of the decaying ranges, then
+    /// those of the vectors, then where each has its copy.
     memory: Allocation,
     norm_partials: KernelId,
     norm_total: KernelId,
@@ -108,22 +112,30 @@ const PARTIALS_AT: u64 = size_of::<Scalars>() as u64;
 const BOUNDARIES_AT: u64 = PARTIALS_AT + MAX_PARTIALS * size_of::<f64>() as u64;
 
 impl AdamW {
-    /// Bytes that [`AdamW::new`] allocates, whatever the number of elements: 8 KiB and 16 for each
-    /// range that decays.
-    pub fn device_bytes(decay: &[Range<usize>]) -> u64 {
-        BOUNDARIES_AT + (decay.len().max(1) * size_of::<[u64; 2]>()) as u64
+    /// Bytes that [`AdamW::new`] allocates, whatever the number of elements: 8 KiB, 16 for each
+    /// range that decays, 24 for each vector that has a copy; at least one of both.
+    pub fn device_bytes(decay: &[Range<usize>], vectors: &[VectorCopy]) -> u64 {
+        let words = 2 * decay.len().max(1) + 3 * vectors.len().max(1);
+        BOUNDARIES_AT + (words * size_of::<u64>()) as u64
     }
 
-    /// `decay`: as [`AdamWStep::decay`] will be in every step.
+    /// `decay`: as [`AdamWStep::decay`] will be in every step. `vectors`: what has a copy in f32,
+    /// where parameters are halves.
     ///
-    /// The table costs a block of 2048 elements one binary search while its loads are under way,
-    /// and each element another one in the few blocks that a range begins or ends in.
+    /// Each of the two tables costs a block of 2048 elements one binary search while its loads are
+    /// under way, and each element another one in the few blocks that a range begins or ends in, or a
+    /// vector lies in.
     ///
-    /// Errors: more than [`MAX_ELEMENTS`]; a part that begins within a vector; ranges that do not
-    /// ascend, overlap, or leave the buffer.
-    pub fn new(driver: &mut dyn Driver, part: FlatPart, decay: &[Range<usize>]) -> Result<Self> {
+    /// Errors: more than [`MAX_ELEMENTS`]; a part that does not begin where four elements do; ranges
+    /// that do not ascend, overlap, or leave the buffer.
+    pub fn new(
+        driver: &mut dyn Driver,
+        part: FlatPart,
+        decay: &[Range<usize>],
+        vectors: &[VectorCopy],
+    ) -> Result<Self> {
         let device = driver.device();
-        let FlatPart { first, elements, moments } = part;
+        let FlatPart { first, elements, master, moments } = part;
         if !first.is_multiple_of(DRAWN_AT_ONCE) {
             return Err(refusal(
                 device,
@@ -138,47 +150,38 @@ impl AdamW {
                 "choose a smaller model, or shard its parameters",
             ));
         }
-        let mut boundaries: Vec<u64> = vec![];
-        let mut end = 0;
-        for range in decay {
-            if range.start < end || range.end < range.start || range.end as u64 > elements {
-                return Err(refusal(
-                    device,
-                    format!(
-                        "the decaying range {range:?} of {elements} elements, behind one that ends \
-                         at {end}"
-                    ),
-                    "give ranges that ascend, do not overlap and end within the buffer",
-                ));
-            }
-            end = range.end;
-            boundaries.extend([range.start as u64, range.end as u64]);
-        }
-        let Ok(boundary_count) = i32::try_from(boundaries.len()) else {
-            return Err(refusal(
-                device,
-                format!("{} decaying ranges; an i32 has to count their ends", decay.len()),
-                "join neighbouring ranges",
-            ));
+        let ends = |what, ranges: &mut dyn Iterator<Item = &Range<usize>>| {
+            boundaries(device, what, ranges, elements)
         };
+        let mut table = ends("decaying range", &mut decay.iter())?;
+        let boundaries = counted(device, "decaying ranges", &table)?;
+        // Where the kernel looks for what follows, if none decays, too.
+        table.resize(table.len().max(2), 0);
+        let of_vectors = ends("vector", &mut vectors.iter().map(|it| &it.from))?;
+        counted(device, "vectors", &of_vectors)?;
+        table.extend(of_vectors);
+        table.extend(vectors.iter().map(|it| it.to as u64));
         let norm_partials = driver.kernel("adamw_norm_partials")?;
         let norm_total = driver.kernel("adamw_norm_total")?;
-        let update = driver.kernel(&format!("adamw_update_{moments}"))?;
-        let memory = driver.allocate("optimizer scalars and scratch", Self::device_bytes(decay))?;
+        let update = driver.kernel(&match master {
+            Master::F32 => format!("adamw_update_{moments}"),
+            Master::Split => format!("adamw_update_split_{moments}"),
+        })?;
+        let bytes = Self::device_bytes(decay, vectors);
+        let memory = driver.allocate("optimizer scalars and scratch", bytes)?;
         let adamw = AdamW {
             device,
             part,
             decay: decay.to_vec(),
-            boundaries: boundary_count,
+            boundaries,
+            vectors: vectors.len() as i32,
             memory,
             norm_partials,
             norm_total,
             update,
         };
-        if !boundaries.is_empty() {
-            let table = memory.address.offset(BOUNDARIES_AT);
-            driver.to_device(StreamId::MAIN, bytemuck::cast_slice(&boundaries), table)?;
-        }
+        let to = memory.address.offset(BOUNDARIES_AT);
+        driver.to_device(StreamId::MAIN, bytemuck::cast_slice(&table), to)?;
         Ok(adamw)
     }
 
@@ -280,7 +283,7 @@ impl AdamW {
     /// The update with the scalars that were copied last; if the norm is not finite, nothing
     /// changes.
     ///
-    /// Errors: an address that is no multiple of 16; whatever the driver finds wrong.
+    /// Errors: an address that is no multiple of 16, or missing; whatever the driver finds wrong.
     pub fn launch(
         &self,
         driver: &mut dyn Driver,
@@ -292,21 +295,44 @@ impl AdamW {
         self.check_alignment("moment1", args.moment1)?;
         self.check_alignment("moment2", args.moment2)?;
         self.check_alignment("working copy", args.working.unwrap_or_default())?;
+        self.check_alignment("copies of vectors", args.vectors.unwrap_or_default())?;
         if self.part.elements == 0 {
             return Ok(());
         }
+        let boundaries = self.memory.address.offset(BOUNDARIES_AT);
         let arguments = Arguments::new()
             .with(self.scalars_address())
             .with(args.grad_norm)
-            .with(self.memory.address.offset(BOUNDARIES_AT))
+            .with(boundaries)
             .with(self.boundaries)
-            .with(args.parameters)
             .with(args.gradients)
             .with(args.moment1)
             .with(args.moment2)
-            .with(args.working.unwrap_or_default())
             .with(self.part.elements)
             .with(self.part.first);
+        let arguments = match (self.part.master, args.working, args.vectors) {
+            (Master::F32, working, _) => {
+                arguments.with(args.parameters).with(working.unwrap_or_default())
+            }
+            (Master::Split, Some(working), Some(vectors)) => {
+                let of_vectors = boundaries.offset(8 * self.boundaries.max(2) as u64);
+                arguments
+                    .with(working)
+                    .with(args.parameters)
+                    .with(vectors)
+                    .with(of_vectors)
+                    .with(of_vectors.offset(16 * self.vectors as u64))
+                    .with(self.vectors)
+            }
+            (Master::Split, ..) => {
+                return Err(refusal(
+                    self.device,
+                    "parameters in halves without their upper halves or without copies of vectors"
+                        .to_string(),
+                    "give both buffers",
+                ));
+            }
+        };
         let blocks = self.part.elements.div_ceil(CHUNK) as u32;
         let launch = Launch::new(self.update, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
         driver.launch(&launch, &arguments)
@@ -334,6 +360,43 @@ impl AdamW {
             "begin every flat buffer at a multiple of 16 bytes",
         ))
     }
+}
+
+/// Where ranges begin and end, one after the other.
+fn boundaries(
+    device: &str,
+    what: &str,
+    ranges: &mut dyn Iterator<Item = &Range<usize>>,
+    elements: u64,
+) -> Result<Vec<u64>> {
+    let mut boundaries = vec![];
+    let mut end = 0;
+    for range in ranges {
+        if range.start < end || range.end < range.start || range.end as u64 > elements {
+            return Err(refusal(
+                device,
+                format!(
+                    "the {what} {range:?} of {elements} elements, behind one that ends at {end}"
+                ),
+                "give ranges that ascend, do not overlap and end within the buffer",
+            ));
+        }
+        end = range.end;
+        boundaries.extend([range.start as u64, range.end as u64]);
+    }
+    Ok(boundaries)
+}
+
+/// Their number, as the kernel counts them.
+fn counted(device: &str, what: &str, boundaries: &[u64]) -> Result<i32> {
+    i32::try_from(boundaries.len()).map_err(|_| {
+        let count = boundaries.len() / 2;
+        refusal(
+            device,
+            format!("{count} {what}; an i32 has to count their ends"),
+            "join neighbouring ranges",
+        )
+    })
 }
 
 fn refusal(device: &str, what: String, remedy: &str) -> Error {

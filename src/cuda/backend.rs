@@ -21,16 +21,18 @@ use super::norm::{Norm, NormBackward, NormForward};
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
-use super::{Allocation, DevicePointer, Driver, GraphId, StreamId};
+use super::{Allocation, DevicePointer, Driver, GraphId, StreamId, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    Recording, ResidualSpec, Sink, unfused,
+    Recording, ResidualSpec, Sink, VectorCopy, unfused,
 };
-use crate::config::Dtype;
+use crate::config::{Dtype, Master};
 use crate::error::Result;
 use crate::tensor::{BufferId, Kind, View};
 
 const STREAM: StreamId = StreamId::MAIN;
+/// Elements whose halves lie in host memory at one time on their way.
+const STAGED_ELEMENTS: usize = 1 << 22;
 
 pub struct Cuda {
     driver: Box<dyn Driver>,
@@ -338,7 +340,7 @@ impl Backend for Cuda {
 
     fn element_bytes(&self, kind: Kind) -> usize {
         match (kind, self.dtype) {
-            (Kind::Activation, Dtype::Bf16) | (Kind::Bf16, _) => 2,
+            (Kind::Activation, Dtype::Bf16) | (Kind::Bf16 | Kind::LowerHalf, _) => 2,
             (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
         }
     }
@@ -379,18 +381,29 @@ impl Backend for Cuda {
         self.driver.launch_graph(GraphId(recording.0), STREAM)
     }
 
-    fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {
-        AdamW::device_bytes(decay) as usize
+    fn optimizer_bytes(&self, decay: &[Range<usize>], vectors: &[VectorCopy]) -> usize {
+        AdamW::device_bytes(decay, vectors) as usize
     }
 
-    fn prepare_optimizer(&mut self, buffers: &FlatBuffers, decay: &[Range<usize>]) -> Result<()> {
-        let elements = buffers.parameters.shape.elements() as u64;
-        let moments = match buffers.moment1.kind {
-            Kind::Bf16 => Dtype::Bf16,
-            _ => Dtype::F32,
+    fn prepare_optimizer(
+        &mut self,
+        buffers: &FlatBuffers,
+        decay: &[Range<usize>],
+        vectors: &[VectorCopy],
+    ) -> Result<()> {
+        let part = FlatPart {
+            first: buffers.first as u64,
+            elements: buffers.parameters.shape.elements() as u64,
+            master: match buffers.parameters.kind {
+                Kind::LowerHalf => Master::Split,
+                _ => Master::F32,
+            },
+            moments: match buffers.moment1.kind {
+                Kind::Bf16 => Dtype::Bf16,
+                _ => Dtype::F32,
+            },
         };
-        let part = FlatPart { first: buffers.first as u64, elements, moments };
-        let optimizer = AdamW::new(&mut *self.driver, part, decay)?;
+        let optimizer = AdamW::new(&mut *self.driver, part, decay, vectors)?;
         self.layers.optimizers.push((buffers.parameters, optimizer));
         Ok(())
     }
@@ -431,6 +444,32 @@ impl Backend for Cuda {
         Ok(())
     }
 
+    fn write_halves(&mut self, upper: View, lower: View, values: &[f32]) -> Result<()> {
+        let mut at = [upper, lower].map(|view| self.address(view));
+        for values in values.chunks(STAGED_ELEMENTS) {
+            let (upper, lower): (Vec<bf16>, Vec<u16>) =
+                values.iter().map(|&value| halves::split(value)).unzip();
+            self.driver.to_device(STREAM, bytemuck::cast_slice(&upper), at[0])?;
+            self.driver.to_device(STREAM, bytemuck::cast_slice(&lower), at[1])?;
+            at = at.map(|it| it.offset(2 * values.len() as u64));
+        }
+        Ok(())
+    }
+
+    fn read_halves(&mut self, upper: View, lower: View, values: &mut [f32]) -> Result<()> {
+        let mut at = [upper, lower].map(|view| self.address(view));
+        for values in values.chunks_mut(STAGED_ELEMENTS) {
+            let (mut upper, mut lower) = (vec![bf16::ZERO; values.len()], vec![0; values.len()]);
+            self.driver.to_host(STREAM, at[0], bytemuck::cast_slice_mut(&mut upper))?;
+            self.driver.to_host(STREAM, at[1], bytemuck::cast_slice_mut::<u16, u8>(&mut lower))?;
+            let joined =
+                upper.into_iter().zip(lower).map(|(upper, lower)| halves::join(upper, lower));
+            values.iter_mut().zip(joined).for_each(|(value, joined)| *value = joined);
+            at = at.map(|it| it.offset(2 * values.len() as u64));
+        }
+        Ok(())
+    }
+
     fn host_values(&mut self, _: [View; 3]) -> Option<[&[f32]; 3]> {
         None
     }
@@ -468,7 +507,7 @@ impl Backend for Cuda {
             Kind::Activation => pointwise.add(driver, STREAM, elements, from, to),
             Kind::Statistic => pointwise.add_f32(driver, STREAM, elements, from, to),
             Kind::Index => unreachable!("token ids are not numbers to compute with"),
-            Kind::Bf16 => unreachable!("the tape has no optimizer state"),
+            Kind::Bf16 | Kind::LowerHalf => unreachable!("the tape has no optimizer state"),
         }
     }
 
@@ -873,6 +912,7 @@ impl Backend for Cuda {
         let addresses = AdamWBuffers {
             parameters: self.address(buffers.parameters),
             working: buffers.working.map(|working| self.address(working)),
+            vectors: buffers.vectors.map(|vectors| self.address(vectors)),
             gradients: self.address(buffers.gradients),
             moment1: self.address(buffers.moment1),
             moment2: self.address(buffers.moment2),

@@ -10,6 +10,7 @@ pub mod conformance;
 mod driver;
 pub mod embedding;
 pub mod gemm;
+pub mod halves;
 pub mod host;
 pub mod loss;
 pub mod norm;

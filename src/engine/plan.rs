@@ -4,10 +4,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Parameters;
 use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
+use super::parameters::ParameterBytes;
 use super::trainer::{moment_kind, update_groups};
 use crate::backend::Backend;
 use crate::config::{Config, Dtype};
@@ -25,7 +25,7 @@ pub struct Plan {
     pub(super) flat_bytes: usize,
     /// Of each of the two.
     pub(super) moment_bytes: usize,
-    working_bytes: usize,
+    parameter_bytes: ParameterBytes,
     batch_bytes: usize,
     optimizer_bytes: usize,
     process_bytes: usize,
@@ -37,6 +37,7 @@ const SAMPLE_CONTEXT: usize = 256;
 /// The memory of a device, row by row; all in bytes.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct MemoryTable {
+    /// In f32; or what the working copy lacks of it, and vectors in f32.
     pub parameters: u64,
     /// The parameters as matmuls read them, where that is not f32.
     pub working_copy: u64,
@@ -63,7 +64,7 @@ impl Plan {
         let process_bytes = backend.process_bytes(plan.largest_matrix());
         let optimizer_bytes = update_groups(&plan.table, &config.optimizer)
             .iter()
-            .map(|group| backend.optimizer_bytes(&group.decay))
+            .map(|group| backend.optimizer_bytes(&group.decay, &group.vectors))
             .sum();
         Ok(Plan { process_bytes, optimizer_bytes, ..plan })
     }
@@ -76,7 +77,7 @@ impl Plan {
         };
         Self::sized(config, |kind| match kind {
             Kind::Activation => activation,
-            Kind::Bf16 => 2,
+            Kind::Bf16 | Kind::LowerHalf => 2,
             Kind::Statistic | Kind::Index => 4,
         })
     }
@@ -98,7 +99,8 @@ impl Plan {
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
         let moment_bytes = table.stored_elements() * element_bytes(moment_kind(&config.optimizer));
-        let working_bytes = Parameters::working_bytes(&table, &element_bytes);
+        let master = config.optimizer.master;
+        let parameter_bytes = ParameterBytes::new(&table, master, &element_bytes);
         let (count, tokens) = (config.train.grad_accumulation, batch * sequence);
         let batch_bytes = Batches::bytes(count, tokens, documents, &element_bytes);
         Ok(Plan {
@@ -108,7 +110,7 @@ impl Plan {
             sampling,
             flat_bytes,
             moment_bytes,
-            working_bytes,
+            parameter_bytes,
             batch_bytes,
             optimizer_bytes: 0,
             process_bytes: 0,
@@ -135,12 +137,14 @@ impl Plan {
     pub fn memory(&self) -> MemoryTable {
         let flat = self.flat_bytes as u64;
         let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
-        let (working_copy, batches) = (self.working_bytes as u64, self.batch_bytes as u64);
+        let ParameterBytes { master, working, vectors } = self.parameter_bytes;
+        let (parameters, working_copy) = ((master + vectors) as u64, working as u64);
+        let batches = self.batch_bytes as u64;
         let moments = (2 * self.moment_bytes + self.optimizer_bytes) as u64;
         let process = self.process_bytes as u64;
-        let flat_buffers = 2 * flat + working_copy + moments;
+        let flat_buffers = parameters + working_copy + flat + moments;
         MemoryTable {
-            parameters: flat,
+            parameters,
             working_copy,
             gradients: flat,
             moments,
@@ -159,15 +163,20 @@ impl Plan {
         if memory.total <= available {
             return Ok(());
         }
+        // Devices that compute in bf16 can also store optimizer state in it.
+        let narrower = match memory.working_copy {
+            0 => "",
+            _ => ", set optimizer.moments to bf16 and optimizer.master to bf16+16",
+        };
         Err(Error::Memory {
             device: backend.name().to_string(),
             needed: memory.total,
             available,
             table: memory.to_string(),
-            remedy: "lower train.micro_batch (and raise train.grad_accumulation by as much), \
-                     raise train.recompute (norms, attention, block), lower data.sequence, or \
-                     set optimizer.moments to bf16"
-                .to_string(),
+            remedy: format!(
+                "lower train.micro_batch (and raise train.grad_accumulation by as much), \
+                 raise train.recompute (norms, attention, block){narrower}, or lower data.sequence"
+            ),
         })
     }
 }

@@ -9,7 +9,7 @@ use super::plan::Plan;
 use super::replay::Replay;
 use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
-use crate::config::{Config, Dtype, ModelConfig, OptimizerConfig};
+use crate::config::{Config, Dtype, Master, ModelConfig, OptimizerConfig};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
 use crate::optim::{self, LayerSampling, UpdateGroup, UpdateTime};
@@ -61,7 +61,7 @@ impl<B: Backend> Trainer<B> {
         let arena = backend.allocate("activations", plan.arena_bytes())?;
         let Plan { table, training, evaluation, sampling, flat_bytes, moment_bytes, .. } = plan;
         let bytes = backend.element_bytes(Kind::Statistic);
-        let parameters = Parameters::allocate(&table, &mut backend)?;
+        let parameters = Parameters::allocate(&table, config.optimizer.master, &mut backend)?;
         let mut flat = |label, kind, bytes| -> Result<View> {
             let view = flat_view(backend.allocate(label, bytes)?, table.stored_elements());
             Ok(View { kind, ..view })
@@ -70,6 +70,7 @@ impl<B: Backend> Trainer<B> {
         let flat = FlatBuffers {
             parameters: parameters.master,
             working: parameters.working,
+            vectors: parameters.vectors,
             gradients: flat("gradients", Kind::Statistic, flat_bytes)?,
             moment1: flat("first moment", moment, moment_bytes)?,
             moment2: flat("second moment", moment, moment_bytes)?,
@@ -79,7 +80,7 @@ impl<B: Backend> Trainer<B> {
         let groups = update_groups(&table, &config.optimizer);
         for group in &groups {
             let part = flat.part(&group.range, |kind| backend.element_bytes(kind));
-            backend.prepare_optimizer(&part, &group.decay)?;
+            backend.prepare_optimizer(&part, &group.decay, &group.vectors)?;
         }
         let layer_sampling = layer_sampling(config);
         let external = |external, kind| match external {
@@ -136,31 +137,35 @@ impl<B: Backend> Trainer<B> {
 
     /// Replaces one of [`Trainer::state_buffers`].
     pub fn set_buffer(&mut self, buffer: View, values: &[f32]) -> Result<()> {
-        self.backend.write(buffer, values)?;
-        if buffer == self.flat.parameters {
-            self.parameters.round(&mut self.backend)
-        } else {
-            Ok(())
+        match buffer == self.flat.parameters {
+            true => self.set_parameters(values),
+            false => self.backend.write(buffer, values),
         }
     }
 
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
-        self.parameters.write(parameters, &mut self.backend)
+        self.parameters.write(&self.table, parameters, &mut self.backend)
     }
 
     /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
     pub fn state(&mut self) -> Result<[Cow<'_, [f32]>; 3]> {
         let views = self.state_buffers();
         if self.backend.host_values(views).is_none() {
-            let mut read = |view: View| -> Result<Cow<'_, [f32]>> {
-                let mut values = vec![0.0; view.shape.elements()];
-                self.backend.read(view, &mut values)?;
-                Ok(Cow::Owned(values))
-            };
+            let mut read = |view| Ok(Cow::Owned(self.read_buffer(view)?));
             return Ok([read(views[0])?, read(views[1])?, read(views[2])?]);
         }
         let values = self.backend.host_values(views).expect("it was there just now");
         Ok(values.map(Cow::Borrowed))
+    }
+
+    /// One of [`Trainer::state_buffers`], copied out.
+    fn read_buffer(&mut self, buffer: View) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; buffer.shape.elements()];
+        match buffer == self.flat.parameters {
+            true => self.parameters.read(&mut values, &mut self.backend)?,
+            false => self.backend.read(buffer, &mut values)?,
+        }
+        Ok(values)
     }
 
     /// The losses [T] of the last micro-batch, on the device.
@@ -322,6 +327,10 @@ pub(super) fn update_groups(table: &ParameterTable, config: &OptimizerConfig) ->
     let mut groups = vec![UpdateGroup::whole(table)];
     if config.sampled_layers > 0 {
         groups.extend(UpdateGroup::blocks(table));
+    }
+    if config.master == Master::F32 {
+        // Vectors are read where they lie.
+        groups.iter_mut().for_each(|group| group.vectors.clear());
     }
     groups
 }

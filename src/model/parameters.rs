@@ -58,6 +58,9 @@ pub struct Parameter {
     /// First element in the flat buffer.
     pub offset: usize,
     pub init: Init,
+    /// First element of its f32 copy among those of all vectors, where parameters are not stored in
+    /// f32: kernels read vectors (gains) in f32. `None`: a matrix.
+    pub vector: Option<usize>,
     /// Whether weight decay applies (matrices: yes; norm gains and embeddings: no).
     pub decay: bool,
     /// The gain is divided by sqrt(depth) where it is used and exported (LNS); 1: not scaled.
@@ -94,6 +97,7 @@ pub struct ParameterId(pub usize);
 pub struct ParameterTable {
     entries: Vec<Parameter>,
     stored: usize,
+    vectors: usize,
     streams: u64,
     blocks: Vec<BlockParameters>,
     final_norm: ParameterId,
@@ -135,6 +139,7 @@ impl ParameterTable {
         let mut table = ParameterTable {
             entries: Vec::new(),
             stored: 0,
+            vectors: 0,
             streams: 0,
             blocks: Vec::new(),
             final_norm: ParameterId(0),
@@ -245,6 +250,10 @@ impl ParameterTable {
         let stored = Shape::new(sizes);
         let (offset, stream) = (self.stored, self.streams);
         self.stored = (offset + stored.elements()).next_multiple_of(ALIGNMENT);
+        let vector = (sizes.len() == 1).then_some(self.vectors);
+        if vector.is_some() {
+            self.vectors = (self.vectors + stored.elements()).next_multiple_of(ALIGNMENT);
+        }
         self.streams += 1;
         let name = name.to_string();
         self.entries.push(Parameter {
@@ -252,6 +261,7 @@ impl ParameterTable {
             stored,
             offset,
             init,
+            vector,
             decay: false,
             depth: 1,
             row_scale: None,
@@ -272,6 +282,11 @@ impl ParameterTable {
     /// Elements of the flat buffer, padding included.
     pub fn stored_elements(&self) -> usize {
         self.stored
+    }
+
+    /// Elements of the f32 copies of all vectors, padding included: see [`Parameter::vector`].
+    pub fn vector_elements(&self) -> usize {
+        self.vectors
     }
 
     /// Number of parameters as a Hugging Face folder would count them.

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 pub use layer_sampling::LayerSampling;
 
-use crate::backend::AdamWStep;
+use crate::backend::{AdamWStep, VectorCopy};
 use crate::config::{OptimizerConfig, OptimizerKind, ScheduleKind};
 use crate::model::parameters::ParameterTable;
 
@@ -43,6 +43,8 @@ pub struct UpdateGroup {
     pub range: Range<usize>,
     /// Of the elements of `range`, those that decay: see [`AdamWStep::decay`].
     pub decay: Vec<Range<usize>>,
+    /// The vectors among the elements of `range`.
+    pub vectors: Vec<VectorCopy>,
     /// The block that lies here, counted from 1; `None`: not a single block, and never at rest.
     pub layer: Option<usize>,
 }
@@ -50,7 +52,8 @@ pub struct UpdateGroup {
 impl UpdateGroup {
     fn new(table: &ParameterTable, range: Range<usize>, layer: Option<usize>) -> Self {
         let decay = decay_ranges(table, &range);
-        UpdateGroup { range, decay, layer }
+        let vectors = vector_copies(table, &range);
+        UpdateGroup { range, decay, vectors, layer }
     }
 
     /// The whole flat buffer.
@@ -89,6 +92,16 @@ fn decay_ranges(table: &ParameterTable, part: &Range<usize>) -> Vec<Range<usize>
         }
     }
     ranges
+}
+
+/// The vectors within `part` of the flat buffer, counted from its beginning, ascending.
+fn vector_copies(table: &ParameterTable, part: &Range<usize>) -> Vec<VectorCopy> {
+    let copies = table.entries().iter().filter_map(|parameter| {
+        let range = parameter.range();
+        let to = parameter.vector.filter(|_| part.contains(&range.start))?;
+        Some(VectorCopy { from: range.start - part.start..range.end - part.start, to })
+    });
+    copies.collect()
 }
 
 /// When an update is made.

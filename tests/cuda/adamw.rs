@@ -6,12 +6,13 @@
 #![expect(clippy::single_range_in_vec_init)]
 
 mod moments;
+mod split;
 
 use std::ops::Range;
 
 use half::bf16;
 use isobath::backend::{AdamWStep, Backend, FlatBuffers};
-use isobath::config::Dtype;
+use isobath::config::{Dtype, Master};
 use isobath::cpu::Cpu;
 use isobath::cuda::adamw::{AdamW, AdamWBuffers, FlatPart, MAX_ELEMENTS};
 use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId, host};
@@ -56,12 +57,12 @@ impl Case {
     }
 
     fn part(&self) -> FlatPart {
-        FlatPart { first: 0, elements: self.elements as u64, moments: self.moments }
+        FlatPart { moments: self.moments, ..f32_part(self.elements) }
     }
 }
 
 fn f32_part(elements: usize) -> FlatPart {
-    FlatPart { first: 0, elements: elements as u64, moments: F32 }
+    FlatPart { first: 0, elements: elements as u64, master: Master::F32, moments: F32 }
 }
 
 /// parameters, gradients, moment1, moment2 [N], in f32; the moments as they are stored.
@@ -115,8 +116,16 @@ fn exact(case: &Case, inputs: &Flat, norm: f64) -> Outputs {
     };
     let [parameters, gradients, moment1, moment2] = [0, 1, 2, 3].map(|i| view(&inputs[i]));
     let grad_norm = view(&[0.0]);
-    let buffers =
-        FlatBuffers { parameters, working: None, gradients, moment1, moment2, grad_norm, first: 0 };
+    let buffers = FlatBuffers {
+        parameters,
+        working: None,
+        vectors: None,
+        gradients,
+        moment1,
+        moment2,
+        grad_norm,
+        first: 0,
+    };
     cpu.gradient_norm(&buffers).unwrap();
     cpu.adamw(&buffers, &case.step(norm)).unwrap();
     [grad_norm, parameters, moment1, moment2].map(|view| cpu.values(view).to_vec())
@@ -163,7 +172,7 @@ impl OnDevice {
         let names = ["parameters", "gradients", "moment1", "moment2"];
         let dtypes = [F32, F32, case.moments, case.moments];
         OnDevice {
-            adamw: AdamW::new(driver, case.part(), &case.decay).unwrap(),
+            adamw: AdamW::new(driver, case.part(), &case.decay, &[]).unwrap(),
             moments: case.moments,
             flat: [0, 1, 2, 3].map(|i| upload(driver, names[i], dtypes[i], &inputs[i])),
             working: case.working.then(|| unwritten(driver, "working", Dtype::Bf16, case.elements)),
@@ -179,6 +188,7 @@ impl OnDevice {
             moment1,
             moment2,
             working: self.working.map(|it| it.address),
+            vectors: None,
             grad_norm: self.grad_norm.address,
         }
     }
@@ -307,7 +317,7 @@ fn the_norm_of_more_tiles_than_blocks() {
 }
 
 fn norm_of(driver: &mut dyn Driver, gradients: &[f32]) -> f32 {
-    let adamw = AdamW::new(driver, f32_part(gradients.len()), &[]).unwrap();
+    let adamw = AdamW::new(driver, f32_part(gradients.len()), &[], &[]).unwrap();
     let buffer = driver.upload("gradients", gradients).unwrap();
     let to = driver.upload("grad_norm", &[f32::NAN]).unwrap();
     adamw.gradient_norm(driver, StreamId::MAIN, buffer.address, to.address).unwrap();
@@ -444,11 +454,12 @@ fn what_cannot_be_updated_is_refused() {
             (8, vec![6..4], "ascend"),
         ] {
             let part = FlatPart { elements, ..f32_part(0) };
-            let error = AdamW::new(driver, part, &decay).unwrap_err().to_string();
+            let error = AdamW::new(driver, part, &decay, &[]).unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
         }
-        AdamW::new(driver, FlatPart { elements: MAX_ELEMENTS, ..f32_part(0) }, &[]).unwrap();
-        let error = AdamW::new(driver, FlatPart { first: 66, ..f32_part(8) }, &[]).unwrap_err();
+        AdamW::new(driver, FlatPart { elements: MAX_ELEMENTS, ..f32_part(0) }, &[], &[]).unwrap();
+        let error =
+            AdamW::new(driver, FlatPart { first: 66, ..f32_part(8) }, &[], &[]).unwrap_err();
         assert!(error.to_string().contains("a multiple of 4 elements"), "{error}");
 
         let case = Case {
@@ -491,7 +502,7 @@ fn what_cannot_be_updated_is_refused() {
         assert!(error.to_string().contains("multiple of 16"), "{error}");
 
         // No elements: a norm of 0 and no update.
-        let empty = AdamW::new(driver, f32_part(0), &[]).unwrap();
+        let empty = AdamW::new(driver, f32_part(0), &[], &[]).unwrap();
         empty.gradient_norm(driver, StreamId::MAIN, buffers.gradients, to).unwrap();
         assert_eq!(driver.download::<f32>(to, 1).unwrap(), [0.0]);
         let step = AdamWStep { decay: &[], ..good };

@@ -112,16 +112,37 @@ fn state(run: &Path, step: u64) -> [Vec<u8>; 2] {
 #[test]
 fn a_resumed_run_has_the_bits_of_one_in_one_go() {
     let Some(case) = Case::new() else { return };
-    for format in ["optimizer.moments=f32", "optimizer.moments=bf16"] {
-        let sets = |steps: &'static str| ["dtype=bf16", "train.grad_accumulation=2", format, steps];
-        let [whole, parts] = ["whole", "parts"].map(|name| format!("{name}-{format}"));
-        let whole = case.train(&whole, "simt", &sets("train.steps=4"));
-        case.train(&parts, "simt", &sets("train.steps=2"));
-        let parts = case.train(&parts, "simt", &sets("train.steps=4"));
+    let formats = [
+        ["optimizer.moments=f32", "optimizer.master=f32"],
+        ["optimizer.moments=f32", "optimizer.master=bf16+16"],
+        ["optimizer.moments=bf16", "optimizer.master=bf16+16"],
+    ];
+    for (index, format) in formats.into_iter().enumerate() {
+        let train = |name: &str, set: &str| {
+            let sets = ["dtype=bf16", "train.grad_accumulation=2", format[0], format[1], set];
+            case.train(&format!("{name}-{index}"), "simt", &sets)
+        };
+        let whole = train("whole", "train.steps=4");
+        train("parts", "train.steps=2");
+        let parts = train("parts", "train.steps=4");
         // The first part has evaluated at its end; the rest is the same.
-        assert_eq!(steps(&whole), steps(&parts), "{format}");
-        assert!(state(&whole, 4) == state(&parts, 4), "{format}");
+        assert_eq!(steps(&whole), steps(&parts), "{format:?}");
+        assert!(state(&whole, 4) == state(&parts, 4), "{format:?}");
     }
+    // Parameters in halves are f32 parameters: the same losses, the same checkpoint.
+    let [of_f32, of_halves] = ["whole-0", "whole-1"].map(|name| case.path(name));
+    assert_eq!(steps(&of_f32), steps(&of_halves));
+    assert!(state(&of_f32, 4) == state(&of_halves, 4));
+    // Also where they become halves on the way.
+    let train = |set: &str, master: &str| {
+        let sets = ["dtype=bf16", "train.grad_accumulation=2", master, set];
+        case.train("changed", "simt", &sets)
+    };
+    train("train.steps=1", "optimizer.master=f32");
+    train("train.steps=2", "optimizer.master=bf16+16");
+    let changed = train("train.steps=4", "optimizer.master=f32");
+    assert_eq!(steps(&of_f32), steps(&changed));
+    assert!(state(&of_f32, 4) == state(&changed, 4));
 }
 
 /// Checkpoints are the same whatever the optimizer's state is stored as.

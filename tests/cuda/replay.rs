@@ -17,9 +17,9 @@ use super::driver::assert_refused;
 use super::machines::*;
 use crate::support::{run_config, small_model, tokens};
 
-const STEPS: u64 = 10;
+pub const STEPS: u64 = 10;
 
-fn config(dtype: Dtype, micro_batches: usize) -> Config {
+pub fn config(dtype: Dtype, micro_batches: usize) -> Config {
     let model = ModelConfig {
         hidden: 64,
         layers: 3,
@@ -45,13 +45,13 @@ fn with_documents(config: Config) -> Config {
 }
 
 /// One of three layers moves, another one every second step.
-fn with_sampled_layers(config: Config) -> Config {
+pub fn with_sampled_layers(config: Config) -> Config {
     let mut config = config;
     (config.optimizer.sampled_layers, config.optimizer.sample_interval) = (1, 2);
     config
 }
 
-fn with_narrow_moments(config: Config) -> Config {
+pub fn with_narrow_moments(config: Config) -> Config {
     let mut config = config;
     config.optimizer.moments = Dtype::Bf16;
     config
@@ -87,7 +87,7 @@ impl Batch {
 
 /// Everything that a run gives, as bits.
 #[derive(Default, PartialEq)]
-struct Trained {
+pub struct Trained {
     /// Losses and gradient norms.
     outcomes: Vec<[u64; 2]>,
     /// Of every step.
@@ -127,14 +127,14 @@ fn finish(mut trainer: Trainer<Cuda>, trained: Trained) -> Trained {
     Trained { state: trainer.state().unwrap().map(|values| bits(&values)), ..trained }
 }
 
-fn trained(config: &Config, steps: u64, backend: Cuda) -> Trained {
+pub fn trained(config: &Config, steps: u64, backend: Cuda) -> Trained {
     let (mut trainer, mut trained) = (trainer(config, backend), Trained::default());
     (1..=steps).for_each(|at| step(config, &mut trainer, at, &mut trained));
     finish(trainer, trained)
 }
 
 #[track_caller]
-fn assert_same(what: &str, replayed: &Trained, launched: &Trained) {
+pub fn assert_same(what: &str, replayed: &Trained, launched: &Trained) {
     assert!(replayed.outcomes == launched.outcomes, "{what}: losses or norms");
     let pairs = replayed.gradients.iter().zip(&launched.gradients);
     let differs = pairs.clone().position(|(replayed, launched)| replayed != launched);

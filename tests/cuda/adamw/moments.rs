@@ -87,7 +87,7 @@ impl Rounding {
         let zeros = vec![0.0; elements];
         let inputs = [zeros.clone(), gradients, zeros, moment2];
         let mut device = OnDevice::new(driver, &case, &inputs);
-        device.adamw = AdamW::new(driver, FlatPart { first, ..case.part() }, &[]).unwrap();
+        device.adamw = AdamW::new(driver, FlatPart { first, ..case.part() }, &[], &[]).unwrap();
         // No norm to clip by; that of all there is in bf16 is not finite.
         let (norm, to) = (1.0f32.to_le_bytes(), device.grad_norm.address);
         driver.to_device(StreamId::MAIN, &norm, to).unwrap();
@@ -277,7 +277,8 @@ fn parts_give_the_bits_of_the_whole() {
                 let part = flat.clone().map(|it| it[range.clone()].to_vec());
                 let mut device = OnDevice::new(driver, &case, &part);
                 let first = range.start as u64;
-                device.adamw = AdamW::new(driver, FlatPart { first, ..case.part() }, &[]).unwrap();
+                device.adamw =
+                    AdamW::new(driver, FlatPart { first, ..case.part() }, &[], &[]).unwrap();
                 // The norm is that of the whole, but nothing is clipped.
                 device.norm(driver);
                 device.adamw.update(driver, StreamId::MAIN, &step, &device.buffers()).unwrap();
