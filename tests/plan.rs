@@ -138,6 +138,7 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
     }
     let of_none = &on_h200["levels"][0]["milliseconds"][0];
     assert_eq!(of_none, &predicted["roofs"][0]["milliseconds"]);
+    check_formats(&on_h200, usable);
 
     // Where nothing but the machine's name differs, so does nothing else of the plan.
     let mut on_gpu = plan(&["--preset", "130m", "--device", "cuda"]);
@@ -154,9 +155,69 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
         "in 141312.0 MiB of memory (139 GiB, as seen on a rented NVIDIA H200",
         "assumed, not measured",
         &largest,
+        "bf16+16          bf16                 12.00",
     ] {
         assert!(shown.contains(part), "no {part:?} in:\n{shown}");
     }
+}
+
+/// Each way to store optimizer state, as `isobath plan` has it for any GPU.
+fn check_formats(on_h200: &Value, usable: u64) {
+    let formats = on_h200["formats"].as_array().unwrap();
+    let names: Vec<[&str; 2]> = formats
+        .iter()
+        .map(|it| ["master", "moments"].map(|key| it[key].as_str().unwrap()))
+        .collect();
+    let halves = "bf16+16";
+    assert_eq!(names, [["f32", "f32"], ["f32", "bf16"], [halves, "f32"], [halves, "bf16"]]);
+    let all = |what: &str| on_h200[what].as_u64().unwrap();
+    for (it, [master, moments]) in formats.iter().zip(names) {
+        let bytes = |rows: Option<u64>| {
+            let sets =
+                [format!("optimizer.master={master}"), format!("optimizer.moments={moments}")];
+            let rows = rows.map(|rows| format!("train.micro_batch={rows}"));
+            let mut arguments = vec!["--preset", "130m", "--device", "cuda"];
+            arguments.extend(sets.iter().chain(&rows).flat_map(|set| ["--set", set]));
+            plan(&arguments)["bytes"].take()
+        };
+        let as_configured = bytes(None);
+        let get = |row: &str| as_configured[row].as_u64().unwrap();
+        let stored = all("stored_elements");
+        // 25 gains of 768 in f32, if the parameters are not.
+        let parameters = if master == halves { 2 * stored + 4 * 25 * 768 } else { 4 * stored };
+        assert_eq!((get("parameters"), get("working_copy")), (parameters, 2 * stored), "{it}");
+        let of_moments = if moments == "bf16" { 4 * stored } else { 8 * stored };
+        assert_eq!((get("gradients"), get("moments")), (4 * stored, of_moments), "{it}");
+        let rows = ["parameters", "working_copy", "gradients", "moments"];
+        assert_eq!(it["state_bytes"], rows.map(get).iter().sum::<u64>(), "{it}");
+        assert_eq!(it["total_bytes"], as_configured["total"], "{it}");
+        let largest = it["largest_micro_batch"].as_u64().unwrap();
+        assert!(bytes(Some(largest))["total"].as_u64().unwrap() <= usable, "{it}");
+        assert!(bytes(Some(largest + 1))["total"].as_u64().unwrap() > usable, "{it}");
+    }
+    let number = |at: usize, what: &str| formats[at][what].as_u64().unwrap();
+    // One after the other: 18, 14, 16 and 12 bytes of a parameter.
+    for (less, more) in [(1, 0), (2, 0), (3, 1), (3, 2), (1, 2)] {
+        assert!(number(less, "total_bytes") < number(more, "total_bytes"), "{less}, {more}");
+        let rows = |at| number(at, "largest_micro_batch");
+        assert!(rows(less) > rows(more), "{less}, {more}");
+        let time = |at: usize| formats[at]["milliseconds"][0].as_f64().unwrap();
+        assert!(time(less) < time(more), "{less}, {more}");
+    }
+    assert_eq!(formats[0]["milliseconds"], on_h200["levels"][0]["milliseconds"]);
+}
+
+#[test]
+fn what_the_cpu_cannot_store_is_planned_for_a_machine_that_can() {
+    let narrow = ["--device", "cpu", "--set", "dtype=f32", "--set", "optimizer.moments=bf16"];
+    let planned = plan(&narrow);
+    let stored = planned["stored_elements"].as_u64().unwrap();
+    assert_eq!(planned["bytes"]["moments"], 4 * stored);
+    assert_eq!(planned["bytes"]["process"], 0);
+    let refused = isobath().args(["plan", "--set", "optimizer.master=bf16+16"]).output().unwrap();
+    let message = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{message}");
+    assert!(message.contains("optimizer.master = bf16+16: with dtype = f32"), "{message}");
 }
 
 #[test]

@@ -1,13 +1,13 @@
 //! A plan for a machine that need not be here: the memory table, the least time of a training step
-//! by kernel family, and what each level of recomputation costs and makes room for. All of it is
-//! predicted: memory by planning, time as in predict.rs.
+//! by kernel family, and what each level of recomputation, and each way to store optimizer state,
+//! costs and makes room for. All of it is predicted: memory by planning, time as in predict.rs.
 
 use std::fmt;
 
 use serde::Serialize;
 
 use super::predict::Prediction;
-use crate::config::{Config, Recompute};
+use crate::config::{Config, Dtype, Master, Recompute};
 use crate::cuda::peaks::Peaks;
 use crate::engine::Plan;
 use crate::error::Result;
@@ -31,6 +31,8 @@ pub struct MachinePlan {
     pub predicted: Prediction,
     /// The one that recomputes least first.
     pub levels: Vec<Level>,
+    /// The widest first; none where activations are f32 and state cannot be in halves.
+    pub formats: Vec<StateFormat>,
 }
 
 /// The same configuration with another `train.recompute`.
@@ -39,6 +41,25 @@ pub struct Level {
     pub recompute: Recompute,
     /// With the configuration's micro-batch.
     pub activation_bytes: u64,
+    #[serde(flatten)]
+    pub fit: Fit,
+}
+
+/// The same configuration with another `optimizer.master` and `optimizer.moments`.
+#[derive(Serialize, Clone, Debug)]
+pub struct StateFormat {
+    pub master: Master,
+    pub moments: Dtype,
+    /// Of parameters, their working copy, gradients and moments.
+    pub state_bytes: u64,
+    #[serde(flatten)]
+    pub fit: Fit,
+}
+
+/// What a configuration takes of a machine.
+#[derive(Serialize, Clone, Debug)]
+pub struct Fit {
+    /// With the configuration's micro-batch.
     pub total_bytes: u64,
     /// Of a training step, under each roof.
     pub milliseconds: Vec<f64>,
@@ -56,6 +77,13 @@ impl MachinePlan {
             config.train.recompute = name.parse()?;
             Level::new(&config, machine, usable_bytes)
         });
+        let masters = [Master::F32, Master::Split];
+        let all = masters.into_iter().flat_map(|it| [(it, Dtype::F32), (it, Dtype::Bf16)]);
+        let formats = all.filter(|_| config.dtype == Dtype::Bf16).map(|(master, moments)| {
+            let mut config = config.clone();
+            (config.optimizer.master, config.optimizer.moments) = (master, moments);
+            StateFormat::new(&config, machine, usable_bytes)
+        });
         Ok(MachinePlan {
             plan: PlanReport::new(config)?,
             usable_bytes,
@@ -64,22 +92,58 @@ impl MachinePlan {
             reserved_source: RESERVED_SOURCE,
             predicted: Prediction::on(config, machine)?,
             levels: levels.collect::<Result<_>>()?,
+            formats: formats.collect::<Result<_>>()?,
         })
     }
 }
 
 impl Level {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
-        let memory = Plan::without_device(config)?.memory();
-        let prediction = Prediction::on(config, machine)?;
         Ok(Level {
             recompute: config.train.recompute,
-            activation_bytes: memory.activations,
-            total_bytes: memory.total,
+            activation_bytes: Plan::without_device(config)?.memory().activations,
+            fit: Fit::new(config, machine, usable_bytes)?,
+        })
+    }
+}
+
+impl StateFormat {
+    fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
+        let memory = Plan::without_device(config)?.memory();
+        let parameters = memory.parameters + memory.working_copy;
+        Ok(StateFormat {
+            master: config.optimizer.master,
+            moments: config.optimizer.moments,
+            state_bytes: parameters + memory.gradients + memory.moments,
+            fit: Fit::new(config, machine, usable_bytes)?,
+        })
+    }
+}
+
+impl Fit {
+    fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
+        let prediction = Prediction::on(config, machine)?;
+        Ok(Fit {
+            total_bytes: Plan::without_device(config)?.memory().total,
             milliseconds: prediction.roofs.iter().map(|roof| roof.milliseconds).collect(),
             largest_micro_batch: largest_micro_batch(config, usable_bytes)?,
         })
     }
+
+    fn write(&self, f: &mut fmt::Formatter<'_>, sequence: usize) -> fmt::Result {
+        write!(f, " {:>13.1}", mib(self.total_bytes))?;
+        for milliseconds in &self.milliseconds {
+            write!(f, " {milliseconds:>13.2}")?;
+        }
+        match self.largest_micro_batch {
+            0 => writeln!(f, "  not one row fits"),
+            rows => writeln!(f, "  {rows} x {sequence} tokens"),
+        }
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 20) as f64
 }
 
 /// By planning with one micro-batch after the other, and always as many of them in a step.
@@ -118,22 +182,29 @@ impl fmt::Display for MachinePlan {
         self.predicted.write_families(f)?;
         writeln!(f)?;
         self.predicted.write_roofs(f)?;
-        write!(f, "\n{:<15} {:>15} {:>13}", "train.recompute", "activations MiB", "together MiB")?;
-        for roof in roofs {
-            write!(f, " {:>13}", format!("ms, {}", roof.name))?;
-        }
-        writeln!(f, "  largest micro-batch")?;
-        let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;
+        let roofs = || roofs.iter().map(|roof| format!(" {:>13}", format!("ms, {}", roof.name)));
+        let columns: String = roofs().collect();
+        writeln!(
+            f,
+            "\n{:<15} {:>15} {:>13}{columns}  largest micro-batch",
+            "train.recompute", "activations MiB", "together MiB"
+        )?;
         for level in &self.levels {
-            let (activations, total) = (mib(level.activation_bytes), mib(level.total_bytes));
-            write!(f, "{:<15} {activations:>15.1} {total:>13.1}", level.recompute)?;
-            for milliseconds in &level.milliseconds {
-                write!(f, " {milliseconds:>13.2}")?;
-            }
-            match level.largest_micro_batch {
-                0 => writeln!(f, "  not one row fits")?,
-                rows => writeln!(f, "  {rows} x {sequence} tokens")?,
-            }
+            write!(f, "{:<15} {:>15.1}", level.recompute, mib(level.activation_bytes))?;
+            level.fit.write(f, *sequence)?;
+        }
+        if !self.formats.is_empty() {
+            writeln!(
+                f,
+                "\n{:<17}{:<8} {:>17} {:>13}{columns}  largest micro-batch",
+                "optimizer.master", "moments", "bytes a parameter", "together MiB"
+            )?;
+        }
+        for format in &self.formats {
+            let each = format.state_bytes as f64 / self.plan.stored_elements as f64;
+            let [master, moments] = [format.master.name(), format.moments.name()];
+            write!(f, "{master:<17}{moments:<8} {each:>17.2}")?;
+            format.fit.write(f, *sequence)?;
         }
         writeln!(
             f,

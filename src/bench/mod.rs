@@ -27,7 +27,7 @@ mod timing;
 mod tune;
 
 pub use cost::KernelFamily;
-pub use machine_plan::{Level, MachinePlan};
+pub use machine_plan::{Fit, Level, MachinePlan, StateFormat};
 pub use predict::{FamilyTime, Kernel, Prediction, Roof};
 pub use products::{ProductsRequest, Wanted};
 pub use report::{Report, Row, Unit, Work};
