@@ -211,17 +211,17 @@ DEVICE void store_four(const Split& to, uint64_t element, uint64_t n, const floa
 
 // Whether a block of elements may hold some of a vector, then the copies of four of them.
 DEVICE bool holds_vectors(const Whole&, uint64_t, uint64_t) { return false; }
-DEVICE void store_vectors(const Whole&, uint64_t, uint64_t, const float (&)[4]) {}
+DEVICE void store_vectors(const Whole&, uint64_t, const float (&)[4]) {}
 DEVICE bool holds_vectors(const Split& to, uint64_t begin, uint64_t end) {
   const int passed = boundaries_passed(to.boundaries, 0, 2 * to.count, begin);
   return passed % 2 != 0 || (passed < 2 * to.count && to.boundaries[passed] < end);
 }
-DEVICE void store_vectors(const Split& to, uint64_t element, uint64_t n, const float (&w)[4]) {
+DEVICE void store_vectors(const Split& to, uint64_t index, const float (&w)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int passed = boundaries_passed(to.boundaries, 0, 2 * to.count, element + j);
-    if (passed % 2 != 0 && element + j < n)
-      to.vectors[to.places[passed / 2] + (element + j - to.boundaries[passed - 1])] = w[j];
+    const int passed = boundaries_passed(to.boundaries, 0, 2 * to.count, index + j);
+    if (passed % 2 != 0)
+      to.vectors[to.places[passed / 2] + (index + j - to.boundaries[passed - 1])] = w[j];
   }
 }
 
@@ -315,9 +315,9 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
   if ((__float_as_uint(norm) & 0x7f800000u) == 0x7f800000u) return;
   const Scalars step = *scalars;
   const float scale = step.clip > 0 && norm > step.clip ? __fdiv_rn(step.clip, norm) : 1.0f;
-  const int passed = boundaries_passed(boundaries, 0, boundary_count, chunk);
-  const bool mixed = passed < boundary_count && boundaries[passed] < chunk + CHUNK;
-  const bool vectors = holds_vectors(parameters, chunk, chunk + CHUNK);
+  const int passed = boundaries_passed(boundaries, 0, boundary_count, first + chunk);
+  const bool mixed = passed < boundary_count && boundaries[passed] < first + chunk + CHUNK;
+  const bool vectors = holds_vectors(parameters, first + chunk, first + chunk + CHUNK);
 
 #pragma unroll
   for (int i = 0; i < UPDATE_VECTORS; ++i) {
@@ -325,12 +325,12 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       int count = passed;
-      if (mixed) count = boundaries_passed(boundaries, passed, boundary_count, element + j);
+      if (mixed) count = boundaries_passed(boundaries, passed, boundary_count, first + element + j);
       update(step, scale, count % 2 != 0, g[i][j], w[i][j], m[i][j], v[i][j]);
     }
     store_four(parameters, element, n, w[i]);
     store_moments(step, moment1, moment2, element, n, first + element, m[i], v[i]);
-    if (vectors) store_vectors(parameters, element, n, w[i]);
+    if (vectors) store_vectors(parameters, first + element, w[i]);
   }
 }
 

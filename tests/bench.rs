@@ -340,6 +340,16 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     halves.optimizer.master = Master::Split;
     let halves = Prediction::new(&halves).unwrap();
     assert_eq!(prediction.bytes - halves.bytes, 2 * stored, "parameters in halves");
+    let mut offloads = config.clone();
+    offloads.optimizer.offload = true;
+    let offloads = Prediction::new(&offloads).unwrap();
+    assert_eq!(offloads.bytes - prediction.bytes, 16 * stored, "moments come and go");
+    let adamw = offloads.kernels.iter().find(|kernel| kernel.op == "adamw").unwrap();
+    assert_eq!((adamw.link_bytes, adamw.bound), (8 * stored, "host link"));
+    for microseconds in &adamw.microseconds {
+        let least = 8.0 * stored as f64 / 64e9 * 1e6;
+        assert!((microseconds / least - 1.0).abs() < 1e-12, "{microseconds} {least}");
+    }
 
     let without = Prediction::new(&Config { dtype: Dtype::F32, ..config }).unwrap();
     assert_eq!(without.roofs.len(), 1, "nobody measured fp32 products");

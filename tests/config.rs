@@ -472,6 +472,8 @@ rules! {
         => ["optimizer.master = bf16+16", "--set optimizer.master=f32", "cuda or simt"];
     halves_need_a_bf16_copy: ["optimizer.master=bf16+16", "device=simt"]
         => ["optimizer.master = bf16+16", "dtype = f32", "in bf16"];
+    there_is_nothing_to_offload_on_the_cpu: ["optimizer.offload=true", "device=cpu"]
+        => ["optimizer.offload = true", "--set optimizer.offload=false", "cuda or simt"];
     the_name_is_no_path: ["name=a/b"] => ["name = \"a/b\"", "letters"];
     the_name_is_no_windows_path: ["name='a\\b'"] => ["name = "];
     the_name_is_not_the_parent: ["name=.."] => ["name = \"..\""];

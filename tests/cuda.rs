@@ -17,6 +17,8 @@ mod machines;
 mod model;
 mod mutants;
 mod norm;
+mod offload;
+mod order;
 mod plain;
 mod pointwise;
 mod replay;

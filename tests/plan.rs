@@ -155,7 +155,7 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
         "in 141312.0 MiB of memory (139 GiB, as seen on a rented NVIDIA H200",
         "assumed, not measured",
         &largest,
-        "bf16+16          bf16                 12.00",
+        "bf16+16          bf16    false               12.00",
     ] {
         assert!(shown.contains(part), "no {part:?} in:\n{shown}");
     }
@@ -164,17 +164,27 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
 /// Each way to store optimizer state, as `isobath plan` has it for any GPU.
 fn check_formats(on_h200: &Value, usable: u64) {
     let formats = on_h200["formats"].as_array().unwrap();
-    let names: Vec<[&str; 2]> = formats
+    let names: Vec<(&str, &str, bool)> = formats
         .iter()
-        .map(|it| ["master", "moments"].map(|key| it[key].as_str().unwrap()))
+        .map(|it| {
+            let name = |key: &str| it[key].as_str().unwrap();
+            (name("master"), name("moments"), it["offload"].as_bool().unwrap())
+        })
         .collect();
     let halves = "bf16+16";
-    assert_eq!(names, [["f32", "f32"], ["f32", "bf16"], [halves, "f32"], [halves, "bf16"]]);
-    let all = |what: &str| on_h200[what].as_u64().unwrap();
-    for (it, [master, moments]) in formats.iter().zip(names) {
+    let expected = [false, true].map(|offload| {
+        [("f32", "f32"), ("f32", "bf16"), (halves, "f32"), (halves, "bf16")]
+            .map(|(master, moments)| (master, moments, offload))
+    });
+    assert_eq!(names, expected.concat());
+    let stored = on_h200["stored_elements"].as_u64().unwrap();
+    for (it, (master, moments, offload)) in formats.iter().zip(names) {
         let bytes = |rows: Option<u64>| {
-            let sets =
-                [format!("optimizer.master={master}"), format!("optimizer.moments={moments}")];
+            let sets = [
+                format!("optimizer.master={master}"),
+                format!("optimizer.moments={moments}"),
+                format!("optimizer.offload={offload}"),
+            ];
             let rows = rows.map(|rows| format!("train.micro_batch={rows}"));
             let mut arguments = vec!["--preset", "130m", "--device", "cuda"];
             arguments.extend(sets.iter().chain(&rows).flat_map(|set| ["--set", set]));
@@ -182,28 +192,37 @@ fn check_formats(on_h200: &Value, usable: u64) {
         };
         let as_configured = bytes(None);
         let get = |row: &str| as_configured[row].as_u64().unwrap();
-        let stored = all("stored_elements");
         // 25 gains of 768 in f32, if the parameters are not.
         let parameters = if master == halves { 2 * stored + 4 * 25 * 768 } else { 4 * stored };
         assert_eq!((get("parameters"), get("working_copy")), (parameters, 2 * stored), "{it}");
-        let of_moments = if moments == "bf16" { 4 * stored } else { 8 * stored };
-        assert_eq!((get("gradients"), get("moments")), (4 * stored, of_moments), "{it}");
+        let element_bytes = if moments == "bf16" { 2 } else { 4 };
+        let both = 2 * element_bytes * stored;
+        // On the device, or on the host: then two chunks of 2^22 elements of both are on the device.
+        let (on_device, on_host) = match offload {
+            false => (both, 0),
+            true => (2 * 2 * element_bytes << 22, both),
+        };
+        assert_eq!((get("moments"), get("host_moments")), (on_device, on_host), "{it}");
         let rows = ["parameters", "working_copy", "gradients", "moments"];
         assert_eq!(it["state_bytes"], rows.map(get).iter().sum::<u64>(), "{it}");
-        assert_eq!(it["total_bytes"], as_configured["total"], "{it}");
+        assert_eq!(it["host_bytes"], on_host, "{it}");
+        let rest = ["activations", "batches", "sampling", "process"];
+        let total = rows.iter().chain(&rest).map(|row| get(row)).sum::<u64>();
+        assert_eq!((&it["total_bytes"], get("total")), (&total.into(), total), "{it}");
         let largest = it["largest_micro_batch"].as_u64().unwrap();
         assert!(bytes(Some(largest))["total"].as_u64().unwrap() <= usable, "{it}");
         assert!(bytes(Some(largest + 1))["total"].as_u64().unwrap() > usable, "{it}");
     }
     let number = |at: usize, what: &str| formats[at][what].as_u64().unwrap();
-    // One after the other: 18, 14, 16 and 12 bytes of a parameter.
-    for (less, more) in [(1, 0), (2, 0), (3, 1), (3, 2), (1, 2)] {
+    let time = |at: usize| formats[at]["milliseconds"][0].as_f64().unwrap();
+    // 18, 14, 16 and 12 bytes of a parameter; then 10 and 8, but over the host link.
+    for (less, more) in [(1, 0), (2, 0), (3, 1), (3, 2), (1, 2), (4, 3), (6, 4)] {
         assert!(number(less, "total_bytes") < number(more, "total_bytes"), "{less}, {more}");
         let rows = |at| number(at, "largest_micro_batch");
         assert!(rows(less) > rows(more), "{less}, {more}");
-        let time = |at: usize| formats[at]["milliseconds"][0].as_f64().unwrap();
-        assert!(time(less) < time(more), "{less}, {more}");
+        assert_eq!(time(less) < time(more), less < 4, "{less}, {more}");
     }
+    assert!(time(5) < time(4) && time(5) > time(0), "half as much over the link");
     assert_eq!(formats[0]["milliseconds"], on_h200["levels"][0]["milliseconds"]);
 }
 

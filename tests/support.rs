@@ -106,6 +106,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             clip: 1.0,
             moments: Dtype::F32,
             master: Master::F32,
+            offload: false,
             sampled_layers: 0,
             sample_interval: 1,
         },

@@ -414,6 +414,31 @@ impl Cost {
         Cost::moving("adamw", &detail, working, Sizes::Flat { n }, bytes * n as u64, formula)
     }
 
+    /// Of both moments, in host memory, over the link to it: as many in each direction.
+    pub fn link_bytes(moments: Dtype, n: usize) -> u64 {
+        2 * element_bytes(moments) * n as u64
+    }
+
+    /// [`Cost::adamw`] with moments in host memory: each is copied in and out of device memory, too.
+    pub fn adamw_offloaded(working: Dtype, master: Master, moments: Dtype, n: usize) -> Self {
+        let cost = Cost::adamw(working, master, moments, n);
+        let of_moments = Self::link_bytes(moments, n);
+        let bytes_formula = match moments {
+            Dtype::F32 => {
+                "as without optimizer.offload, and both moments written and read [N]: + 16 N"
+            }
+            Dtype::Bf16 => {
+                "as without optimizer.offload, and both bf16 moments written and read [N]: + 8 N"
+            }
+        };
+        Cost {
+            what: format!("{}, moments on the host", cost.what),
+            bytes: cost.bytes + 2 * of_moments,
+            bytes_formula,
+            ..cost
+        }
+    }
+
     /// Of numbers of any type, or of token ids.
     pub fn copy(element_bytes: u64, n: usize) -> Self {
         let dtype = if element_bytes == 2 { Dtype::Bf16 } else { Dtype::F32 };

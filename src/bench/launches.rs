@@ -35,10 +35,9 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     costs.push((micro_batches, Cost::copy(4, tokens)));
     costs.push((1, Cost::gradient_norm(stored)));
     // Trainer::update
-    costs.push((
-        1,
-        Cost::adamw(config.dtype, config.optimizer.master, config.optimizer.moments, stored),
-    ));
+    let optimizer = &config.optimizer;
+    let adamw = if optimizer.offload { Cost::adamw_offloaded } else { Cost::adamw };
+    costs.push((1, adamw(config.dtype, optimizer.master, optimizer.moments, stored)));
     Ok(costs)
 }
 

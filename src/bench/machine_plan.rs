@@ -45,13 +45,17 @@ pub struct Level {
     pub fit: Fit,
 }
 
-/// The same configuration with another `optimizer.master` and `optimizer.moments`.
+/// The same configuration with another `optimizer.master`, `optimizer.moments` and
+/// `optimizer.offload`.
 #[derive(Serialize, Clone, Debug)]
 pub struct StateFormat {
     pub master: Master,
     pub moments: Dtype,
-    /// Of parameters, their working copy, gradients and moments.
+    pub offload: bool,
+    /// Of parameters, their working copy, gradients and moments, on the device.
     pub state_bytes: u64,
+    /// In host memory.
+    pub host_bytes: u64,
     #[serde(flatten)]
     pub fit: Fit,
 }
@@ -78,10 +82,13 @@ impl MachinePlan {
             Level::new(&config, machine, usable_bytes)
         });
         let masters = [Master::F32, Master::Split];
-        let all = masters.into_iter().flat_map(|it| [(it, Dtype::F32), (it, Dtype::Bf16)]);
-        let formats = all.filter(|_| config.dtype == Dtype::Bf16).map(|(master, moments)| {
+        let of_masters = masters.into_iter().flat_map(|it| [(it, Dtype::F32), (it, Dtype::Bf16)]);
+        let all = [false, true].map(|offload| of_masters.clone().map(move |it| (offload, it)));
+        let all = all.into_iter().flatten().filter(|_| config.dtype == Dtype::Bf16);
+        let formats = all.map(|(offload, (master, moments))| {
             let mut config = config.clone();
-            (config.optimizer.master, config.optimizer.moments) = (master, moments);
+            let optimizer = &mut config.optimizer;
+            (optimizer.offload, optimizer.master, optimizer.moments) = (offload, master, moments);
             StateFormat::new(&config, machine, usable_bytes)
         });
         Ok(MachinePlan {
@@ -114,7 +121,9 @@ impl StateFormat {
         Ok(StateFormat {
             master: config.optimizer.master,
             moments: config.optimizer.moments,
+            offload: config.optimizer.offload,
             state_bytes: parameters + memory.gradients + memory.moments,
+            host_bytes: memory.host_moments,
             fit: Fit::new(config, machine, usable_bytes)?,
         })
     }
@@ -196,14 +205,15 @@ impl fmt::Display for MachinePlan {
         if !self.formats.is_empty() {
             writeln!(
                 f,
-                "\n{:<17}{:<8} {:>17} {:>13}{columns}  largest micro-batch",
-                "optimizer.master", "moments", "bytes a parameter", "together MiB"
+                "\n{:<17}{:<8}{:<8}{:>17}{:>14}{columns}  largest micro-batch",
+                "optimizer.master", "moments", "offload", "bytes a parameter", "together MiB"
             )?;
         }
         for format in &self.formats {
             let each = format.state_bytes as f64 / self.plan.stored_elements as f64;
             let [master, moments] = [format.master.name(), format.moments.name()];
-            write!(f, "{master:<17}{moments:<8} {each:>17.2}")?;
+            let offload = format.offload;
+            write!(f, "{master:<17}{moments:<8}{offload:<8}{each:>17.2}")?;
             format.fit.write(f, *sequence)?;
         }
         writeln!(

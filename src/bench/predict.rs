@@ -2,8 +2,8 @@
 //! that a machine needs for them. No device is asked.
 //!
 //! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
-//! through memory, and as its products take on the tensor cores; kernels run one behind the other,
-//! without gaps.
+//! through memory, as its products take on the tensor cores, and as what it has in host memory takes
+//! over the link; kernels run one behind the other, without gaps.
 
 use std::fmt;
 
@@ -72,9 +72,11 @@ pub struct Kernel {
     pub bytes_formula: &'static str,
     pub flops: u64,
     pub flops_formula: &'static str,
+    /// Over the link to the host's memory, in each direction.
+    pub link_bytes: u64,
     /// Least microseconds of one launch, under each roof.
     pub microseconds: Vec<f64>,
-    /// What takes longer under the first roof: "memory" or "products".
+    /// What takes longest under the first roof: "memory", "products" or "host link".
     pub bound: &'static str,
 }
 
@@ -121,6 +123,11 @@ impl Prediction {
             }
         }
         let report = PlanReport::new(config)?;
+        let optimizer = &config.optimizer;
+        for kernel in kernels.iter_mut().filter(|it| optimizer.offload && it.op == "adamw") {
+            kernel.link_bytes =
+                Cost::link_bytes(optimizer.moments, report.stored_elements as usize);
+        }
         let mut prediction = Prediction {
             name: config.name.clone(),
             machine: machine.name,
@@ -139,12 +146,15 @@ impl Prediction {
             kernels,
         };
         let peak = machine.flops_per_second(config.dtype);
-        prediction.raise("datasheet", machine.bytes_per_second, peak, machine.source);
+        let link = machine.link_bytes_per_second;
+        prediction.raise("datasheet", machine.bytes_per_second, peak, link, machine.source);
         if *machine == H200 && config.dtype == Dtype::Bf16 {
             prediction.raise(
                 "measured",
                 H200_MEASURED_BYTES_PER_SECOND,
                 H200_MEASURED_BF16_FLOPS_PER_SECOND,
+                // Nobody measured it.
+                link,
                 H200_MEASURED_SOURCE,
             );
         }
@@ -175,17 +185,24 @@ impl Prediction {
         name: &'static str,
         bytes_per_second: f64,
         flops_per_second: f64,
+        link_bytes_per_second: f64,
         source: &'static str,
     ) {
         let mut total = 0.0;
         for kernel in &mut self.kernels {
             let moving = kernel.bytes as f64 / bytes_per_second * 1e6;
             let multiplying = kernel.flops as f64 / flops_per_second * 1e6;
+            let fetching = kernel.link_bytes as f64 / link_bytes_per_second * 1e6;
+            let least = moving.max(multiplying).max(fetching);
             if kernel.microseconds.is_empty() {
-                kernel.bound = if moving > multiplying { "memory" } else { "products" };
+                kernel.bound = match least {
+                    _ if fetching == least && fetching > 0.0 => "host link",
+                    _ if moving > multiplying => "memory",
+                    _ => "products",
+                };
             }
-            kernel.microseconds.push(moving.max(multiplying));
-            total += kernel.launches as f64 * moving.max(multiplying);
+            kernel.microseconds.push(least);
+            total += kernel.launches as f64 * least;
         }
         let tokens_per_second = self.tokens_per_step as f64 / total * 1e6;
         let peak = self.roofs.first().map_or(flops_per_second, |roof| roof.flops_per_second);
@@ -215,6 +232,7 @@ impl Kernel {
             bytes_formula,
             flops,
             flops_formula,
+            link_bytes: 0,
             microseconds: vec![],
             bound: "",
         }

@@ -322,6 +322,8 @@ pub struct OptimizerConfig {
     /// Type that both moments are stored in; in bf16, rounded by chance so that the mean is exact.
     pub moments: Dtype,
     pub master: Master,
+    /// Whether both moments lie in host memory and pass through the device in every update.
+    pub offload: bool,
     /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and head;
     /// 0: all. "LISA", Pan et al. 2024.
     pub sampled_layers: usize,

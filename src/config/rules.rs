@@ -100,6 +100,13 @@ impl Config {
                 "the CPU keeps moments in f32".into(),
                 "add --set optimizer.moments=f32, or train on cuda or simt".into(),
             )
+        })?;
+        let offload = self.optimizer.offload;
+        rule(!(cpu && offload), "optimizer.offload", offload, || {
+            (
+                "on the CPU all memory is the host's".into(),
+                "add --set optimizer.offload=false, or train on cuda or simt".into(),
+            )
         })
     }
 

@@ -73,7 +73,7 @@ pub struct Scalars {
     stream: u64,
 }
 
-/// Addresses of an update, f32 unless it says so; all multiples of 16.
+/// Addresses of what is updated, f32 unless it says so; all multiples of 16.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWBuffers {
     /// [N], f32 or lower halves.
@@ -90,6 +90,30 @@ pub struct AdamWBuffers {
     pub vectors: Option<DevicePointer>,
     /// [1], of these gradients: what they are clipped by.
     pub grad_norm: DevicePointer,
+}
+
+impl AdamWBuffers {
+    /// From element `at` of `part` on, but for the moments, which lie elsewhere.
+    pub(super) fn from_element(
+        &self,
+        at: u64,
+        part: &FlatPart,
+        moments: [DevicePointer; 2],
+    ) -> Self {
+        let parameter_bytes = match part.master {
+            Master::F32 => 4,
+            Master::Split => 2,
+        };
+        let [moment1, moment2] = moments;
+        AdamWBuffers {
+            parameters: self.parameters.offset(parameter_bytes * at),
+            gradients: self.gradients.offset(4 * at),
+            moment1,
+            moment2,
+            working: self.working.map(|working| working.offset(2 * at)),
+            ..*self
+        }
+    }
 }
 
 /// The optimizer of one flat buffer on one machine.
@@ -151,7 +175,7 @@ impl AdamW {
             ));
         }
         let ends = |what, ranges: &mut dyn Iterator<Item = &Range<usize>>| {
-            boundaries(device, what, ranges, elements)
+            boundaries(device, what, ranges, &part)
         };
         let mut table = ends("decaying range", &mut decay.iter())?;
         let boundaries = counted(device, "decaying ranges", &table)?;
@@ -183,6 +207,10 @@ impl AdamW {
         let to = memory.address.offset(BOUNDARIES_AT);
         driver.to_device(StreamId::MAIN, bytemuck::cast_slice(&table), to)?;
         Ok(adamw)
+    }
+
+    pub fn part(&self) -> &FlatPart {
+        &self.part
     }
 
     /// Gives its memory back, after all its work has run.
@@ -290,13 +318,27 @@ impl AdamW {
         stream: StreamId,
         args: &AdamWBuffers,
     ) -> Result<()> {
+        self.launch_range(driver, stream, 0..self.part.elements, args)
+    }
+
+    /// The same for some of the elements; `args` begin where they do.
+    ///
+    /// Errors: as [`AdamW::launch`].
+    pub fn launch_range(
+        &self,
+        driver: &mut dyn Driver,
+        stream: StreamId,
+        range: Range<u64>,
+        args: &AdamWBuffers,
+    ) -> Result<()> {
+        let elements = range.end - range.start;
         self.check_alignment("parameters", args.parameters)?;
         self.check_alignment("gradients", args.gradients)?;
         self.check_alignment("moment1", args.moment1)?;
         self.check_alignment("moment2", args.moment2)?;
         self.check_alignment("working copy", args.working.unwrap_or_default())?;
         self.check_alignment("copies of vectors", args.vectors.unwrap_or_default())?;
-        if self.part.elements == 0 {
+        if elements == 0 {
             return Ok(());
         }
         let boundaries = self.memory.address.offset(BOUNDARIES_AT);
@@ -308,8 +350,8 @@ impl AdamW {
             .with(args.gradients)
             .with(args.moment1)
             .with(args.moment2)
-            .with(self.part.elements)
-            .with(self.part.first);
+            .with(elements)
+            .with(self.part.first + range.start);
         let arguments = match (self.part.master, args.working, args.vectors) {
             (Master::F32, working, _) => {
                 arguments.with(args.parameters).with(working.unwrap_or_default())
@@ -333,7 +375,7 @@ impl AdamW {
                 ));
             }
         };
-        let blocks = self.part.elements.div_ceil(CHUNK) as u32;
+        let blocks = elements.div_ceil(CHUNK) as u32;
         let launch = Launch::new(self.update, [blocks, 1, 1], [THREADS, 1, 1]).on(stream);
         driver.launch(&launch, &arguments)
     }
@@ -362,13 +404,14 @@ impl AdamW {
     }
 }
 
-/// Where ranges begin and end, one after the other.
+/// Where ranges of a part begin and end in the whole flat buffer, one after the other.
 fn boundaries(
     device: &str,
     what: &str,
     ranges: &mut dyn Iterator<Item = &Range<usize>>,
-    elements: u64,
+    part: &FlatPart,
 ) -> Result<Vec<u64>> {
+    let elements = part.elements;
     let mut boundaries = vec![];
     let mut end = 0;
     for range in ranges {
@@ -382,7 +425,7 @@ fn boundaries(
             ));
         }
         end = range.end;
-        boundaries.extend([range.start as u64, range.end as u64]);
+        boundaries.extend([range.start, range.end].map(|it| part.first + it as u64));
     }
     Ok(boundaries)
 }

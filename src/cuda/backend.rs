@@ -18,13 +18,14 @@ use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
+use super::offload::Offload;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
 use super::{Allocation, DevicePointer, Driver, GraphId, StreamId, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    Recording, ResidualSpec, Sink, VectorCopy, unfused,
+    OFFLOAD_CHUNK, Recording, ResidualSpec, Sink, VectorCopy, unfused,
 };
 use crate::config::{Dtype, Master};
 use crate::error::Result;
@@ -39,6 +40,9 @@ pub struct Cuda {
     dtype: Dtype,
     family: Option<Family>,
     buffers: Vec<Allocation>,
+    /// Those that lie in the host's memory.
+    on_host: Vec<BufferId>,
+    offload_chunk: usize,
     layers: Layers,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
@@ -60,6 +64,8 @@ struct Layers {
     losses: HashMap<LossSize, Loss>,
     /// Of each range of the flat buffer that is updated on its own, by its parameters.
     optimizers: Vec<(View, AdamW)>,
+    /// For moments in host memory.
+    offload: Option<Offload>,
 }
 
 impl Layers {
@@ -93,14 +99,29 @@ impl Cuda {
             embeddings: HashMap::new(),
             losses: HashMap::new(),
             optimizers: Vec::new(),
+            offload: None,
         };
-        let buffers = Vec::new();
-        Ok(Cuda { driver, dtype, family, buffers, layers, preparing: false, graphs: true })
+        Ok(Cuda {
+            driver,
+            dtype,
+            family,
+            buffers: Vec::new(),
+            on_host: Vec::new(),
+            offload_chunk: OFFLOAD_CHUNK,
+            layers,
+            preparing: false,
+            graphs: true,
+        })
     }
 
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
     pub fn with_graphs(self, graphs: bool) -> Self {
         Cuda { graphs, ..self }
+    }
+
+    /// Moments in host memory pass through in chunks of as many elements, a multiple of 64.
+    pub fn with_offload_chunk(self, elements: usize) -> Self {
+        Cuda { offload_chunk: elements, ..self }
     }
 
     pub fn driver(&mut self) -> &mut dyn Driver {
@@ -381,6 +402,10 @@ impl Backend for Cuda {
         self.driver.launch_graph(GraphId(recording.0), STREAM)
     }
 
+    fn offload_chunk(&self) -> usize {
+        self.offload_chunk
+    }
+
     fn optimizer_bytes(&self, decay: &[Range<usize>], vectors: &[VectorCopy]) -> usize {
         AdamW::device_bytes(decay, vectors) as usize
     }
@@ -403,6 +428,10 @@ impl Backend for Cuda {
                 _ => Dtype::F32,
             },
         };
+        if self.on_host.contains(&buffers.moment1.buffer) && self.layers.offload.is_none() {
+            let chunk = self.offload_chunk as u64;
+            self.layers.offload = Some(Offload::new(&mut *self.driver, chunk, part.moments)?);
+        }
         let optimizer = AdamW::new(&mut *self.driver, part, decay, vectors)?;
         self.layers.optimizers.push((buffers.parameters, optimizer));
         Ok(())
@@ -414,6 +443,14 @@ impl Backend for Cuda {
         self.driver.fill(STREAM, buffer.address, buffer.bytes, 0)?;
         self.buffers.push(buffer);
         Ok(BufferId(self.buffers.len() as u32 - 1))
+    }
+
+    fn allocate_host(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {
+        let buffer = self.driver.allocate_host(label, bytes.max(1) as u64)?;
+        self.buffers.push(buffer);
+        let id = BufferId(self.buffers.len() as u32 - 1);
+        self.on_host.push(id);
+        Ok(id)
     }
 
     fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
@@ -918,6 +955,11 @@ impl Backend for Cuda {
             moment2: self.address(buffers.moment2),
             grad_norm: self.address(buffers.grad_norm),
         };
-        self.layers.optimizer(buffers).update(&mut *self.driver, STREAM, step, &addresses)
+        let optimizer = self.layers.optimizer(buffers);
+        optimizer.prepare(&mut *self.driver, STREAM, step)?;
+        match &self.layers.offload {
+            Some(offload) => offload.update(&mut *self.driver, optimizer, &addresses),
+            None => optimizer.launch(&mut *self.driver, STREAM, &addresses),
+        }
     }
 }

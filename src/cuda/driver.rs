@@ -157,6 +157,9 @@ pub trait Driver {
 
     /// Errors: no memory; `label` names the buffer there and in faults.
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
+    /// A buffer of zeros in the host's memory that never moves, for [`Driver::on_device`] to copy from
+    /// and to while kernels run; everything else may reach it, too, but slowly. Errors: no memory.
+    fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
     /// After all work that uses it has run. Errors: not a live buffer of this driver.
     fn release(&mut self, buffer: Allocation) -> Result<()>;
     /// Bytes of this machine's memory that the process takes besides buffers and that
@@ -344,6 +347,11 @@ impl Arguments {
 
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
+    }
+
+    /// What a kernel may reach through each.
+    pub fn reaches(&self) -> impl Iterator<Item = Reach> + '_ {
+        self.passed.iter().map(|passed| passed.reach)
     }
 
     /// What both machines take: one pointer to each value, aligned to 128 bytes, to be read only

@@ -588,6 +588,13 @@ impl Driver for Host {
         Ok(buffer)
     }
 
+    /// All memory of this machine is the host's.
+    fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        let buffer = self.allocate(label, bytes)?;
+        self.fill(StreamId::MAIN, buffer.address, bytes, 0)?;
+        Ok(buffer)
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         if !self.memory.remove(buffer) {

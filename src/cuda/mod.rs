@@ -15,6 +15,7 @@ pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+mod offload;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;

@@ -5,7 +5,8 @@
 //! machine code of every kernel file comes with the program (binaries.rs); a file without code for
 //! this GPU is an error only for those who ask for its kernels.
 
-use std::ffi::{CStr, CString, c_int, c_uint};
+use std::collections::BTreeSet;
+use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
 use crate::error::{Error, Result};
+use crate::host_memory;
 
 const DEVICE: &str = "cuda";
 
@@ -159,6 +161,8 @@ pub struct Nvidia {
     /// Launched on each stream since it was last waited for: one of them caused a late error.
     pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
+    /// Buffers of `memory` that lie in the host's.
+    on_host: BTreeSet<DevicePointer>,
     capture: Capture,
     captured: Captured,
     // In the order in which they are given back; the context goes last.
@@ -192,6 +196,7 @@ impl Nvidia {
             unusable: vec![],
             pending: vec![],
             memory: Ledger::default(),
+            on_host: BTreeSet::new(),
             capture: Capture::default(),
             captured: Captured::default(),
             graphs: vec![],
@@ -379,6 +384,19 @@ fn is_kernel_fault(error: CUresult) -> bool {
             | CUresult::CUDA_ERROR_INVALID_PC
             | CUresult::CUDA_ERROR_LAUNCH_FAILED
     )
+}
+
+/// Page-locked, of use in every context, and mapped for the device.
+const PINNED: u32 = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+
+fn no_host_memory(label: &str, bytes: u64, available: u64) -> Error {
+    Error::Memory {
+        device: format!("{DEVICE}'s host"),
+        needed: bytes,
+        available,
+        table: format!("  {label}: {} MiB, page-locked", bytes >> 20),
+        remedy: "set optimizer.moments to bf16, or optimizer.offload to false".to_string(),
+    }
 }
 
 fn cannot_open(error: DriverError) -> Error {
@@ -592,11 +610,46 @@ impl Driver for Nvidia {
         Ok(buffer)
     }
 
+    fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.capture.forbid(DEVICE, "an allocation")?;
+        self.bind()?;
+        let available = host_memory::available_bytes();
+        if bytes == 0 {
+            return Err(no_memory(DEVICE, label, 0, available));
+        }
+        if bytes > available {
+            return Err(no_host_memory(label, bytes, available));
+        }
+        // SAFETY: the context is bound; the contents are written before anybody reads them.
+        let allocated = unsafe { result::malloc_host(bytes as usize, PINNED) };
+        let address = match allocated {
+            Ok(address) => address,
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(no_host_memory(label, bytes, available));
+            }
+            Err(error) => return Err(self.failed(error)),
+        };
+        // SAFETY: `malloc_host` gave as many bytes, which nobody else knows yet.
+        unsafe { ptr::write_bytes(address.cast::<u8>(), 0, bytes as usize) };
+        // With unified addresses, which every GPU with these kernels has, the device knows it by the
+        // same one.
+        let buffer = Allocation { address: DevicePointer(address as u64), bytes };
+        self.memory.add(buffer, label);
+        self.on_host.insert(buffer.address);
+        Ok(buffer)
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         self.bind()?;
         if !self.memory.remove(buffer) {
             return Err(foreign(DEVICE, "buffer"));
+        }
+        if self.on_host.remove(&buffer.address) {
+            self.context.synchronize().map_err(|error| self.failed(error))?;
+            // SAFETY: it came from `malloc_host` and was not freed; no work is left that uses it.
+            return unsafe { result::free_host(buffer.address.0 as *mut c_void) }
+                .map_err(|error| self.failed(error));
         }
         // SAFETY: the ledger had it, so it came from `malloc_sync` and was not freed; cuMemFree
         // waits for the work that uses it.
@@ -776,8 +829,10 @@ impl Driver for Nvidia {
         }
         self.bind()?;
         let stream = self.stream(stream)?.cu_stream();
-        // SAFETY: both ranges lie in live buffers of ours and do not overlap.
-        unsafe { result::memcpy_dtod_async(to.0, from.0, bytes as usize, stream) }
+        // SAFETY: both ranges lie in live buffers of ours and do not overlap. Where a buffer lies, the
+        // driver tells from its unified address.
+        unsafe { sys::cuMemcpyAsync(to.0, from.0, bytes as usize, stream) }
+            .result()
             .map_err(|error| self.failed(error))
     }
 
@@ -905,9 +960,12 @@ impl Drop for Nvidia {
         let _ = self.context.synchronize();
         self.graphs.clear();
         for address in self.memory.addresses() {
-            // SAFETY: the ledger's buffers came from `malloc_sync` and were not freed; no work
-            // is left that could use them.
-            let _ = unsafe { result::free_sync(address.0) };
+            // SAFETY: the ledger's buffers came from `malloc_host`, if they are here, else from
+            // `malloc_sync`, and were not freed; no work is left that could use them.
+            let _ = match self.on_host.contains(&address) {
+                true => unsafe { result::free_host(address.0 as *mut c_void) },
+                false => unsafe { result::free_sync(address.0) },
+            };
         }
         for Module { module, .. } in &self.modules {
             // SAFETY: loaded in `open`, unloaded only here; graphs that hold its kernels are gone.

@@ -15,6 +15,8 @@ pub struct Peaks {
     pub multiprocessors: usize,
     /// Of device memory, read and written together.
     pub bytes_per_second: f64,
+    /// Between the host's memory and the device's, in each direction at once.
+    pub link_bytes_per_second: f64,
     bf16_flops_per_second: f64,
     f32_flops_per_second: f64,
     pub source: &'static str,
@@ -28,10 +30,11 @@ pub const H200: Peaks = Peaks {
     short_name: "h200",
     multiprocessors: 132,
     bytes_per_second: 4.8e12,
+    link_bytes_per_second: 64e9,
     bf16_flops_per_second: 989.5e12,
     f32_flops_per_second: 67e12,
     source: "NVIDIA H200 datasheet, SXM: 4.8 TB/s; 1979 TFLOP/s bf16 with sparsity, half of it \
-             dense; 67 TFLOP/s fp32",
+             dense; 67 TFLOP/s fp32; PCIe 5.0: 128 GB/s, half of it each way",
     memory_bytes: 139 << 30,
     memory_source: "139 GiB, as seen on a rented NVIDIA H200; its datasheet says 141 GB",
 };
@@ -41,10 +44,11 @@ pub const H100: Peaks = Peaks {
     short_name: "h100",
     multiprocessors: 132,
     bytes_per_second: 3.35e12,
+    link_bytes_per_second: 64e9,
     bf16_flops_per_second: 989.5e12,
     f32_flops_per_second: 67e12,
     source: "NVIDIA H100 datasheet, SXM: 3.35 TB/s; 1979 TFLOP/s bf16 with sparsity, half of it \
-             dense; 67 TFLOP/s fp32",
+             dense; 67 TFLOP/s fp32; PCIe 5.0: 128 GB/s, half of it each way",
     memory_bytes: 80_000_000_000,
     memory_source: "80 GB, as its datasheet says, of 10^9 bytes",
 };

@@ -9,9 +9,10 @@ use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::parameters::ParameterBytes;
 use super::trainer::{moment_kind, update_groups};
-use crate::backend::Backend;
+use crate::backend::{Backend, OFFLOAD_CHUNK, offload_bytes};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
+use crate::host_memory;
 use crate::model::parameters::ParameterTable;
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
@@ -25,6 +26,8 @@ pub struct Plan {
     pub(super) flat_bytes: usize,
     /// Of each of the two.
     pub(super) moment_bytes: usize,
+    /// Moments lie in host memory, and pass through as many bytes of the device's.
+    offload_bytes: Option<usize>,
     parameter_bytes: ParameterBytes,
     batch_bytes: usize,
     optimizer_bytes: usize,
@@ -42,7 +45,7 @@ pub struct MemoryTable {
     /// The parameters as matmuls read them, where that is not f32.
     pub working_copy: u64,
     pub gradients: u64,
-    /// Both moments, and what the optimizer needs besides.
+    /// Both moments, or what those in host memory pass through, and what the optimizer needs besides.
     pub moments: u64,
     /// The one arena that training and evaluation share.
     pub activations: u64,
@@ -53,6 +56,8 @@ pub struct MemoryTable {
     /// What the program itself takes of the device's memory, as measured.
     pub process: u64,
     pub total: u64,
+    /// Both moments, where they lie in host memory: not in the total.
+    pub host_moments: u64,
     /// What lies in the arena, the largest at the fullest step first.
     pub tensors: Vec<MemoryLine>,
 }
@@ -62,11 +67,14 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
+        let moment_element_bytes = backend.element_bytes(moment_kind(&config.optimizer));
+        let passage = offload_bytes(backend.offload_chunk(), moment_element_bytes);
+        let offload_bytes = plan.offload_bytes.map(|_| passage);
         let optimizer_bytes = update_groups(&plan.table, &config.optimizer)
             .iter()
             .map(|group| backend.optimizer_bytes(&group.decay, &group.vectors))
             .sum();
-        Ok(Plan { process_bytes, optimizer_bytes, ..plan })
+        Ok(Plan { process_bytes, optimizer_bytes, offload_bytes, ..plan })
     }
 
     /// For training on a device that need not be here.
@@ -98,7 +106,10 @@ impl Plan {
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
-        let moment_bytes = table.stored_elements() * element_bytes(moment_kind(&config.optimizer));
+        let moment_element_bytes = element_bytes(moment_kind(&config.optimizer));
+        let moment_bytes = table.stored_elements() * moment_element_bytes;
+        let offloads = config.optimizer.offload;
+        let offload_bytes = offloads.then(|| offload_bytes(OFFLOAD_CHUNK, moment_element_bytes));
         let master = config.optimizer.master;
         let parameter_bytes = ParameterBytes::new(&table, master, &element_bytes);
         let (count, tokens) = (config.train.grad_accumulation, batch * sequence);
@@ -110,6 +121,7 @@ impl Plan {
             sampling,
             flat_bytes,
             moment_bytes,
+            offload_bytes,
             parameter_bytes,
             batch_bytes,
             optimizer_bytes: 0,
@@ -140,7 +152,9 @@ impl Plan {
         let ParameterBytes { master, working, vectors } = self.parameter_bytes;
         let (parameters, working_copy) = ((master + vectors) as u64, working as u64);
         let batches = self.batch_bytes as u64;
-        let moments = (2 * self.moment_bytes + self.optimizer_bytes) as u64;
+        let both = 2 * self.moment_bytes;
+        let (on_device, on_host) = self.offload_bytes.map_or((both, 0), |bytes| (bytes, both));
+        let moments = (on_device + self.optimizer_bytes) as u64;
         let process = self.process_bytes as u64;
         let flat_buffers = parameters + working_copy + flat + moments;
         MemoryTable {
@@ -153,6 +167,7 @@ impl Plan {
             sampling,
             process,
             total: flat_buffers + activations + batches + sampling + process,
+            host_moments: on_host as u64,
             tensors: self.training.memory_lines().to_vec(),
         }
     }
@@ -160,13 +175,26 @@ impl Plan {
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
         let (memory, available) = (self.memory(), backend.available_bytes()?);
+        let available_on_host = host_memory::available_bytes();
+        if memory.host_moments > available_on_host {
+            return Err(Error::Memory {
+                device: "host".to_string(),
+                needed: memory.host_moments,
+                available: available_on_host,
+                table: memory.to_string(),
+                remedy: "set optimizer.moments to bf16, or optimizer.offload to false".to_string(),
+            });
+        }
         if memory.total <= available {
             return Ok(());
         }
         // Devices that compute in bf16 can also store optimizer state in it.
         let narrower = match memory.working_copy {
             0 => "",
-            _ => ", set optimizer.moments to bf16 and optimizer.master to bf16+16",
+            _ => {
+                ", set optimizer.moments to bf16 and optimizer.master to bf16+16, or \
+                 optimizer.offload to true"
+            }
         };
         Err(Error::Memory {
             device: backend.name().to_string(),
@@ -208,6 +236,10 @@ impl fmt::Display for MemoryTable {
         for (name, bytes) in rest.into_iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
         }
-        write!(f, "{:<30}{:>22.1}", "together", mib(self.total))
+        write!(f, "{:<30}{:>22.1}", "together", mib(self.total))?;
+        match self.host_moments {
+            0 => Ok(()),
+            bytes => write!(f, "\n{:<30}{:>22.1}", "moments in host memory", mib(bytes)),
+        }
     }
 }

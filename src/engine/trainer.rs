@@ -62,18 +62,22 @@ impl<B: Backend> Trainer<B> {
         let Plan { table, training, evaluation, sampling, flat_bytes, moment_bytes, .. } = plan;
         let bytes = backend.element_bytes(Kind::Statistic);
         let parameters = Parameters::allocate(&table, config.optimizer.master, &mut backend)?;
-        let mut flat = |label, kind, bytes| -> Result<View> {
-            let view = flat_view(backend.allocate(label, bytes)?, table.stored_elements());
-            Ok(View { kind, ..view })
+        let (kind, elements) = (moment_kind(&config.optimizer), table.stored_elements());
+        let mut moment = |label| -> Result<View> {
+            let buffer = match config.optimizer.offload {
+                true => backend.allocate_host(label, moment_bytes)?,
+                false => backend.allocate(label, moment_bytes)?,
+            };
+            Ok(View { kind, ..flat_view(buffer, elements) })
         };
-        let moment = moment_kind(&config.optimizer);
+        let (moment1, moment2) = (moment("first moment")?, moment("second moment")?);
         let flat = FlatBuffers {
             parameters: parameters.master,
             working: parameters.working,
             vectors: parameters.vectors,
-            gradients: flat("gradients", Kind::Statistic, flat_bytes)?,
-            moment1: flat("first moment", moment, moment_bytes)?,
-            moment2: flat("second moment", moment, moment_bytes)?,
+            gradients: flat_view(backend.allocate("gradients", flat_bytes)?, elements),
+            moment1,
+            moment2,
             grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
             first: 0,
         };
@@ -247,6 +251,7 @@ impl<B: Backend> Trainer<B> {
 
     /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
     /// On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
+    /// Where moments lie in host memory, it is one for each chunk of them, between its copies.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].
     pub fn update(&mut self, optimizer: &OptimizerConfig, update: u64, lr: f64) -> Result<()> {

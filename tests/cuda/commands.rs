@@ -113,13 +113,13 @@ fn state(run: &Path, step: u64) -> [Vec<u8>; 2] {
 fn a_resumed_run_has_the_bits_of_one_in_one_go() {
     let Some(case) = Case::new() else { return };
     let formats = [
-        ["optimizer.moments=f32", "optimizer.master=f32"],
-        ["optimizer.moments=f32", "optimizer.master=bf16+16"],
-        ["optimizer.moments=bf16", "optimizer.master=bf16+16"],
+        ["optimizer.moments=f32", "optimizer.master=f32", "optimizer.offload=false"],
+        ["optimizer.moments=f32", "optimizer.master=bf16+16", "optimizer.offload=false"],
+        ["optimizer.moments=bf16", "optimizer.master=bf16+16", "optimizer.offload=true"],
     ];
     for (index, format) in formats.into_iter().enumerate() {
         let train = |name: &str, set: &str| {
-            let sets = ["dtype=bf16", "train.grad_accumulation=2", format[0], format[1], set];
+            let sets = [&["dtype=bf16", "train.grad_accumulation=2", set][..], &format].concat();
             case.train(&format!("{name}-{index}"), "simt", &sets)
         };
         let whole = train("whole", "train.steps=4");

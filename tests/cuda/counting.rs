@@ -1,4 +1,5 @@
-//! A driver between a test and simt: it counts what runs, and can leave kernels out.
+//! A driver between a test and simt: it counts what runs, can leave kernels out, and can watch that
+//! streams wait for each other.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,6 +12,8 @@ use isobath::cuda::{
     Properties, StreamId, TensorMap, TensorMapSpec,
 };
 
+use super::order::Order;
+
 /// What a driver was asked to run or to record: kernels by name, "copy", "fill" and "graph".
 pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
 
@@ -22,16 +25,23 @@ pub struct Counting {
     pub lacks: Option<&'static str>,
     /// What the machine says of itself.
     pub properties: Properties,
+    pub order: Option<Rc<RefCell<Order>>>,
 }
 
 impl Counting {
     pub fn new(host: Host) -> Self {
         let properties = host.properties().clone();
-        Counting { host, counts: Counts::default(), lacks: None, properties }
+        Counting { host, counts: Counts::default(), lacks: None, properties, order: None }
     }
 
     fn count(&self, name: &str) {
         *self.counts.borrow_mut().entry(name.to_string()).or_default() += 1;
+    }
+
+    fn watch(&self, happens: impl FnOnce(&mut Order)) {
+        if let Some(order) = &self.order {
+            happens(&mut order.borrow_mut());
+        }
     }
 }
 
@@ -40,7 +50,14 @@ impl Driver for Counting {
     fn device(&self) -> &'static str { self.host.device() }
     fn properties(&self) -> &Properties { &self.properties }
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
-        self.host.allocate(label, bytes)
+        let buffer = self.host.allocate(label, bytes)?;
+        self.watch(|order| order.allocated(buffer));
+        Ok(buffer)
+    }
+    fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        let buffer = self.host.allocate_host(label, bytes)?;
+        self.watch(|order| order.allocated(buffer));
+        Ok(buffer)
     }
     fn release(&mut self, buffer: Allocation) -> Result<()> { self.host.release(buffer) }
     fn free_bytes(&self) -> Result<u64> { self.host.free_bytes() }
@@ -58,30 +75,37 @@ impl Driver for Counting {
     }
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         self.count(&self.kernel_info(launch.kernel)?.name);
+        self.watch(|order| order.launched(launch.stream, arguments));
         self.host.launch(launch, arguments)
     }
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.watch(|order| order.copied(stream, None, Some(to), from.len() as u64, true));
         self.host.to_device(stream, from, to)
     }
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.watch(|order| order.copied(stream, Some(from), None, to.len() as u64, true));
         self.host.to_host(stream, from, to)
     }
     fn on_device(
         &mut self, stream: StreamId, from: DevicePointer, to: DevicePointer, bytes: u64,
     ) -> Result<()> {
         self.count("copy");
+        self.watch(|order| order.copied(stream, Some(from), Some(to), bytes, false));
         self.host.on_device(stream, from, to, bytes)
     }
     fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
         self.count("fill");
+        self.watch(|order| order.copied(stream, None, Some(to), bytes, false));
         self.host.fill(stream, to, bytes, value)
     }
     fn new_stream(&mut self) -> Result<StreamId> { self.host.new_stream() }
     fn new_event(&mut self) -> Result<EventId> { self.host.new_event() }
     fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.watch(|order| order.recorded(event, stream));
         self.host.record(event, stream)
     }
     fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
+        self.watch(|order| order.waited(stream, event));
         self.host.wait(stream, event)
     }
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {

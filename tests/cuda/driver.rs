@@ -537,6 +537,34 @@ fn memory_is_aligned_and_copies_are_exact() {
     }
 }
 
+/// A buffer in host memory is one of the driver's like any other, but for where it lies.
+#[test]
+fn host_memory_begins_as_zeros_and_is_copied_to_and_from() {
+    for mut driver in machines() {
+        let driver = &mut *driver;
+        let values = f32s(1, 1031);
+        let device = driver.upload("device", &values).unwrap();
+        let host = driver.allocate_host("host", 4 * 1040).unwrap();
+        assert_eq!((host.bytes, host.address.0 % 256), (4160, 0));
+        assert_eq!(driver.download::<f32>(host.address, 1040).unwrap(), [0.0; 1040]);
+        let bytes = device.bytes;
+        driver.on_device(StreamId::MAIN, device.address, host.address.offset(16), bytes).unwrap();
+        driver.fill(StreamId::MAIN, device.address, bytes, 0xff).unwrap();
+        driver.on_device(StreamId::MAIN, host.address.offset(16), device.address, bytes).unwrap();
+        assert_eq!(driver.download::<f32>(device.address, 1031).unwrap(), values);
+        let found = driver.download::<f32>(host.address, 1040).unwrap();
+        assert!(found[..4] == [0.0; 4] && found[4..1035] == values && found[1035..] == [0.0; 5]);
+
+        let beyond =
+            driver.on_device(StreamId::MAIN, device.address, host.address.offset(40), bytes);
+        assert_refused(beyond, &["write", "of `host`, which has 4160"]);
+        assert_refused(driver.allocate_host("nothing", 0), &["`nothing` has no bytes"]);
+        assert_refused(driver.allocate_host("all", 1 << 50), &["memory", "`all`"]);
+        driver.release(host).unwrap();
+        assert_refused(driver.release(host), &["of another driver"]);
+    }
+}
+
 #[test]
 fn events_measure_and_streams_wait() {
     for mut driver in machines() {
