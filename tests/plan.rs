@@ -200,7 +200,7 @@ fn check_formats(on_h200: &Value, usable: u64) {
         // On the device, or on the host: then two chunks of 2^22 elements of both are on the device.
         let (on_device, on_host) = match offload {
             false => (both, 0),
-            true => (2 * 2 * element_bytes << 22, both),
+            true => ((4 * element_bytes) << 22, both),
         };
         assert_eq!((get("moments"), get("host_moments")), (on_device, on_host), "{it}");
         let rows = ["parameters", "working_copy", "gradients", "moments"];

@@ -94,12 +94,7 @@ pub struct AdamWBuffers {
 
 impl AdamWBuffers {
     /// From element `at` of `part` on, but for the moments, which lie elsewhere.
-    pub(super) fn from_element(
-        &self,
-        at: u64,
-        part: &FlatPart,
-        moments: [DevicePointer; 2],
-    ) -> Self {
+    pub(super) fn of_chunk(&self, at: u64, part: &FlatPart, moments: [DevicePointer; 2]) -> Self {
         let parameter_bytes = match part.master {
             Master::F32 => 4,
             Master::Split => 2,

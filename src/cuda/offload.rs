@@ -85,7 +85,7 @@ impl Offload {
             }
             driver.record(slot.loaded, self.incoming)?;
             driver.wait(StreamId::MAIN, slot.loaded)?;
-            let of_chunk = args.from_element(range.start, part, on_device);
+            let of_chunk = args.of_chunk(range.start, part, on_device);
             adamw.launch_range(driver, StreamId::MAIN, range, &of_chunk)?;
             driver.record(slot.updated, StreamId::MAIN)?;
             driver.wait(self.outgoing, slot.updated)?;
