@@ -153,9 +153,17 @@ fn with_some_gemms(text: &str) -> String {
     text
 }
 
+const ATTENTION_HEADER: &str = include_str!("../../kernels/attention_sm90.cuh");
+
+/// A kernel file of the Hopper attention, with the header that its lines are to be broken in, too.
+fn with_header(text: &str) -> String {
+    let header = ATTENTION_HEADER.replace("#pragma once\n", "");
+    patched(text, &[("#include \"attention_sm90.cuh\"\n", &header)])
+}
+
 /// Of the Hopper attention, the kernels that these lines make, and others in name.
 fn with_one_attention(kept: &[&str], named: &[&str]) -> String {
-    let text = include_str!("../../kernels/attention_sm90.cu");
+    let text = with_header(include_str!("../../kernels/attention_sm90.cu"));
     let makes =
         |line: &str| line.starts_with("FORWARD_KERNEL(") || line.starts_with("BACKWARD_KERNELS(");
     let lines = text.lines().filter(|line| !makes(line) || kept.contains(line));
@@ -331,7 +339,7 @@ fn run_attention_forward(driver: &mut dyn Driver) -> isobath::error::Result<Vec<
 /// From results of a forward pass that are none: no formula needs them to be.
 fn run_attention_backward(driver: &mut dyn Driver) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
-    let attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
+    let mut attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
     for (batch, sequence, document) in ATTENTIONS {
         let (inputs, mut forward) = attention_forward(driver, batch, sequence, document);
         let tokens = batch * sequence;
