@@ -333,6 +333,9 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         for (int j = i; j < i + 4; ++j)
           scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
       }
+      // The part of the step before has left its place. Here because ptxas would otherwise wait for
+      // dP above the exponents: it moves nothing over a loop.
+      mbarrier_wait(&sent[1], part_at.parity ^ 1);
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < QUERIES / 2; i += 4) {
@@ -365,7 +368,6 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       wgmma_commit();
     };
     const auto send = [&] {
-      mbarrier_wait(&sent[1], part_at.parity ^ 1);
       advance(part_at);
 #pragma unroll
       for (int n = 0; n < HALF / 8; ++n)

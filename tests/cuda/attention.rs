@@ -6,7 +6,7 @@ use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward, Passes};
 use isobath::cuda::gemm::Family;
-use isobath::cuda::host::{self, Host, Options};
+use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::View;
 
@@ -479,6 +479,57 @@ fn the_order_of_the_heads_changes_no_bit() {
     assert!(found.iter_mut().all(|bits| *bits == first));
 }
 
+/// One pass adds up d_q in one order, however many blocks share a head and whoever comes first.
+#[test]
+fn the_size_of_a_team_changes_no_bit() {
+    if !has_simt() {
+        return;
+    }
+    let case = Case::new(Dtype::Bf16, heads(4, 2, 32), 2, 700);
+    for inputs in [case.inputs(), case.packed(&[70, 300, 129])] {
+        let bits = |multiprocessors, order| {
+            let seed = u64::from(multiprocessors);
+            let asynchronous = Asynchronous::Anytime;
+            let options =
+                Options { multiprocessors, order, seed, asynchronous, ..Options::default() };
+            let mut driver = Counting::new(Host::new(options).unwrap());
+            let one = Kernels { family: None, passes: Some(Passes::One) };
+            let found = on_device(&mut driver, one, case, &inputs).bits();
+            let counts = driver.counts.borrow();
+            assert_eq!(counts["attention_backward_sm90_128x32"], 1);
+            found
+        };
+        let expected = bits(1, Order::Fifo);
+        for multiprocessors in [2, 3, 5, 6, 13] {
+            for order in [Order::Fifo, Order::Lifo, Order::Random] {
+                assert!(bits(multiprocessors, order) == expected, "{multiprocessors}, {order:?}");
+            }
+        }
+    }
+}
+
+/// One pass where a sequence is long enough, has no documents, and heads can be dealt evenly.
+#[test]
+fn passes_are_chosen_by_what_is_reckoned() {
+    if !has_simt() {
+        return;
+    }
+    let launched = |head_dim, batch, sequence, documents: bool| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        let case = Case::new(Dtype::Bf16, heads(1, 1, head_dim), batch, sequence);
+        let inputs = if documents { case.packed(&[5]) } else { case.inputs() };
+        on_device(&mut driver, Kernels::default(), case, &inputs);
+        let counts = driver.counts.borrow();
+        let mut names = counts.keys().filter(|it| it.contains("_backward_"));
+        names.any(|it| it.contains("_backward_sm90"))
+    };
+    assert!(launched(32, 1, 1024, false));
+    assert!(launched(64, 1, 900, false));
+    assert!(!launched(32, 1, 1024, true), "documents");
+    assert!(!launched(32, 1, 896, false), "too short");
+    assert!(!launched(48, 1, 1024, false), "no kernel");
+}
+
 /// Three consumers take 192 rows; where two waste fewer rows, they do it.
 #[test]
 fn items_of_forward_fit_the_sequence() {
@@ -527,6 +578,7 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     assert_eq!(launched(None, None), sm90);
     assert_eq!(launched(None, Some(Family::Sm80)), sm80);
     assert_eq!(launched(Some("attention_backward_kv_sm90"), None), sm80);
+    assert_eq!(launched(Some("attention_delta_sm90"), None), sm80);
     let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
     driver.lacks = Some("attention_forward_sm90");
     let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
@@ -907,6 +959,11 @@ fn what_has_no_kernel_is_refused() {
                 let error = Attention::new(driver, dtype, heads, None).unwrap_err().to_string();
                 assert!(error.contains(why), "{error}");
             }
+        }
+        for heads in [heads(4, 2, 48), heads(4, 2, 64)] {
+            let attention = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm80)).unwrap();
+            let error = attention.with_passes(Passes::One).unwrap_err().to_string();
+            assert!(error.contains("choose Passes::Two"), "{error}");
         }
         let own = heads(4, 2, 64);
         let mut attention = Attention::new(driver, Dtype::Bf16, own, None).unwrap();

@@ -19,8 +19,10 @@ const fn stages(head_dim: usize) -> usize {
 const THREADS: u32 = 384;
 const DELTA_THREADS: u64 = 256;
 
-/// Places for sums of d_q take no more, so that they and what is read for them fit in an L2 cache.
-const MOST_SUMS_BYTES: usize = 32 << 20;
+/// Sums of d_q that are added to at a time, one query head of each team's group, take no more, so that
+/// they and what is read for them fit in an L2 cache; and all sums no more than the second.
+const MOST_ACTIVE_BYTES: usize = 32 << 20;
+const MOST_SUMS_BYTES: usize = 256 << 20;
 /// See [`Teams::pay`].
 const LEAST_KEY_TILES: usize = 8;
 /// A turn counts heads in 16 bits, and tiles of keys in 16.
@@ -45,7 +47,8 @@ impl Teams {
         let (units, group) = (sizes.batch * kv_heads, heads / kv_heads);
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let query_tiles = sizes.sequence.div_ceil(QUERIES);
-        let most = MOST_SUMS_BYTES / (group * query_tiles * QUERIES * head_dim * size_of::<f32>());
+        let head_bytes = query_tiles * QUERIES * head_dim * size_of::<f32>();
+        let most = (MOST_ACTIVE_BYTES / head_bytes).min(MOST_SUMS_BYTES / (group * head_bytes));
         let multiprocessors = properties.multiprocessors as usize;
         let divisions = (1..=key_tiles.min(multiprocessors)).filter_map(|blocks| {
             let count = (multiprocessors / blocks).min(units).min(most);
