@@ -175,6 +175,11 @@ pub trait Backend {
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
 
+    /// Bytes of buffers that it allocated for itself when it was opened.
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
     /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
     /// looked up, tensor maps), but nothing is computed. False: there is nothing to prepare, and ops
     /// must not be called for it.

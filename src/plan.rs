@@ -4,12 +4,15 @@
 //! beside them; the memory table is the one that training prints and keeps to.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
-use crate::device::Device;
+use crate::cuda::adamw::AdamW;
+use crate::cuda::gemm::TURNS_BYTES;
+use crate::device::{Device, open_kernels};
 use crate::engine::{MemoryTable, Plan};
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
@@ -50,7 +53,8 @@ impl PlanReport {
         let vocab = config.model.vocab;
         let plan = match (Device::choose(config.device), config.dtype) {
             (Ok(Device::Cpu), Dtype::F32) => Plan::new(config, &Cpu::<f32>::new())?,
-            _ => Plan::without_device(config)?,
+            (Ok(Device::Simt), dtype) => Plan::new(config, &open_kernels(config.device, dtype)?)?,
+            _ => plan_of_gpu(config)?,
         };
         let bytes = plan.memory();
         let table = plan.table;
@@ -80,6 +84,16 @@ impl PlanReport {
             bytes,
         })
     }
+}
+
+/// Of a GPU with compute capability 9.0 that need not be here.
+pub fn plan_of_gpu(config: &Config) -> Result<Plan> {
+    let scratch_bytes = match config.dtype {
+        Dtype::Bf16 => TURNS_BYTES as usize,
+        Dtype::F32 => 0,
+    };
+    let optimizer_bytes = |decay: &[Range<usize>]| AdamW::device_bytes(decay) as usize;
+    Ok(Plan::without_device(config)?.with_device_bytes(config, scratch_bytes, optimizer_bytes))
 }
 
 /// N_matmul: weights that a token is multiplied with, the head included.

@@ -14,6 +14,7 @@ mod gemm_tuned;
 mod library;
 mod loss;
 mod machines;
+mod memory;
 mod model;
 mod mutants;
 mod norm;

@@ -9,9 +9,8 @@ use serde::Serialize;
 use super::predict::Prediction;
 use crate::config::{Config, Recompute};
 use crate::cuda::peaks::Peaks;
-use crate::engine::Plan;
 use crate::error::Result;
-use crate::plan::PlanReport;
+use crate::plan::{PlanReport, plan_of_gpu};
 
 /// For the driver's context and the kernels' code, which lie in device memory, too. Assumed, not
 /// measured.
@@ -70,7 +69,7 @@ impl MachinePlan {
 
 impl Level {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
-        let memory = Plan::without_device(config)?.memory();
+        let memory = plan_of_gpu(config)?.memory();
         let prediction = Prediction::on(config, machine)?;
         Ok(Level {
             recompute: config.train.recompute,
@@ -87,7 +86,7 @@ fn largest_micro_batch(config: &Config, usable_bytes: u64) -> Result<usize> {
     let fits = |micro_batch: usize| -> Result<bool> {
         let mut config = config.clone();
         config.train.micro_batch = micro_batch;
-        Ok(Plan::without_device(&config)?.memory().total <= usable_bytes)
+        Ok(plan_of_gpu(&config)?.memory().total <= usable_bytes)
     };
     let (mut largest, mut too_large) = (0, 1);
     while fits(too_large)? {

@@ -38,6 +38,8 @@ pub struct Cuda {
     family: Option<Family>,
     buffers: Vec<Allocation>,
     layers: Layers,
+    /// Of what the layers allocated when they were made.
+    scratch_bytes: u64,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
     /// What can be recorded is replayed as a graph.
@@ -79,6 +81,7 @@ impl Cuda {
     ///
     /// Errors: a machine or build without the kernels that every model needs.
     pub fn new(mut driver: Box<dyn Driver>, dtype: Dtype, family: Option<Family>) -> Result<Self> {
+        let allocated_before = driver.allocated_bytes();
         let layers = Layers {
             gemm: Gemm::new(&mut *driver, dtype, family)?,
             pointwise: Pointwise::new(&mut *driver, dtype)?,
@@ -92,8 +95,10 @@ impl Cuda {
             losses: HashMap::new(),
             optimizers: Vec::new(),
         };
+        let scratch_bytes = driver.allocated_bytes() - allocated_before;
         let buffers = Vec::new();
-        Ok(Cuda { driver, dtype, family, buffers, layers, preparing: false, graphs: true })
+        let (preparing, graphs) = (false, true);
+        Ok(Cuda { driver, dtype, family, buffers, layers, scratch_bytes, preparing, graphs })
     }
 
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
@@ -350,6 +355,10 @@ impl Backend for Cuda {
     /// A GPU's context and kernels are there by then, and not in what is available.
     fn process_bytes(&self, _: [usize; 2]) -> usize {
         self.driver.process_bytes() as usize
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes as usize
     }
 
     fn begin_preparation(&mut self) -> bool {

@@ -157,6 +157,8 @@ pub trait Driver {
 
     /// Errors: no memory; `label` names the buffer there and in faults.
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
+    /// Of all live buffers.
+    fn allocated_bytes(&self) -> u64;
     /// After all work that uses it has run. Errors: not a live buffer of this driver.
     fn release(&mut self, buffer: Allocation) -> Result<()>;
     /// Bytes of this machine's memory that the process takes besides buffers and that

@@ -588,6 +588,10 @@ impl Driver for Host {
         Ok(buffer)
     }
 
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         if !self.memory.remove(buffer) {

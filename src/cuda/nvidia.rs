@@ -475,6 +475,16 @@ fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
     }
 }
 
+/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be told
+/// to (cuFuncLoad, CUDA 12.4): it takes memory, too.
+fn load_whole(function: sys::CUfunction) -> Result<(), DriverError> {
+    if !has_function("cuFuncLoad") {
+        return Ok(());
+    }
+    // SAFETY: the function belongs to a loaded module.
+    unsafe { sys::cuFuncLoad(function) }.result()
+}
+
 fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverError> {
     use sys::CUfunction_attribute as Of;
     let attribute = |attribute| {
@@ -592,6 +602,10 @@ impl Driver for Nvidia {
         Ok(buffer)
     }
 
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         self.bind()?;
@@ -621,7 +635,8 @@ impl Driver for Nvidia {
                 Err(DriverError(CUresult::CUDA_ERROR_NOT_FOUND)) => continue,
                 Err(error) => return Err(self.cannot_load(file, error)),
             };
-            let info = info_of(name, function).map_err(|error| self.cannot_load(file, error))?;
+            let info = load_whole(function).and_then(|()| info_of(name, function));
+            let info = info.map_err(|error| self.cannot_load(file, error))?;
             let shared_bytes_allowed =
                 SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes.unwrap_or(0));
             self.kernels.push(Kernel { info, function, shared_bytes_allowed });
@@ -856,6 +871,8 @@ impl Driver for Nvidia {
         let Some(graph) = ended.map_err(|error| self.cannot_record(error))? else {
             return Err(absent("the capture gave no graph", "record at least one launch"));
         };
+        // Else the first launch would allocate what the graph takes on the device.
+        graph.upload().map_err(|error| self.cannot_record(error))?;
         let captured = std::mem::take(&mut self.captured);
         self.graphs.push(Some(Graph { graph, captured, checked: self.memory.removed() }));
         Ok(GraphId(self.graphs.len() as u32 - 1))
