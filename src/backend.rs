@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use crate::error::Result;
+use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, Shape, View};
 
 /// Where an activation gradient goes, and whether something is there already.
@@ -174,6 +175,22 @@ pub trait Backend {
     /// Bytes of the device's memory that a training process takes besides its plan, as measured;
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
+
+    /// Bytes of the buffers that were allocated so far; `None` where they are not counted.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The most bytes of the device's memory that were taken since it was opened, with whatever is
+    /// no buffer; `None` where the device does not tell.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// `None` where the device has none that can be read.
+    fn sensors(&self) -> Option<Sensors> {
+        None
+    }
 
     /// Bytes of buffers that it allocated for itself when it was opened.
     fn scratch_bytes(&self) -> usize {

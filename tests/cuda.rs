@@ -18,6 +18,7 @@ mod memory;
 mod model;
 mod mutants;
 mod norm;
+mod nvml;
 mod plain;
 mod pointwise;
 mod replay;

@@ -28,6 +28,7 @@ use crate::backend::{
 };
 use crate::config::Dtype;
 use crate::error::Result;
+use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
 
 const STREAM: StreamId = StreamId::MAIN;
@@ -355,6 +356,18 @@ impl Backend for Cuda {
     /// A GPU's context and kernels are there by then, and not in what is available.
     fn process_bytes(&self, _: [usize; 2]) -> usize {
         self.driver.process_bytes() as usize
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.driver.allocated_bytes())
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        self.driver.peak_bytes()
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        self.driver.sensors()
     }
 
     fn scratch_bytes(&self) -> usize {

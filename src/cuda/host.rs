@@ -614,6 +614,10 @@ impl Driver for Host {
         Ok(host_memory::available_bytes())
     }
 
+    fn peak_bytes(&self) -> Option<u64> {
+        host_memory::peak_of_process()
+    }
+
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
         match self.kernels.iter().position(|kernel| kernel.info.name == name) {
             Some(index) => Ok(KernelId(index as u32)),

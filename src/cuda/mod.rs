@@ -14,6 +14,7 @@ pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+pub mod nvml;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;

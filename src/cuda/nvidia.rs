@@ -17,7 +17,9 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
 use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
+use super::nvml;
 use crate::error::{Error, Result};
+use crate::sensors::Sensors;
 
 const DEVICE: &str = "cuda";
 
@@ -159,6 +161,8 @@ pub struct Nvidia {
     /// Launched on each stream since it was last waited for: one of them caused a late error.
     pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
+    /// Bytes, before anything was allocated.
+    free_at_first: u64,
     capture: Capture,
     captured: Captured,
     // In the order in which they are given back; the context goes last.
@@ -192,6 +196,7 @@ impl Nvidia {
             unusable: vec![],
             pending: vec![],
             memory: Ledger::default(),
+            free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
             graphs: vec![],
@@ -204,6 +209,7 @@ impl Nvidia {
             driver.load(file, fatbin)?;
         }
         driver.names.sort();
+        driver.free_at_first = driver.free_bytes()?;
         Ok(driver)
     }
 
@@ -620,6 +626,17 @@ impl Driver for Nvidia {
     fn free_bytes(&self) -> Result<u64> {
         let (free, _) = self.context.mem_get_info().map_err(|error| self.failed(error))?;
         Ok(free as u64)
+    }
+
+    /// What has gone from the free memory, now: nothing is given back while a run trains. Other
+    /// processes' memory is in it where they share the GPU.
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.free_at_first.saturating_sub(self.free_bytes().ok()?))
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        let uuid = self.context.uuid().ok()?;
+        nvml::sensors(&nvml::uuid_text(uuid.bytes.map(|byte| byte as u8)))
     }
 
     fn kernel(&mut self, name: &str) -> Result<KernelId> {

@@ -14,7 +14,7 @@ mod interrupt;
 mod resolve;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use console::Console;
 pub use interrupt::Interrupt;
@@ -36,9 +36,14 @@ use crate::model::init::initial_parameters;
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, flops_per_token};
 use crate::rundir::{MetricsLog, RunDir};
+use crate::sensors::Monitor;
+use crate::throughput::{MemoryUse, Meter, Throughput, TokenCost, Utilisation};
 
 /// Batches prepared ahead of the step that trains.
 const BATCHES_AHEAD: usize = 4;
+
+/// How often a device is asked for its clocks, temperature and power.
+const READINGS_EVERY: Duration = Duration::from_secs(1);
 
 /// A sample: tokens that start it, at most, and tokens that follow.
 const PROMPT_TOKENS: usize = 128;
@@ -73,6 +78,8 @@ pub struct Outcome {
     pub sample: Option<SampleRecord>,
     /// Wall time of training, over all processes of this run.
     pub seconds: f64,
+    /// Of this process, if it trained more steps than its warm-up.
+    pub throughput: Option<Throughput>,
     /// Whether it learnt answers, so that it can be asked.
     pub answers: bool,
 }
@@ -119,11 +126,12 @@ fn train_on<B: Backend>(
     resolve_epochs(&mut config, loader.rows_per_epoch(), console)?;
 
     let plan = Plan::new(&config, &backend)?;
-    let flops = flops_per_token(&config.model, &plan.table, config.data.sequence) as f64;
-    let flops_share = backend.peak_flops_per_second().map(|peak| flops / peak);
-    if flops_share.is_some() {
-        console.say(format!("mfu: tokens/s x FLOPs per token ({FLOPS_FORMULA}) / dense peak"));
-    }
+    let token_cost = TokenCost {
+        flops: flops_per_token(&config.model, &plan.table, config.data.sequence),
+        flops_formula: FLOPS_FORMULA,
+        peak_flops_per_second: backend.peak_flops_per_second(),
+    };
+    let planned_bytes = plan.memory().total;
     console.say(format!(
         "{} parameters on {}\n{}",
         plan.table.parameters(),
@@ -131,6 +139,7 @@ fn train_on<B: Backend>(
         plan.memory()
     ));
     let machine = backend.machine();
+    let monitor = backend.sensors().map(|sensors| Monitor::start(sensors, READINGS_EVERY));
     let mut trainer = Trainer::new(plan, &config, backend)?;
     let Start { state, loader, owed, saved } = match resume {
         true => restore(&mut trainer, &directory, &config, &material, loader, console)?,
@@ -151,7 +160,10 @@ fn train_on<B: Backend>(
         interrupt,
         owed,
         saved,
-        flops_share,
+        token_cost,
+        planned_bytes,
+        meter: Meter::default(),
+        monitor,
     };
     let outcome = session.run(console);
     console.finish();
@@ -261,14 +273,18 @@ struct Session<B> {
     owed: Option<StepRecord>,
     /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
-    /// FLOPs of a token over what the machine does in a second at most, see [`FLOPS_FORMULA`].
-    flops_share: Option<f64>,
+    token_cost: TokenCost,
+    /// By the memory table.
+    planned_bytes: u64,
+    /// Of this process.
+    meter: Meter,
+    monitor: Option<Monitor>,
 }
 
 impl<B: Backend> Session<B> {
     fn run(&mut self, console: &mut Console) -> Result<Outcome> {
-        let steps = self.config.train.steps;
-        console.start(self.state.step, steps);
+        let (first_step, steps) = (self.state.step, self.config.train.steps);
+        console.start(first_step, steps);
         self.interrupt.arm();
         if self.config.checkpoint.initial && self.state.step == 0 {
             self.save()?;
@@ -280,13 +296,8 @@ impl<B: Backend> Session<B> {
             let record = match self.owed.take() {
                 Some(record) => record,
                 None => {
-                    let mut record = self.step()?;
-                    let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
-                    record.tokens_per_second = tokens as f64 / seconds;
-                    record.mfu = self
-                        .flops_share
-                        .map(|of_one_token| of_one_token * record.tokens_per_second);
-                    console.step(&record, tokens, seconds);
+                    let record = self.timed_step()?;
+                    console.step(&record, self.positions(), self.meter.recent());
                     record
                 }
             };
@@ -298,6 +309,10 @@ impl<B: Backend> Session<B> {
         }
         let interrupted = self.owed.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
+        let throughput = self.throughput(first_step);
+        if let Some(throughput) = &throughput {
+            self.directory.throughput()?.append(throughput)?;
+        }
         Ok(Outcome {
             folder: self.directory.path().to_path_buf(),
             checkpoint,
@@ -307,7 +322,28 @@ impl<B: Backend> Session<B> {
             evaluation: evaluation.filter(|_| !interrupted),
             sample: sample.filter(|_| !interrupted),
             seconds: self.state.elapsed_seconds,
+            throughput,
             answers: self.config.data.format == Format::Supervised,
+        })
+    }
+
+    /// Of this process; `None` if it trained too few steps to say.
+    fn throughput(&mut self, first_step: u64) -> Option<Throughput> {
+        let conditions = self.monitor.take().and_then(Monitor::finish);
+        let steady = self.meter.steady()?;
+        let (backend, _) = self.trainer.device();
+        let memory = MemoryUse {
+            planned: self.planned_bytes,
+            allocated: backend.allocated_bytes(),
+            peak: backend.peak_bytes(),
+        };
+        Some(Throughput {
+            first_step,
+            last_step: self.state.step,
+            utilisation: Utilisation::of(steady.tokens_per_second, &self.token_cost),
+            steady,
+            memory,
+            conditions,
         })
     }
 
@@ -361,6 +397,26 @@ impl<B: Backend> Session<B> {
     fn positions(&self) -> u64 {
         let train = &self.config.train;
         (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
+    }
+
+    /// One optimizer step, and how long it took.
+    fn timed_step(&mut self) -> Result<StepRecord> {
+        self.read_sensors(true);
+        let started = Instant::now();
+        let mut record = self.step()?;
+        let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
+        self.read_sensors(false);
+        self.meter.add(tokens, seconds);
+        record.tokens_per_second = tokens as f64 / seconds;
+        let used = Utilisation::of(record.tokens_per_second, &self.token_cost);
+        record.mfu = used.map(|used| used.mfu);
+        Ok(record)
+    }
+
+    fn read_sensors(&self, on: bool) {
+        if let Some(monitor) = &self.monitor {
+            monitor.training(on);
+        }
     }
 
     /// One optimizer step; everything but the time in the record.

@@ -4,16 +4,18 @@
 use std::collections::BTreeMap;
 
 use isobath::config::{Attention, Config, DeviceKind, Dtype, ModelConfig, Recompute};
-use isobath::cuda::Cuda;
 use isobath::cuda::host::{Host, Options};
+use isobath::cuda::{Cuda, Driver};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::optim;
 use isobath::plan::{PlanReport, plan_of_gpu};
+use isobath::throughput::{MemoryUse, WARM_UP_STEPS};
+use isobath::train::{Console, Interrupt, Run, train};
 
 use super::counting::{Counting, Taken, TakenSoFar};
 use super::machines::has_simt;
-use crate::support::{run_config, small_model, tokens};
+use crate::support::{run_config, small_model, text_file, tokens};
 
 fn config(dtype: Dtype) -> Config {
     let model =
@@ -139,4 +141,24 @@ fn the_plan_is_what_was_allocated_and_nothing_is_once_a_trainer_is_made() {
         let driver = trainer.device().0.driver();
         assert_eq!(driver.allocated_bytes(), table.values().sum::<u64>(), "{what}");
     }
+}
+
+/// What a session says of its memory: no byte in buffers that was not planned.
+#[test]
+fn a_session_allocates_what_its_table_says() {
+    if !has_simt() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(Dtype::Bf16);
+    config.model.vocab = 0;
+    config.data.train = vec![text_file(folder.path(), 4000).display().to_string()];
+    config.train.steps = WARM_UP_STEPS + 1;
+    config.train.eval_every = 2;
+    let run = Run { config, folder: folder.path().join("run"), resume: false };
+    let outcome = train(run, Interrupt::none(), &mut Console::quiet()).unwrap();
+    let MemoryUse { planned, allocated, peak } = outcome.throughput.unwrap().memory;
+    let process = Host::new(Options::default()).unwrap().process_bytes();
+    assert_eq!(allocated, Some(planned - process));
+    assert!(peak.is_none_or(|peak| peak > allocated.unwrap()), "{peak:?}");
 }
