@@ -3,6 +3,7 @@
 //! steps is one that rests. What can be read is the device's to say; here readings are only gathered.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -52,6 +53,28 @@ impl Conditions {
         let mut tally = Tally::default();
         readings.into_iter().for_each(|reading| tally.add(reading));
         tally.conditions()
+    }
+}
+
+/// One line, without its end.
+impl fmt::Display for Conditions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "while it trained, {} readings", self.readings)?;
+        let spans = [
+            ("SM clock", self.sm_clock_mhz, "MHz"),
+            ("memory clock", self.memory_clock_mhz, "MHz"),
+            ("temperature", self.temperature_celsius, "C"),
+            ("power", self.power_watts, "W"),
+        ];
+        for (what, span, unit) in spans {
+            if let Some(Span { least, mean, most }) = span {
+                write!(f, "; {what} {mean:.0} {unit} ({least:.0} to {most:.0})")?;
+            }
+        }
+        for (reason, share) in &self.throttled {
+            write!(f, "; {reason} in {:.0}%", 100.0 * share)?;
+        }
+        Ok(())
     }
 }
 

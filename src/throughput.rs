@@ -9,7 +9,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::sensors::{Conditions, Span};
+use crate::backend::Backend;
+use crate::sensors::Conditions;
 
 /// Steps of a process that do not count.
 pub const WARM_UP_STEPS: u64 = 3;
@@ -149,6 +150,14 @@ pub struct MemoryUse {
     pub peak: Option<u64>,
 }
 
+impl MemoryUse {
+    /// Of a program that has run on this backend.
+    pub fn of(planned: u64, backend: &impl Backend) -> Self {
+        let (allocated, peak) = (backend.allocated_bytes(), backend.peak_bytes());
+        MemoryUse { planned, allocated, peak }
+    }
+}
+
 /// One session, a line of throughput.jsonl.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Throughput {
@@ -197,29 +206,21 @@ impl fmt::Display for Throughput {
                 used.peak_flops_per_second / 1e12
             )?;
         }
+        write!(f, "\n{}", self.memory)?;
+        self.conditions.iter().try_for_each(|conditions| write!(f, "\n{conditions}"))
+    }
+}
+
+/// One line, without its end.
+impl fmt::Display for MemoryUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;
-        let MemoryUse { planned, allocated, peak } = self.memory;
-        write!(f, "\nmemory: {:.1} MiB planned", mib(planned))?;
+        let MemoryUse { planned, allocated, peak } = *self;
+        write!(f, "memory: {:.1} MiB planned", mib(planned))?;
         for (what, bytes) in [("in buffers", allocated), ("taken at most", peak)] {
             if let Some(bytes) = bytes {
                 write!(f, ", {:.1} {what}", mib(bytes))?;
             }
-        }
-        let Some(conditions) = &self.conditions else { return Ok(()) };
-        write!(f, "\nwhile it trained, {} readings", conditions.readings)?;
-        let spans = [
-            ("SM clock", conditions.sm_clock_mhz, "MHz"),
-            ("memory clock", conditions.memory_clock_mhz, "MHz"),
-            ("temperature", conditions.temperature_celsius, "C"),
-            ("power", conditions.power_watts, "W"),
-        ];
-        for (what, span, unit) in spans {
-            if let Some(Span { least, mean, most }) = span {
-                write!(f, "; {what} {mean:.0} {unit} ({least:.0} to {most:.0})")?;
-            }
-        }
-        for (reason, share) in &conditions.throttled {
-            write!(f, "; {reason} in {:.0}%", 100.0 * share)?;
         }
         Ok(())
     }

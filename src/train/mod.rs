@@ -331,18 +331,12 @@ impl<B: Backend> Session<B> {
     fn throughput(&mut self, first_step: u64) -> Option<Throughput> {
         let conditions = self.monitor.take().and_then(Monitor::finish);
         let steady = self.meter.steady()?;
-        let (backend, _) = self.trainer.device();
-        let memory = MemoryUse {
-            planned: self.planned_bytes,
-            allocated: backend.allocated_bytes(),
-            peak: backend.peak_bytes(),
-        };
         Some(Throughput {
             first_step,
             last_step: self.state.step,
             utilisation: Utilisation::of(steady.tokens_per_second, &self.token_cost),
             steady,
-            memory,
+            memory: MemoryUse::of(self.planned_bytes, self.trainer.device().0),
             conditions,
         })
     }
