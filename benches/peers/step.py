@@ -36,7 +36,8 @@ class Norm(nn.Module):
 
     def forward(self, inp):
         gain = self.weight if self.divisor == 1 else self.weight / self.divisor
-        return F.rms_norm(inp, self.weight.shape, gain, self.eps)
+        # With a gain of another type than its input PyTorch has no fused kernel.
+        return F.rms_norm(inp, self.weight.shape, gain.to(inp.dtype), self.eps)
 
 
 def rotate(x, cos, sin):
