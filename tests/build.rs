@@ -292,6 +292,24 @@ fn the_hopper_attention_computes_exponents_while_it_multiplies() {
     }
 }
 
+/// The same of the backward pass in one: of some step, all exponents stand between two waits. (The
+/// step in front of the loop, where there is one, may be as ptxas likes it.)
+#[test]
+fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
+    let Some(tools) = disassembler() else { return };
+    let code = disassemble(&tools, "attention_backward_sm90", "sm_90a");
+    assert_eq!(code.len(), 2 * 3, "a kernel and the one before it, for three head dims");
+    for (name, code) in code.iter().filter(|(name, _)| name.contains("_backward_")) {
+        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "UBLKCP"] {
+            assert!(has(code, mnemonic), "{name} has no {mnemonic}");
+        }
+        let waits = code.split(|it| it == "WARPGROUP.DEPBAR.LE");
+        let exponents = waits.map(|part| part.iter().filter(|it| *it == "MUFU.EX2").count());
+        let inner = exponents.skip(1).max().unwrap();
+        assert_eq!(inner, 64 * 64 / 128, "{name}: a consumer's scores over its threads");
+    }
+}
+
 /// Every copy and every read of fragments as wide as there is; operands that lie the other way are
 /// transposed on that way.
 #[test]

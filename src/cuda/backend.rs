@@ -161,7 +161,8 @@ impl Cuda {
         let heads = pass.forward.spec.heads;
         self.attention(heads)?;
         let Layers { attentions, attention_backwards, .. } = &mut self.layers;
-        let (driver, attention) = (&mut *self.driver, &attentions[&heads]);
+        let attention = attentions.get_mut(&heads).expect("it was just made");
+        let driver = &mut *self.driver;
         let make = || attention.plan_backward(driver, &pass);
         let plan = made(attention_backwards, pass, make)?;
         if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
