@@ -197,6 +197,12 @@ pub trait Backend {
         0
     }
 
+    /// Bytes that preparing a backward pass of attention allocates, once for all passes of this size;
+    /// `documents`: within documents.
+    fn attention_scratch_bytes(&self, _spec: AttentionSpec, _documents: bool) -> usize {
+        0
+    }
+
     /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
     /// looked up, tensor maps), but nothing is computed. False: there is nothing to prepare, and ops
     /// must not be called for it.

@@ -13,7 +13,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::adamw::{AdamW, AdamWBuffers};
-use super::attention::{Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use super::attention::{
+    Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
+};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
@@ -373,6 +375,18 @@ impl Backend for Cuda {
 
     fn scratch_bytes(&self) -> usize {
         self.scratch_bytes as usize
+    }
+
+    fn attention_scratch_bytes(&self, spec: AttentionSpec, documents: bool) -> usize {
+        let properties = self.driver.properties();
+        let families = Family::chosen(self.name(), properties, self.dtype, self.family);
+        match families.unwrap_or_default().first() {
+            Some(Family::Sm90) => {
+                let multiprocessors = properties.multiprocessors as usize;
+                backward_scratch_bytes(multiprocessors, spec, documents) as usize
+            }
+            _ => 0,
+        }
     }
 
     fn begin_preparation(&mut self) -> bool {

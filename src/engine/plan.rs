@@ -10,10 +10,10 @@ use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::trainer::update_groups;
-use crate::backend::Backend;
+use crate::backend::{AttentionSpec, Backend};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTable;
+use crate::model::{self, parameters::ParameterTable};
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
@@ -29,8 +29,20 @@ pub struct Plan {
     /// Of the gradient's norm.
     norm_bytes: usize,
     optimizer_bytes: usize,
-    scratch_bytes: usize,
+    attention_bytes: usize,
+    /// Allocated by the backend when it was opened.
+    opened_bytes: usize,
     process_bytes: usize,
+}
+
+/// What a device allocates besides, whether it is here or not.
+pub struct DeviceBytes<'a> {
+    /// [`Backend::scratch_bytes`]
+    pub opened: usize,
+    /// [`Backend::attention_scratch_bytes`]
+    pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
+    /// [`Backend::optimizer_bytes`]
+    pub optimizer: &'a dyn Fn(&[Range<usize>]) -> usize,
 }
 
 /// Longest sample, prompt included, that training prints.
@@ -51,7 +63,8 @@ pub struct MemoryTable {
     pub batches: u64,
     /// For the samples that training prints.
     pub sampling: u64,
-    /// What kernels share from launch to launch; there before anything else is.
+    /// What kernels need besides their operands: turns of split products, sums of attention's
+    /// gradients.
     pub scratch: u64,
     /// What the program itself takes of the device's memory, as measured.
     pub process: u64,
@@ -65,22 +78,24 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let optimizer_bytes = |decay: &[Range<usize>]| backend.optimizer_bytes(decay);
-        let plan = plan.with_device_bytes(config, backend.scratch_bytes(), optimizer_bytes);
+        let plan = plan.with_device_bytes(
+            config,
+            &DeviceBytes {
+                opened: backend.scratch_bytes(),
+                attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
+                optimizer: &|decay| backend.optimizer_bytes(decay),
+            },
+        );
         Ok(Plan { process_bytes, ..plan })
     }
 
-    /// With what a device allocates besides: as [`Backend::scratch_bytes`] and
-    /// [`Backend::optimizer_bytes`] say, if it is here.
-    pub fn with_device_bytes(
-        self,
-        config: &Config,
-        scratch_bytes: usize,
-        optimizer_bytes: impl Fn(&[Range<usize>]) -> usize,
-    ) -> Self {
+    pub fn with_device_bytes(self, config: &Config, device: &DeviceBytes) -> Self {
         let groups = update_groups(&self.table, &config.optimizer);
-        let optimizer_bytes = groups.iter().map(|group| optimizer_bytes(&group.decay)).sum();
-        Plan { optimizer_bytes, scratch_bytes, ..self }
+        let optimizer_bytes = groups.iter().map(|group| (device.optimizer)(&group.decay)).sum();
+        let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
+        let spec = AttentionSpec { heads, batch, sequence: config.data.sequence };
+        let attention_bytes = (device.attention)(spec, config.data.packs_documents());
+        Plan { optimizer_bytes, attention_bytes, opened_bytes: device.opened, ..self }
     }
 
     /// For training on a device that need not be here, without what it allocates besides.
@@ -124,7 +139,8 @@ impl Plan {
             batch_bytes,
             norm_bytes: element_bytes(Kind::Statistic),
             optimizer_bytes: 0,
-            scratch_bytes: 0,
+            attention_bytes: 0,
+            opened_bytes: 0,
             process_bytes: 0,
         })
     }
@@ -151,7 +167,8 @@ impl Plan {
         let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
         let (working_copy, batches) = (self.working_bytes as u64, self.batch_bytes as u64);
         let moments = 2 * flat + (self.norm_bytes + self.optimizer_bytes) as u64;
-        let (scratch, process) = (self.scratch_bytes as u64, self.process_bytes as u64);
+        let scratch = (self.opened_bytes + self.attention_bytes) as u64;
+        let process = self.process_bytes as u64;
         let flat_buffers = 2 * flat + working_copy + moments;
         MemoryTable {
             parameters: flat,
@@ -171,7 +188,7 @@ impl Plan {
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
         let memory = self.memory();
-        let available = backend.available_bytes()? + memory.scratch;
+        let available = backend.available_bytes()? + self.opened_bytes as u64;
         if memory.total <= available {
             return Ok(());
         }
