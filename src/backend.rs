@@ -7,6 +7,7 @@
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
+use std::ffi::CStr;
 use std::ops::Range;
 
 use crate::error::Result;
@@ -223,6 +224,26 @@ pub trait Backend {
     /// Runs everything that was recorded, in order, on what now lies in the same places.
     fn replay(&mut self, _recording: Recording) -> Result<()> {
         unreachable!("{} records nothing", self.name())
+    }
+
+    /// What profilers show: everything until [`Backend::end_range`], inside what was begun before. Of
+    /// work that is replayed, what lies around the replay; what lies inside is seen once, when it is
+    /// recorded.
+    fn begin_range(&mut self, _name: &'static CStr) {}
+    fn end_range(&mut self) {}
+    /// `work` in a range of this name.
+    fn range<T>(
+        &mut self,
+        name: &'static CStr,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T>
+    where
+        Self: Sized,
+    {
+        self.begin_range(name);
+        let done = work(self);
+        self.end_range();
+        done
     }
 
     /// Bytes that [`Backend::prepare_optimizer`] allocates.

@@ -19,6 +19,7 @@ mod model;
 mod mutants;
 mod norm;
 mod nvml;
+mod nvtx;
 mod plain;
 mod pointwise;
 mod replay;

@@ -199,21 +199,28 @@ impl<'a> Steps<'a> {
             let at = i * tokens;
             Rows::new(&ids[at..at + tokens], &ids[at + 1..at + 1 + tokens])
         });
-        trainer.begin(step);
-        let outcome = trainer.accumulate(micro_batches)?;
-        if !outcome.loss.is_finite() {
-            return Err(Error::NonFinite {
-                what: "the loss",
-                value: outcome.loss,
-                step,
-                first_row: 0,
-                end_row: (count * batch) as u64,
-                remedy: "choose a smaller optimizer.lr or model.init_std".to_string(),
-            });
-        }
         let lr = optim::learning_rate(&config.optimizer, step, config.train.steps.max(step + 1));
-        trainer.update(&config.optimizer, step, lr)?;
+        trainer.range(c"step", |trainer| {
+            trainer.begin(step);
+            let outcome = trainer.accumulate(micro_batches)?;
+            check_finite(outcome.loss, step, count * batch)?;
+            trainer.range(c"update", |trainer| trainer.update(&config.optimizer, step, lr))
+        })?;
         self.done = step;
         Ok(())
     }
+}
+
+fn check_finite(loss: f64, step: u64, rows: usize) -> Result<()> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    Err(Error::NonFinite {
+        what: "the loss",
+        value: loss,
+        step,
+        first_row: 0,
+        end_row: rows as u64,
+        remedy: "choose a smaller optimizer.lr or model.init_std".to_string(),
+    })
 }

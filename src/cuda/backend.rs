@@ -7,6 +7,7 @@
 //! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::hash::Hash;
 use std::ops::Range;
 
@@ -20,6 +21,7 @@ use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
+use super::nvtx;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
@@ -414,6 +416,19 @@ impl Backend for Cuda {
 
     fn replay(&mut self, recording: Recording) -> Result<()> {
         self.driver.launch_graph(GraphId(recording.0), STREAM)
+    }
+
+    /// For NVTX; not while nothing is launched.
+    fn begin_range(&mut self, name: &'static CStr) {
+        if !self.preparing {
+            nvtx::push(name);
+        }
+    }
+
+    fn end_range(&mut self) {
+        if !self.preparing {
+            nvtx::pop();
+        }
     }
 
     fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {

@@ -15,6 +15,7 @@ pub mod loss;
 pub mod norm;
 pub mod nvidia;
 pub mod nvml;
+mod nvtx;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;

@@ -1,6 +1,7 @@
 //! Training steps: forward and backward over micro-batches, the update, evaluation in between.
 
 use std::borrow::Cow;
+use std::ffi::CStr;
 
 use super::batches::Batches;
 use super::decoder::Decoder;
@@ -256,10 +257,12 @@ impl<B: Backend> Trainer<B> {
         let (training, flat, sampled) = (&self.training, &self.flat, self.sampling.is_some());
         for (i, micro_batch) in micro_batches.iter().enumerate() {
             let place = MicroBatchPlace::new(i, micro_batches.len());
-            training.load(micro_batch, &mut self.backend)?;
-            let compute = |backend: &mut B| place.compute(training, flat, sampled, backend);
-            place.replay(&mut self.computing).run(&mut self.backend, compute)?;
-            training.store(micro_batch, &mut self.backend)?;
+            let replay = place.replay(&mut self.computing);
+            self.backend.range(c"micro-batch", |backend| {
+                training.load(micro_batch, backend)?;
+                replay.run(backend, |backend| place.compute(training, flat, sampled, backend))?;
+                training.store(micro_batch, backend)
+            })?;
         }
         if let Some(sampling) = &self.sampling {
             let resting = |layer: &usize| sampling.count(*layer).is_none();
@@ -310,6 +313,18 @@ impl<B: Backend> Trainer<B> {
         self.use_arena_for(Use::Evaluation)?;
         self.evaluation.run(rows, &mut self.losses, &mut self.backend)?;
         Ok((sum(&self.losses), rows.predicted() as u64))
+    }
+
+    /// `work` in a range of this name, for profilers.
+    pub fn range<T>(
+        &mut self,
+        name: &'static CStr,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        self.backend.begin_range(name);
+        let done = work(self);
+        self.backend.end_range();
+        done
     }
 
     fn use_arena_for(&mut self, next: Use) -> Result<()> {

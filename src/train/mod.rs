@@ -419,15 +419,18 @@ impl<B: Backend> Session<B> {
         let count = self.config.train.grad_accumulation;
         let batches: Vec<Batch> =
             (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
-        let rows = batches.iter().map(rows);
-        self.trainer.begin(self.state.updates + 1);
-        let outcome = self.trainer.accumulate(rows)?;
+        let update = self.state.updates + 1;
         let first_row = batches.first().map_or(0, |batch| batch.first_row);
-        let rows = (count * self.config.train.micro_batch) as u64;
-        check_finite(&outcome, step, first_row, first_row + rows)?;
+        let end_row = first_row + (count * self.config.train.micro_batch) as u64;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
-        self.trainer.update(optimizer, self.state.updates + 1, lr)?;
+        let outcome = self.trainer.range(c"step", |trainer| {
+            trainer.begin(update);
+            let outcome = trainer.accumulate(batches.iter().map(rows))?;
+            check_finite(&outcome, step, first_row, end_row)?;
+            trainer.range(c"update", |trainer| trainer.update(optimizer, update, lr))?;
+            Ok(outcome)
+        })?;
         self.state.step = step;
         self.state.updates += 1;
         self.state.tokens += self.positions();
@@ -452,7 +455,8 @@ impl<B: Backend> Session<B> {
                 return Ok(None);
             }
             let batch = batch?;
-            let (losses, count) = self.trainer.evaluate(rows(&batch))?;
+            let evaluate = |trainer: &mut Trainer<B>| trainer.evaluate(rows(&batch));
+            let (losses, count) = self.trainer.range(c"evaluation", evaluate)?;
             sum += losses;
             predicted += count;
         }
