@@ -119,9 +119,12 @@ extern "C" fn function_table(
 
 /// What a profiler gave.
 struct Ranges {
-    push: extern "C" fn(*const c_char) -> c_int,
-    pop: extern "C" fn() -> c_int,
+    push: Push,
+    pop: Pop,
 }
+
+type Push = extern "C" fn(*const c_char) -> c_int;
+type Pop = extern "C" fn() -> c_int;
 
 fn ranges() -> Option<&'static Ranges> {
     static RANGES: OnceLock<Option<Ranges>> = OnceLock::new();
@@ -153,7 +156,12 @@ fn injected() -> Option<Ranges> {
     };
     let (push, pop) = (function(RANGE_PUSH_A)?, function(RANGE_POP)?);
     // SAFETY: not null, and of these types by nvtxTypes.h.
-    Some(unsafe { Ranges { push: transmute(push), pop: transmute(pop) } })
+    Some(unsafe {
+        Ranges {
+            push: transmute::<*mut c_void, Push>(push),
+            pop: transmute::<*mut c_void, Pop>(pop),
+        }
+    })
 }
 
 /// Begins a range of this thread.
