@@ -24,9 +24,9 @@ constexpr int KEYS = T::ROWS, QUERIES = 64;
 constexpr int QUERY_TILES = KEYS / QUERIES;  // in a tile of keys
 template <int D>
 constexpr int STAGES = D <= 64 ? 3 : 2;
-// Whether the scores of the next step are multiplied before d_q of this one is sent.
+// Whether d_v is multiplied while dS is computed; P takes registers until then.
 template <int D>
-constexpr bool SCORES_AHEAD = D <= 64;
+constexpr bool D_V_AHEAD = D <= 64;
 // One warp of the producer's computes, so that it needs more than in the other kernels.
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 // dS [keys,queries] of an item and a tile of queries.
@@ -306,7 +306,7 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       multiply_rows<D, KEYS, QUERIES>(scores, own_keys, stages + at.stage * 2 * QUERY_BYTES);
       wgmma_commit();
     };
-    // From scores that are under way to dS in shared memory, and products for d_v and d_k.
+    // From scores to dS in shared memory, and products for d_v and d_k.
     const auto differentiate = [&](bool add) {
       const uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
       const uint8_t* const d_outs = queries + QUERY_BYTES;
@@ -314,7 +314,6 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       wgmma_fence();
       multiply_rows<D, KEYS, QUERIES>(d_scores, own_values, d_outs);
       wgmma_commit();
-      wgmma_wait<1>();
       const int first_query = tile * QUERIES;
       if (first_query < own_first + MMA_M - 1 ||
           starts[at.stage * QUERIES + QUERIES - 1] > own_first) {
@@ -333,10 +332,16 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         for (int j = i; j < i + 4; ++j)
           scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
       }
+      round_weights<QUERIES>(weights, scores);
+      if constexpr (D_V_AHEAD<D>) {
+        wgmma_fence();
+        add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, add);
+        wgmma_commit();
+      }
       // The part of the step before has left its place. Here because ptxas would otherwise wait for
-      // dP above the exponents: it moves nothing over a loop.
+      // dP above the exponents: it moves little over a loop.
       mbarrier_wait(&sent[1], part_at.parity ^ 1);
-      wgmma_wait<0>();
+      wgmma_wait<D_V_AHEAD<D> ? 1 : 0>();
 #pragma unroll
       for (int i = 0; i < QUERIES / 2; i += 4) {
         const float2 row_sums = deltas[(first_statistic + i / 4 * 8) / 2];
@@ -344,7 +349,6 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         for (int j = i; j < i + 4; ++j)
           d_scores[j] = scores[j] * (d_scores[j] - (j % 2 ? row_sums.y : row_sums.x));
       }
-      round_weights<QUERIES>(weights, scores);
       round_weights<QUERIES>(d_weights, d_scores);
       // Nobody reads this one of the two tiles any more: the other consumer had waited for its last
       // product by it when it came to the barrier before.
@@ -354,7 +358,7 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         stmatrix_x4(d_scores_tiles + d_scores_tile + (in_d_scores ^ i * 32), d_weights[i]);
       fence_proxy_async();
       wgmma_fence();
-      add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, add);
+      if constexpr (!D_V_AHEAD<D>) add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, add);
       add_weighted_rows<D, QUERIES>(d_k, d_weights, queries, add);
       wgmma_commit();
       barrier_sync(1, T::CONSUMERS * WARPGROUP);
@@ -378,37 +382,25 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
 
     mbarrier_wait(&own[0], item_at.parity);
     advance(item_at);
-    if constexpr (SCORES_AHEAD<D>) {
-      multiply_scores();
-      differentiate(false);
-      for (int step = 1; step < steps; ++step) {
-        if (++tile == tiles.end) tile = tiles.first;
-        multiply_d_scores();
-        wgmma_wait<1>();
-        release(&empty[at.stage]);
-        advance(at);
-        multiply_scores();
-        wgmma_wait<1>();
-        send();
-        differentiate(true);
-      }
+    multiply_scores();
+    wgmma_wait<0>();
+    for (int left = steps; left > 0; --left) {
+      differentiate(left < steps);
       multiply_d_scores();
-      wgmma_wait<0>();
-      release(&empty[at.stage]);
-      advance(at);
-      send();
-    } else {
-      for (int step = 0; step < steps; ++step) {
-        multiply_scores();
-        differentiate(step > 0);
-        multiply_d_scores();
-        wgmma_wait<0>();
+      wgmma_wait<1>();
+      // Behind the last step once more, for nothing: a branch around it would make ptxas wait.
+      if (left > 1) {
         release(&empty[at.stage]);
         advance(at);
-        send();
-        if (++tile == tiles.end) tile = tiles.first;
       }
+      multiply_scores();
+      wgmma_wait<1>();
+      send();
+      wgmma_wait<0>();
+      if (++tile == tiles.end) tile = tiles.first;
     }
+    release(&empty[at.stage]);
+    advance(at);
     release(&own[1]);
     const float scales[2] = {scale, scale}, ones[2] = {1, 1};
     const int row = own_first + warp * WARP_ROWS;

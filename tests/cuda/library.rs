@@ -49,16 +49,6 @@ pub fn compile(folder: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
     library
 }
 
-/// Compiles one file of C++ that has nothing to do with the machine to `folder`/`name`.so.
-pub fn compile_plain(folder: &Path, name: &str, text: &str) -> PathBuf {
-    let compiler = option_env!("ISOBATH_SIMT_COMPILE").expect("only where nothing `is_missing`");
-    let compiler = compiler.split('\x1f').next().unwrap();
-    let at = |suffix: &str| folder.join(format!("{name}{suffix}"));
-    fs::write(at(".cpp"), text).unwrap();
-    run(Command::new(compiler).args(["-shared", "-fPIC", "-o"]).arg(at(".so")).arg(at(".cpp")));
-    at(".so")
-}
-
 fn run(command: &mut Command) {
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

@@ -2,7 +2,7 @@
 //! sees of a run.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::library;
@@ -69,6 +69,18 @@ extern "C" int InitializeInjectionNvtx2(const void* (*get)(uint32_t)) {
 }
 "#;
 
+/// By the compiler of this build.
+fn compile(folder: &Path) -> PathBuf {
+    let compiler = option_env!("ISOBATH_SIMT_COMPILE").unwrap_or_default();
+    let [text, library] = ["profiler.cpp", "profiler.so"].map(|name| folder.join(name));
+    fs::write(&text, PROFILER).unwrap();
+    let mut command = Command::new(compiler.split('\x1f').next().unwrap());
+    let output =
+        command.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&text).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    library
+}
+
 /// What the profiler saw of a run of this command, which must succeed.
 fn seen(profiler: &Path, command: &mut Command) -> String {
     let log = profiler.with_extension("log");
@@ -90,7 +102,7 @@ fn a_profiler_sees_steps_micro_batches_passes_updates_and_evaluations() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let profiler = library::compile_plain(folder.path(), "profiler", PROFILER);
+    let profiler = compile(folder.path());
     let text = text_file(folder.path(), 6000);
     let sets = [
         "device=simt",
@@ -134,7 +146,7 @@ fn a_profiler_that_refuses_or_is_missing_is_no_error() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let profiler = library::compile_plain(folder.path(), "profiler", PROFILER);
+    let profiler = compile(folder.path());
     let bench = || {
         let mut command = isobath();
         command.args(["bench", "step", "--device", "simt", "--samples", "1"]);
