@@ -4,13 +4,18 @@
 //! beside them; the memory table is the one that training prints and keeps to.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
-use crate::device::Device;
-use crate::engine::{MemoryTable, Plan};
+use crate::cuda::adamw::AdamW;
+use crate::cuda::attention::backward_scratch_bytes;
+use crate::cuda::gemm::TURNS_BYTES;
+use crate::cuda::peaks::H200;
+use crate::device::{Device, open_kernels};
+use crate::engine::{DeviceBytes, MemoryTable, Plan};
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 
@@ -50,7 +55,8 @@ impl PlanReport {
         let vocab = config.model.vocab;
         let plan = match (Device::choose(config.device), config.dtype) {
             (Ok(Device::Cpu), Dtype::F32) => Plan::new(config, &Cpu::<f32>::new())?,
-            _ => Plan::without_device(config)?,
+            (Ok(Device::Simt), dtype) => Plan::new(config, &open_kernels(config.device, dtype)?)?,
+            _ => plan_of_gpu(config, H200.multiprocessors)?,
         };
         let bytes = plan.memory();
         let table = plan.table;
@@ -80,6 +86,22 @@ impl PlanReport {
             bytes,
         })
     }
+}
+
+/// Of a GPU with compute capability 9.0 that need not be here.
+pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
+    let plan = Plan::without_device(config)?;
+    let (opened, bf16) = match config.dtype {
+        Dtype::Bf16 => (TURNS_BYTES as usize, true),
+        Dtype::F32 => (0, false),
+    };
+    let attention = |spec, documents| match bf16 {
+        true => backward_scratch_bytes(multiprocessors, spec, documents) as usize,
+        false => 0,
+    };
+    let optimizer = |decay: &[Range<usize>]| AdamW::device_bytes(decay) as usize;
+    let device = DeviceBytes { opened, attention: &attention, optimizer: &optimizer };
+    Ok(plan.with_device_bytes(config, &device))
 }
 
 /// N_matmul: weights that a token is multiplied with, the head included.

@@ -23,7 +23,7 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
         let bytes = plan_with("train.recompute=none");
         let get = |name: &str| bytes[name].as_u64().unwrap();
         let rows = ["parameters", "working_copy", "gradients", "moments", "activations", "batches"];
-        let all = rows.iter().chain(&["sampling", "process"]).map(|row| get(row));
+        let all = rows.iter().chain(&["sampling", "scratch", "process"]).map(|row| get(row));
         assert_eq!(all.sum::<u64>(), get("total"), "{preset}: {bytes}");
         let tensors = bytes["tensors"].as_array().unwrap();
         let live: u64 = tensors.iter().map(|line| line["live_bytes"].as_u64().unwrap()).sum();

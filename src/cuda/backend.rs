@@ -7,17 +7,21 @@
 //! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::hash::Hash;
 use std::ops::Range;
 
 use half::bf16;
 
 use super::adamw::{AdamW, AdamWBuffers};
-use super::attention::{Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use super::attention::{
+    Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
+};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
+use super::nvtx;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
@@ -28,6 +32,7 @@ use crate::backend::{
 };
 use crate::config::Dtype;
 use crate::error::Result;
+use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
 
 const STREAM: StreamId = StreamId::MAIN;
@@ -38,6 +43,8 @@ pub struct Cuda {
     family: Option<Family>,
     buffers: Vec<Allocation>,
     layers: Layers,
+    /// Of what the layers allocated when they were made.
+    scratch_bytes: u64,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
     /// What can be recorded is replayed as a graph.
@@ -79,6 +86,7 @@ impl Cuda {
     ///
     /// Errors: a machine or build without the kernels that every model needs.
     pub fn new(mut driver: Box<dyn Driver>, dtype: Dtype, family: Option<Family>) -> Result<Self> {
+        let allocated_before = driver.allocated_bytes();
         let layers = Layers {
             gemm: Gemm::new(&mut *driver, dtype, family)?,
             pointwise: Pointwise::new(&mut *driver, dtype)?,
@@ -92,8 +100,10 @@ impl Cuda {
             losses: HashMap::new(),
             optimizers: Vec::new(),
         };
+        let scratch_bytes = driver.allocated_bytes() - allocated_before;
         let buffers = Vec::new();
-        Ok(Cuda { driver, dtype, family, buffers, layers, preparing: false, graphs: true })
+        let (preparing, graphs) = (false, true);
+        Ok(Cuda { driver, dtype, family, buffers, layers, scratch_bytes, preparing, graphs })
     }
 
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
@@ -353,6 +363,34 @@ impl Backend for Cuda {
         self.driver.process_bytes() as usize
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.driver.allocated_bytes())
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        self.driver.peak_bytes()
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        self.driver.sensors()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes as usize
+    }
+
+    fn attention_scratch_bytes(&self, spec: AttentionSpec, documents: bool) -> usize {
+        let properties = self.driver.properties();
+        let families = Family::chosen(self.name(), properties, self.dtype, self.family);
+        match families.unwrap_or_default().first() {
+            Some(Family::Sm90) => {
+                let multiprocessors = properties.multiprocessors as usize;
+                backward_scratch_bytes(multiprocessors, spec, documents) as usize
+            }
+            _ => 0,
+        }
+    }
+
     fn begin_preparation(&mut self) -> bool {
         self.preparing = true;
         true
@@ -378,6 +416,19 @@ impl Backend for Cuda {
 
     fn replay(&mut self, recording: Recording) -> Result<()> {
         self.driver.launch_graph(GraphId(recording.0), STREAM)
+    }
+
+    /// For NVTX; not while nothing is launched.
+    fn begin_range(&mut self, name: &'static CStr) {
+        if !self.preparing {
+            nvtx::push(name);
+        }
+    }
+
+    fn end_range(&mut self) {
+        if !self.preparing {
+            nvtx::pop();
+        }
     }
 
     fn optimizer_bytes(&self, decay: &[Range<usize>]) -> usize {

@@ -14,6 +14,8 @@ pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+pub mod nvml;
+mod nvtx;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;

@@ -17,7 +17,9 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
 use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
+use super::nvml;
 use crate::error::{Error, Result};
+use crate::sensors::Sensors;
 
 const DEVICE: &str = "cuda";
 
@@ -159,6 +161,8 @@ pub struct Nvidia {
     /// Launched on each stream since it was last waited for: one of them caused a late error.
     pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
+    /// Bytes, before anything was allocated.
+    free_at_first: u64,
     capture: Capture,
     captured: Captured,
     // In the order in which they are given back; the context goes last.
@@ -192,6 +196,7 @@ impl Nvidia {
             unusable: vec![],
             pending: vec![],
             memory: Ledger::default(),
+            free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
             graphs: vec![],
@@ -204,6 +209,7 @@ impl Nvidia {
             driver.load(file, fatbin)?;
         }
         driver.names.sort();
+        driver.free_at_first = driver.free_bytes()?;
         Ok(driver)
     }
 
@@ -475,6 +481,16 @@ fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
     }
 }
 
+/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be told
+/// to (cuFuncLoad, CUDA 12.4): it takes memory, too.
+fn load_whole(function: sys::CUfunction) -> Result<(), DriverError> {
+    if !has_function("cuFuncLoad") {
+        return Ok(());
+    }
+    // SAFETY: the function belongs to a loaded module.
+    unsafe { sys::cuFuncLoad(function) }.result()
+}
+
 fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverError> {
     use sys::CUfunction_attribute as Of;
     let attribute = |attribute| {
@@ -592,6 +608,10 @@ impl Driver for Nvidia {
         Ok(buffer)
     }
 
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         self.bind()?;
@@ -608,6 +628,17 @@ impl Driver for Nvidia {
         Ok(free as u64)
     }
 
+    /// What has gone from the free memory, now: nothing is given back while a run trains. Other
+    /// processes' memory is in it where they share the GPU.
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.free_at_first.saturating_sub(self.free_bytes().ok()?))
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        let uuid = self.context.uuid().ok()?;
+        nvml::sensors(&nvml::uuid_text(uuid.bytes.map(|byte| byte as u8)))
+    }
+
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
         if let Some(index) = self.kernels.iter().position(|kernel| kernel.info.name == name) {
             return Ok(KernelId(index as u32));
@@ -621,7 +652,8 @@ impl Driver for Nvidia {
                 Err(DriverError(CUresult::CUDA_ERROR_NOT_FOUND)) => continue,
                 Err(error) => return Err(self.cannot_load(file, error)),
             };
-            let info = info_of(name, function).map_err(|error| self.cannot_load(file, error))?;
+            let info = load_whole(function).and_then(|()| info_of(name, function));
+            let info = info.map_err(|error| self.cannot_load(file, error))?;
             let shared_bytes_allowed =
                 SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes.unwrap_or(0));
             self.kernels.push(Kernel { info, function, shared_bytes_allowed });
@@ -856,6 +888,8 @@ impl Driver for Nvidia {
         let Some(graph) = ended.map_err(|error| self.cannot_record(error))? else {
             return Err(absent("the capture gave no graph", "record at least one launch"));
         };
+        // Else the first launch would allocate what the graph takes on the device.
+        graph.upload().map_err(|error| self.cannot_record(error))?;
         let captured = std::mem::take(&mut self.captured);
         self.graphs.push(Some(Graph { graph, captured, checked: self.memory.removed() }));
         Ok(GraphId(self.graphs.len() as u32 - 1))

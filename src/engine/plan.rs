@@ -1,6 +1,7 @@
 //! What a training run allocates, known and shown before anything is.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -9,10 +10,10 @@ use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::trainer::update_groups;
-use crate::backend::Backend;
+use crate::backend::{AttentionSpec, Backend};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTable;
+use crate::model::{self, parameters::ParameterTable};
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
@@ -25,8 +26,23 @@ pub struct Plan {
     pub(super) flat_bytes: usize,
     working_bytes: usize,
     batch_bytes: usize,
+    /// Of the gradient's norm.
+    norm_bytes: usize,
     optimizer_bytes: usize,
+    attention_bytes: usize,
+    /// Allocated by the backend when it was opened.
+    opened_bytes: usize,
     process_bytes: usize,
+}
+
+/// What a device allocates besides, whether it is here or not.
+pub struct DeviceBytes<'a> {
+    /// [`Backend::scratch_bytes`]
+    pub opened: usize,
+    /// [`Backend::attention_scratch_bytes`]
+    pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
+    /// [`Backend::optimizer_bytes`]
+    pub optimizer: &'a dyn Fn(&[Range<usize>]) -> usize,
 }
 
 /// Longest sample, prompt included, that training prints.
@@ -39,7 +55,7 @@ pub struct MemoryTable {
     /// The parameters as matmuls read them, where that is not f32.
     pub working_copy: u64,
     pub gradients: u64,
-    /// Both moments, and what the optimizer needs besides.
+    /// Both moments, and what the optimizer needs besides: the gradient's norm, scalars, scratch.
     pub moments: u64,
     /// The one arena that training and evaluation share.
     pub activations: u64,
@@ -47,6 +63,9 @@ pub struct MemoryTable {
     pub batches: u64,
     /// For the samples that training prints.
     pub sampling: u64,
+    /// What kernels need besides their operands: turns of split products, sums of attention's
+    /// gradients.
+    pub scratch: u64,
     /// What the program itself takes of the device's memory, as measured.
     pub process: u64,
     pub total: u64,
@@ -59,14 +78,27 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let optimizer_bytes = update_groups(&plan.table, &config.optimizer)
-            .iter()
-            .map(|group| backend.optimizer_bytes(&group.decay))
-            .sum();
-        Ok(Plan { process_bytes, optimizer_bytes, ..plan })
+        let plan = plan.with_device_bytes(
+            config,
+            &DeviceBytes {
+                opened: backend.scratch_bytes(),
+                attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
+                optimizer: &|decay| backend.optimizer_bytes(decay),
+            },
+        );
+        Ok(Plan { process_bytes, ..plan })
     }
 
-    /// For training on a device that need not be here.
+    pub fn with_device_bytes(self, config: &Config, device: &DeviceBytes) -> Self {
+        let groups = update_groups(&self.table, &config.optimizer);
+        let optimizer_bytes = groups.iter().map(|group| (device.optimizer)(&group.decay)).sum();
+        let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
+        let spec = AttentionSpec { heads, batch, sequence: config.data.sequence };
+        let attention_bytes = (device.attention)(spec, config.data.packs_documents());
+        Plan { optimizer_bytes, attention_bytes, opened_bytes: device.opened, ..self }
+    }
+
+    /// For training on a device that need not be here, without what it allocates besides.
     pub fn without_device(config: &Config) -> Result<Self> {
         let activation = match config.dtype {
             Dtype::F32 => 4,
@@ -105,7 +137,10 @@ impl Plan {
             flat_bytes,
             working_bytes,
             batch_bytes,
+            norm_bytes: element_bytes(Kind::Statistic),
             optimizer_bytes: 0,
+            attention_bytes: 0,
+            opened_bytes: 0,
             process_bytes: 0,
         })
     }
@@ -131,7 +166,8 @@ impl Plan {
         let flat = self.flat_bytes as u64;
         let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
         let (working_copy, batches) = (self.working_bytes as u64, self.batch_bytes as u64);
-        let moments = 2 * flat + self.optimizer_bytes as u64;
+        let moments = 2 * flat + (self.norm_bytes + self.optimizer_bytes) as u64;
+        let scratch = (self.opened_bytes + self.attention_bytes) as u64;
         let process = self.process_bytes as u64;
         let flat_buffers = 2 * flat + working_copy + moments;
         MemoryTable {
@@ -142,15 +178,17 @@ impl Plan {
             activations,
             batches,
             sampling,
+            scratch,
             process,
-            total: flat_buffers + activations + batches + sampling + process,
+            total: flat_buffers + activations + batches + sampling + scratch + process,
             tensors: self.training.memory_lines().to_vec(),
         }
     }
 
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
-        let (memory, available) = (self.memory(), backend.available_bytes()?);
+        let memory = self.memory();
+        let available = backend.available_bytes()? + self.opened_bytes as u64;
         if memory.total <= available {
             return Ok(());
         }
@@ -188,8 +226,12 @@ impl fmt::Display for MemoryTable {
             let name = format!("  {} x {}", line.live, line.name);
             writeln!(f, "{name:<30}{:>12.1}", mib(line.live_bytes as u64))?;
         }
-        let rest =
-            [("batches", self.batches), ("sampling", self.sampling), ("process", self.process)];
+        let rest = [
+            ("batches", self.batches),
+            ("sampling", self.sampling),
+            ("scratch", self.scratch),
+            ("process", self.process),
+        ];
         for (name, bytes) in rest.into_iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
         }

@@ -74,6 +74,15 @@ pub enum Passes {
     Two,
 }
 
+/// Bytes that the backward pass over such matrices in bf16 allocates on a machine of compute
+/// capability 9.0, with the passes that [`Attention::plan_backward`] chooses.
+pub fn backward_scratch_bytes(multiprocessors: usize, spec: AttentionSpec, documents: bool) -> u64 {
+    let AttentionSpec { heads, batch, sequence } = spec;
+    let sizes = Sizes { batch, sequence };
+    let teams = one_pass::Teams::chosen(multiprocessors, heads, sizes, documents, None);
+    teams.map_or(0, |teams| teams.scratch(heads, sizes).bytes)
+}
+
 /// A pass that is ready to be launched.
 #[derive(Clone)]
 pub struct AttentionPlan {

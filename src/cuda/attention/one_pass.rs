@@ -2,9 +2,9 @@
 //! has work for a team of blocks, see [`Teams`].
 
 use super::sm90::{self, BF16_BYTES, LOADED_ROWS, STORED_ROWS};
-use super::{AttentionBackward, Sizes, scale, scale_log2};
+use super::{AttentionBackward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
-use crate::cuda::{Arguments, DevicePointer, Driver, KernelId, Launch, Properties};
+use crate::cuda::{Arguments, DevicePointer, Driver, KernelId, Launch};
 use crate::error::Result;
 
 /// Head dims with a kernel: those of which a half is a part of a swizzle's span.
@@ -42,14 +42,13 @@ pub(super) struct Teams {
 impl Teams {
     /// The division with the shortest longest block, and of equal ones that with the fewest heads,
     /// which read least memory at a time. `None`: no team's sums have a place.
-    pub fn new(properties: &Properties, heads: HeadSpec, sizes: Sizes) -> Option<Self> {
+    pub fn new(multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> Option<Self> {
         let HeadSpec { heads, kv_heads, head_dim } = heads;
         let (units, group) = (sizes.batch * kv_heads, heads / kv_heads);
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let query_tiles = sizes.sequence.div_ceil(QUERIES);
         let head_bytes = query_tiles * QUERIES * head_dim * size_of::<f32>();
         let most = (MOST_ACTIVE_BYTES / head_bytes).min(MOST_SUMS_BYTES / (group * head_bytes));
-        let multiprocessors = properties.multiprocessors as usize;
         let divisions = (1..=key_tiles.min(multiprocessors)).filter_map(|blocks| {
             let count = (multiprocessors / blocks).min(units).min(most);
             let rounds = units.div_ceil(count.max(1));
@@ -60,14 +59,42 @@ impl Teams {
         divisions.min_by_key(|teams| (teams.steps, std::cmp::Reverse(teams.blocks)))
     }
 
+    /// Of a pass in one, where nobody asked for `passes`: as it pays. `None`: in two.
+    pub fn chosen(
+        multiprocessors: usize,
+        heads: HeadSpec,
+        sizes: Sizes,
+        documents: bool,
+        passes: Option<Passes>,
+    ) -> Option<Self> {
+        let teams = || Teams::new(multiprocessors, heads, sizes);
+        match passes {
+            _ if !HEAD_DIMS.contains(&heads.head_dim) => None,
+            Some(Passes::Two) => None,
+            Some(Passes::One) => teams(),
+            None => teams().filter(|it| !documents && it.pay(multiprocessors, heads, sizes)),
+        }
+    }
+
+    /// Tiles of queries that the sums of d_q have a place for.
+    fn places(self, heads: HeadSpec, sizes: Sizes) -> usize {
+        self.count * (heads.heads / heads.kv_heads) * sizes.sequence.div_ceil(QUERIES)
+    }
+
+    pub fn scratch(self, heads: HeadSpec, sizes: Sizes) -> Scratch {
+        let places = self.places(heads, sizes);
+        let turns_at = (places * QUERIES * heads.head_dim * size_of::<f32>()) as u64;
+        Scratch { bytes: turns_at + (places * size_of::<u32>()) as u64, turns_at }
+    }
+
     /// Reckoned, as long as no GPU has timed it: whether five products for each step of the longest
     /// block are less than the seven of two passes, whose blocks all take as long. Below 8 tiles of
     /// keys the one warp that makes d_q of complete sums would be what everybody waits for; with
     /// documents, too, as each of them is short.
-    pub fn pay(&self, properties: &Properties, heads: HeadSpec, sizes: Sizes) -> bool {
+    fn pay(&self, multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> bool {
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let all = longest(key_tiles, sizes.sequence.div_ceil(QUERIES), 1);
-        let two = (sizes.batch * heads.heads * all).div_ceil(properties.multiprocessors as usize);
+        let two = (sizes.batch * heads.heads * all).div_ceil(multiprocessors);
         key_tiles >= LEAST_KEY_TILES && 5 * self.steps < 7 * two
     }
 }
@@ -110,18 +137,7 @@ impl Kernels {
         Ok(Some(Kernels { heads, delta, backward }))
     }
 
-    fn places(&self, teams: Teams, sizes: Sizes) -> usize {
-        let group = self.heads.heads / self.heads.kv_heads;
-        teams.count * group * sizes.sequence.div_ceil(QUERIES)
-    }
-
-    pub fn scratch(&self, teams: Teams, sizes: Sizes) -> Scratch {
-        let places = self.places(teams, sizes);
-        let turns_at = (places * QUERIES * self.heads.head_dim * size_of::<f32>()) as u64;
-        Scratch { bytes: turns_at + (places * size_of::<u32>()) as u64, turns_at }
-    }
-
-    /// Makes delta, then everything else. `scratch`: as many bytes as [`Kernels::scratch`] says.
+    /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says.
     ///
     /// Errors: matrices that leave their buffers.
     pub fn backward(
@@ -134,7 +150,7 @@ impl Kernels {
     ) -> Result<[(Launch, Arguments); 2]> {
         let AttentionBackward { forward, d_out, delta, d_qkv, angles } = *pass;
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
-        let turns = sums.offset(self.scratch(teams, sizes).turns_at);
+        let turns = sums.offset(teams.scratch(self.heads, sizes).turns_at);
         let rows = (sizes.batch * sizes.sequence * heads) as u64;
         let blocks = (rows * head_dim as u64 / 8).div_ceil(DELTA_THREADS);
         let of_delta = Arguments::new()
@@ -142,7 +158,7 @@ impl Kernels {
             .with(d_out)
             .with(delta)
             .with(turns)
-            .with(self.places(teams, sizes) as i32)
+            .with(teams.places(self.heads, sizes) as i32)
             .with(sizes.batch as i32)
             .with(sizes.sequence as i32)
             .with(heads as i32);

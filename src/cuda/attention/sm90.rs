@@ -137,18 +137,12 @@ impl Kernels {
         sizes: Sizes,
         pass: &AttentionBackward,
     ) -> Result<[(Launch, Arguments); 2]> {
-        let properties = driver.properties();
-        let teams = match (&self.one_pass, self.passes) {
-            (None, _) | (_, Some(Passes::Two)) => None,
-            (_, Some(Passes::One)) => Teams::new(properties, self.heads, sizes),
-            (_, None) => Teams::new(properties, self.heads, sizes).filter(|teams| {
-                let documents = pass.forward.document_starts.is_some();
-                !documents && teams.pay(properties, self.heads, sizes)
-            }),
-        };
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        let documents = pass.forward.document_starts.is_some();
+        let teams = Teams::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
         match (&self.one_pass, teams) {
             (Some(kernels), Some(teams)) => {
-                let bytes = kernels.scratch(teams, sizes).bytes;
+                let bytes = teams.scratch(self.heads, sizes).bytes;
                 let memory = match self.scratch.iter().find(|memory| memory.bytes >= bytes) {
                     Some(memory) => *memory,
                     None => {
