@@ -311,7 +311,7 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       const uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
       const uint8_t* const d_outs = queries + QUERY_BYTES;
       const int first_statistic = at.stage * QUERIES + first_column();
-      wgmma_fence();
+      wgmma_fence();  // the one of the scores is enough, but not for ptxas, behind a loop
       multiply_rows<D, KEYS, QUERIES>(d_scores, own_values, d_outs);
       wgmma_commit();
       const int first_query = tile * QUERIES;
@@ -363,8 +363,8 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       wgmma_commit();
       barrier_sync(1, T::CONSUMERS * WARPGROUP);
     };
+    // Behind the fence of d_k's products, and so behind the last use of d_q.
     const auto multiply_d_scores = [&] {
-      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < KEYS; k += MMA_K)
         wgmma<HALF, 1, 1>(d_q, across<QUERIES, KEYS>(d_scores_tiles + d_scores_tile, k),
