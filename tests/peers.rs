@@ -429,6 +429,13 @@ fn each_side_trains_with_its_fastest_micro_batch_in_turns() {
     assert_eq!(record["sides"][1]["runs"][1]["clocks"]["readings"], 1);
     assert_eq!(record["tried"]["isobath"][3]["micro_batch"], 8);
 
+    // Without time: one micro-batch, one round.
+    fs::remove_file(folder.path().join("CALLS")).unwrap();
+    assert!(run(&["--seconds", "0.000001"]).status.success());
+    let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
+    let (ours, peers) = ("isobath 1 16\n", "default 1 16 layers=3 S=32\n");
+    assert_eq!(calls, format!("{ours}{ours}{peers}{ours}{peers}"));
+
     for (extra, part) in [
         (&["--micro-batch", "3:4"][..], "micro-batches of 3 make no step of 16 rows"),
         (&["--first", "8"], "8 rows do not fit"),

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import kernels
@@ -120,6 +121,8 @@ def fastest(side, args):
     even the first one fits."""
     tried = []
     for micro_batch in candidates(args.rows, args.first):
+        if tried and late(args):
+            break
         try:
             timed = side.time(micro_batch, args.search_steps)
         except NoMemory as error:
@@ -134,6 +137,10 @@ def fastest(side, args):
         raise ValueError(f"{side.name}: {args.first} rows do not fit; give --first a smaller number"
                          if tried else f"--first {args.first} does not divide {args.rows} rows")
     return max(fitting, key=lambda it: it["tokens_per_second"])["micro_batch"], tried
+
+
+def late(args):
+    return args.seconds is not None and time.monotonic() - args.started > args.seconds
 
 
 def mfu(tokens_per_second, row):
@@ -178,6 +185,7 @@ def peer_version(args):
 
 def measure(args):
     """A record; it is written after every round. Errors: Skip, ValueError."""
+    args.started = time.monotonic()
     torch_version = peer_version(args)
     step = prediction(args)
     args.rows = args.rows or step["micro_batch"] * step["grad_accumulation"]
@@ -213,6 +221,8 @@ def measure(args):
         "families": row["families"],
     }
     for round in range(args.rounds):
+        if round and late(args):
+            break
         for side, kept in zip(sides, record["sides"]):
             timed = side.time(kept["micro_batch"], args.steps)
             timed["mfu"] = mfu(timed["tokens_per_second"], row)
@@ -316,6 +326,8 @@ def main():
     parser.add_argument("--search-steps", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=20, help="of each run of a round [20]")
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--seconds", type=float,
+                        help="no further micro-batch is tried, nor a round begun, after so many")
     parser.add_argument("--device", choices=["cuda", "simt"], default="cuda")
     parser.add_argument("--cpu-twins", action="store_true",
                         help="with --device simt: run the twin on the CPU, to see that it works")
