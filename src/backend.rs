@@ -7,9 +7,11 @@
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
+use std::ffi::CStr;
 use std::ops::Range;
 
 use crate::error::Result;
+use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, Shape, View};
 
 /// Where an activation gradient goes, and whether something is there already.
@@ -205,6 +207,33 @@ pub trait Backend {
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
 
+    /// Bytes of the buffers that were allocated so far; `None` where they are not counted.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The most bytes of the device's memory that were taken since it was opened, with whatever is
+    /// no buffer; `None` where the device does not tell.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// `None` where the device has none that can be read.
+    fn sensors(&self) -> Option<Sensors> {
+        None
+    }
+
+    /// Bytes of buffers that it allocated for itself when it was opened.
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
+    /// Bytes that preparing a backward pass of attention allocates, once for all passes of this size;
+    /// `documents`: within documents.
+    fn attention_scratch_bytes(&self, _spec: AttentionSpec, _documents: bool) -> usize {
+        0
+    }
+
     /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
     /// looked up, tensor maps), but nothing is computed. False: there is nothing to prepare, and ops
     /// must not be called for it.
@@ -225,6 +254,26 @@ pub trait Backend {
     /// Runs everything that was recorded, in order, on what now lies in the same places.
     fn replay(&mut self, _recording: Recording) -> Result<()> {
         unreachable!("{} records nothing", self.name())
+    }
+
+    /// What profilers show: everything until [`Backend::end_range`], inside what was begun before. Of
+    /// work that is replayed, what lies around the replay; what lies inside is seen once, when it is
+    /// recorded.
+    fn begin_range(&mut self, _name: &'static CStr) {}
+    fn end_range(&mut self) {}
+    /// `work` in a range of this name.
+    fn range<T>(
+        &mut self,
+        name: &'static CStr,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T>
+    where
+        Self: Sized,
+    {
+        self.begin_range(name);
+        let done = work(self);
+        self.end_range();
+        done
     }
 
     /// Elements of a chunk in which moments that lie in host memory pass through the device.

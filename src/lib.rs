@@ -32,11 +32,13 @@ pub mod plan;
 pub mod random;
 pub mod report;
 pub mod rundir;
+pub mod sensors;
 pub mod stock;
 pub mod tape;
 pub mod tasks;
 pub mod tensor;
 pub mod tensor_file;
+pub mod throughput;
 pub mod train;
 pub mod version;
 

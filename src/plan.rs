@@ -4,13 +4,19 @@
 //! beside them; the memory table is the one that training prints and keeps to.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
+use crate::backend::VectorCopy;
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
-use crate::device::Device;
-use crate::engine::{MemoryTable, Plan};
+use crate::cuda::adamw::AdamW;
+use crate::cuda::attention::backward_scratch_bytes;
+use crate::cuda::gemm::TURNS_BYTES;
+use crate::cuda::peaks::H200;
+use crate::device::{Device, open_kernels};
+use crate::engine::{DeviceBytes, MemoryTable, Plan};
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 
@@ -50,9 +56,10 @@ impl PlanReport {
         let vocab = config.model.vocab;
         // What the CPU cannot train is planned for a machine that can.
         let trains = |device: Device| config.validate_on(device.kind()).is_ok();
-        let plan = match Device::choose(config.device) {
-            Ok(Device::Cpu) if trains(Device::Cpu) => Plan::new(config, &Cpu::<f32>::new())?,
-            _ => Plan::without_device(config)?,
+        let plan = match (Device::choose(config.device), config.dtype) {
+            (Ok(Device::Cpu), _) if trains(Device::Cpu) => Plan::new(config, &Cpu::<f32>::new())?,
+            (Ok(Device::Simt), dtype) => Plan::new(config, &open_kernels(config.device, dtype)?)?,
+            _ => plan_of_gpu(config, H200.multiprocessors)?,
         };
         let bytes = plan.memory();
         let table = plan.table;
@@ -82,6 +89,24 @@ impl PlanReport {
             bytes,
         })
     }
+}
+
+/// Of a GPU with compute capability 9.0 that need not be here.
+pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
+    let plan = Plan::without_device(config)?;
+    let (opened, bf16) = match config.dtype {
+        Dtype::Bf16 => (TURNS_BYTES as usize, true),
+        Dtype::F32 => (0, false),
+    };
+    let attention = |spec, documents| match bf16 {
+        true => backward_scratch_bytes(multiprocessors, spec, documents) as usize,
+        false => 0,
+    };
+    let optimizer = |decay: &[Range<usize>], vectors: &[VectorCopy]| {
+        AdamW::device_bytes(decay, vectors) as usize
+    };
+    let device = DeviceBytes { opened, attention: &attention, optimizer: &optimizer };
+    Ok(plan.with_device_bytes(config, &device))
 }
 
 /// N_matmul: weights that a token is multiplied with, the head included.

@@ -9,6 +9,7 @@
 //! run.toml               the resolved configuration
 //! metrics.jsonl          one line per step; metrics.jsonl.old: lines that a resume cut off
 //! sessions.jsonl         one line per process that trained here: program, commit, device
+//! throughput.jsonl       one line per process that trained here to its end: how fast it was
 //! samples.jsonl          printed samples; samples.jsonl.old: those that a resume cut off
 //! data/                  shards of a text too large for memory
 //! checkpoints/step-00000200/
@@ -29,6 +30,7 @@ pub const CONFIG: &str = "run.toml";
 pub const METRICS: &str = "metrics.jsonl";
 pub const SAMPLES: &str = "samples.jsonl";
 pub const SESSIONS: &str = "sessions.jsonl";
+pub const THROUGHPUT: &str = "throughput.jsonl";
 pub const CUT_METRICS: &str = "metrics.jsonl.old";
 pub const CUT_SAMPLES: &str = "samples.jsonl.old";
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -242,6 +244,11 @@ impl RunDir {
     /// Opens sessions.jsonl for a new line.
     pub fn sessions(&self) -> Result<MetricsLog> {
         self.log(SESSIONS)
+    }
+
+    /// Opens throughput.jsonl for a new line.
+    pub fn throughput(&self) -> Result<MetricsLog> {
+        self.log(THROUGHPUT)
     }
 
     fn log(&self, name: &str) -> Result<MetricsLog> {

@@ -4,7 +4,8 @@ use std::process::Output;
 
 use isobath::bench::cost::Cost;
 use isobath::bench::{
-    self, Benchmark, Machine, Prediction, ProductsRequest, Request, Sizes, StepRequest, Unit,
+    self, Benchmark, KernelFamily, Machine, Prediction, ProductsRequest, Request, Sizes,
+    StepRequest, Unit,
 };
 use isobath::config::{Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
@@ -134,7 +135,8 @@ fn a_training_step_counts_its_formula_in_each_type() {
         let report = bench::run(open, &request).unwrap();
         let row = &report.rows[0];
         let seconds = row.median_microseconds * 1e-6;
-        let tokens_per_second = row.tokens_per_second.unwrap();
+        let details = row.step.as_ref().unwrap();
+        let tokens_per_second = details.tokens_per_second;
         assert!((tokens_per_second * seconds / tokens as f64 - 1.0).abs() < 1e-12);
         assert!(report.copy.is_none(), "no row counts bytes");
     }
@@ -451,6 +453,57 @@ fn a_prediction_lists_what_a_training_step_launches() {
         for kernel in &prediction.kernels {
             assert!(ops.iter().any(|op| is(kernel.op, op)), "{} is not launched", kernel.op);
         }
+    }
+}
+
+#[test]
+fn every_kernel_of_this_build_is_of_a_family() {
+    if skipped() {
+        return;
+    }
+    let names = open().unwrap().kernel_names();
+    let names = names.iter().filter(|name| !name.starts_with("conform"));
+    let families: Vec<&str> = names.map(|name| KernelFamily::of(name).name()).collect();
+    // Each has some.
+    for family in KernelFamily::NAMES {
+        assert!(families.contains(family), "{family}: {families:?}");
+    }
+}
+
+/// Launch by launch: as many as are predicted for each family, a time for each that launches any,
+/// and a sum that is near the whole step, which runs on the same CPU.
+#[test]
+fn a_step_is_the_sum_of_its_families() {
+    if skipped() {
+        return;
+    }
+    let sets = ["train.grad_accumulation=2", "model.layers=3"].map(String::from).to_vec();
+    let step = StepRequest { preset: None, sets };
+    let config = step.resolve(Machine::Cpu, None).unwrap();
+    let report = bench::run(open, &Request { step, ..small(Benchmark::Step) }).unwrap();
+    let row = &report.rows[0];
+    let details = row.step.as_ref().unwrap();
+    let prediction = Prediction::new(&config).unwrap();
+    for share in &details.families {
+        let of_family = |it: &&bench::Kernel| KernelFamily::of(it.op) == share.family;
+        // Passes in two kernels.
+        let kernels = |it: &bench::Kernel| match it.op {
+            "norm_backward" | "attention_backward" | "gradient_norm" => 2 * it.launches,
+            _ => it.launches,
+        };
+        let launches: u64 = prediction.kernels.iter().filter(of_family).map(kernels).sum();
+        assert_eq!(share.launches as u64, launches, "{share:?}");
+        assert!(share.microseconds > 0.0, "{share:?}");
+    }
+    let sum: f64 = details.families.iter().map(|it| it.microseconds).sum();
+    let of_whole = sum / row.median_microseconds;
+    assert!((0.1..10.0).contains(&of_whole), "{of_whole} of the step");
+    let process = open().unwrap().process_bytes();
+    assert_eq!(details.memory.allocated, Some(details.memory.planned - process));
+    let shown = report.to_string();
+    let together: usize = details.families.iter().map(|it| it.launches).sum();
+    for part in ["together, one by one", "a whole step", &format!(" {together} "), "MiB planned"] {
+        assert!(shown.contains(part), "no {part:?} in:\n{shown}");
     }
 }
 

@@ -292,6 +292,26 @@ fn the_hopper_attention_computes_exponents_while_it_multiplies() {
     }
 }
 
+/// The same of the backward pass in one. At a head dim of 128 no product needs the exponents before
+/// the wait, and ptxas moves some of them behind it.
+#[test]
+fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
+    let Some(tools) = disassembler() else { return };
+    let code = disassemble(&tools, "attention_backward_sm90", "sm_90a");
+    assert_eq!(code.len(), 2 * 3, "a kernel and the one before it, for three head dims");
+    for (name, code) in code.iter().filter(|(name, _)| name.contains("_backward_")) {
+        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "UBLKCP"] {
+            assert!(has(code, mnemonic), "{name} has no {mnemonic}");
+        }
+        // Behind the wait for the scores, in front of that for dP.
+        let step = code.split(|it| it == "WARPGROUP.DEPBAR.LE").nth(1).unwrap();
+        let exponents = step.iter().filter(|it| *it == "MUFU.EX2").count();
+        let all = 64 * 64 / 128; // a consumer's scores over its threads
+        let expected = if name.ends_with("x128") { 8..=all } else { all..=all };
+        assert!(expected.contains(&exponents), "{name}: {exponents}");
+    }
+}
+
 /// Every copy and every read of fragments as wide as there is; operands that lie the other way are
 /// transposed on that way.
 #[test]

@@ -96,6 +96,7 @@ fn a_bundle_goes_on_after_failures() {
         // Not in this folder.
         ("peers products", "failed", "products.py"),
         ("peers norm", "failed", "kernels.py"),
+        ("peers training", "failed", "training.py"),
     ] {
         let stage = stage(&summary, name);
         assert_eq!(stage["status"], status, "{stage:#}");

@@ -60,14 +60,17 @@ fn plan_says_how_it_counts() {
     assert_eq!(plan["matmul_parameters"], 134_105_856u64 - 32_000 * 768 - 25 * 768);
     assert_eq!(plan["flops_per_token"], 6 * 109_510_656u64 + 6 * 12 * 256 * 768);
     assert_eq!(plan["tokens_per_step"], 131_072);
-    assert_eq!(plan["bytes"]["moments"], 8 * plan["stored_elements"].as_u64().unwrap());
+    // And the gradient's norm, scalars and scratch.
+    let moments = 8 * plan["stored_elements"].as_u64().unwrap();
+    let besides = plan["bytes"]["moments"].as_u64().unwrap() - moments;
+    assert!((8192..16_384).contains(&besides), "{besides} bytes");
     let formula = plan["flops_formula"].as_str().unwrap();
     assert!(formula.contains("6*N_matmul + 6*L*S*C"), "{formula}");
 
     let people = isobath(&["plan", "--preset", "130m"]);
     let table = text(&people.stdout);
     assert_eq!(people.status.code(), Some(0));
-    for part in ["134,105,856", "671,219,712", formula, "511.6", "1023.1"] {
+    for part in ["134,105,856", "671,219,712", formula, "511.6", "1023.2"] {
         assert!(table.contains(part), "no {part:?} in:\n{table}");
     }
 }

@@ -1,5 +1,5 @@
-//! benches/peers/kernels.py and products.py without a GPU: how they join reports, their tables of a
-//! record, and what products.py asks of the program.
+//! benches/peers/kernels.py, products.py and training.py without a GPU: how they join reports, their
+//! tables of a record, and what they ask of the program and of PyTorch.
 
 use std::fs;
 use std::path::Path;
@@ -311,4 +311,208 @@ fn products_without_a_gpu_say_so_and_exit_with_2() {
         let output = python(&[&["products.py"], arguments].concat());
         assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     }
+}
+
+// ------------------------------------------------------------------ training.py
+
+/// Programs that are made up: what they are asked goes to the file CALLS beside them, and the speed
+/// of a micro-batch is known. Eight rows are too many for either.
+const FAKE_ISOBATH: &str = r#"#!/usr/bin/env python3
+import json, pathlib, sys
+arguments = sys.argv[1:]
+if "--predict" in arguments:
+    print(json.dumps({"micro_batch": 4, "grad_accumulation": 4}))
+    sys.exit()
+sets = dict(arguments[i + 1].split("=") for i, it in enumerate(arguments) if it == "--set")
+rows, count = int(sets["train.micro_batch"]), int(sets["train.grad_accumulation"])
+with open(pathlib.Path(__file__).parent / "CALLS", "a") as calls:
+    calls.write(f"isobath {rows} {count}\n")
+if rows == 8:
+    sys.exit("error: the plan needs 9 MiB, cuda has 8 MiB free")
+speed = {1: 100.0, 2: 300.0, 4: 200.0}[rows]
+sizes = {"S": 32, "B": rows, "grad_accumulation": count, "model": {"layers": 3}, "optimizer": {}}
+families = [{"family": "gemm", "launches": 7, "microseconds": 1500.0},
+            {"family": "norm", "launches": 2, "microseconds": 500.0}]
+row = {"tokens_per_second": speed, "median_microseconds": 16 * 32 / speed * 1e6, "dtype": "bf16",
+       "sizes": sizes, "memory": {"planned": 3 << 30, "allocated": 2 << 30, "peak": 4 << 30},
+       "conditions": None, "work": {"amount": 5120, "formula": "6*N"},
+       "per_second": 10 * speed, "percent_of_peak": speed / 10, "families": families}
+program = {"version": "0.1.0", "commit": "0123abc", "changed": False}
+print(json.dumps({"rows": [row], "machine": {"name": "H200"}, "program": program,
+                  "peak_source": "a datasheet"}))
+"#;
+const FAKE_PYTHON: &str = r#"#!/usr/bin/env python3
+import json, pathlib, sys
+if sys.argv[1] == "-c":
+    print("2.9 False")
+    sys.exit()
+work = json.load(open(sys.argv[2]))
+rows, count = work["batch"], work["grad_accumulation"]
+mode = sys.argv[sys.argv.index("--compile") + 1]
+with open(pathlib.Path(__file__).parent / "CALLS", "a") as calls:
+    layers = work["config"]["model"]["layers"]
+    calls.write(f"{mode} {rows} {count} layers={layers} S={work['sequence']}\n")
+if rows == 8:
+    print("out of memory: so and so", file=sys.stderr)
+    sys.exit(3)
+speed = {1: 50.0, 2: 80.0, 4: 150.0}[rows]
+print(json.dumps({"tokens_per_second": speed, "median_ms": 512e3 / speed, "step_ms": [1.0],
+                  "max_memory_allocated": 5 << 30, "clocks": {"readings": 1}}))
+"#;
+
+fn executable(folder: &Path, name: &str, text: &str) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    let path = folder.join(name);
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path.display().to_string()
+}
+
+/// The fastest micro-batch of each side, not the largest; as many rows in every step; turns.
+#[test]
+fn each_side_trains_with_its_fastest_micro_batch_in_turns() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = executable(folder.path(), "isobath", FAKE_ISOBATH);
+    let interpreter = executable(folder.path(), "python", FAKE_PYTHON);
+    let [out, table] = ["out.json", "out.md"].map(|it| folder.path().join(it));
+    let [out_text, table_text] = [&out, &table].map(|it| it.display().to_string());
+    let arguments = ["--program", &program, "--python", &interpreter, "--device", "simt"];
+    let more = ["--cpu-twins", "--preset", "130m", "--rounds", "2"];
+    let files = ["--out", &out_text, "--table", &table_text];
+    let run = |extra: &[&str]| {
+        python(&[&["training.py"], &arguments[..], &more[..], &files[..], extra].concat())
+    };
+    let output = run(&[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+
+    let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
+    let expected = [
+        "isobath 1 16",
+        "isobath 2 8",
+        "isobath 4 4",
+        "isobath 8 2",
+        "isobath 2 8", // what the peer is to do
+        "default 1 16 layers=3 S=32",
+        "default 2 8 layers=3 S=32",
+        "default 4 4 layers=3 S=32",
+        "default 8 2 layers=3 S=32",
+        "isobath 2 8",
+        "default 4 4 layers=3 S=32",
+        "isobath 2 8",
+        "default 4 4 layers=3 S=32",
+    ];
+    assert_eq!(calls.lines().collect::<Vec<_>>(), expected);
+
+    let printed = text(&output.stdout);
+    // 300 tokens a second are 30% of the peak, so 150 are 15%; 512 tokens in a step.
+    for line in [
+        "| isobath | 2 | 1706.67 | 300 | 30.0% | 4.00 | 3.00 | 1.00 |",
+        "| PyTorch, compiled (default) | 4 | 3413.33 | 150 | 15.0% | 5.00 |  | 2.00 |",
+        "| gemm | 7 | 1.50 |",
+        "| together | 9 | 2.00 |",
+        "MFU = tokens/s x (6*N) / the dense peak (a datasheet).",
+    ] {
+        assert!(printed.lines().any(|found| found == line), "no line {line:?} in:\n{printed}");
+    }
+    let tried = "Tried with isobath: 1 rows: 100 tokens/s; 2 rows: 300 tokens/s; 4 rows: 200 \
+                 tokens/s; 8 rows: ";
+    assert!(printed.contains(tried), "{printed}");
+    assert!(printed.starts_with("H200, driver") && printed.contains("512 tokens in a step"));
+    assert_eq!(fs::read_to_string(&table).unwrap(), printed);
+    let replayed = python(&["training.py", "--replay", &out_text]);
+    assert_eq!(text(&replayed.stdout), printed);
+    let record: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    assert_eq!((&record["commit"], &record["torch"]), (&json!("0123abc"), &json!("2.9")));
+    assert_eq!(record["sides"][1]["runs"][1]["clocks"]["readings"], 1);
+    assert_eq!(record["tried"]["isobath"][3]["micro_batch"], 8);
+
+    // Without time: one micro-batch, one round.
+    fs::remove_file(folder.path().join("CALLS")).unwrap();
+    assert!(run(&["--seconds", "0.000001"]).status.success());
+    let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
+    let (ours, peers) = ("isobath 1 16\n", "default 1 16 layers=3 S=32\n");
+    assert_eq!(calls, format!("{ours}{ours}{peers}{ours}{peers}"));
+
+    for (extra, part) in [
+        (&["--micro-batch", "3:4"][..], "micro-batches of 3 make no step of 16 rows"),
+        (&["--first", "8"], "8 rows do not fit"),
+        (&["--first", "3"], "--first 3 does not divide 16 rows"),
+    ] {
+        let output = run(extra);
+        assert_eq!(output.status.code(), Some(1), "{extra:?}");
+        assert!(text(&output.stderr).contains(part), "{part}: {}", text(&output.stderr));
+    }
+}
+
+/// What it reads of the real program's report.
+#[test]
+fn the_program_gives_training_py_what_it_reads() {
+    if python_is_missing() {
+        return;
+    }
+    if let Err(why) = host::present() {
+        println!("skipped: no simt: {why}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = isobath().get_program().to_string_lossy().into_owned();
+    let interpreter = executable(folder.path(), "python", FAKE_PYTHON);
+    let sets = ["hidden=64", "layers=3", "heads=2", "kv_heads=1", "ffn=64", "vocab=128"];
+    let sets = sets.map(|it| format!("model.{it}"));
+    let sets = sets.iter().flat_map(|it| ["--set", it]);
+    let mut arguments = vec!["training.py", "--program", &program, "--python", &interpreter];
+    arguments.extend(["--device", "simt", "--cpu-twins", "--preset", "9m", "--rows", "2"]);
+    arguments.extend(["--micro-batch", "1:2", "--steps", "1", "--rounds", "1"]);
+    arguments.extend(sets.chain(["--set", "data.sequence=32"]));
+    let output = python(&arguments);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
+    assert_eq!(calls, "default 2 1 layers=3 S=32\n");
+    let printed = text(&output.stdout);
+    assert!(printed.contains("64 tokens in a step") && printed.contains("| optimizer | 4 |"));
+}
+
+#[test]
+fn training_py_without_a_gpu_says_so_and_exits_with_2() {
+    if python_is_missing() {
+        return;
+    }
+    for (extra, part) in [
+        (&["--device", "simt"][..], "skipped: the twin is timed on a GPU"),
+        (&["--python", "/nowhere/python"], "skipped: no PyTorch: /nowhere/python"),
+    ] {
+        let output = python(&[&["training.py", "--program", "isobath"], extra].concat());
+        assert_eq!(output.status.code(), Some(2), "{extra:?}");
+        assert!(text(&output.stderr).starts_with(part), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn lines_of_nvidia_smi_become_spans_and_shares() {
+    if python_is_missing() {
+        return;
+    }
+    let script = "import json, clocks\n\
+                  lines = '1980, 2619, 60, 650.5, 0x0000000000000004\\n'\\\n\
+                          '1700, 2619, 62, [N/A], 0x000000000000000c\\n'\\\n\
+                          'torn, li'\n\
+                  with clocks.Clocks(False) as none:\n    pass\n\
+                  print(json.dumps([clocks.summary(lines), none.summary()]))";
+    let output = python(&["-c", script]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let span =
+        |least: f64, mean: f64, most: f64| json!({"least": least, "mean": mean, "most": most});
+    let expected = json!({
+        "readings": 2,
+        "sm_clock_mhz": span(1700.0, 1840.0, 1980.0),
+        "memory_clock_mhz": span(2619.0, 2619.0, 2619.0),
+        "temperature_celsius": span(60.0, 61.0, 62.0),
+        "power_watts": span(650.5, 650.5, 650.5),
+        "throttled": {"SW_POWER_CAP": 1.0, "HW_SLOWDOWN": 0.5},
+    });
+    assert_eq!(found, json!([expected, null]));
 }

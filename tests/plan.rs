@@ -23,7 +23,7 @@ fn the_memory_table_adds_up_and_recomputing_makes_it_smaller() {
         let bytes = plan_with("train.recompute=none");
         let get = |name: &str| bytes[name].as_u64().unwrap();
         let rows = ["parameters", "working_copy", "gradients", "moments", "activations", "batches"];
-        let all = rows.iter().chain(&["sampling", "process"]).map(|row| get(row));
+        let all = rows.iter().chain(&["sampling", "scratch", "process"]).map(|row| get(row));
         assert_eq!(all.sum::<u64>(), get("total"), "{preset}: {bytes}");
         let tensors = bytes["tensors"].as_array().unwrap();
         let live: u64 = tensors.iter().map(|line| line["live_bytes"].as_u64().unwrap()).sum();
@@ -202,11 +202,14 @@ fn check_formats(on_h200: &Value, usable: u64) {
             false => (both, 0),
             true => ((4 * element_bytes) << 22, both),
         };
-        assert_eq!((get("moments"), get("host_moments")), (on_device, on_host), "{it}");
+        // The rest: the norm, scalars, scratch and tables of ranges.
+        let besides = get("moments") - on_device;
+        assert!((8192..16_384).contains(&besides), "{besides} bytes: {it}");
+        assert_eq!(get("host_moments"), on_host, "{it}");
         let rows = ["parameters", "working_copy", "gradients", "moments"];
         assert_eq!(it["state_bytes"], rows.map(get).iter().sum::<u64>(), "{it}");
         assert_eq!(it["host_bytes"], on_host, "{it}");
-        let rest = ["activations", "batches", "sampling", "process"];
+        let rest = ["activations", "batches", "sampling", "scratch", "process"];
         let total = rows.iter().chain(&rest).map(|row| get(row)).sum::<u64>();
         assert_eq!((&it["total_bytes"], get("total")), (&total.into(), total), "{it}");
         let largest = it["largest_micro_batch"].as_u64().unwrap();
@@ -231,7 +234,8 @@ fn what_the_cpu_cannot_store_is_planned_for_a_machine_that_can() {
     let narrow = ["--device", "cpu", "--set", "dtype=f32", "--set", "optimizer.moments=bf16"];
     let planned = plan(&narrow);
     let stored = planned["stored_elements"].as_u64().unwrap();
-    assert_eq!(planned["bytes"]["moments"], 4 * stored);
+    let besides = planned["bytes"]["moments"].as_u64().unwrap() - 4 * stored;
+    assert!((8192..16_384).contains(&besides), "{besides} bytes");
     assert_eq!(planned["bytes"]["process"], 0);
     let refused = isobath().args(["plan", "--set", "optimizer.master=bf16+16"]).output().unwrap();
     let message = String::from_utf8(refused.stderr).unwrap();

@@ -11,10 +11,11 @@ use isobath::config::{Config, Placement};
 use isobath::depth::{
     Angular, DepthReport, Jacobian, JacobianReport, Linear, LinearReport, Skipped, TaskReport,
 };
-use isobath::figure::{GROUND, PAPER, SERIES};
+use isobath::figure::{GROUND, PAPER, SERIES, short};
 use isobath::metrics::{Evaluation, SessionRecord, StepRecord};
 use isobath::report::{Heading, page, read_runs};
 use isobath::rundir::RunDir;
+use isobath::throughput::WARM_UP_STEPS;
 use isobath::train::{Console, Interrupt, Run, train};
 use isobath::version::Program;
 use jiff::Timestamp;
@@ -454,6 +455,44 @@ fn a_run_records_the_program_and_the_machine_of_each_process() {
         assert_eq!(program, Program::this());
     }
     assert!(html(&[out]).contains(">cpu</td>"));
+}
+
+/// Each process that trained more than its warm-up says how fast it was, and the page shows it.
+#[test]
+fn a_run_records_the_throughput_of_each_process() {
+    let folder = tempdir().unwrap();
+    let mut config = run_config(&small_model());
+    config.model.vocab = 0;
+    config.data.train = vec![text_file(folder.path(), 4000).display().to_string()];
+    config.train.eval_every = 2;
+    let out = folder.path().join("run");
+    let sessions = [(9, false), (9 + WARM_UP_STEPS, true), (20, true)];
+    let outcomes = sessions.map(|(steps, resume)| {
+        config.train.steps = steps;
+        let run = Run { config: config.clone(), folder: out.clone(), resume };
+        train(run, Interrupt::none(), &mut Console::quiet()).unwrap()
+    });
+    assert!(outcomes[1].throughput.is_none(), "nothing but its warm-up was trained");
+    let lines = json_lines(&out.join("throughput.jsonl"));
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    let metrics = json_lines(&out.join("metrics.jsonl"));
+    for (line, [first, last]) in lines.iter().zip([[0, 9], [9 + WARM_UP_STEPS, 20]]) {
+        assert_eq!((&line["first_step"], &line["last_step"]), (&first.into(), &last.into()));
+        let counted = &metrics[(first + WARM_UP_STEPS) as usize..last as usize];
+        assert_eq!(line["counted_steps"], counted.len());
+        // As metrics.jsonl has each step, so evaluations are in neither.
+        let seconds: f64 =
+            counted.iter().map(|step| 64.0 / step["tokens_per_second"].as_f64().unwrap()).sum();
+        let found = line["seconds"].as_f64().unwrap();
+        assert!((found / seconds - 1.0).abs() < 1e-9, "{found} s of {seconds}");
+        let peak = line["memory"]["peak"].as_u64().unwrap();
+        assert!(peak > 1 << 20 && line["memory"]["planned"].as_u64().unwrap() > 1 << 20, "{line}");
+    }
+    let html = html(&[out]);
+    let speed = short(lines[1]["tokens_per_second"].as_f64().unwrap());
+    // In the table of runs, and in that of its processes.
+    assert_eq!(html.matches(&format!("<td>{speed}</td>")).count(), 2, "{speed}");
+    assert!(html.contains("clocks held down by"));
 }
 
 #[test]

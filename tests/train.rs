@@ -373,3 +373,34 @@ fn a_weight_that_is_not_a_number_stops_at_the_first_step() {
     assert_eq!(lines(&out), 0);
     assert!(latest(&out).unwrap().verified.is_none());
 }
+
+#[test]
+fn a_person_is_told_how_fast_it_is_behind_the_first_steps() {
+    let folder = tempdir().unwrap();
+    let text = text_file(folder.path(), 4000);
+    let out = folder.path().join("run");
+    let said = |steps: &str, resume: &[&str]| {
+        let mut arguments = tiny_run(&text, &out, &[steps]);
+        arguments.extend(resume.iter().map(ToString::to_string));
+        let output = isobath().args(arguments).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let message = said("train.steps=8", &[]);
+    let step = |number: &str| message.lines().find(|line| line.starts_with(number)).unwrap();
+    assert!(step("step 1/8: loss ").ends_with(", warming up"), "{message}");
+    let last = step("step 8/8: loss ");
+    assert!(last.ends_with(", 0 s left") && last.contains(" tokens/s, "), "{message}");
+    for part in [
+        " tokens/s: median of 5 steps behind the first 3; half of them ",
+        "memory: ",
+        " MiB planned, ",
+        "throughput  ",
+    ] {
+        assert!(message.contains(part), "no {part:?} in:\n{message}");
+    }
+    // Three more steps are all warm-up.
+    let message = said("train.steps=11", &["--resume"]);
+    assert!(message.contains("step 11/11: loss ") && message.contains("warming up"), "{message}");
+    assert!(!message.contains("tokens/s") && !message.contains("throughput  "), "{message}");
+}

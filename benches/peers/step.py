@@ -6,8 +6,9 @@
     python step.py ours.json --check steps.safetensors  reproduces losses and gradient norms
 
 As fast as PyTorch goes: q, k and v are one matmul, gate and up another, attention is
-scaled_dot_product_attention, AdamW is fused. Here on a CPU, eager, in f32; twins.py takes the same
-Trainer to a GPU, compiled, with autocast to bf16. Needs torch, safetensors, numpy.
+scaled_dot_product_attention, AdamW is fused. On a CPU as it stands: eager, in f32. On a GPU as
+training.py asks: compiled, with autocast to bf16 and several micro-batches in a step, timed by CUDA
+events; where memory runs out the exit status is 3. Needs torch, numpy, and for --check safetensors.
 """
 
 import argparse
@@ -20,6 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clocks import Clocks
+
+# The exit status.
+OUT_OF_MEMORY = 3
 
 class Norm(nn.Module):
     """RMSNorm whose gain is divided by sqrt(depth)."""
@@ -31,7 +36,8 @@ class Norm(nn.Module):
 
     def forward(self, inp):
         gain = self.weight if self.divisor == 1 else self.weight / self.divisor
-        return F.rms_norm(inp, self.weight.shape, gain, self.eps)
+        # With a gain of another type than its input PyTorch has no fused kernel.
+        return F.rms_norm(inp, self.weight.shape, gain.to(inp.dtype), self.eps)
 
 
 def rotate(x, cos, sin):
@@ -96,13 +102,22 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class Trainer:
-    """`dtype` "bf16": autocast, with parameters, gradients and moments in f32."""
+COMPILE = ["none", "default", "max-autotune", "max-autotune-no-cudagraphs"]
 
-    def __init__(self, config, device="cpu", dtype="f32", compiled=False):
+
+class Trainer:
+    """`dtype` "bf16": autocast, with parameters, gradients and moments in f32. `mode`: one of
+    COMPILE."""
+
+    def __init__(self, config, device="cpu", dtype="f32", mode="none"):
         self.config = optimizer = config["optimizer"]
         self.model = Llama(config["model"], config["data"]["sequence"]).to(device)
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        compiled = mode != "none"
+        options = {"mode": mode, "dynamic": False}
+        self.forward = torch.compile(self.model, **options) if compiled else self.model
+        # What a CUDA graph writes is gone with its next launch, so gradients have places of their
+        # own, and are zeroed instead of given back.
+        self.replayed = mode == "max-autotune"
         self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
         groups = [
             {"params": [], "weight_decay": optimizer["weight_decay"]},
@@ -112,6 +127,8 @@ class Trainer:
             matrix = parameter.ndim == 2
             if matrix:
                 nn.init.normal_(parameter, std=config["model"]["init_std"])
+            if self.replayed:
+                parameter.grad = torch.zeros_like(parameter)
             decays = matrix and not name.startswith("embedding")
             groups[0 if decays else 1]["params"].append(parameter)
         kind = torch.optim.AdamW if optimizer["kind"] == "adamw" else torch.optim.Adam
@@ -121,10 +138,20 @@ class Trainer:
         self.done = 0
 
     def step(self, tokens, targets):
-        """The loss, and the gradient norm before clipping."""
-        with self.autocast():
-            loss = self.forward(tokens, targets)
-        loss.backward()
+        """The loss, and the gradient norm before clipping, of one micro-batch."""
+        return self.accumulate([(tokens, targets)])
+
+    def accumulate(self, micro_batches):
+        """The mean loss over equally large micro-batches, and the norm of its gradient before
+        clipping."""
+        total = 0.0
+        for tokens, targets in micro_batches:
+            if self.replayed:
+                torch.compiler.cudagraph_mark_step_begin()
+            with self.autocast():
+                loss = self.forward(tokens, targets) / len(micro_batches)
+            loss.backward()
+            total = total + loss.detach()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self.config["clip"] > 0:
@@ -133,8 +160,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config["lr"] * min(1.0, self.done / self.config["warmup"])
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item(), norm.item()
+        self.optimizer.zero_grad(set_to_none=not self.replayed)
+        return total.item(), norm.item()
 
 
 def check(trainer, path):
@@ -169,46 +196,92 @@ def cpu_model():
     return names[0] if names else "unknown"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ours", help="JSON of `cargo bench --bench step`: what to do")
-    parser.add_argument("--check", metavar="FILE", help="steps that `--record` wrote")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=5)
-    args = parser.parse_args()
-    with open(args.ours) as file:
-        ours = json.load(file)
-    torch.set_num_threads(ours["threads"])
-    torch.manual_seed(1)
-    trainer = Trainer(ours["config"])
+class Watch:
+    """Milliseconds between marks: CUDA events on a GPU, the wall clock elsewhere."""
+
+    def __init__(self, device):
+        self.on_gpu, self.marks = device == "cuda", []
+
+    def mark(self):
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(1e3 * time.perf_counter())
+
+    def between(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        pairs = zip(self.marks, self.marks[1:])
+        return [a.elapsed_time(b) if self.on_gpu else b - a for a, b in pairs]
+
+
+def measure(ours, args):
+    """The report of steps of random tokens."""
+    trainer = Trainer(ours["config"], args.device, ours.get("dtype", "f32"), args.compile)
     if args.check:
         return check(trainer, args.check)
-
-    shape, vocab = (2, ours["batch"], ours["sequence"]), ours["config"]["model"]["vocab"]
-    batches = [torch.randint(vocab, shape) for _ in range(args.warm_up + args.steps)]
-    for tokens, targets in batches[: args.warm_up]:
-        trainer.step(tokens, targets)
-    step_ms, cpu_before = [], time.process_time()
-    for tokens, targets in batches[args.warm_up :]:
-        start = time.perf_counter()
-        loss, _ = trainer.step(tokens, targets)
-        step_ms.append(1e3 * (time.perf_counter() - start))
+    count, vocab = ours.get("grad_accumulation", 1), ours["config"]["model"]["vocab"]
+    shape = (count, 2, ours["batch"], ours["sequence"])
+    batches = [torch.randint(vocab, shape, device=args.device)
+               for _ in range(args.warm_up + args.steps)]
+    for batch in batches[: args.warm_up]:
+        trainer.accumulate(list(batch))
+    watch, cpu_before = Watch(args.device), time.process_time()
+    with Clocks(args.device == "cuda") as clocks:
+        watch.mark()
+        for batch in batches[args.warm_up :]:
+            loss, _ = trainer.accumulate(list(batch))
+            watch.mark()
+        step_ms = watch.between()
     median = statistics.median(step_ms)
     report = {
-        "program": "PyTorch eager",
+        "program": "PyTorch " + ("eager" if args.compile == "none" else args.compile),
         "version": torch.__version__,
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "batch": ours["batch"],
         "sequence": ours["sequence"],
+        "grad_accumulation": count,
         "median_ms": median,
         "min_ms": min(step_ms),
         "cpu_ms": 1e3 * (time.process_time() - cpu_before) / args.steps,
-        "tokens_per_second": 1e3 * ours["batch"] * ours["sequence"] / median,
+        "tokens_per_second": 1e3 * count * ours["batch"] * ours["sequence"] / median,
         "step_ms": step_ms,
         "loss": loss,
     }
+    if args.device == "cuda":
+        report.update({
+            "gpu": torch.cuda.get_device_name(0),
+            "cuda": torch.version.cuda,
+            "max_memory_allocated": torch.cuda.max_memory_allocated(),
+            "max_memory_reserved": torch.cuda.max_memory_reserved(),
+            "clocks": clocks.summary(),
+        })
     print(json.dumps(report))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ours", help="JSON of `cargo bench --bench step`, or of training.py: what "
+                        "to do")
+    parser.add_argument("--check", metavar="FILE", help="steps that `--record` wrote")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compile", choices=COMPILE, default="none", help="torch.compile's mode")
+    args = parser.parse_args()
+    with open(args.ours) as file:
+        ours = json.load(file)
+    if "threads" in ours:
+        torch.set_num_threads(ours["threads"])
+    torch.manual_seed(1)
+    try:
+        measure(ours, args)
+    except torch.OutOfMemoryError as error:
+        print(f"out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

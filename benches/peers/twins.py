@@ -298,22 +298,20 @@ def step(row, device):
     """Whole training steps, compiled. A copy is a trainer, and one is enough: it is larger than any
     L2. It stays for the next round, because compiling it takes long."""
     sizes = row["sizes"]
-    if sizes["grad_accumulation"] != 1:
-        raise NoTwin("the twin's step is one micro-batch")
     config = {"model": sizes["model"], "optimizer": sizes["optimizer"],
               "data": {"sequence": sizes["S"]}}
-    shape = (2, sizes["B"], sizes["S"])
+    shape = (sizes["grad_accumulation"], 2, sizes["B"], sizes["S"])
     kept = []
 
     def setup():
         if not kept:
-            trainer = Trainer(config, device, row["dtype"], compiled=True)
+            trainer = Trainer(config, device, row["dtype"], mode="default")
             kept.append((trainer, torch.randint(config["model"]["vocab"], shape, device=device)))
         return kept[0]
 
     def launch(copy):
-        trainer, (tokens, targets) = copy
-        trainer.step(tokens, targets)
+        trainer, batch = copy
+        trainer.accumulate(list(batch))
 
     kind = "autocast to bf16" if row["dtype"] == "bf16" else "f32"
     return [Twin(f"training step, compiled, {kind}", 1 << 40, setup, launch)]

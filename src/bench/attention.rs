@@ -39,7 +39,7 @@ fn pair(
     let dtype = request.kernel_dtype();
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
-    let kernels = Attention::new(driver, dtype, heads, request.family)?;
+    let mut kernels = Attention::new(driver, dtype, heads, request.family)?;
     let tokens = batch * sequence;
     let qkv_values = tokens * heads.qkv_columns();
     let out_values = tokens * heads.heads * head_dim;
@@ -77,6 +77,7 @@ fn pair(
         names.push(plan.kernels(driver)?.join(" and "));
     }
     copies.release(driver)?;
+    kernels.release(driver)?;
     let row = |name: &str, cost: Cost, timing| {
         Row::new(Cost { what: format!("{name}, {dtype}"), ..cost }, timing)
     };

@@ -55,12 +55,13 @@ choice! {
 }
 
 impl KernelFamily {
+    /// Of an op, or of one of its kernels.
     pub fn of(op: &str) -> Self {
         match op.split('_').next() {
             Some("gemm") => KernelFamily::Gemm,
             Some("attention") => KernelFamily::Attention,
             Some("norm") => KernelFamily::Norm,
-            Some("rotary" | "swiglu" | "scaled" | "embedding" | "copy" | "add") => {
+            Some("rotary" | "swiglu" | "scaled" | "embedding" | "copy" | "add" | "cast") => {
                 KernelFamily::Pointwise
             }
             Some("loss") => KernelFamily::Loss,

@@ -9,9 +9,8 @@ use serde::Serialize;
 use super::predict::Prediction;
 use crate::config::{Config, Dtype, Master, Recompute};
 use crate::cuda::peaks::Peaks;
-use crate::engine::Plan;
 use crate::error::Result;
-use crate::plan::PlanReport;
+use crate::plan::{PlanReport, plan_of_gpu};
 
 /// For the driver's context and the kernels' code, which lie in device memory, too. Assumed, not
 /// measured.
@@ -108,7 +107,7 @@ impl Level {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
         Ok(Level {
             recompute: config.train.recompute,
-            activation_bytes: Plan::without_device(config)?.memory().activations,
+            activation_bytes: plan_of_gpu(config, machine.multiprocessors)?.memory().activations,
             fit: Fit::new(config, machine, usable_bytes)?,
         })
     }
@@ -116,7 +115,7 @@ impl Level {
 
 impl StateFormat {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
-        let memory = Plan::without_device(config)?.memory();
+        let memory = plan_of_gpu(config, machine.multiprocessors)?.memory();
         let parameters = memory.parameters + memory.working_copy;
         Ok(StateFormat {
             master: config.optimizer.master,
@@ -133,9 +132,9 @@ impl Fit {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
         let prediction = Prediction::on(config, machine)?;
         Ok(Fit {
-            total_bytes: Plan::without_device(config)?.memory().total,
+            total_bytes: plan_of_gpu(config, machine.multiprocessors)?.memory().total,
             milliseconds: prediction.roofs.iter().map(|roof| roof.milliseconds).collect(),
-            largest_micro_batch: largest_micro_batch(config, usable_bytes)?,
+            largest_micro_batch: largest_micro_batch(config, machine, usable_bytes)?,
         })
     }
 
@@ -156,11 +155,11 @@ fn mib(bytes: u64) -> f64 {
 }
 
 /// By planning with one micro-batch after the other, and always as many of them in a step.
-fn largest_micro_batch(config: &Config, usable_bytes: u64) -> Result<usize> {
+fn largest_micro_batch(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<usize> {
     let fits = |micro_batch: usize| -> Result<bool> {
         let mut config = config.clone();
         config.train.micro_batch = micro_batch;
-        Ok(Plan::without_device(&config)?.memory().total <= usable_bytes)
+        Ok(plan_of_gpu(&config, machine.multiprocessors)?.memory().total <= usable_bytes)
     };
     let (mut largest, mut too_large) = (0, 1);
     while fits(too_large)? {

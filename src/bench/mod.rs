@@ -12,6 +12,7 @@ mod copy;
 pub mod cost;
 mod fusions;
 mod gemm;
+mod launched;
 mod launches;
 mod loss;
 mod machine_plan;
@@ -27,6 +28,7 @@ mod timing;
 mod tune;
 
 pub use cost::KernelFamily;
+pub use launched::FamilyShare;
 pub use machine_plan::{Fit, Level, MachinePlan, StateFormat};
 pub use predict::{FamilyTime, Kernel, Prediction, Roof};
 pub use products::{ProductsRequest, Wanted};
@@ -43,6 +45,7 @@ use crate::cuda::Driver;
 use crate::cuda::gemm::{Family, Layout};
 use crate::cuda::peaks::Peaks;
 use crate::error::Result;
+use crate::version::Program;
 
 choice! {
     /// What can be timed.
@@ -142,7 +145,7 @@ pub fn run(mut open: impl FnMut() -> Result<Box<dyn Driver>>, request: &Request)
     let counts_bytes = rows.iter().any(|row| row.work.unit == Unit::Bytes);
     let copy = if counts_bytes { Some(copy::row(driver, request.samples)?) } else { None };
     if let Some(config) = step {
-        rows.push(step::row(open()?, &config, request.samples)?);
+        rows.push(step::row(&mut open, &config, request.samples)?);
     }
     let properties = driver.properties().clone();
     let peaks = Peaks::of(&properties.name);
@@ -150,6 +153,7 @@ pub fn run(mut open: impl FnMut() -> Result<Box<dyn Driver>>, request: &Request)
     let counts_flops = rows.iter().any(|row| row.work.unit == Unit::Flops);
     Ok(Report {
         benchmark: request.benchmark.name(),
+        program: Program::this(),
         device: driver.device(),
         machine: properties,
         copy,

@@ -5,15 +5,20 @@ use std::fmt;
 use serde::Serialize;
 
 use super::cost::Cost;
+use super::launched::FamilyShare;
 use super::sizes::Sizes;
 use super::timing::Timing;
 use crate::config::Dtype;
 use crate::cuda::Properties;
 use crate::cuda::peaks::Peaks;
+use crate::sensors::Conditions;
+use crate::throughput::MemoryUse;
+use crate::version::Program;
 
 #[derive(Serialize, Debug)]
 pub struct Report {
     pub benchmark: &'static str,
+    pub program: Program,
     pub device: &'static str,
     pub machine: Properties,
     /// The ceiling of bytes: a copy of a large buffer on the device, timed in this run. `None`: no
@@ -47,8 +52,20 @@ pub struct Row {
     /// `per_second` as a share of the machine's dense peak, if that is known; of rows that count
     /// FLOPs. Of a training step this is MFU.
     pub percent_of_peak: Option<f64>,
-    /// Of a training step.
-    pub tokens_per_second: Option<f64>,
+    #[serde(flatten)]
+    pub step: Option<StepDetails>,
+}
+
+/// What only a training step has.
+#[derive(Serialize, Clone, Debug)]
+pub struct StepDetails {
+    pub tokens_per_second: f64,
+    /// Of steps that were launched kernel by kernel, with events in between; together more than the
+    /// median.
+    pub families: Vec<FamilyShare>,
+    pub memory: MemoryUse,
+    /// While the steps were timed, if the device tells.
+    pub conditions: Option<Conditions>,
 }
 
 /// What one launch does.
@@ -88,7 +105,7 @@ impl Row {
             work,
             percent_of_copy: None,
             percent_of_peak: None,
-            tokens_per_second: None,
+            step: None,
         }
     }
 
@@ -122,10 +139,13 @@ impl fmt::Display for Report {
                 (None, Some(percent)) => write!(f, " {percent:>5.1} {of_peak}")?,
                 (None, None) => {}
             }
-            if let Some(tokens) = row.tokens_per_second {
-                write!(f, "  {tokens:.0} tokens/s")?;
+            if let Some(step) = &row.step {
+                write!(f, "  {:.0} tokens/s", step.tokens_per_second)?;
             }
             writeln!(f)?;
+        }
+        for row in &self.rows {
+            row.step.iter().try_for_each(|step| write_step(f, row, step))?;
         }
         let Properties { name, multiprocessors, .. } = &self.machine;
         let samples = self.rows.first().map_or(0, |row| row.samples);
@@ -134,7 +154,7 @@ impl fmt::Display for Report {
             f,
             "on {name}, {multiprocessors} multiprocessors; medians of {samples} samples{cold}"
         )?;
-        if let Some(step) = self.rows.iter().find(|row| row.tokens_per_second.is_some()) {
+        if let Some(step) = self.rows.iter().find(|row| row.step.is_some()) {
             writeln!(f, "FLOPs of a step = tokens * ({})", step.work.formula)?;
             if step.percent_of_peak.is_some() {
                 writeln!(f, "MFU = FLOPs / time / peak")?;
@@ -145,6 +165,21 @@ impl fmt::Display for Report {
             None => Ok(()),
         }
     }
+}
+
+/// What takes how long, beside the whole; memory beside its plan; the device's own words.
+fn write_step(f: &mut fmt::Formatter<'_>, row: &Row, step: &StepDetails) -> fmt::Result {
+    let sum: f64 = step.families.iter().map(|it| it.microseconds).sum();
+    writeln!(f, "\n{:<24} {:>8} {:>12} {:>8}", "kernels of a step", "launches", "us", "of sum")?;
+    for FamilyShare { family, launches, microseconds } in &step.families {
+        let share = 100.0 * microseconds / sum;
+        writeln!(f, "{family:<24} {launches:>8} {microseconds:>12.1} {share:>6.1} %")?;
+    }
+    let launches: usize = step.families.iter().map(|it| it.launches).sum();
+    writeln!(f, "{:<24} {launches:>8} {sum:>12.1}", "together, one by one")?;
+    writeln!(f, "{:<24} {:>8} {:>12.1}", "a whole step", "", row.median_microseconds)?;
+    writeln!(f, "{}", step.memory)?;
+    step.conditions.iter().try_for_each(|conditions| writeln!(f, "{conditions}"))
 }
 
 /// "3.35 TB/s", "612.00 TFLOP/s", "31.00 GFLOP/s"

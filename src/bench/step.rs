@@ -1,8 +1,12 @@
 //! A whole training step, as `isobath train` runs it: micro-batches forward and backward, gradient
 //! norm, update. Random tokens; the time between two updates' ends, with all that the host does.
+//! Then once more, launch by launch, for the time of each family of kernels.
+
+use std::time::Duration;
 
 use super::cost::Cost;
-use super::report::Row;
+use super::launched::{WithEvents, shares};
+use super::report::{Row, StepDetails};
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
@@ -10,8 +14,11 @@ use crate::cuda::{self, Cuda, Driver, StreamId};
 use crate::engine::{Plan, Rows, Trainer};
 use crate::error::{Error, Result};
 use crate::model::init::initial_parameters;
+use crate::model::parameters::ParameterTable;
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, PlanReport};
+use crate::sensors::Monitor;
+use crate::throughput::MemoryUse;
 
 /// Which training step; `isobath train` takes the same settings.
 #[derive(Clone, Default, Debug)]
@@ -77,48 +84,50 @@ impl StepRequest {
 /// Steps before the first that counts: kernels are loaded, buffers touched.
 const WARM_UP: u64 = 2;
 
-pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>) -> Result<Row> {
-    let samples = samples(&*driver, asked) as u64;
-    let graphs = cuda::graphs_from_env()?;
-    let backend = Cuda::new(driver, config.dtype, None)?.with_graphs(graphs);
-    let mut trainer = Trainer::new(Plan::new(config, &backend)?, config, backend)?;
-    let parameters = initial_parameters(trainer.table(), config.seed);
-    trainer.set_parameters(&parameters)?;
-    drop(parameters);
+/// How often a GPU is asked for its clocks.
+const READINGS_EVERY: Duration = Duration::from_millis(200);
 
-    let (batch, sequence) = (config.train.micro_batch, config.data.sequence);
-    let count = config.train.grad_accumulation;
-    let tokens = batch * sequence;
-    let ids = integers_below(1, config.model.vocab, count * tokens + 1);
-    let micro_batches = (0..count).map(|i| {
-        let at = i * tokens;
-        Rows::new(&ids[at..at + tokens], &ids[at + 1..at + 1 + tokens])
-    });
+/// Times steps as training runs them, then others launch by launch. `open` opens the machine for
+/// each of the two; the first is closed before the second is opened, since both need its memory.
+pub(super) fn row(
+    open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
+    config: &Config,
+    asked: Option<usize>,
+) -> Result<Row> {
+    let parameters = initial_parameters(&ParameterTable::new(&config.model), config.seed);
+    let driver = open()?;
+    let samples = samples(&*driver, asked) as u64;
+    let mut steps = Steps::new(driver, config, &parameters, cuda::graphs_from_env()?)?;
+    let monitor = steps.driver().sensors().map(|it| Monitor::start(it, READINGS_EVERY));
     let mut events = vec![];
     for step in 1..=WARM_UP + samples {
-        let outcome = trainer.accumulate(micro_batches.clone())?;
-        if !outcome.loss.is_finite() {
-            return Err(Error::NonFinite {
-                what: "the loss",
-                value: outcome.loss,
-                step,
-                first_row: 0,
-                end_row: (count * batch) as u64,
-                remedy: "choose a smaller optimizer.lr or model.init_std".to_string(),
-            });
+        steps.run()?;
+        if step < WARM_UP {
+            continue;
         }
-        let lr = optim::learning_rate(&config.optimizer, step, config.train.steps.max(step + 1));
-        trainer.update(&config.optimizer, step, lr)?;
-        if step >= WARM_UP {
-            let driver = trainer.device().0.driver();
-            let event = driver.new_event()?;
-            driver.record(event, StreamId::MAIN)?;
-            events.push(event);
-        }
+        let event = steps.driver().new_event()?;
+        steps.driver().record(event, StreamId::MAIN)?;
+        events.push(event);
+        monitor.iter().for_each(|monitor| monitor.training(true));
     }
-    let driver = trainer.device().0.driver();
-    let timing = Timing::new(between(driver, &events)?, 1);
-    driver.synchronize()?;
+    let timing = Timing::new(between(steps.driver(), &events)?, 1);
+    steps.driver().synchronize()?;
+    let conditions = monitor.and_then(Monitor::finish);
+    let memory = steps.memory();
+    drop(steps);
+
+    let (driver, launched) = WithEvents::new(open()?);
+    let mut steps = Steps::new(Box::new(driver), config, &parameters, false)?;
+    let mut timed = vec![];
+    for step in 1..=WARM_UP + samples {
+        if step <= WARM_UP {
+            steps.run()?;
+            continue;
+        }
+        launched.start();
+        steps.run()?;
+        timed.push(launched.finish(steps.driver())?);
+    }
 
     let tokens = config.tokens_per_step();
     let cost = Cost {
@@ -127,9 +136,9 @@ pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>
         dtype: config.dtype,
         sizes: Sizes::Step {
             preset: config.name.clone(),
-            b: batch,
-            s: sequence,
-            grad_accumulation: count,
+            b: config.train.micro_batch,
+            s: config.data.sequence,
+            grad_accumulation: config.train.grad_accumulation,
             model: Box::new(config.model.clone()),
             optimizer: Box::new(config.optimizer.clone()),
         },
@@ -138,6 +147,80 @@ pub(super) fn row(driver: Box<dyn Driver>, config: &Config, asked: Option<usize>
         flops: PlanReport::new(config)?.flops_per_token * tokens,
         flops_formula: FLOPS_FORMULA,
     };
-    let tokens_per_second = Some(tokens as f64 / timing.median() * 1e6);
-    Ok(Row { tokens_per_second, ..Row::new(cost, &timing) })
+    let details = StepDetails {
+        tokens_per_second: tokens as f64 / timing.median() * 1e6,
+        families: shares(&timed)?,
+        memory,
+        conditions,
+    };
+    Ok(Row { step: Some(details), ..Row::new(cost, &timing) })
+}
+
+/// Training steps on the same random tokens.
+struct Steps<'a> {
+    trainer: Trainer<Cuda>,
+    config: &'a Config,
+    ids: Vec<i32>,
+    planned: u64,
+    done: u64,
+}
+
+impl<'a> Steps<'a> {
+    fn new(
+        driver: Box<dyn Driver>,
+        config: &'a Config,
+        parameters: &[f32],
+        graphs: bool,
+    ) -> Result<Self> {
+        let backend = Cuda::new(driver, config.dtype, None)?.with_graphs(graphs);
+        let plan = Plan::new(config, &backend)?;
+        let planned = plan.memory().total;
+        let mut trainer = Trainer::new(plan, config, backend)?;
+        trainer.set_parameters(parameters)?;
+        let ids = integers_below(1, config.model.vocab, config.tokens_per_step() as usize + 1);
+        Ok(Steps { trainer, config, ids, planned, done: 0 })
+    }
+
+    fn driver(&mut self) -> &mut dyn Driver {
+        self.trainer.device().0.driver()
+    }
+
+    fn memory(&mut self) -> MemoryUse {
+        MemoryUse::of(self.planned, self.trainer.device().0)
+    }
+
+    /// Errors: a loss that is not finite.
+    fn run(&mut self) -> Result<()> {
+        let Steps { trainer, config, ids, .. } = self;
+        let step = self.done + 1;
+        let (batch, count) = (config.train.micro_batch, config.train.grad_accumulation);
+        let tokens = batch * config.data.sequence;
+        let micro_batches = (0..count).map(|i| {
+            let at = i * tokens;
+            Rows::new(&ids[at..at + tokens], &ids[at + 1..at + 1 + tokens])
+        });
+        let lr = optim::learning_rate(&config.optimizer, step, config.train.steps.max(step + 1));
+        trainer.range(c"step", |trainer| {
+            trainer.begin(step);
+            let outcome = trainer.accumulate(micro_batches)?;
+            check_finite(outcome.loss, step, count * batch)?;
+            trainer.range(c"update", |trainer| trainer.update(&config.optimizer, step, lr))
+        })?;
+        self.done = step;
+        Ok(())
+    }
+}
+
+fn check_finite(loss: f64, step: u64, rows: usize) -> Result<()> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    Err(Error::NonFinite {
+        what: "the loss",
+        value: loss,
+        step,
+        first_row: 0,
+        end_row: rows as u64,
+        remedy: "choose a smaller optimizer.lr or model.init_std".to_string(),
+    })
 }

@@ -63,6 +63,9 @@ fn describe(outcome: &Outcome) {
     } else {
         eprintln!("trained {steps} steps in {seconds:.0} s");
     }
+    if let Some(throughput) = &outcome.throughput {
+        eprintln!("{throughput}");
+    }
     if let Some(sample) = &outcome.sample {
         eprintln!("\na sample (what follows the bar is the model's):\n");
         eprintln!("{}|{}\n", sample.prompt, sample.text);
@@ -76,6 +79,9 @@ fn describe(outcome: &Outcome) {
     let checkpoint = outcome.checkpoint.display();
     eprintln!("checkpoint  {checkpoint} (a Hugging Face LLaMA folder)");
     eprintln!("metrics     {folder}/{}", rundir::METRICS);
+    if outcome.throughput.is_some() {
+        eprintln!("throughput  {folder}/{}", rundir::THROUGHPUT);
+    }
     eprintln!("samples     {folder}/{}", rundir::SAMPLES);
     eprintln!("settings    {folder}/{}", rundir::CONFIG);
     let program = std::env::args().next().unwrap_or_else(|| "isobath".to_string());

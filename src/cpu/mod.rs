@@ -89,6 +89,10 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(host_memory::available_bytes())
     }
 
+    fn peak_bytes(&self) -> Option<u64> {
+        host_memory::peak_of_process()
+    }
+
     fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {
         PROGRAM_BYTES + matmul::packing_bytes::<T>(rows, columns)
     }

@@ -7,17 +7,21 @@
 //! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::hash::Hash;
 use std::ops::Range;
 
 use half::bf16;
 
 use super::adamw::{AdamW, AdamWBuffers, FlatPart};
-use super::attention::{Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use super::attention::{
+    Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
+};
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
 use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
+use super::nvtx;
 use super::offload::Offload;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
@@ -29,6 +33,7 @@ use crate::backend::{
 };
 use crate::config::{Dtype, Master};
 use crate::error::Result;
+use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
 
 const STREAM: StreamId = StreamId::MAIN;
@@ -44,6 +49,8 @@ pub struct Cuda {
     on_host: Vec<BufferId>,
     offload_chunk: usize,
     layers: Layers,
+    /// Of what the layers allocated when they were made.
+    scratch_bytes: u64,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
     /// What can be recorded is replayed as a graph.
@@ -87,6 +94,7 @@ impl Cuda {
     ///
     /// Errors: a machine or build without the kernels that every model needs.
     pub fn new(mut driver: Box<dyn Driver>, dtype: Dtype, family: Option<Family>) -> Result<Self> {
+        let allocated_before = driver.allocated_bytes();
         let layers = Layers {
             gemm: Gemm::new(&mut *driver, dtype, family)?,
             pointwise: Pointwise::new(&mut *driver, dtype)?,
@@ -101,6 +109,7 @@ impl Cuda {
             optimizers: Vec::new(),
             offload: None,
         };
+        let scratch_bytes = driver.allocated_bytes() - allocated_before;
         Ok(Cuda {
             driver,
             dtype,
@@ -109,6 +118,7 @@ impl Cuda {
             on_host: Vec::new(),
             offload_chunk: OFFLOAD_CHUNK,
             layers,
+            scratch_bytes,
             preparing: false,
             graphs: true,
         })
@@ -178,7 +188,8 @@ impl Cuda {
         let heads = pass.forward.spec.heads;
         self.attention(heads)?;
         let Layers { attentions, attention_backwards, .. } = &mut self.layers;
-        let (driver, attention) = (&mut *self.driver, &attentions[&heads]);
+        let attention = attentions.get_mut(&heads).expect("it was just made");
+        let driver = &mut *self.driver;
         let make = || attention.plan_backward(driver, &pass);
         let plan = made(attention_backwards, pass, make)?;
         if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
@@ -375,6 +386,34 @@ impl Backend for Cuda {
         self.driver.process_bytes() as usize
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.driver.allocated_bytes())
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        self.driver.peak_bytes()
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        self.driver.sensors()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes as usize
+    }
+
+    fn attention_scratch_bytes(&self, spec: AttentionSpec, documents: bool) -> usize {
+        let properties = self.driver.properties();
+        let families = Family::chosen(self.name(), properties, self.dtype, self.family);
+        match families.unwrap_or_default().first() {
+            Some(Family::Sm90) => {
+                let multiprocessors = properties.multiprocessors as usize;
+                backward_scratch_bytes(multiprocessors, spec, documents) as usize
+            }
+            _ => 0,
+        }
+    }
+
     fn begin_preparation(&mut self) -> bool {
         self.preparing = true;
         true
@@ -400,6 +439,19 @@ impl Backend for Cuda {
 
     fn replay(&mut self, recording: Recording) -> Result<()> {
         self.driver.launch_graph(GraphId(recording.0), STREAM)
+    }
+
+    /// For NVTX; not while nothing is launched.
+    fn begin_range(&mut self, name: &'static CStr) {
+        if !self.preparing {
+            nvtx::push(name);
+        }
+    }
+
+    fn end_range(&mut self) {
+        if !self.preparing {
+            nvtx::pop();
+        }
     }
 
     fn offload_chunk(&self) -> usize {

@@ -12,6 +12,7 @@ use std::fmt;
 
 use crate::config::nearest;
 use crate::error::{Error, Result};
+use crate::sensors::Sensors;
 
 /// An address in the device's memory; null is allowed as an argument of a kernel.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -160,6 +161,8 @@ pub trait Driver {
     /// A buffer of zeros in the host's memory that never moves, for [`Driver::on_device`] to copy from
     /// and to while kernels run; everything else may reach it, too, but slowly. Errors: no memory.
     fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
+    /// Of all live buffers in this machine's memory.
+    fn allocated_bytes(&self) -> u64;
     /// After all work that uses it has run. Errors: not a live buffer of this driver.
     fn release(&mut self, buffer: Allocation) -> Result<()>;
     /// Bytes of this machine's memory that the process takes besides buffers and that
@@ -169,6 +172,15 @@ pub trait Driver {
     }
     /// Bytes that can still be allocated.
     fn free_bytes(&self) -> Result<u64>;
+    /// The most bytes of this machine's memory that were taken since it was opened, buffers and all
+    /// else; `None` where that is not known.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// `None` where there are none to read.
+    fn sensors(&self) -> Option<Sensors> {
+        None
+    }
 
     /// Errors: no kernel of this name, and which there are.
     fn kernel(&mut self, name: &str) -> Result<KernelId>;

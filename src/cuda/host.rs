@@ -595,6 +595,10 @@ impl Driver for Host {
         Ok(buffer)
     }
 
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         if !self.memory.remove(buffer) {
@@ -615,6 +619,10 @@ impl Driver for Host {
 
     fn free_bytes(&self) -> Result<u64> {
         Ok(host_memory::available_bytes())
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        host_memory::peak_of_process()
     }
 
     fn kernel(&mut self, name: &str) -> Result<KernelId> {

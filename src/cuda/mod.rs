@@ -15,6 +15,8 @@ pub mod host;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
+pub mod nvml;
+mod nvtx;
 mod offload;
 pub mod peaks;
 pub mod pointwise;

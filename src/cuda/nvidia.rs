@@ -5,7 +5,7 @@
 //! machine code of every kernel file comes with the program (binaries.rs); a file without code for
 //! this GPU is an error only for those who ask for its kernels.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -18,8 +18,10 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
 use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
+use super::nvml;
 use crate::error::{Error, Result};
 use crate::host_memory;
+use crate::sensors::Sensors;
 
 const DEVICE: &str = "cuda";
 
@@ -161,8 +163,10 @@ pub struct Nvidia {
     /// Launched on each stream since it was last waited for: one of them caused a late error.
     pending: Vec<(KernelId, StreamId)>,
     memory: Ledger,
-    /// Buffers of `memory` that lie in the host's.
-    on_host: BTreeSet<DevicePointer>,
+    /// Buffers of `memory` that lie in the host's, with their bytes.
+    on_host: BTreeMap<DevicePointer, u64>,
+    /// Bytes, before anything was allocated.
+    free_at_first: u64,
     capture: Capture,
     captured: Captured,
     // In the order in which they are given back; the context goes last.
@@ -196,7 +200,8 @@ impl Nvidia {
             unusable: vec![],
             pending: vec![],
             memory: Ledger::default(),
-            on_host: BTreeSet::new(),
+            on_host: BTreeMap::new(),
+            free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
             graphs: vec![],
@@ -209,6 +214,7 @@ impl Nvidia {
             driver.load(file, fatbin)?;
         }
         driver.names.sort();
+        driver.free_at_first = driver.free_bytes()?;
         Ok(driver)
     }
 
@@ -493,6 +499,16 @@ fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
     }
 }
 
+/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be told
+/// to (cuFuncLoad, CUDA 12.4): it takes memory, too.
+fn load_whole(function: sys::CUfunction) -> Result<(), DriverError> {
+    if !has_function("cuFuncLoad") {
+        return Ok(());
+    }
+    // SAFETY: the function belongs to a loaded module.
+    unsafe { sys::cuFuncLoad(function) }.result()
+}
+
 fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverError> {
     use sys::CUfunction_attribute as Of;
     let attribute = |attribute| {
@@ -635,8 +651,12 @@ impl Driver for Nvidia {
         // same one.
         let buffer = Allocation { address: DevicePointer(address as u64), bytes };
         self.memory.add(buffer, label);
-        self.on_host.insert(buffer.address);
+        self.on_host.insert(buffer.address, bytes);
         Ok(buffer)
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.bytes() - self.on_host.values().sum::<u64>()
     }
 
     fn release(&mut self, buffer: Allocation) -> Result<()> {
@@ -645,7 +665,7 @@ impl Driver for Nvidia {
         if !self.memory.remove(buffer) {
             return Err(foreign(DEVICE, "buffer"));
         }
-        if self.on_host.remove(&buffer.address) {
+        if self.on_host.remove(&buffer.address).is_some() {
             self.context.synchronize().map_err(|error| self.failed(error))?;
             // SAFETY: it came from `malloc_host` and was not freed; no work is left that uses it.
             return unsafe { result::free_host(buffer.address.0 as *mut c_void) }
@@ -661,6 +681,17 @@ impl Driver for Nvidia {
         Ok(free as u64)
     }
 
+    /// What has gone from the free memory, now: nothing is given back while a run trains. Other
+    /// processes' memory is in it where they share the GPU.
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.free_at_first.saturating_sub(self.free_bytes().ok()?))
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        let uuid = self.context.uuid().ok()?;
+        nvml::sensors(&nvml::uuid_text(uuid.bytes.map(|byte| byte as u8)))
+    }
+
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
         if let Some(index) = self.kernels.iter().position(|kernel| kernel.info.name == name) {
             return Ok(KernelId(index as u32));
@@ -674,7 +705,8 @@ impl Driver for Nvidia {
                 Err(DriverError(CUresult::CUDA_ERROR_NOT_FOUND)) => continue,
                 Err(error) => return Err(self.cannot_load(file, error)),
             };
-            let info = info_of(name, function).map_err(|error| self.cannot_load(file, error))?;
+            let info = load_whole(function).and_then(|()| info_of(name, function));
+            let info = info.map_err(|error| self.cannot_load(file, error))?;
             let shared_bytes_allowed =
                 SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes.unwrap_or(0));
             self.kernels.push(Kernel { info, function, shared_bytes_allowed });
@@ -911,6 +943,8 @@ impl Driver for Nvidia {
         let Some(graph) = ended.map_err(|error| self.cannot_record(error))? else {
             return Err(absent("the capture gave no graph", "record at least one launch"));
         };
+        // Else the first launch would allocate what the graph takes on the device.
+        graph.upload().map_err(|error| self.cannot_record(error))?;
         let captured = std::mem::take(&mut self.captured);
         self.graphs.push(Some(Graph { graph, captured, checked: self.memory.removed() }));
         Ok(GraphId(self.graphs.len() as u32 - 1))
@@ -962,7 +996,7 @@ impl Drop for Nvidia {
         for address in self.memory.addresses() {
             // SAFETY: the ledger's buffers came from `malloc_host`, if they are here, else from
             // `malloc_sync`, and were not freed; no work is left that could use them.
-            let _ = match self.on_host.contains(&address) {
+            let _ = match self.on_host.contains_key(&address) {
                 true => unsafe { result::free_host(address.0 as *mut c_void) },
                 false => unsafe { result::free_sync(address.0) },
             };

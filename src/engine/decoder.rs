@@ -109,11 +109,12 @@ impl DecoderPlan {
         };
         let mut bind = |recorded: Recorded| -> Result<Forward> {
             let Recorded { program, tokens, rotary, logits, count } = recorded;
-            let arena = backend.allocate("activations", program.arena_bytes())?;
+            let arena = backend.allocate("activations of a sample", program.arena_bytes())?;
             let program = program.bind(arena, external);
             program.prepare(backend)?;
             backend.write(program.view(rotary.table), &self.rotary)?;
-            let replay = Replay::default();
+            let mut replay = Replay::default();
+            replay.record(backend, |backend| program.run(backend))?;
             Ok(Forward { program, replay, tokens, rotary, logits, count })
         };
         Ok(Decoder {

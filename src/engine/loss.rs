@@ -155,6 +155,12 @@ impl BoundLoss {
         rows.check(self.inputs.classes)
     }
 
+    /// Records what [`BoundLoss::run`] replays.
+    pub(super) fn record(&mut self, backend: &mut impl Backend) -> Result<()> {
+        let BoundLoss { program, replay, .. } = self;
+        replay.record(backend, |backend| program.run(backend))
+    }
+
     /// Runs one micro-batch and reads its losses; there is no gradient to scale.
     pub(super) fn run(
         &mut self,

@@ -1,6 +1,7 @@
 //! What a training run allocates, known and shown before anything is.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -9,11 +10,11 @@ use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::parameters::ParameterBytes;
 use super::trainer::{moment_kind, update_groups};
-use crate::backend::{Backend, OFFLOAD_CHUNK, offload_bytes};
+use crate::backend::{AttentionSpec, Backend, OFFLOAD_CHUNK, VectorCopy, offload_bytes};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::host_memory;
-use crate::model::parameters::ParameterTable;
+use crate::model::{self, parameters::ParameterTable};
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
@@ -30,8 +31,25 @@ pub struct Plan {
     offload_bytes: Option<usize>,
     parameter_bytes: ParameterBytes,
     batch_bytes: usize,
+    /// Of the gradient's norm.
+    norm_bytes: usize,
     optimizer_bytes: usize,
+    attention_bytes: usize,
+    /// Allocated by the backend when it was opened.
+    opened_bytes: usize,
     process_bytes: usize,
+}
+
+type OptimizerBytes<'a> = dyn Fn(&[Range<usize>], &[VectorCopy]) -> usize + 'a;
+
+/// What a device allocates besides, whether it is here or not.
+pub struct DeviceBytes<'a> {
+    /// [`Backend::scratch_bytes`]
+    pub opened: usize,
+    /// [`Backend::attention_scratch_bytes`]
+    pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
+    /// [`Backend::optimizer_bytes`]
+    pub optimizer: &'a OptimizerBytes<'a>,
 }
 
 /// Longest sample, prompt included, that training prints.
@@ -45,7 +63,8 @@ pub struct MemoryTable {
     /// The parameters as matmuls read them, where that is not f32.
     pub working_copy: u64,
     pub gradients: u64,
-    /// Both moments, or what those in host memory pass through, and what the optimizer needs besides.
+    /// Both moments, or what those in host memory pass through, and what the optimizer needs besides:
+    /// the gradient's norm, scalars, scratch.
     pub moments: u64,
     /// The one arena that training and evaluation share.
     pub activations: u64,
@@ -53,6 +72,9 @@ pub struct MemoryTable {
     pub batches: u64,
     /// For the samples that training prints.
     pub sampling: u64,
+    /// What kernels need besides their operands: turns of split products, sums of attention's
+    /// gradients.
+    pub scratch: u64,
     /// What the program itself takes of the device's memory, as measured.
     pub process: u64,
     pub total: u64,
@@ -70,14 +92,28 @@ impl Plan {
         let moment_element_bytes = backend.element_bytes(moment_kind(&config.optimizer));
         let passage = offload_bytes(backend.offload_chunk(), moment_element_bytes);
         let offload_bytes = plan.offload_bytes.map(|_| passage);
-        let optimizer_bytes = update_groups(&plan.table, &config.optimizer)
-            .iter()
-            .map(|group| backend.optimizer_bytes(&group.decay, &group.vectors))
-            .sum();
-        Ok(Plan { process_bytes, optimizer_bytes, offload_bytes, ..plan })
+        let plan = plan.with_device_bytes(
+            config,
+            &DeviceBytes {
+                opened: backend.scratch_bytes(),
+                attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
+                optimizer: &|decay, vectors| backend.optimizer_bytes(decay, vectors),
+            },
+        );
+        Ok(Plan { process_bytes, offload_bytes, ..plan })
     }
 
-    /// For training on a device that need not be here.
+    pub fn with_device_bytes(self, config: &Config, device: &DeviceBytes) -> Self {
+        let groups = update_groups(&self.table, &config.optimizer);
+        let bytes = groups.iter().map(|it| (device.optimizer)(&it.decay, &it.vectors));
+        let optimizer_bytes = bytes.sum();
+        let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
+        let spec = AttentionSpec { heads, batch, sequence: config.data.sequence };
+        let attention_bytes = (device.attention)(spec, config.data.packs_documents());
+        Plan { optimizer_bytes, attention_bytes, opened_bytes: device.opened, ..self }
+    }
+
+    /// For training on a device that need not be here, without what it allocates besides.
     pub fn without_device(config: &Config) -> Result<Self> {
         let activation = match config.dtype {
             Dtype::F32 => 4,
@@ -124,7 +160,10 @@ impl Plan {
             offload_bytes,
             parameter_bytes,
             batch_bytes,
+            norm_bytes: element_bytes(Kind::Statistic),
             optimizer_bytes: 0,
+            attention_bytes: 0,
+            opened_bytes: 0,
             process_bytes: 0,
         })
     }
@@ -154,7 +193,8 @@ impl Plan {
         let batches = self.batch_bytes as u64;
         let both = 2 * self.moment_bytes;
         let (on_device, on_host) = self.offload_bytes.map_or((both, 0), |bytes| (bytes, both));
-        let moments = (on_device + self.optimizer_bytes) as u64;
+        let moments = (on_device + self.norm_bytes + self.optimizer_bytes) as u64;
+        let scratch = (self.opened_bytes + self.attention_bytes) as u64;
         let process = self.process_bytes as u64;
         let flat_buffers = parameters + working_copy + flat + moments;
         MemoryTable {
@@ -165,8 +205,9 @@ impl Plan {
             activations,
             batches,
             sampling,
+            scratch,
             process,
-            total: flat_buffers + activations + batches + sampling + process,
+            total: flat_buffers + activations + batches + sampling + scratch + process,
             host_moments: on_host as u64,
             tensors: self.training.memory_lines().to_vec(),
         }
@@ -174,7 +215,8 @@ impl Plan {
 
     /// Refuses what does not fit, with the numbers and the setting to change.
     pub fn check_fits(&self, backend: &impl Backend) -> Result<()> {
-        let (memory, available) = (self.memory(), backend.available_bytes()?);
+        let memory = self.memory();
+        let available = backend.available_bytes()? + self.opened_bytes as u64;
         let available_on_host = host_memory::available_bytes();
         if memory.host_moments > available_on_host {
             return Err(Error::Memory {
@@ -231,8 +273,12 @@ impl fmt::Display for MemoryTable {
             let name = format!("  {} x {}", line.live, line.name);
             writeln!(f, "{name:<30}{:>12.1}", mib(line.live_bytes as u64))?;
         }
-        let rest =
-            [("batches", self.batches), ("sampling", self.sampling), ("process", self.process)];
+        let rest = [
+            ("batches", self.batches),
+            ("sampling", self.sampling),
+            ("scratch", self.scratch),
+            ("process", self.process),
+        ];
         for (name, bytes) in rest.into_iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
         }

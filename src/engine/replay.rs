@@ -1,4 +1,4 @@
-//! Work that is the same whenever it runs: recorded at first, then replayed.
+//! Work that is the same whenever it runs: recorded once, then replayed.
 //!
 //! On a GPU a recording is a CUDA graph: one call of the driver instead of one for each kernel. The
 //! work must enqueue the same on the same places each time; what differs lies in device memory and
@@ -13,15 +13,25 @@ pub(super) struct Replay {
 }
 
 impl Replay {
+    /// Records `work` now, so that no run of it has to: a recording takes memory of the device.
+    pub(super) fn record<B: Backend>(
+        &mut self,
+        backend: &mut B,
+        work: impl Fn(&mut B) -> Result<()>,
+    ) -> Result<()> {
+        if self.recording.is_none() {
+            self.recording = backend.record(work)?;
+        }
+        Ok(())
+    }
+
     /// `work` was prepared, and is the same in every call.
     pub(super) fn run<B: Backend>(
         &mut self,
         backend: &mut B,
         work: impl Fn(&mut B) -> Result<()>,
     ) -> Result<()> {
-        if self.recording.is_none() {
-            self.recording = backend.record(&work)?;
-        }
+        self.record(backend, &work)?;
         match self.recording {
             Some(recording) => backend.replay(recording),
             None => work(backend),

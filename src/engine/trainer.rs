@@ -1,6 +1,7 @@
 //! Training steps: forward and backward over micro-batches, the update, evaluation in between.
 
 use std::borrow::Cow;
+use std::ffi::CStr;
 
 use super::batches::Batches;
 use super::decoder::Decoder;
@@ -42,9 +43,44 @@ pub struct Trainer<B> {
     arena_holds: Use,
     decoder: Decoder,
     batches: Batches,
-    /// What is computed for a micro-batch, by whether it is the first and the last of its step.
+    /// What is computed for a micro-batch, by its place.
     computing: [[Replay; 2]; 2],
     losses: Vec<f32>,
+}
+
+/// What of a micro-batch's place in its step decides what is computed for it.
+#[derive(Clone, Copy)]
+struct MicroBatchPlace {
+    first: bool,
+    last: bool,
+}
+
+impl MicroBatchPlace {
+    fn new(i: usize, count: usize) -> Self {
+        MicroBatchPlace { first: i == 0, last: i + 1 == count }
+    }
+
+    fn replay(self, all: &mut [[Replay; 2]; 2]) -> &mut Replay {
+        &mut all[usize::from(self.first)][usize::from(self.last)]
+    }
+
+    /// `sampled`: whether layers are, so that the norm is that of what does not rest.
+    fn compute<B: Backend>(
+        self,
+        training: &BoundLoss,
+        flat: &FlatBuffers,
+        sampled: bool,
+        backend: &mut B,
+    ) -> Result<()> {
+        if self.first {
+            backend.zero(flat.gradients)?;
+        }
+        training.compute(backend)?;
+        if self.last && !sampled {
+            backend.gradient_norm(flat)?;
+        }
+        Ok(())
+    }
 }
 
 /// Whose constants lie in the arena.
@@ -63,14 +99,15 @@ impl<B: Backend> Trainer<B> {
         let bytes = backend.element_bytes(Kind::Statistic);
         let parameters = Parameters::allocate(&table, config.optimizer.master, &mut backend)?;
         let (kind, elements) = (moment_kind(&config.optimizer), table.stored_elements());
-        let mut moment = |label| -> Result<View> {
+        let mut moment = |label, label_on_host| -> Result<View> {
             let buffer = match config.optimizer.offload {
-                true => backend.allocate_host(label, moment_bytes)?,
+                true => backend.allocate_host(label_on_host, moment_bytes)?,
                 false => backend.allocate(label, moment_bytes)?,
             };
             Ok(View { kind, ..flat_view(buffer, elements) })
         };
-        let (moment1, moment2) = (moment("first moment")?, moment("second moment")?);
+        let moment1 = moment("first moment", "first moment in host memory")?;
+        let moment2 = moment("second moment", "second moment in host memory")?;
         let flat = FlatBuffers {
             parameters: parameters.master,
             working: parameters.working,
@@ -104,7 +141,7 @@ impl<B: Backend> Trainer<B> {
         training.write_constants(&config, &mut backend)?;
         let decoder = sampling.allocate(&parameters, &mut backend)?;
         let arena_holds = Use::Training;
-        Ok(Trainer {
+        let mut trainer = Trainer {
             backend,
             config,
             seed,
@@ -120,7 +157,22 @@ impl<B: Backend> Trainer<B> {
             batches,
             computing: Default::default(),
             losses,
-        })
+        };
+        trainer.record(count)?;
+        Ok(trainer)
+    }
+
+    /// Records what steps of `count` micro-batches and evaluations replay, so that all memory that it
+    /// takes is taken before the first step.
+    fn record(&mut self, count: usize) -> Result<()> {
+        let sampled = self.sampling.is_some();
+        for i in 0..count {
+            let place = MicroBatchPlace::new(i, count);
+            let (training, flat) = (&self.training, &self.flat);
+            let compute = |backend: &mut B| place.compute(training, flat, sampled, backend);
+            place.replay(&mut self.computing).record(&mut self.backend, compute)?;
+        }
+        self.evaluation.record(&mut self.backend)
     }
 
     pub fn table(&self) -> &ParameterTable {
@@ -198,9 +250,10 @@ impl<B: Backend> Trainer<B> {
     ///
     /// What is computed for a micro-batch is replayed: forward and backward; in front of the first,
     /// the fill of gradients; behind the last, their norm. So there are three recordings, however
-    /// many micro-batches a step has (four if one of the steps has a single one). Outside stay the
-    /// copies of a micro-batch into place and of its losses out of it, whose addresses differ, and
-    /// with sampled layers, of which others rest in other steps, the fill of what rests and the norm.
+    /// many micro-batches a step has, made with the trainer (and a fourth when a step has a single
+    /// one and others have more). Outside stay the copies of a micro-batch into place and of its losses
+    /// out of it, whose addresses differ, and with sampled layers, of which others rest in other steps,
+    /// the fill of what rests and the norm.
     ///
     /// Errors: no micro-batch, or one that does not fit.
     pub fn accumulate<'a>(
@@ -218,20 +271,13 @@ impl<B: Backend> Trainer<B> {
         let micro_batches = self.batches.write(micro_batches, &mut self.backend)?;
         let (training, flat, sampled) = (&self.training, &self.flat, self.sampling.is_some());
         for (i, micro_batch) in micro_batches.iter().enumerate() {
-            let (first, last) = (i == 0, i + 1 == micro_batches.len());
-            training.load(micro_batch, &mut self.backend)?;
-            let computing = &mut self.computing[usize::from(first)][usize::from(last)];
-            computing.run(&mut self.backend, |backend| {
-                if first {
-                    backend.zero(flat.gradients)?;
-                }
-                training.compute(backend)?;
-                if last && !sampled {
-                    backend.gradient_norm(flat)?;
-                }
-                Ok(())
+            let place = MicroBatchPlace::new(i, micro_batches.len());
+            let replay = place.replay(&mut self.computing);
+            self.backend.range(c"micro-batch", |backend| {
+                training.load(micro_batch, backend)?;
+                replay.run(backend, |backend| place.compute(training, flat, sampled, backend))?;
+                training.store(micro_batch, backend)
             })?;
-            training.store(micro_batch, &mut self.backend)?;
         }
         if let Some(sampling) = &self.sampling {
             let resting = |layer: &usize| sampling.count(*layer).is_none();
@@ -285,6 +331,18 @@ impl<B: Backend> Trainer<B> {
         self.use_arena_for(Use::Evaluation)?;
         self.evaluation.run(rows, &mut self.losses, &mut self.backend)?;
         Ok((sum(&self.losses), rows.predicted() as u64))
+    }
+
+    /// `work` in a range of this name, for profilers.
+    pub fn range<T>(
+        &mut self,
+        name: &'static CStr,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        self.backend.begin_range(name);
+        let done = work(self);
+        self.backend.end_range();
+        done
     }
 
     fn use_arena_for(&mut self, next: Use) -> Result<()> {

@@ -16,6 +16,8 @@ use super::layers::{angular, angular_rescaled, bars, variance};
 use super::run::Run;
 use crate::figure::{Figure, GROUND, INK, MUTED, PAPER, RULE, STYLE, Themed, sample, short};
 use crate::metrics::final_loss;
+use crate::sensors::{Conditions, Span};
+use crate::throughput::Throughput;
 use crate::version::Program;
 
 /// What stands above the page.
@@ -193,7 +195,7 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
                         td { (format!("{:.4}", final_loss(&run.steps))) }
                         td { (short(run.last().tokens as f64)) }
                         td { (duration(run.seconds[run.seconds.len() - 1])) }
-                        td { (short(median_speed(run))) }
+                        td { (short(speed(run))) }
                         td { (run.parameters.map_or("\u{2013}".into(), |n| short(n as f64))) }
                         td .text { (machines(run)) }
                         td .text { (commits(run)) }
@@ -206,7 +208,8 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
         (scrolling("Runs", table))
         p .quiet {
             "Validation: the last one. Training loss: mean over the last 2% of the steps. Time: of the \
-             optimizer steps alone. Tokens/s: median over the steps."
+             optimizer steps alone. Tokens/s: median over the steps, of the last process and behind its \
+             first steps where that was recorded."
             @if !torn.is_empty() {
                 " The last line of the metrics of " (torn.join(", ")) " was not whole and is left out."
             }
@@ -214,7 +217,10 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
     }
 }
 
-fn median_speed(run: &Run) -> f64 {
+fn speed(run: &Run) -> f64 {
+    if let Some(last) = run.throughput.last() {
+        return last.steady.tokens_per_second;
+    }
     let mut speeds: Vec<f64> = run.steps.iter().map(|step| step.tokens_per_second).collect();
     speeds.sort_by(f64::total_cmp);
     speeds[speeds.len() / 2]
@@ -326,10 +332,68 @@ fn configurations(runs: &[Run]) -> Markup {
                         }
                     }))
                 }
+                @if !run.throughput.is_empty() { (throughput(&run.throughput)) }
                 pre tabindex="0" { code { (run.toml) } }
             }
         }
     }
+}
+
+/// What each process that came to its end said of its speed.
+fn throughput(sessions: &[Throughput]) -> Markup {
+    let none = || "\u{2013}".to_string();
+    let percent = |share: Option<f64>| share.map_or_else(none, |it| format!("{:.1}%", 100.0 * it));
+    let mib = |bytes: Option<u64>| {
+        bytes.map_or_else(none, |it| format!("{:.0}", it as f64 / (1u64 << 20) as f64))
+    };
+    let mean = |of: fn(&Conditions) -> Option<Span>, it: &Throughput| {
+        it.conditions.as_ref().and_then(of).map_or_else(none, |it| format!("{:.0}", it.mean))
+    };
+    let table = html! {
+        table {
+            thead { tr {
+                th scope="col" { "behind step" }
+                th scope="col" { "to step" }
+                th scope="col" { "tokens/s" }
+                th scope="col" { "middle half" }
+                th scope="col" { "drift" }
+                th scope="col" { "MFU" }
+                th scope="col" { "MiB planned" }
+                th scope="col" { "taken" }
+                th scope="col" { "SM clock, MHz" }
+                th scope="col" { "power, W" }
+                th .text scope="col" { "clocks held down by" }
+            } }
+            tbody { @for it in sessions { tr {
+                th scope="row" { (it.first_step) }
+                td { (it.last_step) }
+                td { (short(it.steady.tokens_per_second)) }
+                td { (it.steady.middle_half.map(short).join(" to ")) }
+                td { (percent(it.steady.drift)) }
+                td { (percent(it.utilisation.as_ref().map(|used| used.mfu))) }
+                td { (mib(Some(it.memory.planned))) }
+                td { (mib(it.memory.peak)) }
+                td { (mean(|all| all.sm_clock_mhz, it)) }
+                td { (mean(|all| all.power_watts, it)) }
+                td .text { (held_down(it).unwrap_or_else(none)) }
+            } } }
+        }
+    };
+    let formulas = distinct(sessions.iter().filter_map(|it| {
+        let used = it.utilisation.as_ref()?;
+        Some(format!("({}) x tokens/s / {:e}", used.flops_formula, used.peak_flops_per_second))
+    }));
+    html! {
+        (scrolling("Throughput", table))
+        @if let Some(formulas) = formulas { p .quiet { "MFU = " (formulas) ", the dense peak." } }
+    }
+}
+
+/// "SW_POWER_CAP (12%)"
+fn held_down(session: &Throughput) -> Option<String> {
+    let reasons = &session.conditions.as_ref()?.throttled;
+    let share = |(reason, share): (&String, &f64)| format!("{reason} ({:.0}%)", 100.0 * share);
+    distinct(reasons.iter().map(share))
 }
 
 /// All digits.

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use toml::Table;
 
 use crate::config::Config;
@@ -15,7 +16,8 @@ use crate::depth::{DepthReport, reports_of_run};
 use crate::error::{Error, Result};
 use crate::metrics::{Evaluation, Lines, SessionRecord, StepRecord, read_lines, seconds_behind};
 use crate::model::parameters::ParameterTable;
-use crate::rundir::{CONFIG, METRICS, SESSIONS};
+use crate::rundir::{CONFIG, METRICS, SESSIONS, THROUGHPUT};
+use crate::throughput::Throughput;
 
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -33,6 +35,8 @@ pub struct Run {
     pub torn: bool,
     /// None for runs of versions that did not record them.
     pub sessions: Vec<SessionRecord>,
+    /// Of the sessions that came to their end; none for runs of versions that did not record it.
+    pub throughput: Vec<Throughput>,
     /// One for each checkpoint that was measured, in the order of training.
     pub depth: Vec<DepthReport>,
     /// `None` where this version cannot read the configuration.
@@ -64,10 +68,7 @@ impl Run {
                 remedy: format!("train the run first, or leave {} out", folder.display()),
             });
         }
-        let sessions = match folder.join(SESSIONS) {
-            path if path.exists() => read_lines(&path)?.records,
-            _ => Vec::new(),
-        };
+        let [sessions, throughput] = [SESSIONS, THROUGHPUT].map(|name| folder.join(name));
         let parameters = Config::from_toml(&toml).ok().filter(|c| c.validate_shape().is_ok());
         Ok(Run {
             name: String::new(),
@@ -78,7 +79,8 @@ impl Run {
             seconds: seconds_behind(&steps),
             steps,
             torn,
-            sessions,
+            sessions: lines_if_there(&sessions)?,
+            throughput: lines_if_there(&throughput)?,
             depth: reports_of_run(folder)?,
         })
     }
@@ -101,6 +103,11 @@ impl Run {
     pub fn evaluations(&self) -> impl Iterator<Item = (&StepRecord, &Evaluation)> {
         self.steps.iter().filter_map(|step| Some((step, step.evaluation.as_ref()?)))
     }
+}
+
+/// Nothing of a file that is not there.
+fn lines_if_there<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    if path.exists() { Ok(read_lines(path)?.records) } else { Ok(Vec::new()) }
 }
 
 /// Reads all runs. A folder that is no run but holds some stands for those.

@@ -140,8 +140,18 @@ impl BoundProgram {
         ready.map_err(Error::before_running)
     }
 
-    /// Runs every step, in order.
-    pub fn run(&self, backend: &mut impl Backend) -> Result<()> {
-        self.steps.iter().try_for_each(|step| step.run(backend))
+    /// Runs every step, in order. The backward pass begins with the first gradient; what it computes
+    /// again is a part of it.
+    pub fn run<B: Backend>(&self, backend: &mut B) -> Result<()> {
+        let backward = self.steps.iter().position(|step| matches!(step, Step::Backward(_)));
+        let (forward, backward) = self.steps.split_at(backward.unwrap_or(self.steps.len()));
+        let run = |steps: &[Step<View>], backend: &mut B| {
+            steps.iter().try_for_each(|step| step.run(backend))
+        };
+        backend.range(c"forward", |backend| run(forward, backend))?;
+        match backward.is_empty() {
+            true => Ok(()),
+            false => backend.range(c"backward", |backend| run(backward, backend)),
+        }
     }
 }

@@ -20,9 +20,6 @@ pub struct Console {
     steps: u64,
     last_line: Option<Instant>,
     smoothed: Option<f64>,
-    /// Of the steps since the start, evaluations left out.
-    tokens: u64,
-    seconds: f64,
 }
 
 impl Console {
@@ -36,8 +33,6 @@ impl Console {
             steps: 0,
             last_line: None,
             smoothed: None,
-            tokens: 0,
-            seconds: 0.0,
         }
     }
 
@@ -69,17 +64,15 @@ impl Console {
         }
     }
 
-    /// After each step, which took `seconds` for `tokens`.
-    pub fn step(&mut self, record: &StepRecord, tokens: u64, seconds: f64) {
-        self.tokens += tokens;
-        self.seconds += seconds;
+    /// After each step of `tokens`; `rate`: tokens per second of late, `None` while none counts.
+    pub fn step(&mut self, record: &StepRecord, tokens: u64, rate: Option<f64>) {
         let smoothed = match self.smoothed {
             Some(loss) => loss + SMOOTHING * (record.loss - loss),
             None => record.loss,
         };
         self.smoothed = Some(smoothed);
-        let rate = self.tokens as f64 / self.seconds;
-        let message = format!("loss {smoothed:.3}, {rate:.0} tokens/s");
+        let speed = rate.map_or("warming up".to_string(), |rate| format!("{rate:.0} tokens/s"));
+        let message = format!("loss {smoothed:.3}, {speed}");
         if let Some(bar) = &self.bar {
             bar.set_message(message);
             bar.set_position(record.step);
@@ -88,9 +81,9 @@ impl Console {
         let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY);
         if due || record.step == self.steps {
             self.last_line = Some(Instant::now());
-            let left = (self.steps - record.step) as f64 * tokens as f64 / rate;
-            let step = record.step;
-            self.say(format!("step {step}/{}: {message}, {left:.0} s left", self.steps));
+            let tokens_left = (self.steps - record.step) as f64 * tokens as f64;
+            let left = rate.map_or(String::new(), |it| format!(", {:.0} s left", tokens_left / it));
+            self.say(format!("step {}/{}: {message}{left}", record.step, self.steps));
         }
     }
 

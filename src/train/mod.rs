@@ -11,20 +11,21 @@
 
 mod console;
 mod interrupt;
+mod resolve;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use console::Console;
 pub use interrupt::Interrupt;
+use resolve::{adopt_initial_model, check_same_model, resolve_epochs, resolve_vocabulary};
 
 use crate::backend::Backend;
-use crate::checkpoint::{self, Snapshot, TrainerState, Verified, model_folder};
-use crate::config::{Config, DEFAULT_PRESET, Format};
+use crate::checkpoint::{self, Snapshot, TrainerState};
+use crate::config::{Config, Format};
 use crate::cpu::Cpu;
 use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch};
 use crate::data::material::{HeldOut, Material};
-use crate::data::tokenizer::Tokenizer;
 use crate::device::{Device, open_kernels};
 use crate::engine::{Plan, Rows, StepOutcome, Trainer};
 use crate::error::{Error, Result};
@@ -35,9 +36,14 @@ use crate::model::init::initial_parameters;
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, flops_per_token};
 use crate::rundir::{MetricsLog, RunDir};
+use crate::sensors::Monitor;
+use crate::throughput::{MemoryUse, Meter, Throughput, TokenCost, Utilisation};
 
 /// Batches prepared ahead of the step that trains.
 const BATCHES_AHEAD: usize = 4;
+
+/// How often a device is asked for its clocks, temperature and power.
+const READINGS_EVERY: Duration = Duration::from_secs(1);
 
 /// A sample: tokens that start it, at most, and tokens that follow.
 const PROMPT_TOKENS: usize = 128;
@@ -72,6 +78,8 @@ pub struct Outcome {
     pub sample: Option<SampleRecord>,
     /// Wall time of training, over all processes of this run.
     pub seconds: f64,
+    /// Of this process, if it trained more steps than its warm-up.
+    pub throughput: Option<Throughput>,
     /// Whether it learnt answers, so that it can be asked.
     pub answers: bool,
 }
@@ -118,11 +126,12 @@ fn train_on<B: Backend>(
     resolve_epochs(&mut config, loader.rows_per_epoch(), console)?;
 
     let plan = Plan::new(&config, &backend)?;
-    let flops = flops_per_token(&config.model, &plan.table, config.data.sequence) as f64;
-    let flops_share = backend.peak_flops_per_second().map(|peak| flops / peak);
-    if flops_share.is_some() {
-        console.say(format!("mfu: tokens/s x FLOPs per token ({FLOPS_FORMULA}) / dense peak"));
-    }
+    let token_cost = TokenCost {
+        flops: flops_per_token(&config.model, &plan.table, config.data.sequence),
+        flops_formula: FLOPS_FORMULA,
+        peak_flops_per_second: backend.peak_flops_per_second(),
+    };
+    let planned_bytes = plan.memory().total;
     console.say(format!(
         "{} parameters on {}\n{}",
         plan.table.parameters(),
@@ -130,6 +139,7 @@ fn train_on<B: Backend>(
         plan.memory()
     ));
     let machine = backend.machine();
+    let monitor = backend.sensors().map(|sensors| Monitor::start(sensors, READINGS_EVERY));
     let mut trainer = Trainer::new(plan, &config, backend)?;
     let Start { state, loader, owed, saved } = match resume {
         true => restore(&mut trainer, &directory, &config, &material, loader, console)?,
@@ -150,56 +160,14 @@ fn train_on<B: Backend>(
         interrupt,
         owed,
         saved,
-        flops_share,
+        token_cost,
+        planned_bytes,
+        meter: Meter::default(),
+        monitor,
     };
     let outcome = session.run(console);
     console.finish();
     outcome
-}
-
-/// With `train.init_from`, the folder decides the model and, if it has one, the tokenizer.
-fn adopt_initial_model(config: &mut Config) -> Result<()> {
-    let Some(path) = &config.train.init_from else { return Ok(()) };
-    let folder = model_folder(path)?;
-    config.model = hf::model_config(&folder)?;
-    let tokenizer = folder.join(hf::TOKENIZER);
-    if tokenizer.exists() {
-        config.data.tokenizer = tokenizer.to_string_lossy().into_owned();
-    } else if config.data.tokenizer.starts_with("train:") {
-        return Err(Error::Config {
-            what: format!("{} has no {}", folder.display(), hf::TOKENIZER),
-            remedy: "set data.tokenizer to the tokenizer.json of that model".to_string(),
-        });
-    }
-    config.train.init_from = Some(folder);
-    Ok(())
-}
-
-/// `model.vocab = 0` becomes the tokenizer's size. A larger tokenizer is fine as long as the text
-/// has none of the tokens beyond: t5-base has 100 that never occur.
-fn resolve_vocabulary(config: &mut Config, tokenizer: &Tokenizer) {
-    if config.model.vocab == 0 {
-        config.model.vocab = tokenizer.vocab();
-    }
-}
-
-/// With `train.epochs`, the number of rows decides `train.steps`: as many steps as read all rows so
-/// many times, the last one full.
-fn resolve_epochs(config: &mut Config, rows: u64, console: &Console) -> Result<()> {
-    let train = &mut config.train;
-    if train.epochs == 0.0 {
-        return Ok(());
-    }
-    let rows_per_step = (train.micro_batch * train.grad_accumulation) as u64;
-    let steps = (train.epochs * rows as f64 / rows_per_step as f64).ceil().max(1.0) as u64;
-    console.say(format!(
-        "train.epochs = {}: {steps} steps of {rows_per_step} rows, {rows} rows in an epoch \
-         (train.steps is not read)",
-        train.epochs
-    ));
-    train.steps = steps;
-    config.validate_shape()?;
-    config.validate_warmup()
 }
 
 fn loader_options(config: &Config) -> LoaderOptions {
@@ -288,35 +256,6 @@ fn restore<B: Backend>(
     Ok(Start { state, loader, owed, saved })
 }
 
-/// Refuses to continue with another model, with rows formed in another way, or with other layers at
-/// rest.
-fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
-    let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
-    let default = serde_json::to_value(Config::preset(DEFAULT_PRESET)?).unwrap_or_default();
-    let keys = [
-        ("model", None),
-        ("data", Some("format")),
-        ("data", Some("rows")),
-        ("data", Some("attention")),
-        ("optimizer", Some("sampled_layers")),
-        ("optimizer", Some("sample_interval")),
-    ];
-    for (table, only) in keys {
-        let Some(values) = now[table].as_object() else { continue };
-        for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
-            // A version without this key knew no other value than its default.
-            let before = saved[table].get(key).unwrap_or(&default[table][key]);
-            if before != value {
-                return Err(Error::Config {
-                    what: format!("{table}.{key} is {value}, the checkpoint has {before}"),
-                    remedy: format!("leave {table}.{key} out, or start another run with --init"),
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
 /// A run between two steps.
 struct Session<B> {
     trainer: Trainer<B>,
@@ -334,14 +273,18 @@ struct Session<B> {
     owed: Option<StepRecord>,
     /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
-    /// FLOPs of a token over what the machine does in a second at most, see [`FLOPS_FORMULA`].
-    flops_share: Option<f64>,
+    token_cost: TokenCost,
+    /// By the memory table.
+    planned_bytes: u64,
+    /// Of this process.
+    meter: Meter,
+    monitor: Option<Monitor>,
 }
 
 impl<B: Backend> Session<B> {
     fn run(&mut self, console: &mut Console) -> Result<Outcome> {
-        let steps = self.config.train.steps;
-        console.start(self.state.step, steps);
+        let (first_step, steps) = (self.state.step, self.config.train.steps);
+        console.start(first_step, steps);
         self.interrupt.arm();
         if self.config.checkpoint.initial && self.state.step == 0 {
             self.save()?;
@@ -353,13 +296,8 @@ impl<B: Backend> Session<B> {
             let record = match self.owed.take() {
                 Some(record) => record,
                 None => {
-                    let mut record = self.step()?;
-                    let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
-                    record.tokens_per_second = tokens as f64 / seconds;
-                    record.mfu = self
-                        .flops_share
-                        .map(|of_one_token| of_one_token * record.tokens_per_second);
-                    console.step(&record, tokens, seconds);
+                    let record = self.timed_step()?;
+                    console.step(&record, self.positions(), self.meter.recent());
                     record
                 }
             };
@@ -371,6 +309,10 @@ impl<B: Backend> Session<B> {
         }
         let interrupted = self.owed.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
+        let throughput = self.throughput(first_step);
+        if let Some(throughput) = &throughput {
+            self.directory.throughput()?.append(throughput)?;
+        }
         Ok(Outcome {
             folder: self.directory.path().to_path_buf(),
             checkpoint,
@@ -380,7 +322,22 @@ impl<B: Backend> Session<B> {
             evaluation: evaluation.filter(|_| !interrupted),
             sample: sample.filter(|_| !interrupted),
             seconds: self.state.elapsed_seconds,
+            throughput,
             answers: self.config.data.format == Format::Supervised,
+        })
+    }
+
+    /// Of this process; `None` if it trained too few steps to say.
+    fn throughput(&mut self, first_step: u64) -> Option<Throughput> {
+        let conditions = self.monitor.take().and_then(Monitor::finish);
+        let steady = self.meter.steady()?;
+        Some(Throughput {
+            first_step,
+            last_step: self.state.step,
+            utilisation: Utilisation::of(steady.tokens_per_second, &self.token_cost),
+            steady,
+            memory: MemoryUse::of(self.planned_bytes, self.trainer.device().0),
+            conditions,
         })
     }
 
@@ -436,21 +393,44 @@ impl<B: Backend> Session<B> {
         (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
     }
 
+    /// One optimizer step, and how long it took.
+    fn timed_step(&mut self) -> Result<StepRecord> {
+        self.read_sensors(true);
+        let started = Instant::now();
+        let mut record = self.step()?;
+        let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
+        self.read_sensors(false);
+        self.meter.add(tokens, seconds);
+        record.tokens_per_second = tokens as f64 / seconds;
+        let used = Utilisation::of(record.tokens_per_second, &self.token_cost);
+        record.mfu = used.map(|used| used.mfu);
+        Ok(record)
+    }
+
+    fn read_sensors(&self, on: bool) {
+        if let Some(monitor) = &self.monitor {
+            monitor.training(on);
+        }
+    }
+
     /// One optimizer step; everything but the time in the record.
     fn step(&mut self) -> Result<StepRecord> {
         let step = self.state.step + 1;
         let count = self.config.train.grad_accumulation;
         let batches: Vec<Batch> =
             (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
-        let rows = batches.iter().map(rows);
-        self.trainer.begin(self.state.updates + 1);
-        let outcome = self.trainer.accumulate(rows)?;
+        let update = self.state.updates + 1;
         let first_row = batches.first().map_or(0, |batch| batch.first_row);
-        let rows = (count * self.config.train.micro_batch) as u64;
-        check_finite(&outcome, step, first_row, first_row + rows)?;
+        let end_row = first_row + (count * self.config.train.micro_batch) as u64;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
-        self.trainer.update(optimizer, self.state.updates + 1, lr)?;
+        let outcome = self.trainer.range(c"step", |trainer| {
+            trainer.begin(update);
+            let outcome = trainer.accumulate(batches.iter().map(rows))?;
+            check_finite(&outcome, step, first_row, end_row)?;
+            trainer.range(c"update", |trainer| trainer.update(optimizer, update, lr))?;
+            Ok(outcome)
+        })?;
         self.state.step = step;
         self.state.updates += 1;
         self.state.tokens += self.positions();
@@ -475,7 +455,8 @@ impl<B: Backend> Session<B> {
                 return Ok(None);
             }
             let batch = batch?;
-            let (losses, count) = self.trainer.evaluate(rows(&batch))?;
+            let evaluate = |trainer: &mut Trainer<B>| trainer.evaluate(rows(&batch));
+            let (losses, count) = self.trainer.range(c"evaluation", evaluate)?;
             sum += losses;
             predicted += count;
         }

@@ -4,9 +4,9 @@
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
-use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward};
+use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward, Passes};
 use isobath::cuda::gemm::Family;
-use isobath::cuda::host::{self, Host, Options};
+use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::tensor::View;
 
@@ -128,34 +128,55 @@ impl Outputs {
 
 // ------------------------------------------------------------------ on a device
 
-/// The families of kernels that each case runs on: what the machine runs best, and what is there for
-/// older ones.
-fn families(dtype: Dtype) -> &'static [Option<Family>] {
-    match dtype {
-        Dtype::Bf16 => &[None, Some(Family::Sm80)],
-        Dtype::F32 => &[None],
-    }
+/// Which kernels; `Kernels::default()`: what [`Attention`] chooses.
+#[derive(Clone, Copy, Default, Debug)]
+struct Kernels {
+    family: Option<Family>,
+    passes: Option<Passes>,
 }
 
-fn on_device(
-    driver: &mut dyn Driver,
-    family: Option<Family>,
-    case: Case,
-    inputs: &Inputs,
-) -> Outputs {
-    rotated_back_on_device(driver, family, case, inputs, None)
+const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None };
+
+/// All kernels that a case can be run by on this machine: what the machine runs best, and what is
+/// there for older ones.
+fn kernels_for(driver: &dyn Driver, dtype: Dtype, heads: HeadSpec) -> Vec<Kernels> {
+    let mut all = hopper_kernels(driver, dtype, heads);
+    if dtype == Dtype::Bf16 {
+        all.push(SM80);
+    }
+    all
+}
+
+/// The same without those for older machines.
+fn hopper_kernels(driver: &dyn Driver, dtype: Dtype, heads: HeadSpec) -> Vec<Kernels> {
+    let hopper = driver.properties().compute_capability.0 == 9 && dtype == Dtype::Bf16;
+    if !hopper {
+        return vec![Kernels::default()];
+    }
+    let mut passes = vec![Passes::Two];
+    if [32, 64, 128].contains(&heads.head_dim) {
+        passes.push(Passes::One);
+    }
+    passes.into_iter().map(|it| Kernels { family: None, passes: Some(it) }).collect()
+}
+
+fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inputs) -> Outputs {
+    rotated_back_on_device(driver, kernels, case, inputs, None)
 }
 
 /// `rotary`: a table and positions, by which the gradients of q and k are rotated back.
 fn rotated_back_on_device(
     driver: &mut dyn Driver,
-    family: Option<Family>,
+    Kernels { family, passes }: Kernels,
     case: Case,
     inputs: &Inputs,
     rotary: Option<(&[f64], &[i32])>,
 ) -> Outputs {
     let Case { dtype, spec } = case;
-    let attention = Attention::new(driver, dtype, spec.heads, family).unwrap();
+    let mut attention = Attention::new(driver, dtype, spec.heads, family).unwrap();
+    if let Some(passes) = passes {
+        attention = attention.with_passes(passes).unwrap();
+    }
     let rotary = rotary.map(|(table, positions)| {
         let table = upload(driver, "table", Dtype::F32, table);
         [table, driver.upload("positions", positions).unwrap()]
@@ -199,6 +220,7 @@ fn rotated_back_on_device(
     for buffer in [qkv, d_out, out, d_qkv, log_sum_exp, delta].into_iter().chain(optional) {
         driver.release(buffer).unwrap();
     }
+    attention.release(driver).unwrap();
     outputs
 }
 
@@ -314,10 +336,10 @@ impl Check {
     }
 
     /// The bits that a device gives, found to be exact enough.
-    fn run(&self, driver: &mut dyn Driver, family: Option<Family>) -> Vec<u8> {
+    fn run(&self, driver: &mut dyn Driver, kernels: Kernels) -> Vec<u8> {
         let Check { case, inputs, plain, exact } = self;
-        let found = on_device(driver, family, *case, inputs);
-        let what = |name: &str| format!("{family:?} {case:?} {name}");
+        let found = on_device(driver, kernels, *case, inputs);
+        let what = |name: &str| format!("{kernels:?} {case:?} {name}");
         let compare = |name: &str, dtype, of: fn(&Outputs) -> &Vec<f64>| {
             assert_exact(&what(name), dtype, of(&found), of(plain), of(exact));
         };
@@ -337,8 +359,20 @@ fn check_all(checks: &[Check]) {
     on_every_machine(|driver| {
         let mut all = vec![];
         for check in checks {
-            for &family in families(check.case.dtype) {
-                all.extend(check.run(driver, family));
+            for kernels in kernels_for(driver, check.case.dtype, check.case.spec.heads) {
+                all.extend(check.run(driver, kernels));
+            }
+        }
+        all
+    });
+}
+
+fn on_hopper(checks: &[Check]) {
+    on_every_machine(|driver| {
+        let mut all = vec![];
+        for check in checks {
+            for kernels in hopper_kernels(driver, check.case.dtype, check.case.spec.heads) {
+                all.extend(check.run(driver, kernels));
             }
         }
         all
@@ -407,7 +441,7 @@ fn bf16_of_long_sequences() {
         let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), batch, sequence);
         Check::new(case, case.inputs())
     });
-    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+    on_hopper(&checks);
 }
 
 /// Documents over several of the Hopper kernels' tiles: tiles behind and before all documents of a
@@ -424,7 +458,7 @@ fn bf16_of_long_documents() {
         let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), 2, sequence);
         Check::new(case, case.packed(lengths))
     });
-    on_every_machine(|driver| checks.iter().flat_map(|check| check.run(driver, None)).collect());
+    on_hopper(&checks);
 }
 
 /// However many heads are walked together, which depends on the machine's L2 cache: the same bits.
@@ -439,10 +473,61 @@ fn the_order_of_the_heads_changes_no_bit() {
     let mut found = [0, 2, 4, 1000].map(|kv_heads| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.properties.l2_bytes = 2 * kv_heads * kv_head_bytes;
-        on_device(&mut driver, None, case, &inputs).bits()
+        on_device(&mut driver, Kernels::default(), case, &inputs).bits()
     });
     let first = found[0].clone();
     assert!(found.iter_mut().all(|bits| *bits == first));
+}
+
+/// One pass adds up d_q in one order, however many blocks share a head and whoever comes first.
+#[test]
+fn the_size_of_a_team_changes_no_bit() {
+    if !has_simt() {
+        return;
+    }
+    let case = Case::new(Dtype::Bf16, heads(4, 2, 32), 2, 700);
+    for inputs in [case.inputs(), case.packed(&[70, 300, 129])] {
+        let bits = |multiprocessors, order| {
+            let seed = u64::from(multiprocessors);
+            let asynchronous = Asynchronous::Anytime;
+            let options =
+                Options { multiprocessors, order, seed, asynchronous, ..Options::default() };
+            let mut driver = Counting::new(Host::new(options).unwrap());
+            let one = Kernels { family: None, passes: Some(Passes::One) };
+            let found = on_device(&mut driver, one, case, &inputs).bits();
+            let counts = driver.counts.borrow();
+            assert_eq!(counts["attention_backward_sm90_128x32"], 1);
+            found
+        };
+        let expected = bits(1, Order::Fifo);
+        for multiprocessors in [2, 3, 5, 6, 13] {
+            for order in [Order::Fifo, Order::Lifo, Order::Random] {
+                assert!(bits(multiprocessors, order) == expected, "{multiprocessors}, {order:?}");
+            }
+        }
+    }
+}
+
+/// One pass where a sequence is long enough, has no documents, and heads can be dealt evenly.
+#[test]
+fn passes_are_chosen_by_what_is_reckoned() {
+    if !has_simt() {
+        return;
+    }
+    let launched = |head_dim, batch, sequence, documents: bool| {
+        let mut driver = Counting::new(Host::new(Options::default()).unwrap());
+        let case = Case::new(Dtype::Bf16, heads(1, 1, head_dim), batch, sequence);
+        let inputs = if documents { case.packed(&[5]) } else { case.inputs() };
+        on_device(&mut driver, Kernels::default(), case, &inputs);
+        let counts = driver.counts.borrow();
+        let mut names = counts.keys().filter(|it| it.contains("_backward_"));
+        names.any(|it| it.contains("_backward_sm90"))
+    };
+    assert!(launched(32, 1, 1024, false));
+    assert!(launched(64, 1, 900, false));
+    assert!(!launched(32, 1, 1024, true), "documents");
+    assert!(!launched(32, 1, 896, false), "too short");
+    assert!(!launched(48, 1, 1024, false), "no kernel");
 }
 
 /// Three consumers take 192 rows; where two waste fewer rows, they do it.
@@ -454,7 +539,7 @@ fn items_of_forward_fit_the_sequence() {
     let launched = |head_dim, sequence| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         let case = Case::new(Dtype::Bf16, heads(1, 1, head_dim), 1, sequence);
-        on_device(&mut driver, None, case, &case.inputs());
+        on_device(&mut driver, Kernels::default(), case, &case.inputs());
         let counts = driver.counts.borrow();
         let forward = counts.keys().find(|it| it.contains("_forward_")).unwrap();
         forward.rsplit_once('_').unwrap().1.to_string()
@@ -484,7 +569,7 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     let launched = |lacks, family| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.lacks = lacks;
-        on_device(&mut driver, family, case, &case.inputs());
+        on_device(&mut driver, Kernels { family, passes: None }, case, &case.inputs());
         driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
     };
     let sm90 =
@@ -493,6 +578,7 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     assert_eq!(launched(None, None), sm90);
     assert_eq!(launched(None, Some(Family::Sm80)), sm80);
     assert_eq!(launched(Some("attention_backward_kv_sm90"), None), sm80);
+    assert_eq!(launched(Some("attention_delta_sm90"), None), sm80);
     let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
     driver.lacks = Some("attention_forward_sm90");
     let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
@@ -549,10 +635,10 @@ fn one_document_is_a_row() {
     on_each_machine(|driver| {
         for (dtype, sequence) in [(Dtype::Bf16, 150), (Dtype::F32, 70)] {
             let case = Case::new(dtype, heads(4, 2, 64), 2, sequence);
-            for &family in families(dtype) {
-                let whole = on_device(driver, family, case, &case.inputs());
-                let packed = on_device(driver, family, case, &case.packed(&[]));
-                assert!(whole.bits() == packed.bits(), "{family:?} {case:?}");
+            for kernels in kernels_for(driver, dtype, case.spec.heads) {
+                let whole = on_device(driver, kernels, case, &case.inputs());
+                let packed = on_device(driver, kernels, case, &case.packed(&[]));
+                assert!(whole.bits() == packed.bits(), "{kernels:?} {case:?}");
             }
         }
     });
@@ -572,20 +658,19 @@ fn documents_know_nothing_of_each_other() {
                 let row = &mut disturbed.qkv[token * columns..][..columns];
                 row.iter_mut().for_each(|value| *value = rounded(dtype, *value * 100.0 + 3.0));
             }
-            for &family in families(dtype) {
+            for kernels in kernels_for(driver, dtype, case.spec.heads) {
                 let [found, expected] =
-                    [&disturbed, &inputs].map(|inputs| on_device(driver, family, case, inputs));
+                    [&disturbed, &inputs].map(|inputs| on_device(driver, kernels, case, inputs));
                 let own = |of: &[f64], columns: usize| of[begin * columns..end * columns].to_vec();
                 let out = [&found, &expected].map(|it| own(&it.out, case.out_columns()));
-                assert_eq!(out[0], out[1], "{family:?} {case:?}");
+                assert_eq!(out[0], out[1], "{kernels:?} {case:?}");
                 let d_qkv = [&found, &expected].map(|it| own(&it.d_qkv, columns));
-                assert_eq!(d_qkv[0], d_qkv[1], "{family:?} {case:?}");
+                assert_eq!(d_qkv[0], d_qkv[1], "{kernels:?} {case:?}");
             }
         }
     });
 }
 
-/// Scores in the thousands: exp(score) is far beyond any f32.
 /// Rotary embedding undone in the epilogue: every head width, several tiles, a tail, and rows whose
 /// positions do not count from 0.
 #[test]
@@ -625,20 +710,24 @@ fn gradients_are_rotated_back() {
             };
             let inputs = case.inputs();
             let rotary = Some((table.as_slice(), positions.as_slice()));
-            let found = rotated_back_on_device(driver, None, case, &inputs, rotary);
             let mut exact = exact(case, &inputs);
             exact.d_qkv = rotate_back(&exact.d_qkv, &|value| value);
             let mut plain = plain(case, &inputs);
             plain.d_qkv = rotate_back(&plain.d_qkv, &|value| rounded(case.dtype, value));
-            let [found, plain, exact] = [found, plain, exact].map(|it| it.gradients(of));
-            for (part, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
-                let what = format!("{name} rotated back, {of:?}");
-                assert_exact(&what, case.dtype, &found[part], &plain[part], &exact[part]);
+            let [plain, exact] = [plain, exact].map(|it| it.gradients(of));
+            for kernels in hopper_kernels(driver, case.dtype, of) {
+                let found = rotated_back_on_device(driver, kernels, case, &inputs, rotary);
+                let found = found.gradients(of);
+                for (part, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
+                    let what = format!("{kernels:?} {name} rotated back, {of:?}");
+                    assert_exact(&what, case.dtype, &found[part], &plain[part], &exact[part]);
+                }
             }
         }
     });
 }
 
+/// Scores in the thousands: exp(score) is far beyond any f32.
 #[test]
 fn large_scores() {
     let checks = [
@@ -710,10 +799,10 @@ fn layouts() {
                 assert!(most > 3.0 && most <= 256.0, "{most}");
                 let inputs = Inputs { qkv, document_starts: None, d_out };
                 let score = 64.0 * 64.0 / (head_dim as f64).sqrt();
-                for &family in families(dtype) {
-                    let found = on_device(driver, family, case, &inputs);
-                    assert_eq!(found.out, out, "{family:?} {case:?}: out");
-                    assert_eq!(found.d_qkv, d_qkv, "{family:?} {case:?}: d_qkv");
+                for kernels in kernels_for(driver, dtype, case.spec.heads) {
+                    let found = on_device(driver, kernels, case, &inputs);
+                    assert_eq!(found.out, out, "{kernels:?} {case:?}: out");
+                    assert_eq!(found.d_qkv, d_qkv, "{kernels:?} {case:?}: d_qkv");
                     assert_eq!(found.log_sum_exp.len(), batch * heads.heads * sequence);
                     for (at, &found) in found.log_sum_exp.iter().enumerate() {
                         let error = (found - score).abs() / score;
@@ -736,13 +825,13 @@ fn a_single_token() {
                 let case = Case::new(dtype, heads, 2, 1);
                 let inputs = case.inputs();
                 let (exact, plain) = (exact(case, &inputs), plain(case, &inputs));
-                for &family in families(dtype) {
-                    let found = on_device(driver, family, case, &inputs);
-                    assert_eq!(found.out, exact.out, "{family:?} {case:?}: out");
+                for kernels in kernels_for(driver, dtype, case.spec.heads) {
+                    let found = on_device(driver, kernels, case, &inputs);
+                    assert_eq!(found.out, exact.out, "{kernels:?} {case:?}: out");
                     let of = [&found, &plain, &exact].map(|it| &it.log_sum_exp);
                     assert_exact(&format!("{case:?} lse"), Dtype::F32, of[0], of[1], of[2]);
                     let [d_q, d_k, d_v] = found.gradients(heads);
-                    assert_eq!(d_v, inputs.d_out, "{family:?} {case:?}: d_v");
+                    assert_eq!(d_v, inputs.d_out, "{kernels:?} {case:?}: d_v");
                     // Two sums of D products in different orders, times a value of k or q.
                     let most =
                         |values: &[f64]| values.iter().fold(0.0f64, |most, it| most.max(it.abs()));
@@ -871,8 +960,13 @@ fn what_has_no_kernel_is_refused() {
                 assert!(error.contains(why), "{error}");
             }
         }
+        for heads in [heads(4, 2, 48), heads(4, 2, 64)] {
+            let attention = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm80)).unwrap();
+            let error = attention.with_passes(Passes::One).unwrap_err().to_string();
+            assert!(error.contains("choose Passes::Two"), "{error}");
+        }
         let own = heads(4, 2, 64);
-        let attention = Attention::new(driver, Dtype::Bf16, own, None).unwrap();
+        let mut attention = Attention::new(driver, Dtype::Bf16, own, None).unwrap();
         let buffer = driver.allocate("all", 64).unwrap();
         let (all, main) = (buffer.address, StreamId::MAIN);
         let spec = |heads, batch, sequence| AttentionSpec { heads, batch, sequence };

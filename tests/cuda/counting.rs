@@ -1,5 +1,5 @@
-//! A driver between a test and simt: it counts what runs, can leave kernels out, and can watch that
-//! streams wait for each other.
+//! A driver between a test and simt: it counts what runs, notes what takes the machine's memory, can
+//! leave kernels out, and can watch that streams wait for each other.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -17,10 +17,28 @@ use super::order::Order;
 /// What a driver was asked to run or to record: kernels by name, "copy", "fill" and "graph".
 pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
 
+/// What takes memory of a machine.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Taken {
+    Buffer {
+        label: String,
+        bytes: u64,
+    },
+    Graph,
+    /// A kernel's code.
+    Kernel(String),
+    Event,
+    Stream,
+}
+
+/// In the order in which it was taken.
+pub type TakenSoFar = Rc<RefCell<Vec<Taken>>>;
+
 /// simt, and a count of what it runs.
 pub struct Counting {
     pub host: Host,
     pub counts: Counts,
+    pub taken: TakenSoFar,
     /// Kernels whose names begin so are not in this build.
     pub lacks: Option<&'static str>,
     /// What the machine says of itself.
@@ -31,7 +49,12 @@ pub struct Counting {
 impl Counting {
     pub fn new(host: Host) -> Self {
         let properties = host.properties().clone();
-        Counting { host, counts: Counts::default(), lacks: None, properties, order: None }
+        let (counts, taken) = (Counts::default(), TakenSoFar::default());
+        Counting { host, counts, taken, lacks: None, properties, order: None }
+    }
+
+    fn take(&self, what: Taken) {
+        self.taken.borrow_mut().push(what);
     }
 
     fn count(&self, name: &str) {
@@ -50,18 +73,22 @@ impl Driver for Counting {
     fn device(&self) -> &'static str { self.host.device() }
     fn properties(&self) -> &Properties { &self.properties }
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.take(Taken::Buffer { label: label.to_string(), bytes });
         let buffer = self.host.allocate(label, bytes)?;
         self.watch(|order| order.allocated(buffer));
         Ok(buffer)
     }
     fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.take(Taken::Buffer { label: label.to_string(), bytes });
         let buffer = self.host.allocate_host(label, bytes)?;
         self.watch(|order| order.allocated(buffer));
         Ok(buffer)
     }
+    fn allocated_bytes(&self) -> u64 { self.host.allocated_bytes() }
     fn release(&mut self, buffer: Allocation) -> Result<()> { self.host.release(buffer) }
     fn free_bytes(&self) -> Result<u64> { self.host.free_bytes() }
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
+        self.take(Taken::Kernel(name.to_string()));
         match self.lacks {
             Some(prefix) if name.starts_with(prefix) => self.host.kernel(&format!("no_{name}")),
             _ => self.host.kernel(name),
@@ -98,8 +125,14 @@ impl Driver for Counting {
         self.watch(|order| order.copied(stream, None, Some(to), bytes, false));
         self.host.fill(stream, to, bytes, value)
     }
-    fn new_stream(&mut self) -> Result<StreamId> { self.host.new_stream() }
-    fn new_event(&mut self) -> Result<EventId> { self.host.new_event() }
+    fn new_stream(&mut self) -> Result<StreamId> {
+        self.take(Taken::Stream);
+        self.host.new_stream()
+    }
+    fn new_event(&mut self) -> Result<EventId> {
+        self.take(Taken::Event);
+        self.host.new_event()
+    }
     fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
         self.watch(|order| order.recorded(event, stream));
         self.host.record(event, stream)
@@ -113,7 +146,10 @@ impl Driver for Counting {
     }
     fn synchronize(&mut self) -> Result<()> { self.host.synchronize() }
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }
-    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> { self.host.end_capture(stream) }
+    fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
+        self.take(Taken::Graph);
+        self.host.end_capture(stream)
+    }
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
         self.count("graph");
         self.host.launch_graph(graph, stream)

@@ -284,14 +284,9 @@ fn the_host_launches_once_for_each_micro_batch() {
     for (what, config, expected) in cases {
         let (replayed, launched) = (calls(config, true), calls(config, false));
         println!("{what}: {} calls instead of {}", total(&replayed[1]), total(&launched[1]));
-        assert_eq!(replayed[1], expected, "{what}");
-        assert_eq!(replayed[2], expected, "{what}");
+        // The first step, too: what it replays was recorded before.
+        assert!(replayed.iter().all(|calls| *calls == expected), "{what}: {replayed:?}");
         assert!(launched.iter().all(|calls| *calls == launched[0]), "{what}: {launched:?}");
-        // The first, a middle and the last micro-batch are recorded, so each kernel once.
-        let graphs = BTreeMap::from([("graph".to_string(), 3)]);
-        let recorded: BTreeMap<String, u64> =
-            launched[0].iter().chain(&graphs).map(|(name, count)| (name.clone(), *count)).collect();
-        assert_eq!(replayed[0], recorded, "{what}");
     }
 }
 

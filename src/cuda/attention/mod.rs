@@ -2,10 +2,12 @@
 //!
 //! [`Attention`] knows the kernels for one type and one arrangement of heads: the fastest that this
 //! machine runs and this build holds. A plan is a pass over matrices at given addresses, of any
-//! batch and sequence; it is then launched as often as wanted. Nothing is allocated. The formulas,
-//! and what is written, stand at the heads of the kernel files: attention_sm90.cu is launched by
-//! sm90.rs, attention_sm80.cu and attention_f32.cu by tiled.rs, attention_decode.cu here.
+//! batch and sequence; it is then launched as often as wanted. Only the plan of a backward pass in
+//! one ([`Passes::One`]) may allocate. The formulas, and what is written, stand at the heads of the
+//! kernel files: attention_sm90.cu is launched by sm90.rs, attention_backward_sm90.cu by one_pass.rs,
+//! attention_sm80.cu and attention_f32.cu by tiled.rs, attention_decode.cu here.
 
+mod one_pass;
 mod sm90;
 mod tiled;
 
@@ -61,6 +63,24 @@ pub struct Angles {
     pub table: DevicePointer,
     /// [T], i32, each below P
     pub positions: DevicePointer,
+}
+
+/// How often a backward pass on Hopper goes over the scores.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Passes {
+    /// d_q, d_k and d_v together; d_q is summed in device memory.
+    One,
+    /// d_q, then d_k and d_v.
+    Two,
+}
+
+/// Bytes that the backward pass over such matrices in bf16 allocates on a machine of compute
+/// capability 9.0, with the passes that [`Attention::plan_backward`] chooses.
+pub fn backward_scratch_bytes(multiprocessors: usize, spec: AttentionSpec, documents: bool) -> u64 {
+    let AttentionSpec { heads, batch, sequence } = spec;
+    let sizes = Sizes { batch, sequence };
+    let teams = one_pass::Teams::chosen(multiprocessors, heads, sizes, documents, None);
+    teams.map_or(0, |teams| teams.scratch(heads, sizes).bytes)
 }
 
 /// A pass that is ready to be launched.
@@ -158,6 +178,34 @@ impl Attention {
         Ok(Attention { device, heads, kernels, decode })
     }
 
+    /// Chooses how backward passes are run; else it depends on the sizes, by what is reckoned.
+    ///
+    /// Errors: a family or a head dim that has no such kernel.
+    pub fn with_passes(mut self, passes: Passes) -> Result<Self> {
+        let can = match &mut self.kernels {
+            Kernels::Sm90(kernels) => kernels.set_passes(passes),
+            Kernels::Tiled(_) => passes == Passes::Two,
+        };
+        if can {
+            return Ok(self);
+        }
+        Err(refusal(
+            self.device,
+            format!("no backward pass in one for {:?}", self.heads),
+            "choose Passes::Two; one pass is for bf16 with head dims of 32, 64 and 128 on compute \
+             capability 9.0"
+                .to_string(),
+        ))
+    }
+
+    /// Gives its memory back, after all its work has run.
+    pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
+        match self.kernels {
+            Kernels::Tiled(_) => Ok(()),
+            Kernels::Sm90(kernels) => kernels.release(driver),
+        }
+    }
+
     /// Errors: other heads than these kernels', sizes that they cannot count, matrices that do not
     /// begin at a multiple of 16 bytes or leave their buffers.
     pub fn plan_forward(
@@ -181,9 +229,9 @@ impl Attention {
         matches!(self.kernels, Kernels::Sm90(_))
     }
 
-    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them.
+    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; no memory.
     pub fn plan_backward(
-        &self,
+        &mut self,
         driver: &mut dyn Driver,
         pass: &AttentionBackward,
     ) -> Result<AttentionPlan> {
@@ -204,8 +252,8 @@ impl Attention {
             if let Some(Angles { table, positions }) = pass.angles {
                 self.check_alignment(&[("table", table), ("positions", positions)])?;
             }
-            // d_q first, because its kernel makes the other one's delta.
-            launches.extend(match &self.kernels {
+            // Delta comes with the first one.
+            launches.extend(match &mut self.kernels {
                 Kernels::Tiled(kernels) => kernels.backward(sizes, pass),
                 Kernels::Sm90(kernels) => kernels.backward(driver, sizes, pass)?,
             });

@@ -1,22 +1,23 @@
-//! The kernels of kernels/attention_sm90.cu: bf16 with wgmma and TMA on compute capability 9.0. As
-//! many blocks as there are multiprocessors, each of which takes item after item: a tile of a head's
-//! rows.
+//! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and for
+//! backward those of one_pass.rs where they are reckoned to be faster. As many blocks as there are
+//! multiprocessors, each of which takes item after item: a tile of a head's rows.
 
-use super::{AttentionBackward, AttentionForward, Sizes, scale, scale_log2};
+use super::one_pass::{self, Teams};
+use super::{AttentionBackward, AttentionForward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
 use crate::cuda::{
-    Arguments, DevicePointer, Driver, Fill, KernelId, L2Promotion, Launch, Swizzle, TensorMap,
-    TensorMapSpec, TensorType,
+    Allocation, Arguments, DevicePointer, Driver, Fill, KernelId, L2Promotion, Launch, Swizzle,
+    TensorMap, TensorMapSpec, TensorType,
 };
 use crate::error::Result;
 
 /// Rows of a result that a consumer computes; two consumers share an item of backward.
 const CONSUMER_ROWS: usize = 64;
 const BACKWARD_ROWS: usize = 128;
-const BF16_BYTES: usize = 2;
+pub(super) const BF16_BYTES: usize = 2;
 /// Of the boxes of TMA.
-const LOADED_ROWS: u32 = 64;
-const STORED_ROWS: u32 = 16;
+pub(super) const LOADED_ROWS: u32 = 64;
+pub(super) const STORED_ROWS: u32 = 16;
 
 /// Stages of the rings, and rows of the other side in each, as the kernels are compiled.
 const FORWARD_KEYS: usize = 128;
@@ -55,6 +56,11 @@ pub(super) struct Kernels {
     forward: Vec<(usize, KernelId)>,
     backward_q: KernelId,
     backward_kv: KernelId,
+    one_pass: Option<one_pass::Kernels>,
+    /// `None`: as is reckoned.
+    passes: Option<Passes>,
+    /// For passes on one stream: each plan's is in one of them.
+    scratch: Vec<Allocation>,
 }
 
 /// The heads of a result, and how they are walked.
@@ -80,7 +86,21 @@ impl Kernels {
             forward: forward.collect::<Result<_>>()?,
             backward_q: kernel("backward_q", BACKWARD_ROWS)?,
             backward_kv: kernel("backward_kv", BACKWARD_ROWS)?,
+            one_pass: one_pass::Kernels::new(driver, heads)?,
+            passes: None,
+            scratch: vec![],
         })
+    }
+
+    /// False: there is no such kernel.
+    pub fn set_passes(&mut self, passes: Passes) -> bool {
+        self.passes = Some(passes);
+        passes == Passes::Two || self.one_pass.is_some()
+    }
+
+    /// Gives its memory back, after all its work has run.
+    pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
+        self.scratch.into_iter().try_for_each(|memory| driver.release(memory))
     }
 
     fn tile_bytes(&self, rows: usize) -> usize {
@@ -102,17 +122,43 @@ impl Kernels {
         let shared_bytes = 2 * self.tile_bytes(rows) + ring_bytes;
         let walk = self.of_queries(driver, sizes);
         let arguments = Arguments::new()
-            .with(self.map(driver, pass.qkv, heads + 2 * kv_heads, sizes, LOADED_ROWS)?)
-            .with(self.map(driver, pass.out, heads, sizes, STORED_ROWS)?)
+            .with(map(driver, pass.qkv, head_dim, heads + 2 * kv_heads, sizes, LOADED_ROWS)?)
+            .with(map(driver, pass.out, head_dim, heads, sizes, STORED_ROWS)?)
             .with(pass.document_starts.unwrap_or_default())
             .with(pass.log_sum_exp);
         let arguments = self.sized(arguments, sizes, walk).with(scale_log2(self.heads) as f32);
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// The kernel for d_q, which makes delta, and the one for d_k and d_v. Errors: as
-    /// [`Kernels::forward`].
+    /// In one pass or in two. Errors: as [`Kernels::forward`]; no memory for sums.
     pub fn backward(
+        &mut self,
+        driver: &mut dyn Driver,
+        sizes: Sizes,
+        pass: &AttentionBackward,
+    ) -> Result<[(Launch, Arguments); 2]> {
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        let documents = pass.forward.document_starts.is_some();
+        let teams = Teams::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
+        match (&self.one_pass, teams) {
+            (Some(kernels), Some(teams)) => {
+                let bytes = teams.scratch(self.heads, sizes).bytes;
+                let memory = match self.scratch.iter().find(|memory| memory.bytes >= bytes) {
+                    Some(memory) => *memory,
+                    None => {
+                        let memory = driver.allocate("sums of attention's gradients", bytes)?;
+                        self.scratch.push(memory);
+                        memory
+                    }
+                };
+                kernels.backward(driver, sizes, pass, teams, memory.address)
+            }
+            _ => self.backward_in_two(driver, sizes, pass),
+        }
+    }
+
+    /// The kernel for d_q, which makes delta, and the one for d_k and d_v.
+    fn backward_in_two(
         &self,
         driver: &mut dyn Driver,
         sizes: Sizes,
@@ -124,9 +170,9 @@ impl Kernels {
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
         let qkv_heads = heads + 2 * kv_heads;
         let maps = Arguments::new()
-            .with(self.map(driver, forward.qkv, qkv_heads, sizes, LOADED_ROWS)?)
-            .with(self.map(driver, d_out, heads, sizes, LOADED_ROWS)?)
-            .with(self.map(driver, d_qkv, qkv_heads, sizes, STORED_ROWS)?)
+            .with(map(driver, forward.qkv, head_dim, qkv_heads, sizes, LOADED_ROWS)?)
+            .with(map(driver, d_out, head_dim, heads, sizes, LOADED_ROWS)?)
+            .with(map(driver, d_qkv, head_dim, qkv_heads, sizes, STORED_ROWS)?)
             .with(forward.document_starts.unwrap_or_default())
             .with(table)
             .with(positions);
@@ -176,37 +222,38 @@ impl Kernels {
             .with(self.heads.kv_heads as i32)
             .with(walk.section as i32)
     }
+}
 
-    /// A matrix of tokens, each with so many heads. A box is rows of one head of one sequence.
-    fn map(
-        &self,
-        driver: &mut dyn Driver,
-        address: DevicePointer,
-        heads: usize,
-        Sizes { batch, sequence }: Sizes,
-        box_rows: u32,
-    ) -> Result<TensorMap> {
-        let head_dim = self.heads.head_dim;
-        let head_bytes = (head_dim * BF16_BYTES) as u64;
-        let token_bytes = heads as u64 * head_bytes;
-        // The widest span that divides a row.
-        let spans = [Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes32];
-        let spans = spans.map(|swizzle| (swizzle, swizzle.span_bytes().unwrap_or(head_bytes)));
-        let (swizzle, span) = spans
-            .into_iter()
-            .find(|(_, span)| head_bytes.is_multiple_of(*span))
-            .expect("head dims are multiples of 16");
-        driver.tensor_map(&TensorMapSpec {
-            data_type: TensorType::Bf16,
-            address,
-            dimensions: &[head_dim, heads, sequence, batch].map(|it| it as u64),
-            stride_bytes: &[head_bytes, token_bytes, sequence as u64 * token_bytes],
-            box_dimensions: &[span as u32 / BF16_BYTES as u32, 1, box_rows, 1],
-            swizzle,
-            l2_promotion: L2Promotion::Bytes256,
-            fill: Fill::Zeros,
-        })
-    }
+/// A matrix of tokens, each with so many heads. A box is rows of one head of one sequence.
+///
+/// Errors: a matrix that leaves its buffer.
+pub(super) fn map(
+    driver: &mut dyn Driver,
+    address: DevicePointer,
+    head_dim: usize,
+    heads: usize,
+    Sizes { batch, sequence }: Sizes,
+    box_rows: u32,
+) -> Result<TensorMap> {
+    let head_bytes = (head_dim * BF16_BYTES) as u64;
+    let token_bytes = heads as u64 * head_bytes;
+    // The widest span that divides a row.
+    let spans = [Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes32];
+    let spans = spans.map(|swizzle| (swizzle, swizzle.span_bytes().unwrap_or(head_bytes)));
+    let (swizzle, span) = spans
+        .into_iter()
+        .find(|(_, span)| head_bytes.is_multiple_of(*span))
+        .expect("head dims are multiples of 16");
+    driver.tensor_map(&TensorMapSpec {
+        data_type: TensorType::Bf16,
+        address,
+        dimensions: &[head_dim, heads, sequence, batch].map(|it| it as u64),
+        stride_bytes: &[head_bytes, token_bytes, sequence as u64 * token_bytes],
+        box_dimensions: &[span as u32 / BF16_BYTES as u32, 1, box_rows, 1],
+        swizzle,
+        l2_promotion: L2Promotion::Bytes256,
+        fill: Fill::Zeros,
+    })
 }
 
 /// No more blocks than there are multiprocessors, each of which has room for one.
