@@ -144,3 +144,5 @@ DEVICE void cluster_sync(SIMT_SITE) {
   cluster_arrive(SIMT_HERE);
   cluster_wait(SIMT_HERE);
 }
+
+#include "cross_entropy.cuh"
