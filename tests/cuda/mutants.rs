@@ -20,8 +20,11 @@ use isobath::config::{Dtype, NormKind};
 use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward};
 use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+use isobath::cuda::loss::{Loss, LossBackward, LossForward};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
+
+use isobath::tensor::IGNORE_INDEX;
 
 use super::library;
 use super::machines::{download, unwritten, upload};
@@ -32,6 +35,8 @@ use crate::support::normals;
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Kernels {
     Norm,
+    /// Of loss_sm90.cu.
+    Loss,
     GemmSm90,
     GemmMma,
     /// Of attention_sm90.cu, each with what is in its own section.
@@ -39,8 +44,9 @@ enum Kernels {
     AttentionBackward,
 }
 
-const ALL: [Kernels; 5] = [
+const ALL: [Kernels; 6] = [
     Kernels::Norm,
+    Kernels::Loss,
     Kernels::GemmSm90,
     Kernels::GemmMma,
     Kernels::AttentionForward,
@@ -51,6 +57,7 @@ impl Kernels {
     fn name(self) -> &'static str {
         match self {
             Kernels::Norm => "norm",
+            Kernels::Loss => "loss_sm90",
             Kernels::GemmSm90 => "gemm_sm90",
             Kernels::GemmMma => "gemm_mma",
             Kernels::AttentionForward => "attention_forward",
@@ -73,6 +80,13 @@ impl Kernels {
                         "NORM_KERNELS(bf16, 32, 1, 8, 4)\nNORM_KERNELS(bf16, 256, 1, 8, 4)\n",
                     ),
                     ("NORM_KERNELS(f32, 512, 4, 2, 1)\n", ""),
+                ],
+            ),
+            Kernels::Loss => patched(
+                include_str!("../../kernels/loss_sm90.cu"),
+                &[
+                    ("LOSS_KERNELS(bf16, 512, 16, 1)\n", ""),
+                    ("LOSS_KERNELS(f32, 256, 16, 2)\nLOSS_KERNELS(f32, 512, 16, 1)\n", ""),
                 ],
             ),
             Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
@@ -102,7 +116,7 @@ impl Kernels {
         };
         let in_forward = || (section("forward")..section("backward")).contains(&at);
         match self {
-            Kernels::Norm | Kernels::GemmSm90 | Kernels::GemmMma => true,
+            Kernels::Norm | Kernels::Loss | Kernels::GemmSm90 | Kernels::GemmMma => true,
             Kernels::AttentionForward => in_forward(),
             Kernels::AttentionBackward => !in_forward(),
         }
@@ -113,6 +127,7 @@ impl Kernels {
     fn run(self, driver: &mut dyn Driver) -> Result<Vec<u8>, String> {
         let found = match self {
             Kernels::Norm => run_norm(driver, &NORMS),
+            Kernels::Loss => run_loss(driver, &LOSSES),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &PRODUCTS),
             Kernels::GemmMma => run_gemm_mma(driver),
             Kernels::AttentionForward => run_attention_forward(driver),
@@ -249,6 +264,40 @@ fn run_norm(driver: &mut dyn Driver, cases: &[NormCase]) -> isobath::error::Resu
             bytes(&download(driver, dtype, buffer), &mut all);
         }
         for buffer in [inp, added, gain, d_out, d_inp, d_gain, sum, out, mean, rstd, partial] {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
+/// Classes and columns, of a cluster of four and of eight.
+const LOSSES: [(usize, usize); 2] = [(65_541, 65_544), (131_073, 131_080)];
+
+/// Rows with targets in the second block and in the first, and an ignored one between them.
+fn run_loss(driver: &mut dyn Driver, cases: &[(usize, usize)]) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    for &(classes, columns) in cases {
+        let loss = Loss::new(driver, Dtype::Bf16, classes, columns)?;
+        let targets = driver.upload("targets", &[2048, IGNORE_INDEX, 7])?;
+        let rows = 3;
+        let logits = upload(driver, "logits", Dtype::Bf16, &normals(1, rows * columns));
+        let scale = driver.upload("scale", &[0.5f32])?;
+        let losses = unwritten(driver, "losses", Dtype::F32, rows);
+        let (at, targets_at, losses_at) = (logits.address, targets.address, losses.address);
+        let forward = LossForward { logits: at, targets: targets_at, losses: losses_at };
+        loss.forward(driver, StreamId::MAIN, rows, 1e-2, &forward)?;
+        bytes(&download(driver, Dtype::F32, losses), &mut all);
+        let backward = LossBackward {
+            logits: at,
+            targets: targets_at,
+            scale: scale.address,
+            losses: losses_at,
+        };
+        loss.backward(driver, StreamId::MAIN, rows, 1e-2, &backward)?;
+        for (dtype, buffer) in [(Dtype::F32, losses), (Dtype::Bf16, logits)] {
+            bytes(&download(driver, dtype, buffer), &mut all);
+        }
+        for buffer in [targets, logits, scale, losses] {
             driver.release(buffer)?;
         }
     }
@@ -802,6 +851,45 @@ const PLANTED: &[Planted] = &[
         &["read out of bounds", "buffer \"inp\" (34720 bytes)"],
     ),
     planted(
+        Kernels::Loss,
+        "parts of Z are added up before those of the other blocks are there",
+        &[("  cluster_sync();\n", "  __syncthreads();\n")],
+        &["shared memory 0x", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "a block writes into another one that may not have begun",
+        &[("  cluster_arrive_relaxed();\n", ""), ("  cluster_wait();\n", "")],
+        &["write out of bounds: 8 bytes at shared address", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "every block sends to itself",
+        &[("cluster_map(partitions, uint32_t(lane))", "cluster_map(partitions, cluster_rank())")],
+        &["data race on shared memory", "after a write by block (0,0,0) thread 0 "],
+    ),
+    planted(
+        Kernels::Loss,
+        "the parts of all blocks have one place",
+        &[("[int(cluster_rank()) * WARPS + warp]", "[warp]")],
+        &["data race on shared memory", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "the first thread reads the target's logit while another block writes over it",
+        &[(
+            "vector % cluster_threads<THREADS>() == cluster_thread<THREADS>()",
+            "cluster_thread<THREADS>() == (vector & 0)",
+        )],
+        &["data race on global memory", "of buffer \"logits\""],
+    ),
+    planted(
+        Kernels::Loss,
+        "each block takes the vectors of the first",
+        &[("return int(cluster_rank()) * THREADS + int(threadIdx.x);", "return int(threadIdx.x);")],
+        &["data race on global memory"],
+    ),
+    planted(
         Kernels::AttentionForward,
         "a query does not see its own key",
         &[("> mask.row + i / 2 % 2 * 8)", ">= mask.row + i / 2 % 2 * 8)")],
@@ -1133,7 +1221,7 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 
 #[test]
 fn every_synchronisation_that_is_broken_is_caught() {
-    break_all(&[Kernels::Norm, Kernels::GemmSm90, Kernels::GemmMma]);
+    break_all(&[Kernels::Norm, Kernels::Loss, Kernels::GemmSm90, Kernels::GemmMma]);
 }
 
 #[test]
@@ -1215,6 +1303,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
     let library = library::compile(folder.path(), mma.name(), &[(mma.name(), &mma.text())]);
     let machines = [
         (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
+        (Kernels::Loss, Host::new(first_options(Kernels::Loss)).unwrap()),
         (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
         (mma, Host::load(&library, first_options(mma)).unwrap()),
     ];
@@ -1228,7 +1317,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
                 assert_eq!(exact, found);
                 vec![]
             }),
-            Kernels::AttentionForward | Kernels::AttentionBackward => Ok(vec![]),
+            Kernels::Loss | Kernels::AttentionForward | Kernels::AttentionBackward => Ok(vec![]),
         };
         bits.extend(more.map_err(|error| error.to_string())?);
         Ok::<Vec<u8>, String>(bits)
