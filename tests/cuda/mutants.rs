@@ -38,16 +38,19 @@ enum Kernels {
     /// Of loss_sm90.cu.
     Loss,
     GemmSm90,
+    /// Of gemm_sm90.cu, what its section on SwiGLU's gradient says.
+    GemmGradient,
     GemmMma,
     /// Of attention_sm90.cu, each with what is in its own section.
     AttentionForward,
     AttentionBackward,
 }
 
-const ALL: [Kernels; 6] = [
+const ALL: [Kernels; 7] = [
     Kernels::Norm,
     Kernels::Loss,
     Kernels::GemmSm90,
+    Kernels::GemmGradient,
     Kernels::GemmMma,
     Kernels::AttentionForward,
     Kernels::AttentionBackward,
@@ -59,6 +62,7 @@ impl Kernels {
             Kernels::Norm => "norm",
             Kernels::Loss => "loss_sm90",
             Kernels::GemmSm90 => "gemm_sm90",
+            Kernels::GemmGradient => "gemm_sm90_gradient",
             Kernels::GemmMma => "gemm_mma",
             Kernels::AttentionForward => "attention_forward",
             Kernels::AttentionBackward => "attention_backward",
@@ -89,7 +93,13 @@ impl Kernels {
                     ("LOSS_KERNELS(f32, 256, 16, 2)\nLOSS_KERNELS(f32, 512, 16, 1)\n", ""),
                 ],
             ),
-            Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
+            Kernels::GemmSm90 => with_some_gemms(&[
+                "STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)",
+                "ADD_KERNEL(128, 256, 4, true)",
+            ]),
+            Kernels::GemmGradient => {
+                with_some_gemms(&["SWIGLU_GRADIENT_KERNEL(128, 192, 4, false)"])
+            }
             Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
             Kernels::AttentionForward => with_one_attention(
                 &["FORWARD_KERNEL(128, 32)"],
@@ -107,16 +117,20 @@ impl Kernels {
         }
     }
 
-    /// The part of the text whose calls are broken: of attention, one pass
-    /// after the other, and with the second one what both share.
+    /// The part of the text whose calls are broken: of the Hopper products, what those with and
+    /// without SwiGLU's gradient run; of attention, one pass after the other, and with the second
+    /// one what both share.
     fn breaks(self, text: &str, at: usize) -> bool {
         let section = |name: &str| {
             let start = text.find(&format!("---- {name}\n"));
             start.unwrap_or_else(|| panic!("no section `{name}`"))
         };
         let in_forward = || (section("forward")..section("backward")).contains(&at);
+        let in_gradient = || (section("SwiGLU's gradient")..section("kernels")).contains(&at);
         match self {
-            Kernels::Norm | Kernels::Loss | Kernels::GemmSm90 | Kernels::GemmMma => true,
+            Kernels::Norm | Kernels::Loss | Kernels::GemmMma => true,
+            Kernels::GemmSm90 => !in_gradient(),
+            Kernels::GemmGradient => in_gradient(),
             Kernels::AttentionForward => in_forward(),
             Kernels::AttentionBackward => !in_forward(),
         }
@@ -129,6 +143,7 @@ impl Kernels {
             Kernels::Norm => run_norm(driver, &NORMS),
             Kernels::Loss => run_loss(driver, &LOSSES),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &PRODUCTS),
+            Kernels::GemmGradient => run_gradient(driver, 192, &GRADIENTS),
             Kernels::GemmMma => run_gemm_mma(driver),
             Kernels::AttentionForward => run_attention_forward(driver),
             Kernels::AttentionBackward => run_attention_backward(driver),
@@ -137,12 +152,11 @@ impl Kernels {
     }
 }
 
-/// Of the Hopper products, one whose consumers take tiles in turn and one whose consumers share them
-/// and whose K is split; the others are there in name, as src/cuda/gemm/sm90.rs wants to find them.
-fn with_some_gemms(text: &str) -> String {
-    const KEPT: [&str; 2] =
-        ["STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)", "ADD_KERNEL(128, 256, 4, true)"];
-    let mut kept = 0;
+/// Of the Hopper products, the kernels that these lines make; the others are there in name, as
+/// src/cuda/gemm/sm90.rs wants to find them.
+fn with_some_gemms(kept: &[&str]) -> String {
+    let text = include_str!("../../kernels/gemm_sm90.cu");
+    let mut found = 0;
     let line = |line: &str| -> String {
         let Some((kind, rest)) = line.split_once('(') else { return line.to_string() };
         let of_tile = |name: &str, first: usize| -> String {
@@ -150,8 +164,8 @@ fn with_some_gemms(text: &str) -> String {
             format!("gemm_sm90_{name}_{}x{}", parts[first], parts[first + 1])
         };
         let name = match kind {
-            _ if KEPT.contains(&line) => {
-                kept += 1;
+            _ if kept.contains(&line) => {
+                found += 1;
                 return line.to_string();
             }
             "STORE_KERNEL" => of_tile(&rest[..2], 2),
@@ -164,7 +178,7 @@ fn with_some_gemms(text: &str) -> String {
         format!("KERNEL({name}, 1)() {{}} EXPORT_KERNEL({name})")
     };
     let text = text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n";
-    assert_eq!(kept, KEPT.len(), "{KEPT:?} must be there");
+    assert_eq!(found, kept.len(), "{kept:?} must be there");
     text
 }
 
@@ -356,6 +370,41 @@ fn run_gemm_sm90(
     Ok(all)
 }
 
+/// Blocks of a cluster, M, N and K of the gradient of SwiGLU: several tiles for each consumer of a
+/// block, with tails, and a pair of blocks.
+const GRADIENTS: [[usize; 4]; 2] = [[1, 300, 584, 72], [2, 130, 264, 328]];
+const MORE_GRADIENTS: [[usize; 4]; 2] = [[1, 250, 712, 136], [2, 136, 264, 72]];
+
+/// `columns`: of the tile.
+fn run_gradient(
+    driver: &mut dyn Driver,
+    columns: usize,
+    cases: &[[usize; 4]],
+) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
+    for &[cluster, m, n, k] in cases {
+        let a = upload(driver, "a", Dtype::Bf16, &normals(1, m * k));
+        let b = upload(driver, "b", Dtype::Bf16, &normals(2, n * k));
+        let gate_up = upload(driver, "gate and up", Dtype::Bf16, &normals(3, 2 * m * n));
+        let out = unwritten(driver, "out", Dtype::Bf16, 2 * m * n);
+        let output = Output::SwiGluGradient { gate_up: gate_up.address };
+        let (a_at, b_at, out_at) = (a.address, b.address, out.address);
+        let layout = Layout::Nn;
+        let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
+        let mut variants = gemm.variants_for(layout, output);
+        let variant = variants.find(|it| it.columns == columns).unwrap();
+        let choice = Choice { cluster, ..Choice::whole(variant) };
+        gemm.plan_with(driver, choice, &product)?.launch(driver, StreamId::MAIN)?;
+        bytes(&download(driver, Dtype::Bf16, out), &mut all);
+        for buffer in [a, b, gate_up, out] {
+            driver.release(buffer)?;
+        }
+    }
+    gemm.release(driver)?;
+    Ok(all)
+}
+
 /// Batch and sequence, and where a document begins in each row of the second: more stages than the
 /// rings have, several items for a block, and whole tiles that a consumer passes over.
 const ATTENTIONS: [(usize, usize, Option<usize>); 2] = [(1, 600, None), (2, 330, Some(200))];
@@ -484,7 +533,8 @@ fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> O
 /// How a machine for these kernels begins; it keeps its number of multiprocessors.
 fn first_options(kernels: Kernels) -> Options {
     let multiprocessors = match kernels {
-        Kernels::GemmSm90 => 3, // for as many splits
+        Kernels::GemmSm90 => 3,     // for as many splits
+        Kernels::GemmGradient => 2, // for a pair of blocks
         _ => 1,
     };
     Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
@@ -812,6 +862,33 @@ const PLANTED: &[Planted] = &[
         "the last split leaves its turn for the next launch",
         &[("uint32_t(next == splits ? 0 : next)", "uint32_t(next)")],
         &["the thread spins"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "gate and up are read before they are there",
+        &[("    mbarrier_wait(&exchange.loaded[buffer], parity);\n", "")],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "gradients are stored that other lanes may not have written yet",
+        &[("    fence_proxy_async();\n    __syncwarp();\n", "    fence_proxy_async();\n")],
+        &["data race on shared memory", "an asynchronous read by a bulk store of"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "what comes next is loaded over gradients that are still being stored",
+        &[("  bulk_commit();\n  bulk_wait_read<0>();\n", "  bulk_commit();\n")],
+        &["shared memory", "bulk store of block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "one mover for both consumers",
+        &[(
+            "move<K>(gradient, exchanges[consumer], *work, consumer)",
+            "move<K>(gradient, exchanges[consumer], *work, 0)",
+        )],
+        WRONG,
     ),
     planted(
         Kernels::Norm,
@@ -1221,16 +1298,23 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 
 #[test]
 fn every_synchronisation_that_is_broken_is_caught() {
-    break_all(&[Kernels::Norm, Kernels::Loss, Kernels::GemmSm90, Kernels::GemmMma]);
+    break_all(&[Kernels::Norm, Kernels::Loss, Kernels::GemmSm90, Kernels::GemmMma], 60);
+}
+
+#[test]
+#[ignore = "takes a minute: to be run when SwiGLU's gradient in kernels/gemm_sm90.cu has changed"]
+fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
+    break_all(&[Kernels::GemmGradient], 20);
 }
 
 #[test]
 #[ignore = "takes minutes: to be run when kernels/attention_sm90.cu has changed"]
 fn every_synchronisation_of_attention_that_is_broken_is_caught() {
-    break_all(&[Kernels::AttentionForward, Kernels::AttentionBackward]);
+    break_all(&[Kernels::AttentionForward, Kernels::AttentionBackward], 60);
 }
 
-fn break_all(suites: &[Kernels]) {
+/// `least`: mutants that the scan has to find.
+fn break_all(suites: &[Kernels], least: usize) {
     if library::is_missing() {
         return;
     }
@@ -1271,7 +1355,7 @@ fn break_all(suites: &[Kernels]) {
     for survivor in &survivors {
         println!("survived: {survivor}");
     }
-    assert!(counted >= 60, "the scan finds too little");
+    assert!(counted >= least, "the scan finds too little");
     assert!(survivors.iter().all(|it| !it.contains("NotCompiled") && !it.contains("Died")));
     let share = (faults + wrong) as f64 / counted as f64;
     assert!(share >= 0.95, "{share:.3} of the mutants were caught, 0.95 are needed");
@@ -1305,6 +1389,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
         (Kernels::Loss, Host::new(first_options(Kernels::Loss)).unwrap()),
         (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
+        (Kernels::GemmGradient, Host::new(first_options(Kernels::GemmGradient)).unwrap()),
         (mma, Host::load(&library, first_options(mma)).unwrap()),
     ];
     let run = |kernels: Kernels, host: &mut Host| {
@@ -1313,6 +1398,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         let more = match kernels {
             Kernels::Norm => run_norm(driver, &MORE_NORMS),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &MORE_PRODUCTS),
+            Kernels::GemmGradient => run_gradient(driver, 128, &MORE_GRADIENTS),
             Kernels::GemmMma => gemm_mma(driver, 128, 64, 96).map(|(exact, found)| {
                 assert_eq!(exact, found);
                 vec![]
