@@ -11,10 +11,9 @@
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
 // innermost first: {64, TILE} for a factor whose rows lie along K, half as high for B of a pair of
 // blocks and of two halves; {64, 64} for one whose rows lie along M or N, for out, and for the gate
-// and up that a gradient reads. Tails cost
-// nothing but work: TMA fills what lies outside with zeros and does not store it. One rounding, at
-// the end. Where gate and up lie side by side, [M,2,N], maps have three dimensions, so that a box
-// that leaves one does not enter the other.
+// and up that a gradient reads. Tails cost nothing but work: TMA fills what lies outside with zeros
+// and does not store it. One rounding, at the end. Where gate and up lie side by side, [M,2,N],
+// maps have three dimensions, so that a box that leaves one does not enter the other.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -274,28 +273,26 @@ DEVICE uint8_t* place_in(uint8_t* tile, int group) {
   const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
   return tile + swizzle<SPAN>(offset);
 }
-// COUNT times 64 x 64 values, the `index`th of a tile's, of which there is an even number.
-// fill(group, quarters) packs the thread's 8 of 16 columns of each, in the order of the
-// accumulators; one thread then calls store(first store tile).
-template <int COUNT, class Fill, class Store>
+// 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
+// quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
+// calls store(store tile).
+template <class Fill, class Store>
 DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t* const tiles = out.tiles + index % STORES * BLOCK_BYTES;
-  // The stores before have left these tiles; the last one may still read another.
-  if (storing) bulk_wait_read<STORES - COUNT>();
+  uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
+  // The store before has left this tile; the last one may still read the other.
+  if (storing) bulk_wait_read<STORES - 1>();
   barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
-    uint32_t quarters[COUNT][4];
+    uint32_t quarters[4];
     fill(group, quarters);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      stmatrix_x4(place_in(tiles + i * BLOCK_BYTES, group), quarters[i]);
+    stmatrix_x4(place_in(tile, group), quarters);
   }
   fence_proxy_async();
   barrier_sync(out.barrier, WARPGROUP);
   if (storing) {
-    store(tiles);
+    store(tile);
     bulk_commit();
   }
 }
@@ -318,7 +315,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
         float values[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = accumulators[block][part * 32 + group * 8 + i];
@@ -334,9 +331,9 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
             }
           }
         }
-        pack_eight(values, quarters[0]);
+        pack_eight(values, quarters);
       };
-      send<1>(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
+      send(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
         if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
       });
     }
@@ -414,28 +411,28 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& 
       const float* const ups = gates + K::TILE_N / 4;
       const bool inside = at_row < to.m && at_column < to.n;
       const int sent = 3 * (block * (K::TILE_N / 128) + part);
-      send<1>(
+      send(
           out, sent,
-          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(gates + group * 8, quarters[0]); },
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
           });
-      send<1>(
+      send(
           out, sent + 1,
-          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(ups + group * 8, quarters[0]); },
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
           });
-      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
         uint32_t gate[4], up[4];
         pack_eight(gates + group * 8, gate);
         pack_eight(ups + group * 8, up);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          quarters[0][i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
-                                     swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
+          quarters[i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
+                                  swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
       };
-      send<1>(out, sent + 2, fill, [&](const uint8_t* tile) {
+      send(out, sent + 2, fill, [&](const uint8_t* tile) {
         if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
       });
     }
@@ -501,12 +498,12 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
 }
 
 // ---------------------------------------------------------------- blocks
-// What all kernels do before and around the consumers' work; `consumer_part(consumer)`, and for one
-// thread beside each of them `mover_part(consumer)`. Thread 0 has written `work`.
-template <class K, class ConsumerPart, class MoverPart>
+// What all kernels do before and around the consumers' work; `consumer_part(consumer)`, and for a
+// warp beside each of them `mover_part(consumer)`. Thread 0 has written `work`.
+template <class K, class MoverPart, class ConsumerPart>
 DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work, uint8_t* ring,
-                uint64_t* full, uint64_t* empty, uint64_t* order, const ConsumerPart& consumer_part,
-                const MoverPart& mover_part) {
+                uint64_t* full, uint64_t* empty, uint64_t* order, const MoverPart& mover_part,
+                const ConsumerPart& consumer_part) {
   if (threadIdx.x == 0) {
     // Swizzles take bits of the address itself; that the ring is aligned so is not in the language.
     if (shared_address(ring) % (8 * SPAN)) __trap();
@@ -528,7 +525,7 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     const int warp = int(threadIdx.x) / 32;
     if (warp == 0 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, *work);
-    if (warp > 0 && warp <= CONSUMERS && elect_one()) mover_part(warp - 1);
+    if (warp > 0 && warp <= CONSUMERS) mover_part(warp - 1);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consumer_part(int(threadIdx.x) / WARPGROUP - 1);
@@ -552,17 +549,15 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
     for (int consumer = 0; consumer < CONSUMERS; ++consumer)
       outboxes[consumer] = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer};
   }
-  run<K>(
-      map_a, map_b, work, ring, full, empty, order,
-      [&](int consumer) {
-        consume<K>(ring, full, empty, order, *work, consumer,
-                   [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
-                     const Outbox out = outboxes[consumer];
-                     write<K>(epilogue, accumulators, out, item.m + first_row, item.n);
-                   });
-        if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
-      },
-      [](int) {});
+  const auto no_mover = [](int) {};
+  run<K>(map_a, map_b, work, ring, full, empty, order, no_mover, [&](int consumer) {
+    consume<K>(ring, full, empty, order, *work, consumer,
+               [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 const Outbox out = outboxes[consumer];
+                 write<K>(epilogue, accumulators, out, item.m + first_row, item.n);
+               });
+    if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
+  });
 }
 
 // turns [2 x tiles]: all 0, and 0 again when the kernel ends. With more than one split, every block
@@ -576,30 +571,27 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   SHARED(uint64_t, order, CONSUMERS);
   SHARED(Work, work, 1);
   if (threadIdx.x == 0) *work = work_of<K>(m, n, k, splits);
-  run<K>(
-      map_a, map_b, work, ring, full, empty, order,
-      [&](int consumer) {
-        const bool first_thread = threadIdx.x % WARPGROUP == 0;
-        consume<K>(ring, full, empty, order, *work, consumer,
-                   [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
-                     // Each consumer of a shared tile takes turns with its own rows of other
-                     // splits.
-                     uint32_t* const turn =
-                         turns + CONSUMERS * item.tile + (K::SHARED_TILES ? consumer : 0);
-                     if (splits > 1) {
-                       if (first_thread)
-                         while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);
-                       barrier_sync(1 + consumer, WARPGROUP);
-                     }
-                     add<K>(accumulators, out, item.m + first_row, item.n, m, n);
-                     if (splits > 1) {
-                       barrier_sync(1 + consumer, WARPGROUP);
-                       const int next = item.split + 1;
-                       if (first_thread) store_release(turn, uint32_t(next == splits ? 0 : next));
-                     }
-                   });
-      },
-      [](int) {});
+  const auto no_mover = [](int) {};
+  run<K>(map_a, map_b, work, ring, full, empty, order, no_mover, [&](int consumer) {
+    const bool first_thread = threadIdx.x % WARPGROUP == 0;
+    consume<K>(ring, full, empty, order, *work, consumer,
+               [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
+                 // Each consumer of a shared tile takes turns with its own rows of other splits.
+                 uint32_t* const turn =
+                     turns + CONSUMERS * item.tile + (K::SHARED_TILES ? consumer : 0);
+                 if (splits > 1) {
+                   if (first_thread)
+                     while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);
+                   barrier_sync(1 + consumer, WARPGROUP);
+                 }
+                 add<K>(accumulators, out, item.m + first_row, item.n, m, n);
+                 if (splits > 1) {
+                   barrier_sync(1 + consumer, WARPGROUP);
+                   const int next = item.split + 1;
+                   if (first_thread) store_release(turn, uint32_t(next == splits ? 0 : next));
+                 }
+               });
+  });
 }
 
 // ---------------------------------------------------------------- SwiGLU's gradient
@@ -708,12 +700,13 @@ DEVICE void differentiate(const Accumulators<K>& accumulators, const Exchange& e
 template <class K>
 DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* map_b, int k,
                                        const GatedGradient& gradient) {
-  SHARED_DYNAMIC(ring);  // STAGES stages, then CONSUMERS x STORES x 2 tiles
+  constexpr int BUFFERS = CONSUMERS * STORES;
+  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS x 2 tiles
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
-  SHARED(uint64_t, loaded, CONSUMERS* STORES);
-  SHARED(uint64_t, written, CONSUMERS* STORES);
+  SHARED(uint64_t, loaded, BUFFERS);
+  SHARED(uint64_t, written, BUFFERS);
   SHARED(Work, work, 1);
   SHARED(Exchange, exchanges, CONSUMERS);
   if (threadIdx.x == 0) {
@@ -723,20 +716,21 @@ DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* 
       const int first = consumer * STORES;
       exchanges[consumer] = {tiles + 2 * first * BLOCK_BYTES, loaded + first, written + first};
     }
-    for (int buffer = 0; buffer < CONSUMERS * STORES; ++buffer) {
+    for (int buffer = 0; buffer < BUFFERS; ++buffer) {
       mbarrier_init(&loaded[buffer], 1);
       mbarrier_init(&written[buffer], WARPGROUP / 32);
     }
   }
-  const auto consumer_part = [&](int consumer) {
+  const auto mover_part = [&](int consumer) {
+    if (elect_one()) move<K>(gradient, exchanges[consumer], *work, consumer);
+  };
+  run<K>(map_a, map_b, work, ring, full, empty, order, mover_part, [&](int consumer) {
     uint32_t parity = 0;
     consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item&, int) {
                  differentiate<K>(accumulators, exchanges[consumer], parity);
                });
-  };
-  run<K>(map_a, map_b, work, ring, full, empty, order, consumer_part,
-         [&](int consumer) { move<K>(gradient, exchanges[consumer], *work, consumer); });
+  });
 }
 
 // ---------------------------------------------------------------- kernels

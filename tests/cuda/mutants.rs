@@ -778,7 +778,10 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "ordinary writes are not fenced before the TMA store reads them",
-        &[("  fence_proxy_async();\n", "")],
+        &[(
+            "  fence_proxy_async();\n  barrier_sync(out.barrier, WARPGROUP);",
+            "  barrier_sync(out.barrier, WARPGROUP);",
+        )],
         &[
             "no fence.proxy.async between an ordinary write and an asynchronous access",
             "bulk store",
@@ -802,7 +805,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a store tile is written while the store before the last one still reads it",
-        &[("if (storing) bulk_wait_read<STORES - COUNT>();", "")],
+        &[("if (storing) bulk_wait_read<STORES - 1>();", "")],
         &["data race on shared memory", "bulk store of block (0,0,0) thread"],
     ),
     planted(
@@ -826,7 +829,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a whole warp produces",
-        &[("threadIdx.x < 32 && elect_one()", "threadIdx.x < 32")],
+        &[("warp == 0 && elect_one()", "warp == 0")],
         &["mbarrier"],
     ),
     planted(
