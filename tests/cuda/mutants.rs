@@ -891,7 +891,7 @@ const PLANTED: &[Planted] = &[
             "move<K>(gradient, exchanges[consumer], *work, consumer)",
             "move<K>(gradient, exchanges[consumer], *work, 0)",
         )],
-        WRONG,
+        &["data race on global memory", "of buffer \"out\"", "by a bulk store of block (0,0,0)"],
     ),
     planted(
         Kernels::Norm,
@@ -1305,7 +1305,7 @@ fn every_synchronisation_that_is_broken_is_caught() {
 }
 
 #[test]
-#[ignore = "takes a minute: to be run when SwiGLU's gradient in kernels/gemm_sm90.cu has changed"]
+#[ignore = "ten seconds on two cores: to be run when SwiGLU's gradient in kernels/gemm_sm90.cu has changed"]
 fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
     break_all(&[Kernels::GemmGradient], 20);
 }
@@ -1390,7 +1390,6 @@ fn random_schedules_of_the_true_kernels_are_clean() {
     let library = library::compile(folder.path(), mma.name(), &[(mma.name(), &mma.text())]);
     let machines = [
         (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
-        (Kernels::Loss, Host::new(first_options(Kernels::Loss)).unwrap()),
         (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
         (Kernels::GemmGradient, Host::new(first_options(Kernels::GemmGradient)).unwrap()),
         (mma, Host::load(&library, first_options(mma)).unwrap()),
@@ -1416,7 +1415,10 @@ fn random_schedules_of_the_true_kernels_are_clean() {
             scope.spawn(move || {
                 let expected = run(kernels, &mut host).unwrap();
                 for seed in 0..SEEDS {
+                    // A thread of a busy machine may stand still for seconds.
+                    let watchdog = Duration::from_secs(20);
                     let random = options(true, Order::Random, Asynchronous::Anytime, seed);
+                    let random = Options { watchdog, ..random };
                     host.set_options(random);
                     let found = run(kernels, &mut host).unwrap_or_else(|error| panic!("{error}"));
                     assert!(found == expected, "{}: other bits, {random:?}", kernels.name());
