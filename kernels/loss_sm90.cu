@@ -6,8 +6,8 @@
 // The blocks of a cluster, 8 at most, share a row. Its vectors go around their threads, so that
 // each block has as many as another, and holds them in registers: a row is read once and, where
 // there is a gradient, written once. Each warp sends the part of Z that it knows to every block;
-// behind the cluster's barrier all of them add up the same parts in the same order. Two clusters
-// have a place on the same multiprocessors, so that one loads while the other waits.
+// behind the cluster's barrier all of them add up the same parts in the same order. Several
+// clusters have a place on the same multiprocessors, so that one loads while another waits.
 #include "isobath.cuh"
 
 constexpr int WARP = 32;
@@ -132,9 +132,12 @@ DEVICE void loss_backward(T* logits,           // [T,V], replaced by d_logits
   }                                                                                                \
   EXPORT_KERNEL(loss_backward_sm90_##type##_##threads##x##vectors)
 
-// In clusters of 4 up to 131072 columns of bf16, of 8 up to 262144, and with twice the threads up
-// to 524288; half as many of f32.
-LOSS_KERNELS(bf16, 256, 16, 2)
-LOSS_KERNELS(bf16, 512, 16, 1)
-LOSS_KERNELS(f32, 256, 16, 2)
-LOSS_KERNELS(f32, 512, 16, 1)
+// In clusters of 4 up to 131072 columns of bf16; of 8 up to 163840, where three blocks hold no more
+// than two of the others, up to 262144, and with twice the threads up to 524288. Half as many of
+// f32.
+#define LOSS_KERNELS_OF(type)    \
+  LOSS_KERNELS(type, 256, 10, 3) \
+  LOSS_KERNELS(type, 256, 16, 2) \
+  LOSS_KERNELS(type, 512, 16, 1)
+LOSS_KERNELS_OF(bf16)
+LOSS_KERNELS_OF(f32)

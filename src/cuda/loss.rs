@@ -30,7 +30,8 @@ const ONE_BLOCK: [Shape; 5] =
     [shape(1, 128, 1), shape(1, 128, 4), shape(1, 256, 8), shape(1, 512, 8), shape(1, 1024, 8)];
 
 /// Those of kernels/loss_sm90.cu, for rows that one block does not hold.
-const CLUSTERS: [Shape; 3] = [shape(4, 256, 16), shape(8, 256, 16), shape(8, 512, 16)];
+const CLUSTERS: [Shape; 4] =
+    [shape(4, 256, 16), shape(8, 256, 10), shape(8, 256, 16), shape(8, 512, 16)];
 
 impl Shape {
     /// For rows of so many bytes; `clusters`: whether the machine has them.

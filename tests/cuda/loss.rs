@@ -287,7 +287,8 @@ fn every_cluster(dtype: Dtype) {
     let vector = vector(dtype);
     let case =
         |rows, columns, classes, z_loss| Case { dtype, rows, classes, columns, z_loss, size: None };
-    let (one_block, wide, wider, widest) = (8192, 16_384, 32_768, 65_536); // vectors
+    // vectors
+    let (one_block, wide, between, wider, widest) = (8192, 16_384, 20_480, 32_768, 65_536);
     check_all(
         Loss::new,
         [
@@ -297,6 +298,8 @@ fn every_cluster(dtype: Dtype) {
             case(1, (wide - 1) * vector, (wide - 1) * vector - 1, 0.0),
             case(1, wide * vector, wide * vector, 0.0),
             case(2, (wide + 1) * vector, wide * vector - vector - 1, 1e-2),
+            case(1, between * vector, between * vector, 1e-2),
+            case(1, (between + 1) * vector, between * vector + 3, 0.0),
             case(1, wider * vector, wider * vector - 2, 1e-2),
             case(1, (wider + 1) * vector, wider * vector, 0.0),
             case(1, widest * vector, widest * vector - 1, 0.0),
