@@ -145,4 +145,5 @@ DEVICE void cluster_sync(SIMT_SITE) {
   cluster_wait(SIMT_HERE);
 }
 
+// ---------------------------------------------------------------- one op in several kernel files
 #include "cross_entropy.cuh"
