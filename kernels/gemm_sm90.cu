@@ -10,10 +10,10 @@
 // Contract: everything row-major; rows are multiples of 8 values; out [M,N] is bf16, and fp32 for
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
 // innermost first: {64, TILE} for a factor whose rows lie along K, half as high for B of a pair of
-// blocks and of two halves; {64, 64} for one whose rows lie along M or N, and for out. Tails cost
-// nothing but work: TMA fills what lies outside with zeros and does not store it. One rounding, at
-// the end. Where gate and up lie side by side, [M,2,N], maps have three dimensions, so that a box
-// that leaves one does not enter the other.
+// blocks and of two halves; {64, 64} for one whose rows lie along M or N, for out, and for the gate
+// and up that a gradient reads. Tails cost nothing but work: TMA fills what lies outside with zeros
+// and does not store it. One rounding, at the end. Where gate and up lie side by side, [M,2,N],
+// maps have three dimensions, so that a box that leaves one does not enter the other.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -58,7 +58,8 @@ struct Kind {
   static constexpr int COLUMNS = B == HALVES_ALONG_K ? TILE_N / 2 : TILE_N;
   static constexpr int A_BYTES = TILE_M * SPAN, STAGE_BYTES = A_BYTES + TILE_N * SPAN;
   static constexpr int ACCUMULATORS = BLOCKS * TILE_N / 2;  // of a thread
-  static_assert(ACCUMULATORS / 32 % STORES == 0);  // a tile begins with the first store tile
+  static constexpr int PARTS = ACCUMULATORS / 32;           // of 64 x 64, of a consumer's rows
+  static_assert(PARTS % STORES == 0);  // a tile begins with the first store tile
   // Pairs of values that an addition reads before it uses the first: what the registers leave.
   static constexpr int PAIRS = ACCUMULATORS > 128 ? 4 : 16;
   // Consumers' warps that read a stage.
@@ -264,35 +265,34 @@ struct Outbox {
   uint8_t* tiles;
   int barrier;  // of the consumer's threads
 };
-// The thread's place for 16 columns in a swizzled store tile.
+// The thread's place for 16 columns in a swizzled store tile; as ldmatrix and stmatrix have them,
+// its values are those of the accumulators.
 DEVICE uint8_t* place_in(uint8_t* tile, int group) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
   const int row = warp * 16 + lane % 16, column = group * 16 + lane / 16 * 8;
   const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
   return tile + swizzle<SPAN>(offset);
 }
-// COUNT times 64 x 64 values, the `index`th of a tile's, of which there is an even number.
-// fill(group, quarters) packs the thread's 8 of 16 columns of each, in the order of the
-// accumulators; one thread then calls store(first store tile).
-template <int COUNT, class Fill, class Store>
+// 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
+// quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
+// calls store(store tile).
+template <class Fill, class Store>
 DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t* const tiles = out.tiles + index % STORES * BLOCK_BYTES;
-  // The stores before have left these tiles; the last one may still read another.
-  if (storing) bulk_wait_read<STORES - COUNT>();
+  uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
+  // The store before has left this tile; the last one may still read the other.
+  if (storing) bulk_wait_read<STORES - 1>();
   barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
-    uint32_t quarters[COUNT][4];
+    uint32_t quarters[4];
     fill(group, quarters);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      stmatrix_x4(place_in(tiles + i * BLOCK_BYTES, group), quarters[i]);
+    stmatrix_x4(place_in(tile, group), quarters);
   }
   fence_proxy_async();
   barrier_sync(out.barrier, WARPGROUP);
   if (storing) {
-    store(tiles);
+    store(tile);
     bulk_commit();
   }
 }
@@ -315,7 +315,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
 #pragma unroll
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
         float values[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) values[i] = accumulators[block][part * 32 + group * 8 + i];
@@ -331,9 +331,9 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
             }
           }
         }
-        pack_eight(values, quarters[0]);
+        pack_eight(values, quarters);
       };
-      send<1>(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
+      send(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
         if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
       });
     }
@@ -411,75 +411,29 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& 
       const float* const ups = gates + K::TILE_N / 4;
       const bool inside = at_row < to.m && at_column < to.n;
       const int sent = 3 * (block * (K::TILE_N / 128) + part);
-      send<1>(
+      send(
           out, sent,
-          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(gates + group * 8, quarters[0]); },
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
           });
-      send<1>(
+      send(
           out, sent + 1,
-          [&](int group, uint32_t(&quarters)[1][4]) { pack_eight(ups + group * 8, quarters[0]); },
+          [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
           [&](const uint8_t* tile) {
             if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
           });
-      const auto fill = [&](int group, uint32_t(&quarters)[1][4]) {
+      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
         uint32_t gate[4], up[4];
         pack_eight(gates + group * 8, gate);
         pack_eight(ups + group * 8, up);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          quarters[0][i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
-                                     swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
+          quarters[i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
+                                  swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
       };
-      send<1>(out, sent + 2, fill, [&](const uint8_t* tile) {
+      send(out, sent + 2, fill, [&](const uint8_t* tile) {
         if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
-      });
-    }
-  }
-}
-
-// out = the gradients of gate and up [T,2F], where the product is that of silu(gate) up [T,F].
-struct GatedGradient {
-  const TensorMap* map_out;  // {F, 2, T}
-  const bf16* gate_up;       // [T,2F]
-  int m, n;                  // n is F
-};
-template <class K>
-DEVICE void write(const GatedGradient& to, Accumulators<K>& accumulators, const Outbox& out,
-                  int row, int column) {
-#pragma unroll
-  for (int block = 0; block < K::BLOCKS; ++block) {
-#pragma unroll
-    for (int part = 0; part < K::TILE_N / 64; ++part) {
-      const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const auto fill = [&](int group, uint32_t(&quarters)[2][4]) {
-        uint32_t gates[4], ups[4];  // pairs; all are on their way before the first is used
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const Place at = place_of(2 * (group * 4 + pair), at_row, at_column);
-          gates[pair] = ups[pair] = 0;
-          if (at.row < to.m && at.column < to.n) {
-            const bf16* const gate = to.gate_up + size_t(at.row) * 2 * to.n + at.column;
-            gates[pair] = *reinterpret_cast<const uint32_t*>(gate);
-            ups[pair] = *reinterpret_cast<const uint32_t*>(gate + to.n);
-          }
-        }
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const float* const d_out = &accumulators[block][part * 32 + 2 * (group * 4 + pair)];
-          const uint32_t gate = gates[pair], up = ups[pair];
-          const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[0]);
-          const GateUp high = swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[1]);
-          quarters[0][pair] = pack_bf16(low.gate, high.gate);
-          quarters[1][pair] = pack_bf16(low.up, high.up);
-        }
-      };
-      send<2>(out, 0, fill, [&](const uint8_t* tiles) {
-        if (at_row < to.m && at_column < to.n) {
-          tma_store_3d(to.map_out, tiles, at_column, 0, at_row);
-          tma_store_3d(to.map_out, tiles + BLOCK_BYTES, at_column, 1, at_row);
-        }
       });
     }
   }
@@ -543,12 +497,12 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
   }
 }
 
-// ---------------------------------------------------------------- kernels
-// What both kinds of kernels do before and around the consumers' work; `consumer_part(consumer)`.
-// Thread 0 has written `work`.
-template <class K, class ConsumerPart>
+// ---------------------------------------------------------------- blocks
+// What all kernels do before and around the consumers' work; `consumer_part(consumer)`, and for a
+// warp beside each of them `mover_part(consumer)`. Thread 0 has written `work`.
+template <class K, class MoverPart, class ConsumerPart>
 DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work, uint8_t* ring,
-                uint64_t* full, uint64_t* empty, uint64_t* order,
+                uint64_t* full, uint64_t* empty, uint64_t* order, const MoverPart& mover_part,
                 const ConsumerPart& consumer_part) {
   if (threadIdx.x == 0) {
     // Swizzles take bits of the address itself; that the ring is aligned so is not in the language.
@@ -569,7 +523,9 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work
 
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, *work);
+    const int warp = int(threadIdx.x) / 32;
+    if (warp == 0 && elect_one()) produce<K>(map_a, map_b, ring, full, empty, *work);
+    if (warp > 0 && warp <= CONSUMERS) mover_part(warp - 1);
   } else {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     consumer_part(int(threadIdx.x) / WARPGROUP - 1);
@@ -593,7 +549,8 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
     for (int consumer = 0; consumer < CONSUMERS; ++consumer)
       outboxes[consumer] = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer};
   }
-  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+  const auto no_mover = [](int) {};
+  run<K>(map_a, map_b, work, ring, full, empty, order, no_mover, [&](int consumer) {
     consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
                  const Outbox out = outboxes[consumer];
@@ -614,7 +571,8 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   SHARED(uint64_t, order, CONSUMERS);
   SHARED(Work, work, 1);
   if (threadIdx.x == 0) *work = work_of<K>(m, n, k, splits);
-  run<K>(map_a, map_b, work, ring, full, empty, order, [&](int consumer) {
+  const auto no_mover = [](int) {};
+  run<K>(map_a, map_b, work, ring, full, empty, order, no_mover, [&](int consumer) {
     const bool first_thread = threadIdx.x % WARPGROUP == 0;
     consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
@@ -636,7 +594,148 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   });
 }
 
-// As many stages as 227 KiB hold beside the store tiles, which tn does without.
+// ---------------------------------------------------------------- SwiGLU's gradient
+// out = the gradients of gate and up [T,2F], where the product is that of silu(gate) up [T,F].
+//
+// What the epilogue reads is as much as it writes, and it must not wait for global memory. So each
+// consumer has STORES buffers of two tiles, and a thread of the producer's warpgroup, its mover:
+// that one loads 64 x 64 values of gate and of up ahead of the consumer, which puts the gradients
+// in their place; the mover stores them from there and loads what comes next.
+struct GatedGradient {
+  const TensorMap *map_out, *map_gates;  // both {F, 2, T}
+  int m, n;                              // n is F
+};
+// Of one consumer. Both have a phase for each use of a buffer.
+struct Exchange {
+  uint8_t* tiles;     // STORES x 2
+  uint64_t* loaded;   // STORES: by the mover's copies
+  uint64_t* written;  // STORES: by every warp of the consumer
+};
+DEVICE uint8_t* buffer_of(const Exchange& exchange, int buffer) {
+  return exchange.tiles + 2 * buffer * BLOCK_BYTES;
+}
+
+// Where 64 x 64 values of a matrix are, as tensor maps count.
+struct Corner {
+  int row, column;
+};
+// Stores a buffer's gradients once they are there, and waits until it can be loaded again.
+DEVICE void store_gradients(const GatedGradient& to, const Exchange& exchange, int buffer,
+                            uint32_t parity, Corner from) {
+  mbarrier_wait(&exchange.written[buffer], parity);
+  if (from.row >= to.m || from.column >= to.n) return;
+  for (int half = 0; half < 2; ++half)
+    tma_store_3d(to.map_out, buffer_of(exchange, buffer) + half * BLOCK_BYTES, from.column, half,
+                 from.row);
+  bulk_commit();
+  bulk_wait_read<0>();
+}
+template <class K>
+DEVICE void move(const GatedGradient& to, const Exchange& exchange, const Work& work,
+                 int consumer) {
+  constexpr int ACROSS = K::TILE_N / 64;
+  Corner held[STORES];  // what the buffers are used for
+  bool any = false;     // before the first use there is nothing to be stored
+  uint32_t parity = 1;  // of the use before
+  int count = 0;
+  for (int index = first_item(work); index < items(work); index += item_step(work), ++count) {
+    if (!K::SHARED_TILES && count % CONSUMERS != consumer) continue;
+    const Item item = item_at<K>(work, index);
+    const int first_row = item.m + (K::SHARED_TILES ? consumer * K::CONSUMER_M : 0);
+    for (int first = 0; first < K::PARTS; first += STORES) {
+#pragma unroll
+      for (int buffer = 0; buffer < STORES; ++buffer) {
+        if (any) store_gradients(to, exchange, buffer, parity, held[buffer]);
+        const int part = first + buffer;
+        held[buffer] = {first_row + part / ACROSS * MMA_M, item.n + part % ACROSS * 64};
+        uint64_t* const loaded = &exchange.loaded[buffer];
+        mbarrier_arrive_expect_tx(loaded, 2 * BLOCK_BYTES);
+        for (int half = 0; half < 2; ++half)
+          tma_load_3d(buffer_of(exchange, buffer) + half * BLOCK_BYTES, to.map_gates, loaded,
+                      held[buffer].column, half, held[buffer].row);
+      }
+      any = true;
+      parity ^= 1;
+    }
+  }
+#pragma unroll
+  for (int buffer = 0; buffer < STORES; ++buffer)
+    if (any) store_gradients(to, exchange, buffer, parity, held[buffer]);
+}
+
+// The consumer's part of a tile. `parity`: of its next use of the buffers.
+template <class K>
+DEVICE void differentiate(const Accumulators<K>& accumulators, const Exchange& exchange,
+                          uint32_t& parity) {
+#pragma unroll
+  for (int part = 0; part < K::PARTS; ++part) {
+    const int buffer = part % STORES, block = part / (K::TILE_N / 64);
+    uint8_t* const tile = buffer_of(exchange, buffer);
+    mbarrier_wait(&exchange.loaded[buffer], parity);
+#pragma unroll
+    for (int group = 0; group < 4; ++group) {
+      const float* const d_out = &accumulators[block][part % (K::TILE_N / 64) * 32 + group * 8];
+      uint32_t gates[4], ups[4];  // pairs, and then those of their gradients
+      ldmatrix_x4(gates, place_in(tile, group));
+      ldmatrix_x4(ups, place_in(tile + BLOCK_BYTES, group));
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const uint32_t gate = gates[pair], up = ups[pair];
+        const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[2 * pair]);
+        const GateUp high =
+            swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[2 * pair + 1]);
+        gates[pair] = pack_bf16(low.gate, high.gate);
+        ups[pair] = pack_bf16(low.up, high.up);
+      }
+      stmatrix_x4(place_in(tile, group), gates);
+      stmatrix_x4(place_in(tile + BLOCK_BYTES, group), ups);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&exchange.written[buffer]);
+    if (buffer == STORES - 1) parity ^= 1;
+  }
+}
+
+template <class K>
+DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* map_b, int k,
+                                       const GatedGradient& gradient) {
+  constexpr int BUFFERS = CONSUMERS * STORES;
+  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS x 2 tiles
+  SHARED(uint64_t, full, K::STAGES);
+  SHARED(uint64_t, empty, K::STAGES);
+  SHARED(uint64_t, order, CONSUMERS);
+  SHARED(uint64_t, loaded, BUFFERS);
+  SHARED(uint64_t, written, BUFFERS);
+  SHARED(Work, work, 1);
+  SHARED(Exchange, exchanges, CONSUMERS);
+  if (threadIdx.x == 0) {
+    *work = work_of<K>(gradient.m, gradient.n, k, 1);
+    uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
+      const int first = consumer * STORES;
+      exchanges[consumer] = {tiles + 2 * first * BLOCK_BYTES, loaded + first, written + first};
+    }
+    for (int buffer = 0; buffer < BUFFERS; ++buffer) {
+      mbarrier_init(&loaded[buffer], 1);
+      mbarrier_init(&written[buffer], WARPGROUP / 32);
+    }
+  }
+  const auto mover_part = [&](int consumer) {
+    if (elect_one()) move<K>(gradient, exchanges[consumer], *work, consumer);
+  };
+  run<K>(map_a, map_b, work, ring, full, empty, order, mover_part, [&](int consumer) {
+    uint32_t parity = 0;
+    consume<K>(ring, full, empty, order, *work, consumer,
+               [&](Accumulators<K>& accumulators, const Item&, int) {
+                 differentiate<K>(accumulators, exchanges[consumer], parity);
+               });
+  });
+}
+
+// ---------------------------------------------------------------- kernels
+// As many stages as 227 KiB hold beside the store tiles, of which tn has none and nn_swiglu twice
+// as many.
 #define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                            \
   KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                             \
   (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,     \
@@ -672,13 +771,14 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
         &map_a, &map_b, m, n, k, Gated{&map_out, &map_product, m, n});                       \
   }                                                                                          \
   EXPORT_KERNEL(gemm_sm90_nt_swiglu_##tile_m##x##tile_n)
-#define SWIGLU_GRADIENT_KERNEL(tile_m, tile_n, stages, shared)                            \
-  KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n, THREADS, 1)                             \
-  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,      \
-   const __grid_constant__ TensorMap map_out, const bf16* gate_up, int m, int n, int k) { \
-    multiply_and_store<Kind<ALONG_K, ACROSS_K, tile_m, tile_n, stages, shared>>(          \
-        &map_a, &map_b, m, n, k, GatedGradient{&map_out, gate_up, m, n});                 \
-  }                                                                                       \
+#define SWIGLU_GRADIENT_KERNEL(tile_m, tile_n, stages, shared)                                    \
+  KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n, THREADS, 1)                                     \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,              \
+   const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_gates, int m, \
+   int n, int k) {                                                                                \
+    multiply_and_differentiate<Kind<ALONG_K, ACROSS_K, tile_m, tile_n, stages, shared>>(          \
+        &map_a, &map_b, k, GatedGradient{&map_out, &map_gates, m, n});                            \
+  }                                                                                               \
   EXPORT_KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n)
 
 STORE_KERNEL(nt, ALONG_K, 128, 256, 4, true)
@@ -695,5 +795,6 @@ ROTARY_KERNEL(128, 192, 4, false)
 ROTARY_KERNEL(128, 128, 6, false)
 SWIGLU_KERNEL(128, 256, 4, true)
 SWIGLU_KERNEL(128, 128, 6, false)
-SWIGLU_GRADIENT_KERNEL(128, 256, 4, true)
-SWIGLU_GRADIENT_KERNEL(128, 128, 6, false)
+SWIGLU_GRADIENT_KERNEL(128, 256, 3, true)
+SWIGLU_GRADIENT_KERNEL(128, 192, 4, false)
+SWIGLU_GRADIENT_KERNEL(128, 128, 5, false)

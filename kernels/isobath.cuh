@@ -1,5 +1,6 @@
-// The one header of a kernel file: the CUDA language, one wrapper per instruction, and what both
-// machines share (types, bf16, swizzles, descriptors, reductions).
+// The header of every kernel file: the CUDA language, one wrapper per instruction, and what both
+// machines share (types, bf16, swizzles, descriptors, reductions). Kernel files of one op have
+// another one in common, beside them, which includes nothing.
 //
 // device/ holds the wrappers as inline PTX, host/ the same names on a CPU; a kernel file cannot
 // tell which it got. A kernel is written

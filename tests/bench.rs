@@ -112,6 +112,12 @@ fn work_is_counted_by_its_formula() {
     let logits = 16 * 80 * 2;
     let loss = [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4];
     assert_eq!(amounts(&small(Benchmark::Loss)), loss);
+    // A cluster holds the row; behind the largest, all tiles but the last are read twice.
+    let gradient = |vocab| -> u64 {
+        amounts(&Request { rows: Some(1), vocab: Some(vocab), ..small(Benchmark::Loss) })[1]
+    };
+    assert_eq!(gradient(131_080), 2 * 2 * 131_080 + 2 * 4 + 4);
+    assert_eq!(gradient(524_296), (2 * 524_296 + 524_288) * 2 + 2 * 4 + 4);
     assert_eq!(
         amounts(&small(Benchmark::Adamw)),
         [4 * 3000, 30 * 3000, 22 * 3000, 28 * 3000, 20 * 3000]

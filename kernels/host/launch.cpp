@@ -113,20 +113,17 @@ static Worker* this_worker() {
 
 static std::atomic<uint64_t> all_switches{0};
 
-static void work(Launch& launch) {
-  Worker& w = *this_worker();
+// The calling thread's worker with what a team needs; null: there are no stacks for that.
+static Worker* prepared_worker(const Launch& launch) {
+  Worker* const mine = this_worker();
   prepare_thread_for_faults();
   const uint32_t threads = launch.team_blocks * launch.block_threads;
-  if (!w.reserve(launch.team_blocks, threads)) {
-    std::lock_guard lock(launch.mutex);
-    if (!launch.aborted.exchange(true))
-      launch.fault = format(
-          "no stacks for the %u threads that must run at once: all launches of the process "
-          "together "
-          "have %zu, a third of vm.max_map_count; raise that, or launch fewer threads",
-          threads, Stacks::most());
-    return;
-  }
+  return mine->reserve(launch.team_blocks, threads) ? mine : nullptr;
+}
+
+// `kept`: stacks that the worker may keep for the next launch. Those of a large grid or cluster
+// would be missing elsewhere.
+static void work(Launch& launch, Worker& w, size_t kept) {
   const uint64_t switches = w.switches;
   launch.running++;  // before a team is claimed: others may wait for it at once
   while (!launch.aborted) {
@@ -135,9 +132,7 @@ static void work(Launch& launch) {
     run_team(launch, uint32_t(team));
   }
   launch.running--;
-  // Those of a large grid or cluster would be missing elsewhere.
-  constexpr size_t KEPT = 4096;
-  if (w.stacks.count() > KEPT) w.stacks.release();
+  if (w.stacks.count() > kept) w.stacks.release();
   all_switches += w.switches - switches;
 }
 
@@ -147,7 +142,18 @@ namespace {
 class Pool {
  public:
   // Asks for up to `count` helpers, works, and returns when nobody works on the launch any more.
+  // The launching thread takes its stacks first: helpers that find none leave the work to it.
   void run(Launch& launch, uint32_t count) {
+    constexpr size_t KEPT = 4096;
+    Worker* const mine = prepared_worker(launch);
+    if (!mine) {
+      launch.aborted = true;
+      launch.fault = format(
+          "no stacks for the %u threads that must run at once: all launches of the process "
+          "together have %zu, a third of vm.max_map_count; raise that, or launch fewer threads",
+          launch.team_blocks * launch.block_threads, Stacks::most());
+      return;
+    }
     Job job{&launch, count, 0};
     if (count) {
       std::lock_guard lock(mutex_);
@@ -158,7 +164,7 @@ class Pool {
       jobs_.push_back(&job);
     }
     if (count) wake_.notify_all();
-    work(launch);
+    work(launch, *mine, KEPT);
     if (count) {
       std::unique_lock lock(mutex_);
       std::erase(jobs_, &job);
@@ -173,6 +179,7 @@ class Pool {
     uint32_t wanted, inside;
   };
   [[noreturn]] void serve() {
+    constexpr size_t KEPT = 1024;  // of each of many
     std::unique_lock lock(mutex_);
     for (;;) {
       Job* job = nullptr;
@@ -185,7 +192,7 @@ class Pool {
       job->wanted--;
       job->inside++;
       lock.unlock();
-      work(*job->launch);
+      if (Worker* const mine = prepared_worker(*job->launch)) work(*job->launch, *mine, KEPT);
       lock.lock();
       job->inside--;
       left_.notify_all();

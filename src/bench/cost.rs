@@ -11,6 +11,7 @@ use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::choice::choice;
 use crate::config::{Dtype, Master, NormKind};
 use crate::cuda::gemm::{Epilogue, Layout, Output};
+use crate::cuda::loss::Shape;
 
 /// One launch of an op's kernels.
 #[derive(Clone, PartialEq, Debug)]
@@ -362,9 +363,18 @@ impl Cost {
         Cost::moving("loss_forward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
     }
 
-    pub fn loss_backward(dtype: Dtype, [t, v]: [usize; 2]) -> Self {
-        let bytes = 2 * element_bytes(dtype) * product(&[t, v]) + 8 * t as u64 + 4;
-        let formula = "logits read, their gradient written [T,V]; targets and losses [T]; scale";
+    /// `shape`: of the kernel, which reads what it cannot hold a second time.
+    pub fn loss_backward(dtype: Dtype, [t, v]: [usize; 2], shape: Shape) -> Self {
+        let row_bytes = element_bytes(dtype) * v as u64;
+        let read_again = shape.read_again(row_bytes as usize) as u64;
+        let bytes = (2 * row_bytes + read_again) * t as u64 + 8 * t as u64 + 4;
+        let formula = match read_again {
+            0 => "logits read, their gradient written [T,V]; targets and losses [T]; scale",
+            _ => {
+                "logits read, those of all tiles but the last twice, their gradient written [T,V]; \
+                 targets and losses [T]; scale"
+            }
+        };
         Cost::moving("loss_backward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
     }
 

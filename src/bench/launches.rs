@@ -2,11 +2,12 @@
 //! that training runs (`launches`, one exhaustive match over them), and of what the trainer does
 //! around it.
 
-use super::cost::Cost;
+use super::cost::{Cost, element_bytes};
 use crate::backend::{LossSpec, Sink};
 use crate::config::{Config, Dtype};
 use crate::cuda::DevicePointer;
 use crate::cuda::gemm::{Family, Layout, Output, Rotation};
+use crate::cuda::loss::Shape;
 use crate::cuda::norm::Norm;
 use crate::cuda::peaks::Peaks;
 use crate::engine::Plan;
@@ -205,7 +206,7 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
                 let [v, c] = matrix(weight);
                 vec![
                     product(Layout::Nt, [t, v, c], store(false)),
-                    Cost::loss_backward(dtype, [t, v]),
+                    Cost::loss_backward(dtype, [t, v], loss_shape(dtype, v)),
                     product(Layout::Nn, [t, c, v], store(false)),
                     product(Layout::Tn, [v, c, t], Output::Accumulate),
                 ]
@@ -236,6 +237,11 @@ fn fuses(dtype: Dtype, layout: Layout, output: Output) -> bool {
         Dtype::F32 => Family::F32,
     };
     family.fuses(layout, output)
+}
+
+/// How the machine's loss holds a row; as in [`fuses`], all of them have what a Hopper has.
+fn loss_shape(dtype: Dtype, columns: usize) -> Shape {
+    Shape::of(columns * element_bytes(dtype) as usize, true)
 }
 
 /// What `of` launches for each chunk of a loss over `tokens` tokens.

@@ -48,6 +48,6 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     copies.release(driver)?;
     Ok(vec![
         Row::new(Cost::loss_forward(dtype, [rows, vocab]), &forward),
-        Row::new(Cost::loss_backward(dtype, [rows, vocab]), &backward),
+        Row::new(Cost::loss_backward(dtype, [rows, vocab], kernels.shape()), &backward),
     ])
 }

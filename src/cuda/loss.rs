@@ -1,16 +1,61 @@
-//! Launches kernels/loss.cu: cross-entropy over rows of logits, with their gradient in place.
+//! Launches kernels/loss.cu and loss_sm90.cu: cross-entropy over rows of logits, with their gradient
+//! in place.
 //!
 //! [`Loss`] knows the kernels for one type and width of rows; it launches them for any number of
-//! rows. It allocates nothing. The formulas, and what becomes of padding, ignored rows and targets
-//! that are no class, stand at the head of kernels/loss.cu.
+//! rows. It allocates nothing. What becomes of ignored rows and of targets that are no class stands
+//! at the head of kernels/loss.cu, the formula in cross_entropy.cuh.
 
-use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
+use super::{Arguments, DevicePointer, Driver, KernelId, Launch, Properties, StreamId};
 use crate::config::Dtype;
 use crate::error::{Error, Result};
 
-/// Threads of a row and 16-byte vectors that each of them holds, as kernels/loss.cu has them, the
-/// narrowest first. The last one takes every wider row, in several tiles.
-const VARIANTS: [(usize, usize); 5] = [(128, 1), (128, 4), (256, 8), (512, 8), (1024, 8)];
+/// How many threads hold a row in their registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shape {
+    /// Blocks of a cluster.
+    pub blocks: usize,
+    /// Of a block.
+    threads: usize,
+    /// Of 16 bytes, of a thread.
+    vectors: usize,
+}
+
+const fn shape(blocks: usize, threads: usize, vectors: usize) -> Shape {
+    Shape { blocks, threads, vectors }
+}
+
+/// Those of kernels/loss.cu, the narrowest first. The last one takes every wider row, in several
+/// tiles.
+const ONE_BLOCK: [Shape; 5] =
+    [shape(1, 128, 1), shape(1, 128, 4), shape(1, 256, 8), shape(1, 512, 8), shape(1, 1024, 8)];
+
+/// Those of kernels/loss_sm90.cu, for rows that one block does not hold.
+const CLUSTERS: [Shape; 4] =
+    [shape(4, 256, 16), shape(8, 256, 10), shape(8, 256, 16), shape(8, 512, 16)];
+
+impl Shape {
+    /// For rows of so many bytes; `clusters`: whether the machine has them.
+    pub fn of(row_bytes: usize, clusters: bool) -> Self {
+        let mut shapes = ONE_BLOCK.iter().chain(CLUSTERS.iter().filter(|_| clusters));
+        let holds = |it: &&Shape| it.bytes() >= row_bytes;
+        *shapes.find(holds).unwrap_or(&ONE_BLOCK[ONE_BLOCK.len() - 1])
+    }
+
+    /// Bytes of a row that its gradient needs a second time: those of all tiles but the last.
+    pub fn read_again(&self, row_bytes: usize) -> usize {
+        row_bytes.saturating_sub(1) / self.bytes() * self.bytes()
+    }
+
+    /// That all threads hold together.
+    fn bytes(&self) -> usize {
+        self.blocks * self.threads * self.vectors * VECTOR_BYTES
+    }
+
+    /// Whether a machine runs loss_sm90.cu, which is compiled for this alone.
+    fn has_clusters(machine: &Properties) -> bool {
+        machine.compute_capability == (9, 0)
+    }
+}
 
 /// The widest row: an i32 has to count its columns and those of a tile behind its end.
 pub const MAX_COLUMNS: usize = 1 << 30;
@@ -46,13 +91,14 @@ pub struct Loss {
     device: &'static str,
     classes: usize,
     columns: usize,
-    threads: u32,
+    shape: Shape,
     forward: KernelId,
     backward: KernelId,
 }
 
 impl Loss {
-    /// `columns`: the stored width of a row, of which the first `classes` are real.
+    /// `columns`: the stored width of a row, of which the first `classes` are real. Rows that one
+    /// block does not hold are shared by a cluster, where this machine and this build have that.
     ///
     /// Errors: rows that are no multiple of 16 bytes, or wider than [`MAX_COLUMNS`]; no class, or
     /// more than there are columns.
@@ -62,12 +108,36 @@ impl Loss {
         classes: usize,
         columns: usize,
     ) -> Result<Self> {
+        let clusters = Shape::has_clusters(driver.properties());
+        let shape = Shape::of(row_bytes(dtype, columns), clusters);
+        let found = Loss::of_shape(driver, dtype, classes, columns, shape);
+        // A build for fewer architectures lacks whole files: one block is as right.
+        match found {
+            Err(_) if shape.blocks > 1 => Loss::in_one_block(driver, dtype, classes, columns),
+            found => found,
+        }
+    }
+
+    /// The same without clusters, on any machine.
+    pub fn in_one_block(
+        driver: &mut dyn Driver,
+        dtype: Dtype,
+        classes: usize,
+        columns: usize,
+    ) -> Result<Self> {
+        let shape = Shape::of(row_bytes(dtype, columns), false);
+        Loss::of_shape(driver, dtype, classes, columns, shape)
+    }
+
+    fn of_shape(
+        driver: &mut dyn Driver,
+        dtype: Dtype,
+        classes: usize,
+        columns: usize,
+        shape: Shape,
+    ) -> Result<Self> {
         let device = driver.device();
-        let element_bytes = match dtype {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        };
-        let vector = VECTOR_BYTES / element_bytes;
+        let vector = VECTOR_BYTES / element_bytes(dtype);
         if columns == 0 || !columns.is_multiple_of(vector) {
             return Err(refusal(
                 device,
@@ -89,18 +159,18 @@ impl Loss {
                 format!("choose 1 to {columns} classes; the columns behind them are padding"),
             ));
         }
-        let holds = |&&(threads, vectors): &&(usize, usize)| threads * vectors * vector >= columns;
-        let widest = VARIANTS.last().expect("there are variants");
-        let &(threads, vectors) = VARIANTS.iter().find(holds).unwrap_or(widest);
-        let suffix = format!("{dtype}_{threads}x{vectors}");
-        Ok(Loss {
-            device,
-            classes,
-            columns,
-            threads: threads as u32,
-            forward: driver.kernel(&format!("loss_forward_{suffix}"))?,
-            backward: driver.kernel(&format!("loss_backward_{suffix}"))?,
-        })
+        let mut kernel = |pass: &str| {
+            let family = if shape.blocks > 1 { "_sm90" } else { "" };
+            let Shape { threads, vectors, .. } = shape;
+            driver.kernel(&format!("loss_{pass}{family}_{dtype}_{threads}x{vectors}"))
+        };
+        let (forward, backward) = (kernel("forward")?, kernel("backward")?);
+        Ok(Loss { device, classes, columns, shape, forward, backward })
+    }
+
+    /// How the rows are held.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// Errors: more rows than a grid has blocks; whatever the driver finds wrong.
@@ -147,10 +217,11 @@ impl Loss {
         if rows == 0 {
             return Ok(());
         }
-        if i32::try_from(rows).is_err() {
+        let Shape { blocks, threads, .. } = self.shape;
+        if i32::try_from(rows.saturating_mul(blocks)).is_err() {
             return Err(refusal(
                 self.device,
-                format!("{rows} rows; a grid has at most {} blocks", i32::MAX),
+                format!("{rows} rows of {blocks} blocks; a grid has at most {}", i32::MAX),
                 "choose a smaller train.micro_batch, or smaller chunks of tokens".to_string(),
             ));
         }
@@ -162,8 +233,22 @@ impl Loss {
             ));
         }
         let arguments = arguments.with(self.classes as i32).with(self.columns as i32).with(z_loss);
-        let launch = Launch::new(kernel, [rows as u32, 1, 1], [self.threads, 1, 1]).on(stream);
+        let grid = [(rows * blocks) as u32, 1, 1];
+        let launch = Launch::new(kernel, grid, [threads as u32, 1, 1])
+            .cluster([blocks as u32, 1, 1])
+            .on(stream);
         driver.launch(&launch, &arguments)
+    }
+}
+
+fn row_bytes(dtype: Dtype, columns: usize) -> usize {
+    columns.saturating_mul(element_bytes(dtype))
+}
+
+fn element_bytes(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
     }
 }
 

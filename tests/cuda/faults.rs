@@ -800,6 +800,10 @@ fn threads_that_have_no_stacks_are_refused() {
         let found = case("many_threads").cooperative(8).threads(1024).run(&mut host).unwrap();
         assert_eq!(found[0], 8);
     }
+    // Helpers without stacks leave all clusters to the launching thread.
+    let mut host = Host::load(library(), Options { workers: 6, ..plain() }).unwrap();
+    let found = case("many_threads").blocks(48).cluster(8).threads(1024).run(&mut host).unwrap();
+    assert_eq!(found[0], 48);
 }
 
 // ------------------------------------------------------------------ time and arithmetic

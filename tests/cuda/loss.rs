@@ -1,12 +1,16 @@
-//! kernels/loss.cu against the formula in f64: every variant and type, padding, ignored rows,
-//! z-loss, logits far from zero, rows of one tile and of several.
+//! kernels/loss.cu and loss_sm90.cu against the formula in f64: every variant and type, padding,
+//! ignored rows, z-loss, logits far from zero, rows of one tile and of several, in one block and in
+//! a cluster.
 
+use isobath::Result;
 use isobath::config::Dtype;
-use isobath::cuda::loss::{Loss, LossBackward, LossForward, MAX_COLUMNS};
+use isobath::cuda::host::Host;
+use isobath::cuda::loss::{Loss, LossBackward, LossForward, MAX_COLUMNS, Shape};
 use isobath::cuda::{Driver, StreamId, host};
 use isobath::random::Philox;
 use isobath::tensor::IGNORE_INDEX;
 
+use super::counting::Counting;
 use super::machines::*;
 use crate::support::{normals, tokens};
 
@@ -127,10 +131,17 @@ fn plain(case: Case, inputs: &Inputs) -> Outputs {
 
 // ------------------------------------------------------------------ on a device
 
+/// [`Loss::new`], or [`Loss::in_one_block`].
+type Make = fn(&mut dyn Driver, Dtype, usize, usize) -> Result<Loss>;
+
 /// Losses of the forward pass, those of the backward pass, and what became of the logits.
 fn run(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> [Vec<f64>; 3] {
+    run_made(Loss::new, driver, case, inputs)
+}
+
+fn run_made(make: Make, driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> [Vec<f64>; 3] {
     let Case { dtype, rows, classes, columns, z_loss, .. } = case;
-    let loss = Loss::new(driver, dtype, classes, columns).unwrap();
+    let loss = make(driver, dtype, classes, columns).unwrap();
     let logits = upload(driver, "logits", dtype, &inputs.logits);
     let targets = driver.upload("targets", &inputs.targets).unwrap();
     let scale = driver.upload("scale", &[inputs.scale]).unwrap();
@@ -156,9 +167,9 @@ fn run(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> [Vec<f64>; 3] {
     [forward, backward, d_logits]
 }
 
-fn check(driver: &mut dyn Driver, prepared: &Prepared) -> Vec<u8> {
+fn check(make: Make, driver: &mut dyn Driver, prepared: &Prepared) -> Vec<u8> {
     let Prepared { case, inputs, plain, exact } = prepared;
-    let [losses, with_gradient, d_logits] = run(driver, *case, inputs);
+    let [losses, with_gradient, d_logits] = run_made(make, driver, *case, inputs);
     assert!(bits(&[&losses]) == bits(&[&with_gradient]), "{case:?}: the passes' losses differ");
     let mut found = Outputs { losses, ..Outputs::default() };
     for (row, (d_row, &target)) in d_logits.chunks(case.columns).zip(&inputs.targets).enumerate() {
@@ -193,9 +204,9 @@ fn bits(all: &[&Vec<f64>]) -> Vec<u8> {
     all.iter().flat_map(|it| it.iter()).flat_map(|value| value.to_bits().to_le_bytes()).collect()
 }
 
-fn check_all(cases: impl IntoIterator<Item = Case>) {
+fn check_all(make: Make, cases: impl IntoIterator<Item = Case>) {
     let prepared: Vec<Prepared> = cases.into_iter().map(Prepared::new).collect();
-    on_every_machine(|driver| prepared.iter().flat_map(|it| check(driver, it)).collect());
+    on_every_machine(|driver| prepared.iter().flat_map(|it| check(make, driver, it)).collect());
 }
 
 // ------------------------------------------------------------------ tests
@@ -226,7 +237,7 @@ fn every_width(dtype: Dtype) {
         add(3, widest - vector, 1);
         add(3, widest + vector, 2 * vector + 3);
     }
-    check_all(cases);
+    check_all(Loss::new, cases);
 }
 
 #[test]
@@ -239,7 +250,8 @@ fn f32_rows_of_every_width() {
     every_width(Dtype::F32);
 }
 
-/// One tile exactly, a second one of one vector, a second one of padding alone, several.
+/// On machines without clusters: one tile exactly, a second one of one vector, a second one of
+/// padding alone, several.
 #[test]
 fn rows_of_several_tiles() {
     let mut cases = vec![];
@@ -266,33 +278,123 @@ fn rows_of_several_tiles() {
     };
     cases.push(several);
     cases.push(Case { columns: 1 << 18, classes: 1 << 18, ..several });
-    check_all(cases);
+    check_all(Loss::in_one_block, cases);
+}
+
+/// A row of each cluster: as wide as it can be, a vector more than the next smaller one holds, and
+/// one in which most blocks have nothing but padding.
+fn every_cluster(dtype: Dtype) {
+    let vector = vector(dtype);
+    let case =
+        |rows, columns, classes, z_loss| Case { dtype, rows, classes, columns, z_loss, size: None };
+    // vectors
+    let (one_block, wide, between, wider, widest) = (8192, 16_384, 20_480, 32_768, 65_536);
+    check_all(
+        Loss::new,
+        [
+            case(3, (one_block - 1) * vector, (one_block - 1) * vector, 0.0),
+            case(4, (one_block + 1) * vector, one_block * vector + 1, 1e-2),
+            case(1, (one_block + 1) * vector, 5, 1e-2),
+            case(1, (wide - 1) * vector, (wide - 1) * vector - 1, 0.0),
+            case(1, wide * vector, wide * vector, 0.0),
+            case(2, (wide + 1) * vector, wide * vector - vector - 1, 1e-2),
+            case(1, between * vector, between * vector, 1e-2),
+            case(1, (between + 1) * vector, between * vector + 3, 0.0),
+            case(1, wider * vector, wider * vector - 2, 1e-2),
+            case(1, (wider + 1) * vector, wider * vector, 0.0),
+            case(1, widest * vector, widest * vector - 1, 0.0),
+        ],
+    );
+}
+
+#[test]
+fn bf16_rows_of_every_cluster() {
+    every_cluster(Dtype::Bf16);
+}
+
+#[test]
+fn f32_rows_of_every_cluster() {
+    every_cluster(Dtype::F32);
+}
+
+/// The smallest that holds a row; without clusters, and behind the largest, one block; what that
+/// reads twice is all but the last of its tiles.
+#[test]
+fn a_row_is_held_by_as_few_blocks_as_can() {
+    const KIB: usize = 1024;
+    for (bytes, blocks, read_again) in [
+        (16, 1, 0),
+        (128 * KIB, 1, 0),
+        (128 * KIB + 16, 4, 128 * KIB),
+        (2 * 128_256, 4, 128 * KIB),
+        (256 * KIB, 4, 128 * KIB),
+        (256 * KIB + 16, 8, 256 * KIB),
+        (2 * 256_000, 8, 384 * KIB),
+        (4 * 256_000, 8, 896 * KIB),
+        (1024 * KIB, 8, 896 * KIB),
+    ] {
+        let shape = Shape::of(bytes, true);
+        assert_eq!((shape.blocks, shape.read_again(bytes)), (blocks, 0), "{bytes} bytes");
+        let one = Shape::of(bytes, false);
+        assert_eq!((one.blocks, one.read_again(bytes)), (1, read_again), "{bytes} bytes");
+    }
+    let beyond = Shape::of(1024 * KIB + 16, true);
+    assert_eq!((beyond.blocks, beyond.read_again(1024 * KIB + 16)), (1, 1024 * KIB));
+}
+
+/// A machine of another compute capability, and a build without the file, have one block each.
+#[test]
+fn without_clusters_one_block_has_a_row() {
+    if !has_simt() {
+        return;
+    }
+    let blocks = |capability, lacks| {
+        let mut driver = Counting::new(Host::new(host::Options::default()).unwrap());
+        driver.properties.compute_capability = capability;
+        driver.lacks = lacks;
+        Loss::new(&mut driver, Dtype::Bf16, 128_256, 128_256).unwrap().shape().blocks
+    };
+    assert_eq!(blocks((9, 0), None), 4);
+    assert_eq!(blocks((8, 0), None), 1);
+    assert_eq!(blocks((10, 0), None), 1);
+    assert_eq!(blocks((9, 0), Some("loss_forward_sm90")), 1);
+    assert_eq!(blocks((9, 0), Some("loss_backward_sm90")), 1);
 }
 
 /// exp of one of these overflows, and squares of them count in the z-loss.
 #[test]
 fn logits_far_from_zero() {
-    let mut cases = vec![];
+    let (mut cases, mut wide) = (vec![], vec![]);
     for dtype in [Dtype::Bf16, Dtype::F32] {
         for (size, z_loss) in [(1e4, 0.0), (1e4, 1e-4), (90.0, 1e-2), (0.0, 1e-2)] {
             let size = Some(rounded(dtype, size));
             cases.push(Case { dtype, rows: 5, classes: 301, columns: 304, z_loss, size });
         }
-        // Several tiles: a maximum is replaced by a larger one.
+        // A cluster, or several tiles: a maximum is replaced by a larger one.
         let columns = 70_000;
-        cases.push(Case { dtype, rows: 2, classes: 69_997, columns, z_loss: 0.0, size: Some(1e4) });
+        wide.push(Case { dtype, rows: 2, classes: 69_997, columns, z_loss: 0.0, size: Some(1e4) });
     }
-    check_all(cases);
+    check_all(Loss::new, cases.into_iter().chain(wide.iter().copied()));
+    check_all(Loss::in_one_block, wide);
 }
 
 /// One class far above the others, in every place of a row: a maximum that came late, or from
-/// another thread, warp or tile.
+/// another thread, warp, tile or block of a cluster. In a cluster of four, 2048 columns of bf16 go
+/// to each block in turn.
 #[test]
 fn one_hot_rows() {
+    let in_clusters = [0, 2047, 2048, 4095, 4096, 6143, 6144, 8191, 8192, 40_000, 65_543];
     on_each_machine(|driver| {
-        for (dtype, columns, places) in [
-            (Dtype::Bf16, 2056, vec![0, 7, 8, 255, 1023, 1024, 2047, 2048, 2055]),
-            (Dtype::F32, 32_800, vec![0, 3, 4, 32_767, 32_768, 32_799]),
+        for (make, dtype, columns, places) in [
+            (
+                Loss::new as Make,
+                Dtype::Bf16,
+                2056,
+                &[0, 7, 8, 255, 1023, 1024, 2047, 2048, 2055][..],
+            ),
+            (Loss::in_one_block, Dtype::F32, 32_800, &[0, 3, 4, 32_767, 32_768, 32_799]),
+            (Loss::new, Dtype::Bf16, 65_544, &in_clusters),
+            (Loss::new, Dtype::F32, 32_772, &[0, 1023, 1024, 2047, 2048, 3072, 4096, 32_771]),
         ] {
             let rows = places.len();
             let case = Case { dtype, rows, classes: columns, columns, z_loss: 0.0, size: None };
@@ -302,14 +404,14 @@ fn one_hot_rows() {
             }
             let targets = places.iter().map(|&place| place as i32).collect();
             let mut inputs = Inputs { logits, targets, scale: 2.0 };
-            let [losses, _, d_logits] = run(driver, case, &inputs);
+            let [losses, _, d_logits] = run_made(make, driver, case, &inputs);
             assert_eq!(losses, vec![0.0; rows], "{case:?}: certain and right");
             assert!(d_logits.iter().all(|&d| d == 0.0), "{case:?}: nothing to learn");
 
             // The class before it instead: off by exactly the distance, all of it on two classes.
             let before = |place: usize| (place + columns - 1) % columns;
             inputs.targets = places.iter().map(|&place| before(place) as i32).collect();
-            let [losses, _, d_logits] = run(driver, case, &inputs);
+            let [losses, _, d_logits] = run_made(make, driver, case, &inputs);
             let apart = 2.0 * rounded(dtype, 1e4);
             assert_eq!(losses, vec![apart; rows], "{case:?}: certain and wrong");
             for (row, &place) in places.iter().enumerate() {
@@ -326,11 +428,16 @@ fn one_hot_rows() {
 #[test]
 fn what_is_no_class_or_no_number_makes_its_own_row_nan() {
     on_each_machine(|driver| {
-        for dtype in [Dtype::Bf16, Dtype::F32] {
-            let case = Case { dtype, rows: 8, classes: 301, columns: 304, z_loss: 0.0, size: None };
+        for (dtype, columns) in [
+            (Dtype::Bf16, 304),
+            (Dtype::F32, 304),
+            (Dtype::Bf16, 65_544), // of a cluster
+        ] {
+            let classes = columns - 3;
+            let case = Case { dtype, rows: 8, classes, columns, z_loss: 0.0, size: None };
             let good = Inputs::new(case);
             let mut bad = Inputs::new(case);
-            for (row, target) in [(3, -1), (4, 301), (5, i32::MAX), (6, i32::MIN)] {
+            for (row, target) in [(3, -1), (4, classes as i32), (5, i32::MAX), (6, i32::MIN)] {
                 bad.targets[row] = target;
             }
             bad.logits[7 * case.columns + 11] = f64::NAN;
@@ -417,21 +524,18 @@ fn workers_do_not_change_a_bit() {
         println!("skipped: no simt: {error}");
         return;
     }
-    let case = Case {
-        dtype: Dtype::Bf16,
-        rows: 9,
-        classes: 1201,
-        columns: 1208,
-        z_loss: 1e-2,
-        size: None,
-    };
-    let prepared = Prepared::new(case);
-    let of_workers = |workers| {
-        let options = host::Options { workers, ..host::Options::default() };
-        check(&mut host::Host::new(options).unwrap(), &prepared)
-    };
-    let one = of_workers(1);
-    for workers in [2, 5] {
-        assert!(of_workers(workers) == one, "{workers} workers give other bits than one");
+    // In one block, and in a cluster.
+    for (rows, columns) in [(9, 1208), (3, 65_544)] {
+        let classes = columns - 7;
+        let case = Case { dtype: Dtype::Bf16, rows, classes, columns, z_loss: 1e-2, size: None };
+        let prepared = Prepared::new(case);
+        let of_workers = |workers| {
+            let options = host::Options { workers, ..host::Options::default() };
+            check(Loss::new, &mut Host::new(options).unwrap(), &prepared)
+        };
+        let one = of_workers(1);
+        for workers in [2, 5] {
+            assert!(of_workers(workers) == one, "{workers} workers give other bits than one");
+        }
     }
 }

@@ -20,8 +20,11 @@ use isobath::config::{Dtype, NormKind};
 use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward, Passes};
 use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+use isobath::cuda::loss::{Loss, LossBackward, LossForward};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
 use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
+
+use isobath::tensor::IGNORE_INDEX;
 
 use super::library;
 use super::machines::{download, unwritten, upload};
@@ -32,7 +35,11 @@ use crate::support::normals;
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Kernels {
     Norm,
+    /// Of loss_sm90.cu.
+    Loss,
     GemmSm90,
+    /// Of gemm_sm90.cu, what its section on SwiGLU's gradient says.
+    GemmGradient,
     GemmMma,
     /// Of attention_sm90.cu, each with what is in its own section.
     AttentionForward,
@@ -41,9 +48,11 @@ enum Kernels {
     AttentionOnePass,
 }
 
-const ALL: [Kernels; 6] = [
+const ALL: [Kernels; 8] = [
     Kernels::Norm,
+    Kernels::Loss,
     Kernels::GemmSm90,
+    Kernels::GemmGradient,
     Kernels::GemmMma,
     Kernels::AttentionForward,
     Kernels::AttentionBackward,
@@ -54,7 +63,9 @@ impl Kernels {
     fn name(self) -> &'static str {
         match self {
             Kernels::Norm => "norm",
+            Kernels::Loss => "loss_sm90",
             Kernels::GemmSm90 => "gemm_sm90",
+            Kernels::GemmGradient => "gemm_sm90_gradient",
             Kernels::GemmMma => "gemm_mma",
             Kernels::AttentionForward => "attention_forward",
             Kernels::AttentionBackward => "attention_backward",
@@ -79,7 +90,20 @@ impl Kernels {
                     ("NORM_KERNELS(f32, 512, 4, 2, 1)\n", ""),
                 ],
             ),
-            Kernels::GemmSm90 => with_some_gemms(include_str!("../../kernels/gemm_sm90.cu")),
+            Kernels::Loss => patched(
+                include_str!("../../kernels/loss_sm90.cu"),
+                &[(
+                    "LOSS_KERNELS_OF(bf16)\nLOSS_KERNELS_OF(f32)\n",
+                    "LOSS_KERNELS(bf16, 256, 16, 2)\n",
+                )],
+            ),
+            Kernels::GemmSm90 => with_some_gemms(&[
+                "STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)",
+                "ADD_KERNEL(128, 256, 4, true)",
+            ]),
+            Kernels::GemmGradient => {
+                with_some_gemms(&["SWIGLU_GRADIENT_KERNEL(128, 192, 4, false)"])
+            }
             Kernels::GemmMma => include_str!("../kernels/gemm_mma.cu").to_string(),
             Kernels::AttentionForward => with_one_attention(
                 ATTENTION,
@@ -118,16 +142,20 @@ impl Kernels {
         }
     }
 
-    /// The part of the text whose calls are broken: of attention, one pass
-    /// after the other, and with the second one what both share.
+    /// The part of the text whose calls are broken: of the Hopper products, what those with and
+    /// without SwiGLU's gradient run; of attention, one pass after the other, and with the second
+    /// one what both share.
     fn breaks(self, text: &str, at: usize) -> bool {
         let section = |name: &str| {
             let start = text.find(&format!("---- {name}\n"));
             start.unwrap_or_else(|| panic!("no section `{name}`"))
         };
         let in_forward = || (section("forward")..section("backward")).contains(&at);
+        let in_gradient = || (section("SwiGLU's gradient")..section("kernels")).contains(&at);
         match self {
-            Kernels::Norm | Kernels::GemmSm90 | Kernels::GemmMma => true,
+            Kernels::Norm | Kernels::Loss | Kernels::GemmMma => true,
+            Kernels::GemmSm90 => !in_gradient(),
+            Kernels::GemmGradient => in_gradient(),
             Kernels::AttentionForward => in_forward(),
             Kernels::AttentionBackward => !in_forward(),
             Kernels::AttentionOnePass => at > section("the work"),
@@ -139,7 +167,9 @@ impl Kernels {
     fn run(self, driver: &mut dyn Driver) -> Result<Vec<u8>, String> {
         let found = match self {
             Kernels::Norm => run_norm(driver, &NORMS),
+            Kernels::Loss => run_loss(driver, &LOSSES),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &PRODUCTS),
+            Kernels::GemmGradient => run_gradient(driver, 192, &GRADIENTS),
             Kernels::GemmMma => run_gemm_mma(driver),
             Kernels::AttentionForward => run_attention_forward(driver),
             Kernels::AttentionBackward => run_attention_backward(driver, Passes::Two),
@@ -149,12 +179,11 @@ impl Kernels {
     }
 }
 
-/// Of the Hopper products, one whose consumers take tiles in turn and one whose consumers share them
-/// and whose K is split; the others are there in name, as src/cuda/gemm/sm90.rs wants to find them.
-fn with_some_gemms(text: &str) -> String {
-    const KEPT: [&str; 2] =
-        ["STORE_KERNEL(nt, ALONG_K, 128, 128, 6, false)", "ADD_KERNEL(128, 256, 4, true)"];
-    let mut kept = 0;
+/// Of the Hopper products, the kernels that these lines make; the others are there in name, as
+/// src/cuda/gemm/sm90.rs wants to find them.
+fn with_some_gemms(kept: &[&str]) -> String {
+    let text = include_str!("../../kernels/gemm_sm90.cu");
+    let mut found = 0;
     let line = |line: &str| -> String {
         let Some((kind, rest)) = line.split_once('(') else { return line.to_string() };
         let of_tile = |name: &str, first: usize| -> String {
@@ -162,8 +191,8 @@ fn with_some_gemms(text: &str) -> String {
             format!("gemm_sm90_{name}_{}x{}", parts[first], parts[first + 1])
         };
         let name = match kind {
-            _ if KEPT.contains(&line) => {
-                kept += 1;
+            _ if kept.contains(&line) => {
+                found += 1;
                 return line.to_string();
             }
             "STORE_KERNEL" => of_tile(&rest[..2], 2),
@@ -176,7 +205,7 @@ fn with_some_gemms(text: &str) -> String {
         format!("KERNEL({name}, 1)() {{}} EXPORT_KERNEL({name})")
     };
     let text = text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n";
-    assert_eq!(kept, KEPT.len(), "{KEPT:?} must be there");
+    assert_eq!(found, kept.len(), "{kept:?} must be there");
     text
 }
 
@@ -292,6 +321,40 @@ fn run_norm(driver: &mut dyn Driver, cases: &[NormCase]) -> isobath::error::Resu
     Ok(all)
 }
 
+/// Classes and columns, of a cluster of four and of eight.
+const LOSSES: [(usize, usize); 2] = [(65_541, 65_544), (163_841, 163_848)];
+
+/// Rows with targets in the second block and in the first, and an ignored one between them.
+fn run_loss(driver: &mut dyn Driver, cases: &[(usize, usize)]) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    for &(classes, columns) in cases {
+        let loss = Loss::new(driver, Dtype::Bf16, classes, columns)?;
+        let targets = driver.upload("targets", &[2048, IGNORE_INDEX, 7])?;
+        let rows = 3;
+        let logits = upload(driver, "logits", Dtype::Bf16, &normals(1, rows * columns));
+        let scale = driver.upload("scale", &[0.5f32])?;
+        let losses = unwritten(driver, "losses", Dtype::F32, rows);
+        let (at, targets_at, losses_at) = (logits.address, targets.address, losses.address);
+        let forward = LossForward { logits: at, targets: targets_at, losses: losses_at };
+        loss.forward(driver, StreamId::MAIN, rows, 1e-2, &forward)?;
+        bytes(&download(driver, Dtype::F32, losses), &mut all);
+        let backward = LossBackward {
+            logits: at,
+            targets: targets_at,
+            scale: scale.address,
+            losses: losses_at,
+        };
+        loss.backward(driver, StreamId::MAIN, rows, 1e-2, &backward)?;
+        for (dtype, buffer) in [(Dtype::F32, losses), (Dtype::Bf16, logits)] {
+            bytes(&download(driver, dtype, buffer), &mut all);
+        }
+        for buffer in [targets, logits, scale, losses] {
+            driver.release(buffer)?;
+        }
+    }
+    Ok(all)
+}
+
 /// Layout, columns of the tile, splits, blocks of a cluster, M, N, K and whether there is an addend.
 type ProductCase = (Layout, usize, usize, usize, usize, usize, usize, bool);
 
@@ -337,6 +400,41 @@ fn run_gemm_sm90(
         }
         bytes(&download(driver, dtype, out), &mut all);
         for buffer in [a, b, addend, out] {
+            driver.release(buffer)?;
+        }
+    }
+    gemm.release(driver)?;
+    Ok(all)
+}
+
+/// Blocks of a cluster, M, N and K of the gradient of SwiGLU: several tiles for each consumer of a
+/// block, with tails, and a pair of blocks.
+const GRADIENTS: [[usize; 4]; 2] = [[1, 300, 584, 72], [2, 130, 264, 328]];
+const MORE_GRADIENTS: [[usize; 4]; 2] = [[1, 250, 712, 136], [2, 136, 264, 72]];
+
+/// `columns`: of the tile.
+fn run_gradient(
+    driver: &mut dyn Driver,
+    columns: usize,
+    cases: &[[usize; 4]],
+) -> isobath::error::Result<Vec<u8>> {
+    let mut all = vec![];
+    let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
+    for &[cluster, m, n, k] in cases {
+        let a = upload(driver, "a", Dtype::Bf16, &normals(1, m * k));
+        let b = upload(driver, "b", Dtype::Bf16, &normals(2, n * k));
+        let gate_up = upload(driver, "gate and up", Dtype::Bf16, &normals(3, 2 * m * n));
+        let out = unwritten(driver, "out", Dtype::Bf16, 2 * m * n);
+        let output = Output::SwiGluGradient { gate_up: gate_up.address };
+        let (a_at, b_at, out_at) = (a.address, b.address, out.address);
+        let layout = Layout::Nn;
+        let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
+        let mut variants = gemm.variants_for(layout, output);
+        let variant = variants.find(|it| it.columns == columns).unwrap();
+        let choice = Choice { cluster, ..Choice::whole(variant) };
+        gemm.plan_with(driver, choice, &product)?.launch(driver, StreamId::MAIN)?;
+        bytes(&download(driver, Dtype::Bf16, out), &mut all);
+        for buffer in [a, b, gate_up, out] {
             driver.release(buffer)?;
         }
     }
@@ -477,7 +575,8 @@ fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> O
 /// How a machine for these kernels begins; it keeps its number of multiprocessors.
 fn first_options(kernels: Kernels) -> Options {
     let multiprocessors = match kernels {
-        Kernels::GemmSm90 => 3, // for as many splits
+        Kernels::GemmSm90 => 3,     // for as many splits
+        Kernels::GemmGradient => 2, // for a pair of blocks
         _ => 1,
     };
     Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
@@ -721,7 +820,10 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "ordinary writes are not fenced before the TMA store reads them",
-        &[("  fence_proxy_async();\n", "")],
+        &[(
+            "  fence_proxy_async();\n  barrier_sync(out.barrier, WARPGROUP);",
+            "  barrier_sync(out.barrier, WARPGROUP);",
+        )],
         &[
             "no fence.proxy.async between an ordinary write and an asynchronous access",
             "bulk store",
@@ -745,7 +847,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a store tile is written while the store before the last one still reads it",
-        &[("if (storing) bulk_wait_read<STORES - COUNT>();", "")],
+        &[("if (storing) bulk_wait_read<STORES - 1>();", "")],
         &["data race on shared memory", "bulk store of block (0,0,0) thread"],
     ),
     planted(
@@ -769,7 +871,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a whole warp produces",
-        &[("threadIdx.x < 32 && elect_one()", "threadIdx.x < 32")],
+        &[("warp == 0 && elect_one()", "warp == 0")],
         &["mbarrier"],
     ),
     planted(
@@ -807,6 +909,33 @@ const PLANTED: &[Planted] = &[
         &["the thread spins"],
     ),
     planted(
+        Kernels::GemmGradient,
+        "gate and up are read before they are there",
+        &[("    mbarrier_wait(&exchange.loaded[buffer], parity);\n", "")],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "gradients are stored that other lanes may not have written yet",
+        &[("    fence_proxy_async();\n    __syncwarp();\n", "    fence_proxy_async();\n")],
+        &["data race on shared memory", "an asynchronous read by a bulk store of"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "what comes next is loaded over gradients that are still being stored",
+        &[("  bulk_commit();\n  bulk_wait_read<0>();\n", "  bulk_commit();\n")],
+        &["shared memory", "bulk store of block (0,0,0) thread"],
+    ),
+    planted(
+        Kernels::GemmGradient,
+        "one mover for both consumers",
+        &[(
+            "move<K>(gradient, exchanges[consumer], *work, consumer)",
+            "move<K>(gradient, exchanges[consumer], *work, 0)",
+        )],
+        &["data race on global memory", "of buffer \"out\"", "by a bulk store of block (0,0,0)"],
+    ),
+    planted(
         Kernels::Norm,
         "no barrier before the sums of the warps are read",
         &[(
@@ -842,6 +971,45 @@ const PLANTED: &[Planted] = &[
             "held[i] = row_of(inp, row, columns)[at];",
         )],
         &["read out of bounds", "buffer \"inp\" (34720 bytes)"],
+    ),
+    planted(
+        Kernels::Loss,
+        "parts of Z are added up before those of the other blocks are there",
+        &[("  cluster_sync();\n", "  __syncthreads();\n")],
+        &["shared memory 0x", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "a block writes into another one that may not have begun",
+        &[("  cluster_arrive_relaxed();\n", ""), ("  cluster_wait();\n", "")],
+        &["write out of bounds: 8 bytes at shared address", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "every block sends to itself",
+        &[("cluster_map(partitions, uint32_t(lane))", "cluster_map(partitions, cluster_rank())")],
+        &["data race on shared memory", "after a write by block (0,0,0) thread 0 "],
+    ),
+    planted(
+        Kernels::Loss,
+        "the parts of all blocks have one place",
+        &[("[int(cluster_rank()) * WARPS + warp]", "[warp]")],
+        &["data race on shared memory", "by block ("],
+    ),
+    planted(
+        Kernels::Loss,
+        "the first thread reads the target's logit while another block writes over it",
+        &[(
+            "vector % cluster_threads<THREADS>() == cluster_thread<THREADS>()",
+            "cluster_thread<THREADS>() == (vector & 0)",
+        )],
+        &["data race on global memory", "of buffer \"logits\""],
+    ),
+    planted(
+        Kernels::Loss,
+        "each block takes the vectors of the first",
+        &[("return int(cluster_rank()) * THREADS + int(threadIdx.x);", "return int(threadIdx.x);")],
+        &["data race on global memory"],
     ),
     planted(
         Kernels::AttentionForward,
@@ -1188,22 +1356,29 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 
 #[test]
 fn every_synchronisation_that_is_broken_is_caught() {
-    break_all(&[Kernels::Norm, Kernels::GemmSm90, Kernels::GemmMma]);
+    break_all(&[Kernels::Norm, Kernels::Loss, Kernels::GemmSm90, Kernels::GemmMma], 60);
+}
+
+#[test]
+#[ignore = "ten seconds on two cores: to be run when SwiGLU's gradient in kernels/gemm_sm90.cu has changed"]
+fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
+    break_all(&[Kernels::GemmGradient], 20);
 }
 
 #[test]
 #[ignore = "takes minutes: to be run when kernels/attention_sm90.cu has changed"]
 fn every_synchronisation_of_attention_that_is_broken_is_caught() {
-    break_all(&[Kernels::AttentionForward, Kernels::AttentionBackward]);
+    break_all(&[Kernels::AttentionForward, Kernels::AttentionBackward], 60);
 }
 
 #[test]
 #[ignore = "takes minutes: to be run when kernels/attention_backward_sm90.cu has changed"]
 fn every_synchronisation_of_attention_in_one_pass_that_is_broken_is_caught() {
-    break_all(&[Kernels::AttentionOnePass]);
+    break_all(&[Kernels::AttentionOnePass], 60);
 }
 
-fn break_all(suites: &[Kernels]) {
+/// `least`: mutants that the scan has to find.
+fn break_all(suites: &[Kernels], least: usize) {
     if library::is_missing() {
         return;
     }
@@ -1244,7 +1419,7 @@ fn break_all(suites: &[Kernels]) {
     for survivor in &survivors {
         println!("survived: {survivor}");
     }
-    assert!(counted >= 60, "the scan finds too little");
+    assert!(counted >= least, "the scan finds too little");
     assert!(survivors.iter().all(|it| !it.contains("NotCompiled") && !it.contains("Died")));
     let share = (faults + wrong) as f64 / counted as f64;
     assert!(share >= 0.95, "{share:.3} of the mutants were caught, 0.95 are needed");
@@ -1277,6 +1452,7 @@ fn random_schedules_of_the_true_kernels_are_clean() {
     let machines = [
         (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
         (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
+        (Kernels::GemmGradient, Host::new(first_options(Kernels::GemmGradient)).unwrap()),
         (mma, Host::load(&library, first_options(mma)).unwrap()),
     ];
     let run = |kernels: Kernels, host: &mut Host| {
@@ -1285,13 +1461,15 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         let more = match kernels {
             Kernels::Norm => run_norm(driver, &MORE_NORMS),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &MORE_PRODUCTS),
+            Kernels::GemmGradient => run_gradient(driver, 128, &MORE_GRADIENTS),
             Kernels::GemmMma => gemm_mma(driver, 128, 64, 96).map(|(exact, found)| {
                 assert_eq!(exact, found);
                 vec![]
             }),
-            Kernels::AttentionForward | Kernels::AttentionBackward | Kernels::AttentionOnePass => {
-                Ok(vec![])
-            }
+            Kernels::Loss
+            | Kernels::AttentionForward
+            | Kernels::AttentionBackward
+            | Kernels::AttentionOnePass => Ok(vec![]),
         };
         bits.extend(more.map_err(|error| error.to_string())?);
         Ok::<Vec<u8>, String>(bits)
@@ -1301,7 +1479,10 @@ fn random_schedules_of_the_true_kernels_are_clean() {
             scope.spawn(move || {
                 let expected = run(kernels, &mut host).unwrap();
                 for seed in 0..SEEDS {
+                    // A thread of a busy machine may stand still for seconds.
+                    let watchdog = Duration::from_secs(20);
                     let random = options(true, Order::Random, Asynchronous::Anytime, seed);
+                    let random = Options { watchdog, ..random };
                     host.set_options(random);
                     let found = run(kernels, &mut host).unwrap_or_else(|error| panic!("{error}"));
                     assert!(found == expected, "{}: other bits, {random:?}", kernels.name());

@@ -22,7 +22,7 @@ const STORE_EPILOGUE: f64 = 143.0;
 const ADD_EPILOGUE: f64 = 570.0;
 const ADD_TURN: f64 = 220.0;
 
-pub(super) const VARIANTS: [Variant; 16] = [
+pub(super) const VARIANTS: [Variant; 17] = [
     shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x256", 4),
     in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x192", 192, 4),
     in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x128", 128, 6),
@@ -37,8 +37,9 @@ pub(super) const VARIANTS: [Variant; 16] = [
     in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x128", 128, 6),
     shared(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x256", 4),
     in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x128", 128, 6),
-    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 4),
-    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x128", 128, 6),
+    shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 3),
+    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x192", 192, 4),
+    in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x128", 128, 5),
 ];
 const PLAIN: Epilogue = Epilogue::Plain;
 
@@ -75,16 +76,18 @@ const fn variant(
     overlapped: bool,
 ) -> Variant {
     let stage_bytes = (ROWS + width) * DEPTH * BF16_BYTES;
-    let (store_tiles_bytes, written, turn) = match layout {
-        Layout::Nt | Layout::Nn => (STORE_TILES_BYTES, STORE_EPILOGUE, None),
-        Layout::Tn => (0, ADD_EPILOGUE, Some(ADD_TURN)),
+    let (store_tiles_bytes, written, turn) = match (layout, epilogue) {
+        // A buffer holds gate and up.
+        (Layout::Nn, Epilogue::SwiGlu) => (2 * STORE_TILES_BYTES, STORE_EPILOGUE, None),
+        (Layout::Nt | Layout::Nn, _) => (STORE_TILES_BYTES, STORE_EPILOGUE, None),
+        (Layout::Tn, _) => (0, ADD_EPILOGUE, Some(ADD_TURN)),
     };
     // Bytes that the epilogue moves, relative to a plain one: gate, up and product are 1.5; of the
-    // gradient, two are read and two written. Heads of 64 read half as many bytes of angles as a tile
-    // of 256 columns writes.
+    // gradient, two are written, and of the two that are read half are there before. Heads of 64 read
+    // half as many bytes of angles as a tile of 256 columns writes.
     let (halves_of_b, bytes) = match (epilogue, layout) {
         (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
-        (Epilogue::SwiGlu, _) => (1, 4.0),
+        (Epilogue::SwiGlu, _) => (1, 3.0),
         (Epilogue::Rotary, _) => (1, 1.5),
         (Epilogue::Plain, _) => (1, 1.0),
     };
@@ -127,9 +130,9 @@ pub(super) fn arguments(
         (Layout::Nn | Layout::Tn, _) => across_k(driver, b, [n, k])?,
     };
     // Gate and up, side by side in each row.
-    let side_by_side = |driver: &mut dyn Driver| {
+    let side_by_side = |driver: &mut dyn Driver, address| {
         let row_bytes = [n, 2 * n].map(|elements| (elements * BF16_BYTES) as u64);
-        halves(driver, out, [n, 2, m], row_bytes, [DEPTH as u32, 1, DEPTH as u32])
+        halves(driver, address, [n, 2, m], row_bytes, [DEPTH as u32, 1, DEPTH as u32])
     };
     let (m_n_k, arguments) =
         ([m, n, k].map(|size| size as i32), Arguments::new().with(map_a).with(map_b));
@@ -147,13 +150,14 @@ pub(super) fn arguments(
                 .with(head_dim as i32)
         }
         Output::SwiGlu { product } => {
-            let map_out = side_by_side(driver)?;
+            let map_out = side_by_side(driver, out)?;
             let map_product = across_k(driver, product, [n, m])?;
             sized(arguments.with(map_out).with(map_product))
         }
         Output::SwiGluGradient { gate_up } => {
-            let map_out = side_by_side(driver)?;
-            sized(arguments.with(map_out).with(gate_up))
+            let map_out = side_by_side(driver, out)?;
+            let map_gates = side_by_side(driver, gate_up)?;
+            sized(arguments.with(map_out).with(map_gates))
         }
     })
 }

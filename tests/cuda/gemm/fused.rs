@@ -254,8 +254,9 @@ fn every_kernel_follows_its_formula() {
         let Some(gemm) = hopper(driver) else { return };
         let all = fusions(&gemm);
         let kernels: Vec<&str> = all.iter().map(|(variant, _)| variant.kernel).collect();
+        let tiles = ["128x256", "128x192", "128x128"];
         for epilogue in ["nt_rotary_", "nt_swiglu_", "nn_swiglu_"] {
-            for tile in ["128x256", "128x128"] {
+            for tile in tiles.iter().filter(|&&it| (epilogue, it) != ("nt_swiglu_", "128x192")) {
                 let name = format!("gemm_sm90_{epilogue}{tile}");
                 assert!(kernels.contains(&name.as_str()), "{name} is missing in {kernels:?}");
             }
