@@ -40,19 +40,6 @@ template <int D, int N>
 constexpr int TILE_BYTES = N * D * int(sizeof(bf16));
 
 // ---------------------------------------------------------------- the ring
-// Where in the ring a producer or a consumer is; `parity` is that of the stage's current round.
-template <int STAGES>
-struct Position {
-  int stage = 0;
-  uint32_t parity = 0;
-};
-template <int STAGES>
-DEVICE void advance(Position<STAGES>& at) {
-  if (++at.stage == STAGES) {
-    at.stage = 0;
-    at.parity ^= 1;
-  }
-}
 // By each warp, when all its lanes have waited for a stage and read it.
 DEVICE void release(uint64_t* empty) {
   __syncwarp();

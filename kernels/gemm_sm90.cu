@@ -69,19 +69,6 @@ template <class K>
 using Accumulators = float[K::BLOCKS][K::TILE_N / 2];
 
 // ---------------------------------------------------------------- the ring
-// Where in the ring a producer or a consumer is; `parity` is that of the stage's current round.
-template <int STAGES>
-struct Position {
-  int stage = 0;
-  uint32_t parity = 0;
-};
-template <int STAGES>
-DEVICE void advance(Position<STAGES>& at) {
-  if (++at.stage == STAGES) {
-    at.stage = 0;
-    at.parity ^= 1;
-  }
-}
 // Past what another consumer reads.
 template <int STAGES>
 DEVICE void skip(Position<STAGES>& at, int steps) {

@@ -161,3 +161,18 @@ DEVICE void cluster_sync(SIMT_SITE) {
   cluster_arrive(SIMT_HERE);
   cluster_wait(SIMT_HERE);
 }
+
+// ---------------------------------------------------------------- rings of stages
+// Where in a ring a producer or a consumer is; `parity` is that of the stage's current round.
+template <int STAGES>
+struct Position {
+  int stage = 0;
+  uint32_t parity = 0;
+};
+template <int STAGES>
+DEVICE void advance(Position<STAGES>& at) {
+  if (++at.stage == STAGES) {
+    at.stage = 0;
+    at.parity ^= 1;
+  }
+}

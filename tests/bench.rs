@@ -104,9 +104,9 @@ fn work_is_counted_by_its_formula() {
     assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 6]);
     assert_eq!(amounts(&Request { family: Some(Family::Sm80), ..all }).len(), 3, "none is fused");
 
-    // Two products, and five, of 2 B H S^2 D; the causal half of each.
+    // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes and in one.
     let square = 2 * 4 * 40 * 40 * 32;
-    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, 5 * square]);
+    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, 5 * square, 5 * square]);
     assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, 5 * square]);
 
     let logits = 16 * 80 * 2;
@@ -717,9 +717,14 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"].as_array().unwrap().len(), 1);
     assert_eq!(report["rows"][0]["what"], "gemm_sm80_tn_64x64, bf16");
     assert!(report["copy"].is_null());
-    for (family, names) in [
-        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"]),
-        ("sm90", ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"]),
+    // On Hopper in two passes and in one.
+    for (family, names, in_one) in [
+        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], None),
+        (
+            "sm90",
+            ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"],
+            Some("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16"),
+        ),
     ] {
         let report = answer(&format!(
             "attention --device simt --attention 1,8,1,1,32 --family {family} --samples 1 --json"
@@ -727,6 +732,7 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
         let [forward, q, kv] = names.map(|name| format!("attention_{name}"));
         assert_eq!(report["rows"][0]["what"], format!("{forward}, bf16"));
         assert_eq!(report["rows"][1]["what"], format!("{q} and {kv}, bf16"));
+        assert_eq!(report["rows"][2]["what"].as_str(), in_one);
     }
 }
 
@@ -752,6 +758,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("gemm_nn_swiglu", json!({"M": 256, "N": 256, "K": 256})),
         ("attention_forward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
+        ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in one pass
         ("norm_forward", norm(false)),
         ("norm_forward", norm(true)),
         ("norm_backward", norm(false)),

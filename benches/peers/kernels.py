@@ -384,6 +384,27 @@ def write(record, args, as_text=table):
         args.table.write_text(as_text(record))
 
 
+def finish(args, replayed, measure, as_text=table):
+    """Writes and prints what was measured, or with --replay what `replayed` makes of the files.
+
+    Returns the exit status: 2 where there is nothing to measure with.
+    """
+    if args.replay:
+        record = replayed()
+    else:
+        try:
+            record = measure(args)
+        except Skip as why:
+            print(f"skipped: {why}", file=sys.stderr)
+            return 2
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    write(record, args, as_text)
+    print(as_text(record), end="")
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--program", type=Path, help="the isobath to time")
@@ -404,20 +425,7 @@ def main():
     if args.rounds < 1 or (args.samples is not None and args.samples < 1):
         parser.error("--rounds and --samples must be positive")
     args.bench = args.bench or BENCHMARKS
-    if args.replay:
-        record = merged([load(path) for path in args.replay])
-    else:
-        try:
-            record = measure(args)
-        except Skip as why:
-            print(f"skipped: {why}", file=sys.stderr)
-            return 2
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    write(record, args)
-    print(table(record), end="")
-    return 0
+    return finish(args, lambda: merged([load(path) for path in args.replay]), measure)
 
 
 if __name__ == "__main__":

@@ -208,20 +208,8 @@ def main():
         parser.error("give either --program or --replay")
     if args.rounds < 1 or (args.samples is not None and args.samples < 1):
         parser.error("--rounds and --samples must be positive")
-    if args.replay:
-        record = kernels.merged([kernels.load(path) for path in args.replay])
-    else:
-        try:
-            record = measure(args)
-        except kernels.Skip as why:
-            print(f"skipped: {why}", file=sys.stderr)
-            return 2
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    kernels.write(record, args, table)
-    print(table(record), end="")
-    return 0
+    replayed = lambda: kernels.merged([kernels.load(path) for path in args.replay])
+    return kernels.finish(args, replayed, measure, table)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def measure(args):
             timed["mfu"] = mfu(timed["tokens_per_second"], row)
             kept["runs"].append(timed)
         record["rounds"] += 1
-        write(record, args)
+        kernels.write(record, args, table)
         print(f"round {round + 1} of {args.rounds}", file=sys.stderr)
     return record
 
@@ -276,10 +276,6 @@ def table(record):
                  for it in tried]
         lines += ["", f"Tried with {name}: {'; '.join(words)}."]
     return "\n".join(lines) + "\n"
-
-
-def write(record, args):
-    kernels.write(record, args, table)
 
 
 def load(path):
@@ -337,20 +333,7 @@ def main():
     if (args.program is None) == (args.replay is None):
         parser.error("give either --program or --replay")
     args.compile = args.compile or ["default"]
-    if args.replay:
-        record = load(args.replay)
-    else:
-        try:
-            record = measure(args)
-        except Skip as why:
-            print(f"skipped: {why}", file=sys.stderr)
-            return 2
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    write(record, args)
-    print(table(record), end="")
-    return 0
+    return kernels.finish(args, lambda: load(args.replay), measure, table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::{AttentionSpec, HeadSpec};
-use crate::cuda::attention::{Attention, AttentionBackward, AttentionForward};
+use crate::cuda::attention::{
+    Attention, AttentionBackward, AttentionForward, AttentionPlan, Passes,
+};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -23,23 +25,27 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     };
     let mut table = vec![];
     for shape in shapes {
-        table.extend(pair(driver, request, shape)?);
+        table.extend(rows_of(driver, request, shape)?);
     }
     Ok(table)
 }
 
-fn pair(
+/// Forward, and backward in every number of passes that the kernels have.
+fn rows_of(
     driver: &mut dyn Driver,
     request: &Request,
     [batch, sequence, heads, kv_heads, head_dim]: [usize; 5],
-) -> Result<[Row; 2]> {
+) -> Result<Vec<Row>> {
     sizes::check("attention (B, S, H, K, D)", &[batch, sequence, heads, kv_heads, head_dim])?;
     // Scores are never stored, but their products are counted.
     sizes::check("attention to scores", &[batch, heads, sequence, sequence])?;
     let dtype = request.kernel_dtype();
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
-    let mut kernels = Attention::new(driver, dtype, heads, request.family)?;
+    let kernels = Attention::new(driver, dtype, heads, request.family)?;
+    let in_one = kernels.clone().with_passes(Passes::One).ok();
+    let mut variants = vec![kernels.with_passes(Passes::Two)?];
+    variants.extend(in_one);
     let tokens = batch * sequence;
     let qkv_values = tokens * heads.qkv_columns();
     let out_values = tokens * heads.heads * head_dim;
@@ -62,27 +68,28 @@ fn pair(
             d_qkv: buffers.zeros("d_qkv", qkv_bytes)?,
             angles: None,
         };
-        let forward = kernels.plan_forward(buffers.driver, &forward)?;
-        Ok([forward, kernels.plan_backward(buffers.driver, &backward)?])
+        let mut plans = vec![variants[0].plan_forward(buffers.driver, &forward)?];
+        for kernels in &mut variants {
+            plans.push(kernels.plan_backward(buffers.driver, &backward)?);
+        }
+        Ok(plans)
     })?;
     let samples = samples(driver, request.samples);
-    let stream = StreamId::MAIN;
-    // Leaves what the backward pass reads.
-    let forward =
-        copies.time(driver, samples, |driver, [forward, _]| forward.launch(driver, stream))?;
-    let backward =
-        copies.time(driver, samples, |driver, [_, backward]| backward.launch(driver, stream))?;
-    let mut names = vec![];
-    for plan in &copies.copies[0] {
-        names.push(plan.kernels(driver)?.join(" and "));
+    let mut rows = vec![];
+    // Forward first: it leaves what the backward passes read.
+    for index in 0..copies.copies[0].len() {
+        let launch = |driver: &mut dyn Driver, plans: &Vec<AttentionPlan>| {
+            plans[index].launch(driver, StreamId::MAIN)
+        };
+        let timing = copies.time(driver, samples, launch)?;
+        let names = copies.copies[0][index].kernels(driver)?.join(" and ");
+        let cost = match index {
+            0 => Cost::attention_forward(spec, dtype),
+            _ => Cost::attention_backward(spec, dtype),
+        };
+        rows.push(Row::new(Cost { what: format!("{names}, {dtype}"), ..cost }, &timing));
     }
     copies.release(driver)?;
-    kernels.release(driver)?;
-    let row = |name: &str, cost: Cost, timing| {
-        Row::new(Cost { what: format!("{name}, {dtype}"), ..cost }, timing)
-    };
-    Ok([
-        row(&names[0], Cost::attention_forward(spec, dtype), &forward),
-        row(&names[1], Cost::attention_backward(spec, dtype), &backward),
-    ])
+    variants.into_iter().try_for_each(|kernels| kernels.release(driver))?;
+    Ok(rows)
 }
