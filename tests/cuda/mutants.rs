@@ -1360,7 +1360,6 @@ fn every_synchronisation_that_is_broken_is_caught() {
 }
 
 #[test]
-#[ignore = "ten seconds on two cores: to be run when SwiGLU's gradient in kernels/gemm_sm90.cu has changed"]
 fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
     break_all(&[Kernels::GemmGradient], 20);
 }
