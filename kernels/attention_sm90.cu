@@ -14,6 +14,7 @@
 // the other side; each of two or three consumers computes 64 rows of the result. Scores and what
 // comes of them never leave registers: an accumulator, rounded, is the A operand of the next
 // product. Backward is two kernels, one for each side that is summed over, as in attention_sm80.cu.
+// attention_backward_sm90.cu does it in one, where that is reckoned to be faster.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"

@@ -128,14 +128,14 @@ def table(record):
     return "\n".join(lines) + "\n"
 
 
-def load(path):
-    """A record that an earlier run wrote. Errors: SystemExit with the remedy."""
+def load(path, as_text=table, writer="kernels.py"):
+    """A record that an earlier run of `writer` wrote. Errors: SystemExit with the remedy."""
     try:
         record = json.loads(Path(path).read_text())
-        table(record)
+        as_text(record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"error: {path} is no record of kernels.py: {type(error).__name__}: {error}\n"
+        sys.exit(f"error: {path} is no record of {writer}: {type(error).__name__}: {error}\n"
                  "remedy: write one with --out on a machine with a GPU")
 
 

@@ -278,17 +278,6 @@ def table(record):
     return "\n".join(lines) + "\n"
 
 
-def load(path):
-    """Errors: SystemExit with the remedy."""
-    try:
-        record = json.loads(Path(path).read_text())
-        table(record)
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"error: {path} is no record of training.py: {type(error).__name__}: {error}\n"
-                 "remedy: write one with --out on a machine with a GPU")
-
-
 def two_numbers(text):
     """OURS:PEER"""
     ours, peer = map(int, text.split(":"))
@@ -333,7 +322,8 @@ def main():
     if (args.program is None) == (args.replay is None):
         parser.error("give either --program or --replay")
     args.compile = args.compile or ["default"]
-    return kernels.finish(args, lambda: load(args.replay), measure, table)
+    replayed = lambda: kernels.load(args.replay, table, "training.py")
+    return kernels.finish(args, replayed, measure, table)
 
 
 if __name__ == "__main__":
