@@ -96,14 +96,13 @@ DEVICE void load_tile(uint8_t* tile, const TensorMap* map, uint64_t* full, int h
                   first + row, b);
 }
 
-// A warp's 16 rows of accumulators, times a factor each, through a tile of its own.
+// A warp's 16 rows of accumulators, times a factor each, through a tile of its own that holds
+// nothing any more.
 template <int D>
-DEVICE void store_rows(const TensorMap* map, uint8_t* tile, const float (&values)[D / 2],
-                       const float (&factors)[2], int head, int first, int b, int sequence) {
+DEVICE void send_rows(const TensorMap* map, uint8_t* tile, const float (&values)[D / 2],
+                      const float (&factors)[2], int head, int first, int b, int sequence) {
   if (first >= sequence) return;
   const int lane = int(threadIdx.x) % 32;
-  if (lane == 0) bulk_wait_read<0>();  // the last store has left the tile
-  __syncwarp();
 #pragma unroll
   for (int group = 0; group < D / 16; ++group) {
     uint32_t quarters[4];
@@ -123,6 +122,15 @@ DEVICE void store_rows(const TensorMap* map, uint8_t* tile, const float (&values
       tma_store_4d(map, tile + column * WARP_ROWS * int(sizeof(bf16)), column, head, first, b);
     bulk_commit();
   }
+}
+// The same through the tile of the store before.
+template <int D>
+DEVICE void store_rows(const TensorMap* map, uint8_t* tile, const float (&values)[D / 2],
+                       const float (&factors)[2], int head, int first, int b, int sequence) {
+  if (first >= sequence) return;
+  if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
+  __syncwarp();
+  send_rows<D>(map, tile, values, factors, head, first, b, sequence);
 }
 
 // ---------------------------------------------------------------- products of a consumer
@@ -179,20 +187,33 @@ struct Angles {
   const float* table;    // [P,D]: D/2 cosines of a position, then D/2 sines
   const int* positions;  // [B,S], each below P
 };
-// Accumulators of a consumer's rows from `first` on: a pair (i, i + D/2) is in one thread.
+// What a thread's two rows were rotated by, of a consumer's from `first` on.
 template <int D>
-DEVICE void rotate_back(float (&values)[D / 2], Angles angles, int first, int b, int sequence) {
-  if (!angles.table) return;
+struct Rotation {
+  float2 cosines[2][D / 16], sines[2][D / 16];
+};
+template <int D>
+DEVICE void read_rotation(Rotation<D>& rotation, Angles angles, int first, int b, int sequence) {
   const int* const positions = angles.positions + size_t(b) * sequence;
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {  // the thread's two rows
-    const int row = first + first_row() + 8 * lower;
-    if (row >= sequence) continue;
+  for (int lower = 0; lower < 2; ++lower) {
+    const int row = min(first + first_row() + 8 * lower, sequence - 1);
     const float* const of_row = angles.table + size_t(positions[row]) * D + first_column();
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
-      const float2 cosines = *reinterpret_cast<const float2*>(of_row + 8 * n);
-      const float2 sines = *reinterpret_cast<const float2*>(of_row + D / 2 + 8 * n);
+      rotation.cosines[lower][n] = *reinterpret_cast<const float2*>(of_row + 8 * n);
+      rotation.sines[lower][n] = *reinterpret_cast<const float2*>(of_row + D / 2 + 8 * n);
+    }
+  }
+}
+// Accumulators of these rows: a pair (i, i + D/2) is in one thread.
+template <int D>
+DEVICE void rotate_back(float (&values)[D / 2], const Rotation<D>& rotation) {
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower)
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      const float2 cosines = rotation.cosines[lower][n], sines = rotation.sines[lower][n];
       float* const x = &values[4 * n + 2 * lower];
       float* const y = x + D / 4;
       const float2 low = make_float2(x[0], x[1]), high = make_float2(y[0], y[1]);
@@ -201,7 +222,13 @@ DEVICE void rotate_back(float (&values)[D / 2], Angles angles, int first, int b,
       y[0] = high.x * cosines.x - low.x * sines.x;
       y[1] = high.y * cosines.y - low.y * sines.y;
     }
-  }
+}
+template <int D>
+DEVICE void rotate_back(float (&values)[D / 2], Angles angles, int first, int b, int sequence) {
+  if (!angles.table) return;
+  Rotation<D> rotation;
+  read_rotation(rotation, angles, first, b, sequence);
+  rotate_back<D>(values, rotation);
 }
 
 // ---------------------------------------------------------------- roles

@@ -6,9 +6,7 @@ use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::{AttentionSpec, HeadSpec};
-use crate::cuda::attention::{
-    Attention, AttentionBackward, AttentionForward, AttentionPlan, Passes,
-};
+use crate::cuda::attention::{Attention, AttentionBackward, AttentionForward, AttentionPlan};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -30,7 +28,7 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
     Ok(table)
 }
 
-/// Forward, and backward in every number of passes that the kernels have.
+/// Forward, and backward in every way that there are kernels for.
 fn rows_of(
     driver: &mut dyn Driver,
     request: &Request,
@@ -43,9 +41,9 @@ fn rows_of(
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
     let kernels = Attention::new(driver, dtype, heads, request.family)?;
-    let in_one = kernels.clone().with_passes(Passes::One).ok();
-    let mut variants = vec![kernels.with_passes(Passes::Two)?];
-    variants.extend(in_one);
+    let variants = kernels.all_passes(spec).into_iter();
+    let variants = variants.map(|passes| kernels.clone().with_passes(passes));
+    let mut variants = variants.collect::<Result<Vec<_>>>()?;
     let tokens = batch * sequence;
     let qkv_values = tokens * heads.qkv_columns();
     let out_values = tokens * heads.heads * head_dim;

@@ -5,9 +5,11 @@
 //! batch and sequence; it is then launched as often as wanted. Only the plan of a backward pass in
 //! one ([`Passes::One`]) may allocate. The formulas, and what is written, stand at the heads of the
 //! kernel files: attention_sm90.cu is launched by sm90.rs, attention_backward_sm90.cu by one_pass.rs,
-//! attention_sm80.cu and attention_f32.cu by tiled.rs, attention_decode.cu here.
+//! attention_backward_short_sm90.cu by short.rs, attention_sm80.cu and attention_f32.cu by tiled.rs,
+//! attention_decode.cu here.
 
 mod one_pass;
+mod short;
 mod sm90;
 mod tiled;
 
@@ -65,12 +67,14 @@ pub struct Angles {
     pub positions: DevicePointer,
 }
 
-/// How often a backward pass on Hopper goes over the scores.
+/// How a backward pass on Hopper goes over the scores.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Passes {
-    /// d_q, d_k and d_v together; d_q is summed in device memory.
+    /// Once, of rows of at most 256 tokens: a block has a head to itself. Others are as for `Two`.
+    Short,
+    /// Once: d_q, d_k and d_v together; d_q is summed in device memory.
     One,
-    /// d_q, then d_k and d_v.
+    /// Twice: d_q, then d_k and d_v.
     Two,
 }
 
@@ -79,8 +83,8 @@ pub enum Passes {
 pub fn backward_scratch_bytes(multiprocessors: usize, spec: AttentionSpec, documents: bool) -> u64 {
     let AttentionSpec { heads, batch, sequence } = spec;
     let sizes = Sizes { batch, sequence };
-    let teams = one_pass::Teams::chosen(multiprocessors, heads, sizes, documents, None);
-    teams.map_or(0, |teams| teams.scratch(heads, sizes).bytes)
+    let way = sm90::Way::chosen(multiprocessors, heads, sizes, documents, None);
+    way.scratch_bytes(heads, sizes)
 }
 
 /// A pass that is ready to be launched.
@@ -191,11 +195,21 @@ impl Attention {
         }
         Err(refusal(
             self.device,
-            format!("no backward pass in one for {:?}", self.heads),
-            "choose Passes::Two; one pass is for bf16 with head dims of 32, 64 and 128 on compute \
-             capability 9.0"
+            format!("no backward pass as Passes::{passes:?} for {:?}", self.heads),
+            "choose Passes::Two; the others are for bf16 on compute capability 9.0, One with head \
+             dims of 32, 64 and 128, Short with 32, 48 and 64"
                 .to_string(),
         ))
+    }
+
+    /// All passes that [`Attention::with_passes`] can choose for such matrices.
+    pub fn all_passes(&self, spec: AttentionSpec) -> Vec<Passes> {
+        match &self.kernels {
+            Kernels::Tiled(_) => vec![Passes::Two],
+            Kernels::Sm90(kernels) => {
+                kernels.all_passes(Sizes { batch: spec.batch, sequence: spec.sequence })
+            }
+        }
     }
 
     /// Gives its memory back, after all its work has run.
@@ -254,7 +268,7 @@ impl Attention {
             }
             // Delta comes with the first one.
             launches.extend(match &mut self.kernels {
-                Kernels::Tiled(kernels) => kernels.backward(sizes, pass),
+                Kernels::Tiled(kernels) => kernels.backward(sizes, pass).into(),
                 Kernels::Sm90(kernels) => kernels.backward(driver, sizes, pass)?,
             });
         }

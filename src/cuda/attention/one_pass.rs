@@ -70,7 +70,7 @@ impl Teams {
         let teams = || Teams::new(multiprocessors, heads, sizes);
         match passes {
             _ if !HEAD_DIMS.contains(&heads.head_dim) => None,
-            Some(Passes::Two) => None,
+            Some(Passes::Short | Passes::Two) => None,
             Some(Passes::One) => teams(),
             None => teams().filter(|it| !documents && it.pay(multiprocessors, heads, sizes)),
         }

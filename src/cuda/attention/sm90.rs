@@ -1,8 +1,9 @@
 //! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and for
-//! backward those of one_pass.rs where they are reckoned to be faster. As many blocks as there are
+//! backward those of short.rs and one_pass.rs where they are reckoned to be faster. As many blocks as there are
 //! multiprocessors, each of which takes item after item: a tile of a head's rows.
 
 use super::one_pass::{self, Teams};
+use super::short;
 use super::{AttentionBackward, AttentionForward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
 use crate::cuda::{
@@ -56,11 +57,44 @@ pub(super) struct Kernels {
     forward: Vec<(usize, KernelId)>,
     backward_q: KernelId,
     backward_kv: KernelId,
+    short: Option<short::Kernels>,
     one_pass: Option<one_pass::Kernels>,
     /// `None`: as is reckoned.
     passes: Option<Passes>,
     /// For passes on one stream: each plan's is in one of them.
     scratch: Vec<Allocation>,
+}
+
+/// How a backward pass is run.
+pub(super) enum Way {
+    Short,
+    One(Teams),
+    Two,
+}
+
+impl Way {
+    /// As `passes` say, where there is such a kernel; `None`: as pays.
+    pub fn chosen(
+        multiprocessors: usize,
+        heads: HeadSpec,
+        sizes: Sizes,
+        documents: bool,
+        passes: Option<Passes>,
+    ) -> Self {
+        if short::chosen(multiprocessors, heads, sizes, passes) {
+            return Way::Short;
+        }
+        let teams = Teams::chosen(multiprocessors, heads, sizes, documents, passes);
+        teams.map_or(Way::Two, Way::One)
+    }
+
+    /// Device memory that the pass needs while it runs.
+    pub fn scratch_bytes(&self, heads: HeadSpec, sizes: Sizes) -> u64 {
+        match self {
+            Way::One(teams) => teams.scratch(heads, sizes).bytes,
+            Way::Short | Way::Two => 0,
+        }
+    }
 }
 
 /// The heads of a result, and how they are walked.
@@ -86,6 +120,7 @@ impl Kernels {
             forward: forward.collect::<Result<_>>()?,
             backward_q: kernel("backward_q", BACKWARD_ROWS)?,
             backward_kv: kernel("backward_kv", BACKWARD_ROWS)?,
+            short: short::Kernels::new(driver, heads)?,
             one_pass: one_pass::Kernels::new(driver, heads)?,
             passes: None,
             scratch: vec![],
@@ -95,7 +130,18 @@ impl Kernels {
     /// False: there is no such kernel.
     pub fn set_passes(&mut self, passes: Passes) -> bool {
         self.passes = Some(passes);
-        passes == Passes::Two || self.one_pass.is_some()
+        match passes {
+            Passes::Short => self.short.is_some(),
+            Passes::One => self.one_pass.is_some(),
+            Passes::Two => true,
+        }
+    }
+
+    /// Those that there are kernels for.
+    pub fn all_passes(&self, sizes: Sizes) -> Vec<Passes> {
+        let one = self.one_pass.as_ref().map(|_| Passes::One);
+        let short = short::applies(self.heads, sizes).then_some(Passes::Short);
+        [Some(Passes::Two), one, short].into_iter().flatten().collect()
     }
 
     /// Gives its memory back, after all its work has run.
@@ -130,18 +176,19 @@ impl Kernels {
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// In one pass or in two. Errors: as [`Kernels::forward`]; no memory for sums.
+    /// As [`Kernels::set_passes`] said, or as pays. Errors: as [`Kernels::forward`]; no memory for sums.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,
         sizes: Sizes,
         pass: &AttentionBackward,
-    ) -> Result<[(Launch, Arguments); 2]> {
+    ) -> Result<Vec<(Launch, Arguments)>> {
         let multiprocessors = driver.properties().multiprocessors as usize;
         let documents = pass.forward.document_starts.is_some();
-        let teams = Teams::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
-        match (&self.one_pass, teams) {
-            (Some(kernels), Some(teams)) => {
+        let way = Way::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
+        match (way, &self.short, &self.one_pass) {
+            (Way::Short, Some(kernels), _) => Ok(vec![kernels.backward(driver, sizes, pass)?]),
+            (Way::One(teams), _, Some(kernels)) => {
                 let bytes = teams.scratch(self.heads, sizes).bytes;
                 let memory = match self.scratch.iter().find(|memory| memory.bytes >= bytes) {
                     Some(memory) => *memory,
@@ -151,9 +198,9 @@ impl Kernels {
                         memory
                     }
                 };
-                kernels.backward(driver, sizes, pass, teams, memory.address)
+                Ok(kernels.backward(driver, sizes, pass, teams, memory.address)?.into())
             }
-            _ => self.backward_in_two(driver, sizes, pass),
+            _ => Ok(self.backward_in_two(driver, sizes, pass)?.into()),
         }
     }
 
