@@ -272,10 +272,13 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
       };
       mbarrier_wait(&full[stage], step.parity);
       if (far <= tile) differentiate(far_d_k, far_d_v, far);
-      if (near <= tile)
+      if (near <= tile) {
         differentiate(near_d_k, near_d_v, near);
-      else
+      } else {
+        // Released before they have come so far, they would be taken for the round before.
         mbarrier_wait(&known[stage], step.parity);
+        mbarrier_wait(&d_scores_empty[step.count % 2], step.count / 2 % 2 ^ 1);
+      }
       release(&empty[stage]);
       release(&d_scores_full[step.count % 2]);
       if (step.count > 0) {
@@ -321,7 +324,10 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
         if (last_member && tile == far) finish(far_d_k, far_d_v);
         if (last_member && tile == near) finish(near_d_k, near_d_v);
       }
-      if (last_member) release(&keys_empty[tile]);
+      if (last_member) {
+        mbarrier_wait(&keys_full[tile], unit.round % 2);  // of a consumer that has not read it, too
+        release(&keys_empty[tile]);
+      }
     });
   });
   if (threadIdx.x % 32 == 0) bulk_wait<0>();

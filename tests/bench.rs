@@ -385,7 +385,7 @@ fn every_kernel_of_every_placement_is_of_a_family() {
 }
 
 /// How the kernels of an op begin; the op behind a name that several of them share.
-const KERNELS: [(&str, &str); 19] = [
+const KERNELS: [(&str, &str); 18] = [
     ("gemm_sm90_nt_128", "gemm_nt"),
     ("gemm_sm90_nt_rotary_", "gemm_nt_rotary"),
     ("gemm_sm90_nt_swiglu_", "gemm_nt_swiglu"),
@@ -398,8 +398,7 @@ const KERNELS: [(&str, &str); 19] = [
     ("rotary_", "rotary"),
     ("swiglu_forward_", "swiglu_forward"),
     ("attention_forward_", "attention_forward"),
-    ("attention_backward_q_", "attention_backward"),
-    ("attention_backward_kv_", "attention_backward"),
+    ("attention_backward_short_", "attention_backward"),
     ("embedding_forward", "embedding_forward"),
     ("embedding_backward_", "embedding_backward"),
     ("loss_backward_", "loss_backward"),
@@ -494,7 +493,7 @@ fn a_step_is_the_sum_of_its_families() {
         let of_family = |it: &&bench::Kernel| KernelFamily::of(it.op) == share.family;
         // Passes in two kernels.
         let kernels = |it: &bench::Kernel| match it.op {
-            "norm_backward" | "attention_backward" | "gradient_norm" => 2 * it.launches,
+            "norm_backward" | "gradient_norm" => 2 * it.launches,
             _ => it.launches,
         };
         let launches: u64 = prediction.kernels.iter().filter(of_family).map(kernels).sum();
@@ -717,13 +716,16 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"].as_array().unwrap().len(), 1);
     assert_eq!(report["rows"][0]["what"], "gemm_sm80_tn_64x64, bf16");
     assert!(report["copy"].is_null());
-    // On Hopper in two passes and in one.
-    for (family, names, in_one) in [
-        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], None),
+    // On Hopper in two passes, in one, and in one of short rows.
+    for (family, names, once) in [
+        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], [None; 2]),
         (
             "sm90",
             ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"],
-            Some("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16"),
+            [
+                Some("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16"),
+                Some("attention_backward_short_sm90_256x32, bf16"),
+            ],
         ),
     ] {
         let report = answer(&format!(
@@ -732,7 +734,8 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
         let [forward, q, kv] = names.map(|name| format!("attention_{name}"));
         assert_eq!(report["rows"][0]["what"], format!("{forward}, bf16"));
         assert_eq!(report["rows"][1]["what"], format!("{q} and {kv}, bf16"));
-        assert_eq!(report["rows"][2]["what"].as_str(), in_one);
+        let others = [2, 3].map(|row| report["rows"][row]["what"].as_str());
+        assert_eq!(others, once);
     }
 }
 
@@ -758,7 +761,8 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("gemm_nn_swiglu", json!({"M": 256, "N": 256, "K": 256})),
         ("attention_forward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
-        ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in one pass
+        ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in one
+        ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // of short rows
         ("norm_forward", norm(false)),
         ("norm_forward", norm(true)),
         ("norm_backward", norm(false)),

@@ -331,6 +331,28 @@ fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
     }
 }
 
+/// The same of rows of at most 256 tokens; at a head dim of 64 there are no registers for it. What
+/// gradients are rotated by is read before the wait for d_q.
+#[test]
+fn the_hopper_backward_pass_over_short_rows_reads_and_computes_while_it_multiplies() {
+    let Some(tools) = disassembler() else { return };
+    let code = disassemble(&tools, "attention_backward_short_sm90", "sm_90a");
+    assert_eq!(code.len(), 3, "three head dims");
+    for (name, code) in &code {
+        for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
+            assert!(has(code, mnemonic), "{name} has no {mnemonic}");
+        }
+        let steps: Vec<&[String]> = code.split(|it| it == "WARPGROUP.DEPBAR.LE").collect();
+        let exponents = steps[1].iter().filter(|it| *it == "MUFU.EX2").count();
+        let expected = if name.ends_with("x64") { 0 } else { 64 * 64 / 128 };
+        assert!(exponents >= expected, "{name}: {exponents}");
+        let reads = |step: &[String]| step.iter().filter(|it| *it == "LDG.E.64").count();
+        let head_dim: usize = name.rsplit_once('x').unwrap().1.parse().unwrap();
+        let before_last = steps[steps.len() - 2];
+        assert_eq!(reads(before_last), head_dim / 16 * 4, "{name}: cosines and sines of two rows");
+    }
+}
+
 /// Every copy and every read of fragments as wide as there is; operands that lie the other way are
 /// transposed on that way.
 #[test]

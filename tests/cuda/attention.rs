@@ -1,5 +1,5 @@
-//! kernels/attention_sm90.cu, attention_sm80.cu, attention_f32.cu and attention_decode.cu against the
-//! f64 CPU backend.
+//! kernels/attention_sm90.cu and its two siblings for backward, attention_sm80.cu, attention_f32.cu and
+//! attention_decode.cu against the f64 CPU backend.
 
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
@@ -139,26 +139,25 @@ const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None };
 
 /// All kernels that a case can be run by on this machine: what the machine runs best, and what is
 /// there for older ones.
-fn kernels_for(driver: &dyn Driver, dtype: Dtype, heads: HeadSpec) -> Vec<Kernels> {
-    let mut all = hopper_kernels(driver, dtype, heads);
-    if dtype == Dtype::Bf16 {
+fn kernels_for(driver: &mut dyn Driver, case: Case) -> Vec<Kernels> {
+    let mut all = hopper_kernels(driver, case);
+    if case.dtype == Dtype::Bf16 {
         all.push(SM80);
     }
     all
 }
 
 /// The same without those for older machines.
-fn hopper_kernels(driver: &dyn Driver, dtype: Dtype, heads: HeadSpec) -> Vec<Kernels> {
+fn hopper_kernels(driver: &mut dyn Driver, Case { dtype, spec }: Case) -> Vec<Kernels> {
     let hopper = driver.properties().compute_capability.0 == 9 && dtype == Dtype::Bf16;
     if !hopper {
         return vec![Kernels::default()];
     }
-    let mut passes = vec![Passes::Two];
-    if [32, 64, 128].contains(&heads.head_dim) {
-        passes.push(Passes::One);
-    }
+    let passes = Attention::new(driver, dtype, spec.heads, None).unwrap().all_passes(spec);
     passes.into_iter().map(|it| Kernels { family: None, passes: Some(it) }).collect()
 }
+
+const SHORT: Kernels = Kernels { family: None, passes: Some(Passes::Short) };
 
 fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inputs) -> Outputs {
     rotated_back_on_device(driver, kernels, case, inputs, None)
@@ -359,7 +358,7 @@ fn check_all(checks: &[Check]) {
     on_every_machine(|driver| {
         let mut all = vec![];
         for check in checks {
-            for kernels in kernels_for(driver, check.case.dtype, check.case.spec.heads) {
+            for kernels in kernels_for(driver, check.case) {
                 all.extend(check.run(driver, kernels));
             }
         }
@@ -371,7 +370,7 @@ fn on_hopper(checks: &[Check]) {
     on_every_machine(|driver| {
         let mut all = vec![];
         for check in checks {
-            for kernels in hopper_kernels(driver, check.case.dtype, check.case.spec.heads) {
+            for kernels in hopper_kernels(driver, check.case) {
                 all.extend(check.run(driver, kernels));
             }
         }
@@ -444,6 +443,35 @@ fn bf16_of_long_sequences() {
     on_hopper(&checks);
 }
 
+/// Every number of tiles that a row of at most 256 tokens has, whole and not, alone and with several
+/// heads for each block, one after the other through the same stages.
+#[test]
+fn bf16_of_short_rows() {
+    let cases = [
+        (4, 1, 64, 3, 1),
+        (1, 1, 48, 9, 7),
+        (2, 2, 64, 1, 64),
+        (4, 1, 32, 1, 65),
+        (4, 4, 64, 2, 113),
+        (4, 1, 64, 1, 128),
+        (1, 1, 32, 5, 129),
+        (2, 1, 64, 3, 192),
+        (2, 2, 48, 3, 203),
+        (3, 3, 64, 3, 255),
+        (4, 1, 48, 1, 256),
+        (1, 1, 64, 9, 256),
+    ];
+    let checks = cases.map(|(count, kv_heads, head_dim, batch, sequence)| {
+        let case = Case::new(Dtype::Bf16, heads(count, kv_heads, head_dim), batch, sequence);
+        Check::new(case, case.inputs())
+    });
+    on_every_machine(|driver| {
+        let hopper = driver.properties().compute_capability.0 == 9;
+        let kernels = if hopper { SHORT } else { Kernels::default() };
+        checks.iter().flat_map(|check| check.run(driver, kernels)).collect()
+    });
+}
+
 /// Documents over several of the Hopper kernels' tiles: tiles behind and before all documents of a
 /// block's rows, of one of its two halves, and of none.
 #[test]
@@ -473,7 +501,8 @@ fn the_order_of_the_heads_changes_no_bit() {
     let mut found = [0, 2, 4, 1000].map(|kv_heads| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.properties.l2_bytes = 2 * kv_heads * kv_head_bytes;
-        on_device(&mut driver, Kernels::default(), case, &inputs).bits()
+        let two = Kernels { family: None, passes: Some(Passes::Two) };
+        on_device(&mut driver, two, case, &inputs).bits()
     });
     let first = found[0].clone();
     assert!(found.iter_mut().all(|bits| *bits == first));
@@ -508,7 +537,28 @@ fn the_size_of_a_team_changes_no_bit() {
     }
 }
 
-/// One pass where a sequence is long enough, has no documents, and heads can be dealt evenly.
+/// However many heads of short rows a block has.
+#[test]
+fn the_number_of_blocks_changes_no_bit_of_short_rows() {
+    if !has_simt() {
+        return;
+    }
+    let case = Case::new(Dtype::Bf16, heads(4, 2, 32), 3, 200);
+    for inputs in [case.inputs(), case.packed(&[70, 65])] {
+        let mut found = [1, 2, 4, 5, 6].map(|multiprocessors| {
+            let options = Options { multiprocessors, ..Options::default() };
+            let mut driver = Counting::new(Host::new(options).unwrap());
+            let found = on_device(&mut driver, SHORT, case, &inputs).bits();
+            assert_eq!(driver.counts.borrow()["attention_backward_short_sm90_256x32"], 1);
+            found
+        });
+        let first = found[0].clone();
+        assert!(found.iter_mut().all(|bits| *bits == first));
+    }
+}
+
+/// A block for each head where rows are short, and heads enough; one pass of teams where a sequence
+/// is long enough, has no documents, and heads can be dealt evenly.
 #[test]
 fn passes_are_chosen_by_what_is_reckoned() {
     if !has_simt() {
@@ -520,14 +570,23 @@ fn passes_are_chosen_by_what_is_reckoned() {
         let inputs = if documents { case.packed(&[5]) } else { case.inputs() };
         on_device(&mut driver, Kernels::default(), case, &inputs);
         let counts = driver.counts.borrow();
-        let mut names = counts.keys().filter(|it| it.contains("_backward_"));
-        names.any(|it| it.contains("_backward_sm90"))
+        let name = counts.keys().find(|it| it.contains("_backward_")).unwrap();
+        name.split("_sm90").next().unwrap().to_string()
     };
-    assert!(launched(32, 1, 1024, false));
-    assert!(launched(64, 1, 900, false));
-    assert!(!launched(32, 1, 1024, true), "documents");
-    assert!(!launched(32, 1, 896, false), "too short");
-    assert!(!launched(48, 1, 1024, false), "no kernel");
+    let [short, one, two] =
+        ["backward_short", "backward", "backward_kv"].map(|it| format!("attention_{it}"));
+    assert_eq!(launched(32, 1, 1024, false), one);
+    assert_eq!(launched(64, 1, 900, false), one);
+    assert_eq!(launched(32, 1, 1024, true), two, "documents");
+    assert_eq!(launched(32, 1, 896, false), two, "too short");
+    assert_eq!(launched(48, 1, 1024, false), two, "no kernel");
+    // On four multiprocessors.
+    assert_eq!(launched(64, 4, 256, false), short);
+    assert_eq!(launched(48, 5, 200, true), short);
+    assert_eq!(launched(32, 1, 128, false), short);
+    assert_eq!(launched(64, 2, 256, false), two, "two multiprocessors would have nothing to do");
+    assert_eq!(launched(64, 4, 257, false), two, "too long");
+    assert_eq!(launched(96, 4, 256, false), two, "no kernel");
 }
 
 /// Three consumers take 192 rows; where two waste fewer rows, they do it.
@@ -572,13 +631,14 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
         on_device(&mut driver, Kernels { family, passes: None }, case, &case.inputs());
         driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
     };
-    let sm90 =
-        ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_128x64"));
+    let sm90 = ["backward_short_sm90_256x64", "forward_sm90_128x64"];
+    let sm90 = sm90.map(|it| format!("attention_{it}"));
     let sm80 = ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_bf16_64"));
     assert_eq!(launched(None, None), sm90);
     assert_eq!(launched(None, Some(Family::Sm80)), sm80);
     assert_eq!(launched(Some("attention_backward_kv_sm90"), None), sm80);
     assert_eq!(launched(Some("attention_delta_sm90"), None), sm80);
+    assert_eq!(launched(Some("attention_backward_short_sm90"), None), sm80);
     let driver = &mut Counting::new(Host::new(Options::default()).unwrap());
     driver.lacks = Some("attention_forward_sm90");
     let error = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm90)).unwrap_err();
@@ -635,7 +695,7 @@ fn one_document_is_a_row() {
     on_each_machine(|driver| {
         for (dtype, sequence) in [(Dtype::Bf16, 150), (Dtype::F32, 70)] {
             let case = Case::new(dtype, heads(4, 2, 64), 2, sequence);
-            for kernels in kernels_for(driver, dtype, case.spec.heads) {
+            for kernels in kernels_for(driver, case) {
                 let whole = on_device(driver, kernels, case, &case.inputs());
                 let packed = on_device(driver, kernels, case, &case.packed(&[]));
                 assert!(whole.bits() == packed.bits(), "{kernels:?} {case:?}");
@@ -658,7 +718,7 @@ fn documents_know_nothing_of_each_other() {
                 let row = &mut disturbed.qkv[token * columns..][..columns];
                 row.iter_mut().for_each(|value| *value = rounded(dtype, *value * 100.0 + 3.0));
             }
-            for kernels in kernels_for(driver, dtype, case.spec.heads) {
+            for kernels in kernels_for(driver, case) {
                 let [found, expected] =
                     [&disturbed, &inputs].map(|inputs| on_device(driver, kernels, case, inputs));
                 let own = |of: &[f64], columns: usize| of[begin * columns..end * columns].to_vec();
@@ -715,7 +775,7 @@ fn gradients_are_rotated_back() {
             let mut plain = plain(case, &inputs);
             plain.d_qkv = rotate_back(&plain.d_qkv, &|value| rounded(case.dtype, value));
             let [plain, exact] = [plain, exact].map(|it| it.gradients(of));
-            for kernels in hopper_kernels(driver, case.dtype, of) {
+            for kernels in hopper_kernels(driver, case) {
                 let found = rotated_back_on_device(driver, kernels, case, &inputs, rotary);
                 let found = found.gradients(of);
                 for (part, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
@@ -799,7 +859,7 @@ fn layouts() {
                 assert!(most > 3.0 && most <= 256.0, "{most}");
                 let inputs = Inputs { qkv, document_starts: None, d_out };
                 let score = 64.0 * 64.0 / (head_dim as f64).sqrt();
-                for kernels in kernels_for(driver, dtype, case.spec.heads) {
+                for kernels in kernels_for(driver, case) {
                     let found = on_device(driver, kernels, case, &inputs);
                     assert_eq!(found.out, out, "{kernels:?} {case:?}: out");
                     assert_eq!(found.d_qkv, d_qkv, "{kernels:?} {case:?}: d_qkv");
@@ -825,7 +885,7 @@ fn a_single_token() {
                 let case = Case::new(dtype, heads, 2, 1);
                 let inputs = case.inputs();
                 let (exact, plain) = (exact(case, &inputs), plain(case, &inputs));
-                for kernels in kernels_for(driver, dtype, case.spec.heads) {
+                for kernels in kernels_for(driver, case) {
                     let found = on_device(driver, kernels, case, &inputs);
                     assert_eq!(found.out, exact.out, "{kernels:?} {case:?}: out");
                     let of = [&found, &plain, &exact].map(|it| &it.log_sum_exp);
@@ -962,8 +1022,10 @@ fn what_has_no_kernel_is_refused() {
         }
         for heads in [heads(4, 2, 48), heads(4, 2, 64)] {
             let attention = Attention::new(driver, Dtype::Bf16, heads, Some(Family::Sm80)).unwrap();
-            let error = attention.with_passes(Passes::One).unwrap_err().to_string();
-            assert!(error.contains("choose Passes::Two"), "{error}");
+            for passes in [Passes::One, Passes::Short] {
+                let error = attention.clone().with_passes(passes).unwrap_err().to_string();
+                assert!(error.contains("choose Passes::Two"), "{error}");
+            }
         }
         let own = heads(4, 2, 64);
         let mut attention = Attention::new(driver, Dtype::Bf16, own, None).unwrap();
