@@ -1,20 +1,22 @@
 // Causal attention on Hopper, backward over rows of at most 256 tokens: a block takes a whole head
 // of k and v with the query heads of its group, reads each matrix once and writes each result once.
-// Formulas, contract and tensor maps are those of attention_sm90.cu; no sums in global memory, no
-// order among blocks.
+// Formulas, contract and tensor maps are those of attention_sm90.cu, with another map to read out;
+// no sums in global memory, and no block waits for another.
 //
-// Such rows are bound by memory: 8 matrices of a head against a quarter of that time for products.
-// So loads never stop: keys and values come through one ring, which the next head's are in before
-// this one's end, and queries with d_out and out through another.
+// Such rows are bound by memory: the products of a head take less than half of the time of its 8
+// matrices. So loads never stop: queries with d_out and out come through a ring of stages, whatever
+// head they are of, and each tile of keys and values has a place, into which the next head's comes
+// as soon as the last queries that see it are done with.
 //
 // A head is up to four tiles of 64 rows. A step is a tile of queries, the last one first, as it
-// sees all keys; what is hidden whole is left out. Consumer 0 has the first and the last tile,
-// consumer 1 the two between, as keys and as queries: d_k and d_v of its keys are in its registers,
-// and it multiplies d_q of its queries, from dS of both consumers in shared memory. That is even:
-// each has five of the ten pairs of tiles that see each other, and five of the parts of d_q. A
-// consumer waits for the other only where it makes d_q, so that one computes while the other one
-// multiplies. In the last step of its tile it has d_q, d_k and d_v of the same 64 rows, which leave
-// through the place of dS.
+// sees all keys; pairs of tiles that do not see each other are left out. Consumer 0 has the first
+// and the last tile, consumer 1 the two between, as keys and as queries: d_k and d_v of its keys
+// stay in its registers, and it multiplies d_q of its queries by itself, from dS of both consumers
+// in shared memory. So each has five of the ten pairs, and five of the parts of d_q; and only the
+// one that makes d_q waits for the other. In the last step of its tile it has d_q, d_k and d_v of
+// the same 64 rows, which leave through the place of dS.
+//
+// Two warps of the producer's make delta from the tiles of out and d_out.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -80,14 +82,14 @@ DEVICE void add_statistics(const Statistics& to, const uint8_t* d_outs, const ui
                            Documents documents, int half, int first, int sequence) {
   constexpr int VECTORS = D / VALUES<bf16>, LANES = VECTORS > 4 ? 8 : 4, AT_ONCE = 32 / LANES;
   const int lane = int(threadIdx.x) % 32, vector = lane % LANES;
-  const uint32_t column = vector * 16;
+  const int column = vector * 16;  // in bytes
 #pragma unroll 2
   for (int i = half * ROWS / 2; i < (half + 1) * ROWS / 2; i += AT_ONCE) {
     const int row = i + lane / LANES, query = first + row;
     float sum = 0;
     if (LANES == VECTORS || vector < VECTORS) {
-      const uint32_t at =
-          column / SPAN<D> * ROWS * SPAN<D> + swizzle<SPAN<D>>(row * SPAN<D> + column % SPAN<D>);
+      // Without the swizzle: it changes places in a row, the same in both, and no sum of two lanes.
+      const int at = (column / SPAN<D> * ROWS + row) * SPAN<D> + column % SPAN<D>;
       float o[8], d_o[8];
       unpack(*reinterpret_cast<const uint4*>(outs + at), o);
       unpack(*reinterpret_cast<const uint4*>(d_outs + at), d_o);
@@ -288,8 +290,7 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
       }
       if (tile == near || tile == far) {
         float d_q[D / 2];
-        for (int key_tile = 0; key_tile <= tile; ++key_tile)
-          mbarrier_wait(&keys_full[key_tile], unit.round % 2);
+        // With dS come the keys, for which those have waited who made it.
         mbarrier_wait(&d_scores_full[step.count % 2], step.count / 2 % 2);
         // The first one overwrites d_q, whatever its tile: else ptxas would keep registers for it.
         const auto add_keys = [&](int key_tile, bool add) {

@@ -14,7 +14,8 @@
 // the other side; each of two or three consumers computes 64 rows of the result. Scores and what
 // comes of them never leave registers: an accumulator, rounded, is the A operand of the next
 // product. Backward is two kernels, one for each side that is summed over, as in attention_sm80.cu.
-// attention_backward_sm90.cu does it in one, where that is reckoned to be faster.
+// attention_backward_sm90.cu and attention_backward_short_sm90.cu do it in one, where that is
+// reckoned to be faster.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -153,11 +154,12 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
                               int sequence, int kv_heads, const Work& work, float scale_log2) {
   constexpr int ROWS = T::ROWS, KEYS = FORWARD_KEYS, STAGES = FORWARD_STAGES<D>;
   constexpr int OWN_BYTES = TILE_BYTES<D, ROWS>, KEY_BYTES = TILE_BYTES<D, KEYS>;
-  SHARED_DYNAMIC(queries);
-  uint8_t* const keys = queries + OWN_BYTES;          // STAGES tiles
+  SHARED_DYNAMIC(queries);                            // of this item and of the next
+  uint8_t* const keys = queries + 2 * OWN_BYTES;      // STAGES tiles
   uint8_t* const values = keys + STAGES * KEY_BYTES;  // STAGES tiles
   uint8_t* const outs = values + STAGES * KEY_BYTES;  // OWN_BYTES
-  SHARED(uint64_t, own, 2);                           // full, empty
+  SHARED(uint64_t, own_full, 2);
+  SHARED(uint64_t, own_empty, 2);
   SHARED(uint64_t, keys_full, STAGES);
   SHARED(uint64_t, keys_empty, STAGES);
   SHARED(uint64_t, values_full, STAGES);
@@ -166,7 +168,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   if (threadIdx.x == 0) {
     tma_prefetch(qkv);
     tma_prefetch(out);
-    init_ring<T, 1>(&own[0], &own[1], 1);
+    init_ring<T, 2>(own_full, own_empty, 1);
     init_ring<T, STAGES>(keys_full, keys_empty, 1);
     init_ring<T, STAGES>(values_full, values_empty, 1);
     fence_mbarrier_init();
@@ -174,7 +176,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
   __syncthreads();
   const int heads = work.heads;
 
-  Position<1> item_at;
+  Position<2> item_at;
   Position<STAGES> at;
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<T::PRODUCER_REGISTERS>();
@@ -183,9 +185,12 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       const Documents documents = documents_of(document_starts, item.b, sequence);
       const int first = item.tile * ROWS, kv_head = item.head / (heads / kv_heads);
       const Tiles tiles = keys_seen(documents, first, first + ROWS, KEYS);
-      mbarrier_wait(&own[1], item_at.parity ^ 1);  // the first round passes at once
-      mbarrier_arrive_expect_tx(&own[0], OWN_BYTES);
-      load_tile<D, ROWS>(queries, qkv, &own[0], item.head, first, item.b);
+      uint64_t* const own_loaded = &own_full[item_at.stage];
+      // The first round passes at once.
+      mbarrier_wait(&own_empty[item_at.stage], item_at.parity ^ 1);
+      mbarrier_arrive_expect_tx(own_loaded, OWN_BYTES);
+      load_tile<D, ROWS>(queries + item_at.stage * OWN_BYTES, qkv, own_loaded, item.head, first,
+                         item.b);
       advance(item_at);
       for (int tile = tiles.end - 1; tile >= tiles.first; --tile) {
         mbarrier_wait(&keys_empty[at.stage], at.parity ^ 1);
@@ -204,7 +209,6 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
 
   setmaxnreg_inc<T::CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
-  const uint8_t* const own_queries = queries + consumer * MMA_M * SPAN<D>;
   uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   if (consumer == T::CONSUMERS - 1) pass_turn<T>(consumer);
   each_item<true>(work, [&](const Item& item) {
@@ -213,12 +217,14 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     const int row = own_first + first_row();
     const Tiles tiles = keys_seen(documents, first, first + ROWS, KEYS);
     const Mask mask = mask_of(documents, own_first);
+    const int own_stage = item_at.stage;
+    const uint8_t* const own_queries = queries + own_stage * OWN_BYTES + consumer * MMA_M * SPAN<D>;
 
     float scores[KEYS / 2], sums[D / 2], rescale[2];
     uint32_t weights[KEYS / MMA_K][4];
     Softmax softmax{{LOWEST, LOWEST}, {0, 0}};
 
-    mbarrier_wait(&own[0], item_at.parity);
+    mbarrier_wait(&own_full[own_stage], item_at.parity);
     advance(item_at);
     mbarrier_wait(&keys_full[at.stage], at.parity);
     wgmma_fence();
@@ -261,7 +267,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       for (int i = 0; i < D / 2; ++i) sums[i] *= rescale[i / 2 % 2];
       round_weights<KEYS>(weights, scores);
     }
-    release(&own[1]);
+    release(&own_empty[own_stage]);
     mbarrier_wait(&values_full[before.stage], before.parity);
     wgmma_fence();
     add_weighted_rows<D, KEYS>(sums, weights, values + before.stage * KEY_BYTES,

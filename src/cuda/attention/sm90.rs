@@ -165,7 +165,8 @@ impl Kernels {
         let cost = |rows: usize| forward_cost(sizes.sequence, rows);
         let cheapest = self.forward.iter().min_by(|a, b| cost(a.0).total_cmp(&cost(b.0)));
         let &(rows, kernel) = cheapest.expect("every head dim has a kernel");
-        let shared_bytes = 2 * self.tile_bytes(rows) + ring_bytes;
+        // This item's own rows and the next one's, the ring, and a tile to store through.
+        let shared_bytes = 3 * self.tile_bytes(rows) + ring_bytes;
         let walk = self.of_queries(driver, sizes);
         let arguments = Arguments::new()
             .with(map(driver, pass.qkv, head_dim, heads + 2 * kv_heads, sizes, LOADED_ROWS)?)
