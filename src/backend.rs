@@ -178,6 +178,34 @@ impl AdamWStep<'_> {
     }
 }
 
+/// Readings that may be under way at one time, see [`Backend::begin_read`].
+pub const READINGS: usize = 2;
+/// A step sends up to three arrays and a few numbers; these are two steps.
+pub const SENT_SECTIONS: usize = 8;
+/// Room for the few numbers.
+const SENT_SCALARS_BYTES: usize = 4096;
+
+/// Of the memory that a write which is not waited for passes through; `sent` as in
+/// [`Backend::prepare_transfers`].
+pub fn section_bytes(sent: usize) -> usize {
+    sent.next_multiple_of(256) + SENT_SCALARS_BYTES
+}
+
+/// Bytes of host memory that [`Backend::prepare_transfers`] allocates on a device that runs behind.
+pub fn transfer_bytes(sent: usize, read: usize) -> usize {
+    SENT_SECTIONS * section_bytes(sent) + READINGS * read
+}
+
+/// Values on their way from the device, see [`Backend::begin_read`].
+#[must_use]
+#[derive(Debug)]
+pub enum Reading {
+    /// They are here.
+    Done(Vec<f32>),
+    /// Where they will be.
+    Place(usize),
+}
+
 /// What a backend recorded, see [`Backend::record`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Recording(pub u32);
@@ -305,11 +333,46 @@ pub trait Backend {
         self.allocate(label, bytes)
     }
 
-    /// Copies values in; `values` has exactly the view's number of elements.
+    /// Whether ops are enqueued and run later, so that the program can be ahead of them.
+    fn runs_behind(&self) -> bool {
+        false
+    }
+    /// Bytes of host memory that [`Backend::prepare_transfers`] allocates.
+    fn transfer_bytes(&self, _sent: usize, _read: usize) -> usize {
+        0
+    }
+    /// From here on, writes of up to `sent` bytes are not waited for, and readings of up to `read` bytes
+    /// can begin. Once.
+    fn prepare_transfers(&mut self, _sent: usize, _read: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Copies values in, in the order of the ops; `values` has exactly the view's number of elements.
     fn write(&mut self, view: View, values: &[f32]) -> Result<()>;
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
+    /// Copies statistics out as they are behind everything before it, one view after the other; ops
+    /// that follow may change them. At most [`READINGS`] at one time.
+    fn begin_read(&mut self, views: &[View]) -> Result<Reading> {
+        let count = views.iter().map(|view| view.shape.elements()).sum();
+        let mut values = vec![0.0; count];
+        let mut rest = &mut values[..];
+        for &view in views {
+            let (values, behind) = rest.split_at_mut(view.shape.elements());
+            self.read(view, values)?;
+            rest = behind;
+        }
+        Ok(Reading::Done(values))
+    }
+    /// Waits for the values, of which there are exactly as many, and not for what was enqueued behind.
+    fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
+        match reading {
+            Reading::Done(read) => values.copy_from_slice(&read),
+            Reading::Place(_) => unreachable!("{} reads at once", self.name()),
+        }
+        Ok(())
+    }
     /// Copies f32 in and out that lie as bf16, rounded as [`Backend::round`] does it, and as the lower
     /// halves of their bits.
     fn write_halves(&mut self, upper: View, _lower: View, _values: &[f32]) -> Result<()> {

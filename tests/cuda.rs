@@ -27,3 +27,4 @@ mod pointwise;
 mod replay;
 mod residual;
 mod state;
+mod transfers;

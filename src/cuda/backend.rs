@@ -3,7 +3,7 @@
 //! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
 //! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
 //! program is prepared; a step then only launches, or replays what was recorded as a graph, on one
-//! stream, and the first read behind it waits and reports what went wrong. The layers of each op
+//! stream; what is read behind it is waited for, and reports what went wrong. The layers of each op
 //! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
@@ -26,10 +26,11 @@ use super::offload::Offload;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
+use super::transfers::Transfers;
 use super::{Allocation, DevicePointer, Driver, GraphId, StreamId, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    OFFLOAD_CHUNK, Recording, ResidualSpec, Sink, VectorCopy, unfused,
+    OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes, unfused,
 };
 use crate::config::{Dtype, Master};
 use crate::error::Result;
@@ -49,6 +50,9 @@ pub struct Cuda {
     on_host: Vec<BufferId>,
     offload_chunk: usize,
     layers: Layers,
+    transfers: Option<Transfers>,
+    /// The program may enqueue a step before the one in front of it is over.
+    steps_ahead: bool,
     /// Of what the layers allocated when they were made.
     scratch_bytes: u64,
     /// Ops are checked and made ready, nothing is launched.
@@ -110,6 +114,8 @@ impl Cuda {
             offload: None,
         };
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
+        // simt runs everything when it is enqueued.
+        let steps_ahead = driver.device() == "cuda";
         Ok(Cuda {
             driver,
             dtype,
@@ -118,6 +124,8 @@ impl Cuda {
             on_host: Vec::new(),
             offload_chunk: OFFLOAD_CHUNK,
             layers,
+            transfers: None,
+            steps_ahead,
             scratch_bytes,
             preparing: false,
             graphs: true,
@@ -129,6 +137,11 @@ impl Cuda {
         Cuda { graphs, ..self }
     }
 
+    /// Whether a step may be enqueued before the one in front of it is over. The bits are the same.
+    pub fn with_steps_ahead(self, steps_ahead: bool) -> Self {
+        Cuda { steps_ahead, ..self }
+    }
+
     /// Moments in host memory pass through in chunks of as many elements, a multiple of 64.
     pub fn with_offload_chunk(self, elements: usize) -> Self {
         Cuda { offload_chunk: elements, ..self }
@@ -136,6 +149,14 @@ impl Cuda {
 
     pub fn driver(&mut self) -> &mut dyn Driver {
         &mut *self.driver
+    }
+
+    /// Copies to the device behind all that is enqueued; waited for where nothing was prepared.
+    fn send(&mut self, bytes: &[u8], to: DevicePointer) -> Result<()> {
+        match &mut self.transfers {
+            Some(transfers) => transfers.send(&mut *self.driver, bytes, to),
+            None => self.driver.to_device(STREAM, bytes, to),
+        }
     }
 
     fn bytes(&self, view: View) -> usize {
@@ -505,20 +526,33 @@ impl Backend for Cuda {
         Ok(id)
     }
 
+    fn runs_behind(&self) -> bool {
+        self.steps_ahead
+    }
+
+    fn transfer_bytes(&self, sent: usize, read: usize) -> usize {
+        transfer_bytes(sent, read)
+    }
+
+    fn prepare_transfers(&mut self, sent: usize, read: usize) -> Result<()> {
+        self.transfers = Some(Transfers::new(&mut *self.driver, sent, read)?);
+        Ok(())
+    }
+
     fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
         assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
         let to = self.address(view);
         if self.element_bytes(view.kind) == 4 {
-            return self.driver.to_device(STREAM, bytemuck::cast_slice(values), to);
+            return self.send(bytemuck::cast_slice(values), to);
         }
         let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-        self.driver.to_device(STREAM, bytemuck::cast_slice(&values), to)
+        self.send(bytemuck::cast_slice(&values), to)
     }
 
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()> {
         assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
         let to = self.address(view);
-        self.driver.to_device(STREAM, bytemuck::cast_slice(values), to)
+        self.send(bytemuck::cast_slice(values), to)
     }
 
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()> {
@@ -531,6 +565,22 @@ impl Backend for Cuda {
         self.driver.to_host(STREAM, from, bytemuck::cast_slice_mut(&mut narrow))?;
         values.iter_mut().zip(narrow).for_each(|(value, narrow)| *value = narrow.to_f32());
         Ok(())
+    }
+
+    fn begin_read(&mut self, views: &[View]) -> Result<Reading> {
+        let range = |&view: &View| {
+            assert_eq!(self.element_bytes(view.kind), 4, "a reading of what is no f32");
+            (self.address(view), self.bytes(view) as u64)
+        };
+        let ranges: Vec<_> = views.iter().map(range).collect();
+        let transfers = self.transfers.as_mut().expect("transfers were prepared");
+        Ok(Reading::Place(transfers.begin_read(&mut *self.driver, &ranges)?))
+    }
+
+    fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
+        let Reading::Place(index) = reading else { unreachable!("nothing was read at once") };
+        let transfers = self.transfers.as_mut().expect("transfers were prepared");
+        transfers.finish_read(&mut *self.driver, index, bytemuck::cast_slice_mut(values))
     }
 
     fn write_halves(&mut self, upper: View, lower: View, values: &[f32]) -> Result<()> {
@@ -1008,7 +1058,9 @@ impl Backend for Cuda {
             grad_norm: self.address(buffers.grad_norm),
         };
         let optimizer = self.layers.optimizer(buffers);
-        optimizer.prepare(&mut *self.driver, STREAM, step)?;
+        let (scalars, to) = (optimizer.scalars(step)?, optimizer.scalars_address());
+        self.send(bytemuck::bytes_of(&scalars), to)?;
+        let optimizer = self.layers.optimizer(buffers);
         match &self.layers.offload {
             Some(offload) => offload.update(&mut *self.driver, optimizer, &addresses),
             None => optimizer.launch(&mut *self.driver, STREAM, &addresses),

@@ -22,6 +22,7 @@ pub mod peaks;
 pub mod pointwise;
 pub mod residual;
 mod rows;
+mod transfers;
 
 pub use backend::Cuda;
 pub use driver::*;
@@ -61,10 +62,22 @@ pub fn graphs_from_env() -> Result<bool> {
 
 /// As [`graphs_from_env`], of any set of variables. Errors name the variable.
 pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    match variable(GRAPHS) {
-        Some(text) => Ok(host::number(GRAPHS, &text.to_string_lossy(), 1)? == 1),
-        None => Ok(true),
-    }
+    Ok(switch(GRAPHS, variable)?.unwrap_or(true))
+}
+
+/// The environment variable that says whether a step is enqueued before the one in front of it is over;
+/// where it says nothing, on devices that run by themselves.
+pub const AHEAD: &str = "ISOBATH_AHEAD";
+
+/// What the environment says of [`AHEAD`], for [`Cuda::with_steps_ahead`].
+pub fn steps_ahead_from_env() -> Result<Option<bool>> {
+    switch(AHEAD, |name| std::env::var_os(name))
+}
+
+/// 0 or 1; `None`: it is not set. Errors name the variable.
+fn switch(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>> {
+    let value = |text: OsString| Ok(host::number(name, &text.to_string_lossy(), 1)? == 1);
+    variable(name).map(value).transpose()
 }
 
 /// Whether `kind` can be asked for kernels here. Starts nothing. Errors: why not.
