@@ -277,8 +277,7 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
       if (near <= tile) {
         differentiate(near_d_k, near_d_v, near);
       } else {
-        // Released before they have come so far, they would be taken for the round before.
-        mbarrier_wait(&known[stage], step.parity);
+        // Said to be full before it is empty, it would be taken for that of the round before.
         mbarrier_wait(&d_scores_empty[step.count % 2], step.count / 2 % 2 ^ 1);
       }
       release(&empty[stage]);

@@ -104,9 +104,11 @@ fn work_is_counted_by_its_formula() {
     assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 6]);
     assert_eq!(amounts(&Request { family: Some(Family::Sm80), ..all }).len(), 3, "none is fused");
 
-    // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes and in one.
+    // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes, in one,
+    // and in one of short rows.
     let square = 2 * 4 * 40 * 40 * 32;
-    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, 5 * square, 5 * square]);
+    let five = 5 * square;
+    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, five, five, five]);
     assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, 5 * square]);
 
     let logits = 16 * 80 * 2;
