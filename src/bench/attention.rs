@@ -12,12 +12,8 @@ use crate::error::Result;
 
 /// B, S, H, K, D of models of about 1B parameters: 2048 values in heads of 64 and of 128, 8192
 /// tokens; and of the 130m preset: 65,536 tokens in rows of 256.
-const ON_GPU: [[usize; 5]; 4] = [
-    [4, 2048, 32, 8, 64],
-    [2, 4096, 32, 8, 64],
-    [4, 2048, 16, 4, 128],
-    [256, 256, 12, 12, 64],
-];
+const ON_GPU: [[usize; 5]; 4] =
+    [[4, 2048, 32, 8, 64], [2, 4096, 32, 8, 64], [4, 2048, 16, 4, 128], [256, 256, 12, 12, 64]];
 const ON_CPU: [usize; 5] = [1, 128, 4, 2, 64];
 
 pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {

@@ -6,6 +6,7 @@ use super::cost::{Cost, element_bytes};
 use crate::backend::{LossSpec, Sink};
 use crate::config::{Config, Dtype};
 use crate::cuda::DevicePointer;
+use crate::cuda::adamw::Scalars;
 use crate::cuda::gemm::{Family, Layout, Output, Rotation};
 use crate::cuda::loss::Shape;
 use crate::cuda::norm::Norm;
@@ -23,19 +24,25 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     let tokens = config.train.micro_batch * config.data.sequence;
     let stored = plan.table.stored_elements();
 
-    // Trainer::accumulate
+    // Trainer::enqueue
+    let step_tokens = config.train.grad_accumulation * tokens;
     let mut costs = vec![(1, Cost::zero(stored))];
-    // Tokens and targets in.
+    // From the program: tokens, targets and the scale of the gradient; each micro-batch into place.
+    costs.push((2, Cost::copy(4, step_tokens)));
+    costs.push((1, Cost::copy(4, 1)));
     costs.push((2 * micro_batches, Cost::copy(4, tokens)));
     for step in program.steps() {
         for cost in launches(step, program, config.dtype, machine) {
             costs.push((micro_batches, cost));
         }
     }
-    // Losses out.
+    // Losses out of place; to the program, with the gradient's norm.
     costs.push((micro_batches, Cost::copy(4, tokens)));
     costs.push((1, Cost::gradient_norm(stored)));
+    costs.push((1, Cost::copy(4, step_tokens)));
+    costs.push((1, Cost::copy(4, 1)));
     // Trainer::update
+    costs.push((1, Cost::copy(4, size_of::<Scalars>() / 4)));
     let optimizer = &config.optimizer;
     let adamw = if optimizer.offload { Cost::adamw_offloaded } else { Cost::adamw };
     costs.push((1, adamw(config.dtype, optimizer.master, optimizer.moments, stored)));

@@ -59,6 +59,8 @@ pub struct Cuda {
     preparing: bool,
     /// What can be recorded is replayed as a graph.
     graphs: bool,
+    /// Equal steps give equal bits.
+    deterministic: bool,
 }
 
 /// The kernels that were asked for so far.
@@ -129,12 +131,19 @@ impl Cuda {
             scratch_bytes,
             preparing: false,
             graphs: true,
+            deterministic: true,
         })
     }
 
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
     pub fn with_graphs(self, graphs: bool) -> Self {
         Cuda { graphs, ..self }
+    }
+
+    /// Without it, several blocks may add to attention's gradients in the order in which they come.
+    /// Before anything is prepared.
+    pub fn with_deterministic(self, deterministic: bool) -> Self {
+        Cuda { deterministic, ..self }
     }
 
     /// Whether a step may be enqueued before the one in front of it is over. The bits are the same.
@@ -191,7 +200,8 @@ impl Cuda {
 
     fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
         let (driver, dtype, family) = (&mut *self.driver, self.dtype, self.family);
-        let make = || Attention::new(driver, dtype, heads, family);
+        let in_order = self.deterministic;
+        let make = || Ok(Attention::new(driver, dtype, heads, family)?.with_order(in_order));
         let attention = made(&mut self.layers.attentions, heads, make)?;
         Ok(ready(self.preparing, &mut *self.driver, attention))
     }

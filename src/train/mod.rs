@@ -101,6 +101,7 @@ pub fn train(mut run: Run, interrupt: Interrupt, console: &mut Console) -> Resul
         Device::Cpu => train_on(Cpu::<f32>::new(), run, interrupt, console),
         Device::Cuda | Device::Simt => {
             let backend = open_kernels(device.kind(), run.config.dtype)?;
+            let backend = backend.with_deterministic(run.config.train.deterministic);
             train_on(backend, run, interrupt, console)
         }
     }

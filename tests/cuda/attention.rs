@@ -1,6 +1,8 @@
 //! kernels/attention_sm90.cu and its two siblings for backward, attention_sm80.cu, attention_f32.cu and
 //! attention_decode.cu against the f64 CPU backend.
 
+mod any_order;
+
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
@@ -133,9 +135,10 @@ impl Outputs {
 struct Kernels {
     family: Option<Family>,
     passes: Option<Passes>,
+    any_order: bool,
 }
 
-const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None };
+const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None, any_order: false };
 
 /// All kernels that a case can be run by on this machine: what the machine runs best, and what is
 /// there for older ones.
@@ -154,10 +157,10 @@ fn hopper_kernels(driver: &mut dyn Driver, Case { dtype, spec }: Case) -> Vec<Ke
         return vec![Kernels::default()];
     }
     let passes = Attention::new(driver, dtype, spec.heads, None).unwrap().all_passes(spec);
-    passes.into_iter().map(|it| Kernels { family: None, passes: Some(it) }).collect()
+    passes.into_iter().map(|it| Kernels { passes: Some(it), ..Kernels::default() }).collect()
 }
 
-const SHORT: Kernels = Kernels { family: None, passes: Some(Passes::Short) };
+const SHORT: Kernels = Kernels { family: None, passes: Some(Passes::Short), any_order: false };
 
 fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inputs) -> Outputs {
     rotated_back_on_device(driver, kernels, case, inputs, None)
@@ -166,7 +169,7 @@ fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inp
 /// `rotary`: a table and positions, by which the gradients of q and k are rotated back.
 fn rotated_back_on_device(
     driver: &mut dyn Driver,
-    Kernels { family, passes }: Kernels,
+    Kernels { family, passes, any_order }: Kernels,
     case: Case,
     inputs: &Inputs,
     rotary: Option<(&[f64], &[i32])>,
@@ -176,6 +179,7 @@ fn rotated_back_on_device(
     if let Some(passes) = passes {
         attention = attention.with_passes(passes).unwrap();
     }
+    attention = attention.with_order(!any_order);
     let rotary = rotary.map(|(table, positions)| {
         let table = upload(driver, "table", Dtype::F32, table);
         [table, driver.upload("positions", positions).unwrap()]
@@ -501,7 +505,7 @@ fn the_order_of_the_heads_changes_no_bit() {
     let mut found = [0, 2, 4, 1000].map(|kv_heads| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.properties.l2_bytes = 2 * kv_heads * kv_head_bytes;
-        let two = Kernels { family: None, passes: Some(Passes::Two) };
+        let two = Kernels { passes: Some(Passes::Two), ..Kernels::default() };
         on_device(&mut driver, two, case, &inputs).bits()
     });
     let first = found[0].clone();
@@ -522,7 +526,7 @@ fn the_size_of_a_team_changes_no_bit() {
             let options =
                 Options { multiprocessors, order, seed, asynchronous, ..Options::default() };
             let mut driver = Counting::new(Host::new(options).unwrap());
-            let one = Kernels { family: None, passes: Some(Passes::One) };
+            let one = Kernels { passes: Some(Passes::One), ..Kernels::default() };
             let found = on_device(&mut driver, one, case, &inputs).bits();
             let counts = driver.counts.borrow();
             assert_eq!(counts["attention_backward_sm90_128x32"], 1);
@@ -628,8 +632,14 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     let launched = |lacks, family| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.lacks = lacks;
-        on_device(&mut driver, Kernels { family, passes: None }, case, &case.inputs());
-        driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
+        on_device(&mut driver, Kernels { family, ..Kernels::default() }, case, &case.inputs());
+        driver
+            .counts
+            .borrow()
+            .keys()
+            .filter(|it| it.starts_with("attention_"))
+            .cloned()
+            .collect::<Vec<_>>()
     };
     let sm90 = ["backward_short_sm90_256x64", "forward_sm90_128x64"];
     let sm90 = sm90.map(|it| format!("attention_{it}"));

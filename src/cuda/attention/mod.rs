@@ -212,6 +212,16 @@ impl Attention {
         }
     }
 
+    /// Whether sums that several blocks add to are added up in one order, as they are unless this is
+    /// called. Only backward passes in one have such sums; without an order, the bits of d_q depend on
+    /// who comes first.
+    pub fn with_order(mut self, in_order: bool) -> Self {
+        if let Kernels::Sm90(kernels) = &mut self.kernels {
+            kernels.set_in_order(in_order);
+        }
+        self
+    }
+
     /// Gives its memory back, after all its work has run.
     pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
         match self.kernels {

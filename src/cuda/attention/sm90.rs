@@ -61,6 +61,8 @@ pub(super) struct Kernels {
     one_pass: Option<one_pass::Kernels>,
     /// `None`: as is reckoned.
     passes: Option<Passes>,
+    /// What is added up by several blocks is added up in one order.
+    in_order: bool,
     /// For passes on one stream: each plan's is in one of them.
     scratch: Vec<Allocation>,
 }
@@ -123,6 +125,7 @@ impl Kernels {
             short: short::Kernels::new(driver, heads)?,
             one_pass: one_pass::Kernels::new(driver, heads)?,
             passes: None,
+            in_order: true,
             scratch: vec![],
         })
     }
@@ -142,6 +145,10 @@ impl Kernels {
         let one = self.one_pass.as_ref().map(|_| Passes::One);
         let short = short::applies(self.heads, sizes).then_some(Passes::Short);
         [Some(Passes::Two), one, short].into_iter().flatten().collect()
+    }
+
+    pub fn set_in_order(&mut self, in_order: bool) {
+        self.in_order = in_order;
     }
 
     /// Gives its memory back, after all its work has run.
@@ -199,7 +206,8 @@ impl Kernels {
                         memory
                     }
                 };
-                Ok(kernels.backward(driver, sizes, pass, teams, memory.address)?.into())
+                let place = memory.address;
+                Ok(kernels.backward(driver, sizes, pass, teams, self.in_order, place)?.into())
             }
             _ => Ok(self.backward_in_two(driver, sizes, pass)?.into()),
         }
