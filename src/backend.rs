@@ -524,76 +524,61 @@ pub trait Backend {
     fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
     fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
 
-    /// qkv = inp weight^T, then [`Backend::rotary_forward`]; qkv may be rounded between the two, or
-    /// not.
+    // Two ops in one kernel. False: there is none that does both, and nothing was done; what lies between
+    // the two may be rounded there, or not.
+
+    /// qkv = inp weight^T, then [`Backend::rotary_forward`].
     fn linear_rotary_forward(
         &mut self,
-        heads: HeadSpec,
-        inp: View,
-        weight: View,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv)
+        _heads: HeadSpec,
+        _inp: View,
+        _weight: View,
+        _table: View,
+        _positions: View,
+        _qkv: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
     /// gate_up = inp weight^T, then out as of [`Backend::swiglu_forward`], of the rounded gate_up.
     fn linear_swiglu_forward(
         &mut self,
-        inp: View,
-        weight: View,
-        gate_up: View,
-        out: View,
-    ) -> Result<()> {
-        unfused::linear_swiglu_forward(self, inp, weight, gate_up, out)
+        _inp: View,
+        _weight: View,
+        _gate_up: View,
+        _out: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
-    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it;
-    /// it may be rounded between the two, or not.
+    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it.
     #[allow(clippy::too_many_arguments)]
     fn linear_swiglu_backward(
         &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_weight: View,
-        gate_up: View,
-        d_inp: View,
-        d_gate_up: View,
-    ) -> Result<()> {
-        unfused::linear_swiglu_backward(
-            self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
-        )
+        _inp: View,
+        _weight: View,
+        _d_out: View,
+        _d_weight: View,
+        _gate_up: View,
+        _d_inp: View,
+        _d_gate_up: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
-
-    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv; it may be rounded
-    /// between the two, or not.
+    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv.
     #[allow(clippy::too_many_arguments)]
     fn attention_rotary_backward(
         &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        unfused::attention_rotary_backward(
-            self,
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            table,
-            positions,
-            d_qkv,
-        )
+        _spec: AttentionSpec,
+        _qkv: View,
+        _document_starts: Option<View>,
+        _out: View,
+        _log_sum_exp: View,
+        _d_out: View,
+        _delta: View,
+        _table: View,
+        _positions: View,
+        _d_qkv: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
 
     /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
@@ -630,76 +615,4 @@ pub trait Backend {
     /// Clips by grad_norm[0] and updates, in one pass that reads each element once. If the norm is
     /// not finite, nothing changes.
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()>;
-}
-
-/// Two ops one after the other, for whoever has no kernel that does both.
-pub(crate) mod unfused {
-    use super::{AttentionSpec, Backend, HeadSpec, Result, Sink, View};
-
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn attention_rotary_backward<B: Backend + ?Sized>(
-        backend: &mut B,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        backend.attention_backward(
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            d_qkv,
-        )?;
-        backend.rotary_backward(spec.heads, table, positions, d_qkv)
-    }
-
-    pub(crate) fn linear_rotary_forward<B: Backend + ?Sized>(
-        backend: &mut B,
-        heads: HeadSpec,
-        inp: View,
-        weight: View,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        backend.linear_forward(inp, weight, None, qkv)?;
-        backend.rotary_forward(heads, table, positions, qkv)
-    }
-
-    pub(crate) fn linear_swiglu_forward<B: Backend + ?Sized>(
-        backend: &mut B,
-        inp: View,
-        weight: View,
-        gate_up: View,
-        out: View,
-    ) -> Result<()> {
-        backend.linear_forward(inp, weight, None, gate_up)?;
-        backend.swiglu_forward(gate_up, out)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn linear_swiglu_backward<B: Backend + ?Sized>(
-        backend: &mut B,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_weight: View,
-        gate_up: View,
-        d_inp: View,
-        d_gate_up: View,
-    ) -> Result<()> {
-        let sink = Sink { to: d_inp, accumulate: false };
-        backend.linear_backward(inp, weight, d_out, sink, d_weight)?;
-        backend.swiglu_backward(gate_up, d_inp, d_gate_up)
-    }
 }

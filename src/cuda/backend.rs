@@ -18,7 +18,7 @@ use super::attention::{
     Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
 };
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
-use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
+use super::gemm::{Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
 use super::nvtx;
@@ -27,10 +27,10 @@ use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
 use super::transfers::Transfers;
-use super::{Allocation, DevicePointer, Driver, GraphId, StreamId, halves};
+use super::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes, unfused,
+    OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
 use crate::error::Result;
@@ -879,22 +879,10 @@ impl Backend for Cuda {
         table: View,
         positions: View,
         d_qkv: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         self.attention(spec.heads)?;
         if !self.layers.attentions[&spec.heads].rotates_back() {
-            return unfused::attention_rotary_backward(
-                self,
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            );
+            return Ok(false);
         }
         let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
         let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
@@ -902,7 +890,8 @@ impl Backend for Cuda {
         let [table, positions] = [table, positions].map(|view| self.address(view));
         let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
         let angles = Some(Angles { table, positions });
-        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })
+        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })?;
+        Ok(true)
     }
 
     fn cached_attention_forward(
@@ -944,7 +933,7 @@ impl Backend for Cuda {
         table: View,
         positions: View,
         qkv: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::Rotate(Rotation {
             table: self.address(table),
             positions: self.address(positions),
@@ -952,7 +941,7 @@ impl Backend for Cuda {
             head_dim: heads.head_dim,
         });
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv);
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -963,7 +952,8 @@ impl Backend for Cuda {
             b: self.address(weight),
             out: self.address(qkv),
             output,
-        })
+        })?;
+        Ok(true)
     }
 
     fn linear_swiglu_forward(
@@ -972,10 +962,10 @@ impl Backend for Cuda {
         weight: View,
         gate_up: View,
         out: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::SwiGlu { product: self.address(out) };
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return unfused::linear_swiglu_forward(self, inp, weight, gate_up, out);
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -986,7 +976,8 @@ impl Backend for Cuda {
             b: self.address(weight),
             out: self.address(gate_up),
             output,
-        })
+        })?;
+        Ok(true)
     }
 
     fn linear_swiglu_backward(
@@ -996,14 +987,12 @@ impl Backend for Cuda {
         d_out: View,
         d_weight: View,
         gate_up: View,
-        d_inp: View,
+        _d_inp: View,
         d_gate_up: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::SwiGluGradient { gate_up: self.address(gate_up) };
         if !self.layers.gemm.fuses(Layout::Nn, output) {
-            return unfused::linear_swiglu_backward(
-                self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
-            );
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nn,
@@ -1015,7 +1004,8 @@ impl Backend for Cuda {
             out: self.address(d_gate_up),
             output,
         })?;
-        self.weight_gradient(inp, d_out, d_weight)
+        self.weight_gradient(inp, d_out, d_weight)?;
+        Ok(true)
     }
 
     fn cross_entropy_forward(

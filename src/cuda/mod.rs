@@ -9,6 +9,7 @@ pub mod binaries;
 pub mod conformance;
 mod driver;
 pub mod embedding;
+mod family;
 pub mod gemm;
 pub mod halves;
 pub mod host;
@@ -26,6 +27,7 @@ mod transfers;
 
 pub use backend::Cuda;
 pub use driver::*;
+pub use family::Family;
 
 use std::ffi::OsString;
 

@@ -7,9 +7,8 @@ use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward, Passes};
-use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
-use isobath::cuda::{DevicePointer, Driver, StreamId};
+use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 use isobath::tensor::View;
 
 use super::counting::Counting;

@@ -13,8 +13,7 @@ mod short;
 mod sm90;
 mod tiled;
 
-use super::gemm::Family;
-use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
+use super::{Arguments, DevicePointer, Driver, Family, KernelId, Launch, StreamId};
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::Dtype;
 use crate::error::{Error, Result};
