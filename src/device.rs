@@ -56,9 +56,9 @@ impl Device {
 }
 
 /// The kernels' backend on the GPU, or on the CPU as SIMT_... says; with graphs unless
-/// ISOBATH_GRAPHS says no. Errors: why there is none.
+/// ISOBATH_GRAPHS says no, and with overlap unless ISOBATH_OVERLAP does. Errors: why there is none.
 pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
-    let graphs = cuda::graphs_from_env()?;
+    let (graphs, overlap) = (cuda::graphs_from_env()?, cuda::overlap_from_env()?);
     let backend = Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)?;
-    Ok(backend.with_graphs(graphs))
+    Ok(backend.with_graphs(graphs).with_overlap(overlap))
 }

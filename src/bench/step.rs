@@ -172,7 +172,9 @@ impl<'a> Steps<'a> {
         parameters: &[f32],
         graphs: bool,
     ) -> Result<Self> {
-        let backend = Cuda::new(driver, config.dtype, None)?.with_graphs(graphs);
+        let backend = Cuda::new(driver, config.dtype, None)?
+            .with_graphs(graphs)
+            .with_overlap(cuda::overlap_from_env()?);
         let plan = Plan::new(config, &backend)?;
         let planned = plan.memory().total;
         let mut trainer = Trainer::new(plan, config, backend)?;

@@ -110,6 +110,7 @@ impl Cuda {
             offload: None,
         };
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
+        driver.overlap(true);
         Ok(Cuda {
             driver,
             dtype,
@@ -127,6 +128,13 @@ impl Cuda {
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
     pub fn with_graphs(self, graphs: bool) -> Self {
         Cuda { graphs, ..self }
+    }
+
+    /// Without overlap, each kernel begins when the one in front of it has ended. The bits are the
+    /// same.
+    pub fn with_overlap(mut self, overlap: bool) -> Self {
+        self.driver.overlap(overlap);
+        self
     }
 
     /// Moments in host memory pass through in chunks of as many elements, a multiple of 64.

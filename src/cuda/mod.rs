@@ -18,6 +18,7 @@ pub mod nvidia;
 pub mod nvml;
 mod nvtx;
 mod offload;
+mod overlap;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;
@@ -25,6 +26,7 @@ mod rows;
 
 pub use backend::Cuda;
 pub use driver::*;
+pub use overlap::Overlap;
 
 use std::ffi::OsString;
 
@@ -61,8 +63,26 @@ pub fn graphs_from_env() -> Result<bool> {
 
 /// As [`graphs_from_env`], of any set of variables. Errors name the variable.
 pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    match variable(GRAPHS) {
-        Some(text) => Ok(host::number(GRAPHS, &text.to_string_lossy(), 1)? == 1),
+    unless_off(GRAPHS, variable)
+}
+
+/// The environment variable that says whether a kernel may begin while the one in front of it still
+/// runs; 0: each begins when that one has ended.
+pub const OVERLAP: &str = "ISOBATH_OVERLAP";
+
+/// Whether the environment wants that, for [`Cuda::with_overlap`]; where it says nothing, it does.
+pub fn overlap_from_env() -> Result<bool> {
+    overlap_from_variables(|name| std::env::var_os(name))
+}
+
+/// As [`overlap_from_env`], of any set of variables. Errors name the variable.
+pub fn overlap_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
+    unless_off(OVERLAP, variable)
+}
+
+fn unless_off(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
+    match variable(name) {
+        Some(text) => Ok(host::number(name, &text.to_string_lossy(), 1)? == 1),
         None => Ok(true),
     }
 }
