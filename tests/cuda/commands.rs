@@ -234,9 +234,11 @@ fn what_a_device_cannot_do_is_refused() {
     assert!(message.contains("--device simt"), "{message}");
 
     // Variables with values that do not exist, and what they are to be.
-    for (variable, value, right) in
-        [("SIMT_ORDER", "sideways", "fifo"), ("ISOBATH_GRAPHS", "few", "from 0 to 1")]
-    {
+    for (variable, value, right) in [
+        ("SIMT_ORDER", "sideways", "fifo"),
+        ("ISOBATH_GRAPHS", "few", "from 0 to 1"),
+        ("ISOBATH_OVERLAP", "much", "from 0 to 1"),
+    ] {
         let mut command = isobath();
         command.args(["generate", "--prompt", "a", "--device", "simt"]).arg(&run);
         let output = command.env(variable, value).output().unwrap();
