@@ -13,10 +13,10 @@ use half::bf16;
 use isobath::Result;
 use isobath::backend::NormSpec;
 use isobath::config::{Dtype, NormKind};
-use isobath::cuda::gemm::{Family, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options, present};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
-use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
+use isobath::cuda::{Allocation, Arguments, Driver, Family, Launch, StreamId};
 use isobath::random::Philox;
 
 #[path = "../tests/cuda/library.rs"]

@@ -13,7 +13,8 @@
 // keys in front of it: as all blocks of a team walk from their diagonals at the same speed, that is
 // the order in which they come, and nobody waits long. `turns` hold that order, whatever the speed:
 // the same bits each time. When a tile is complete, a warp with nothing else to do makes d_q of it
-// and gives its place to the team's next head.
+// and gives its place to the team's next head. If the order is not asked for, the diagonal is still
+// first, and the others add when they come.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -44,6 +45,7 @@ struct Work {
   int team, member;       // blocks that share a head, and which one this is
   int first_unit, teams;  // a team's units are `teams` apart
   int first_place;        // of the team, in `sums` and `turns`
+  bool in_order;          // tiles of keys add one behind the other
 };
 // A head of k and v with its group of query heads, as the `round`-th one of this block's team.
 struct Unit {
@@ -51,7 +53,7 @@ struct Unit {
   uint32_t round;
 };
 
-DEVICE Work work_of(int batch, int sequence, int heads, int kv_heads, int team) {
+DEVICE Work work_of(int batch, int sequence, int heads, int kv_heads, int team, bool in_order) {
   const int key_tiles = (sequence + KEYS - 1) / KEYS;
   const int query_tiles = (sequence + QUERIES - 1) / QUERIES;
   const int group = heads / kv_heads, index = int(blockIdx.x) / team;
@@ -65,7 +67,8 @@ DEVICE Work work_of(int batch, int sequence, int heads, int kv_heads, int team) 
           int(blockIdx.x) % team,
           index,
           int(gridDim.x) / team,
-          index * group * query_tiles};
+          index * group * query_tiles,
+          in_order};
 }
 
 // Each head of this block's team.
@@ -96,6 +99,14 @@ DEVICE uint32_t turn_of(uint32_t round, int added) { return round << 16 | uint32
 // By one thread: until the place is in this state, with all that was done before.
 DEVICE void await_turn(const uint32_t* turn, uint32_t state) {
   while (load_acquire(turn) != state) __nanosleep(32);
+}
+// The same until any tile of keys has been added for the round's head.
+DEVICE void await_first(const uint32_t* turn, uint32_t round) {
+  while (true) {
+    const uint32_t state = load_acquire(turn);
+    if (state >> 16 == round && state % (1 << 16) > 0) return;
+    __nanosleep(32);
+  }
 }
 
 // d_q of the place's tile, by one warp: the accumulators of each of a consumer's warps hold 16
@@ -236,7 +247,10 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
           const int place = work.first_place + member * work.query_tiles + tile;
           float* const sum = sums + size_t(place) * SUMS<D>;
           mbarrier_wait(&sent[0], part_at.parity);
-          await_turn(&turns[place], turn_of(unit.round, added));
+          if (work.in_order || added == 0)
+            await_turn(&turns[place], turn_of(unit.round, added));
+          else
+            await_first(&turns[place], unit.round);
           fence_proxy_async_global();
           if (added == 0)
             bulk_store(sum, part, SUMS_BYTES);
@@ -247,7 +261,12 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
           mbarrier_arrive(&sent[1]);
           advance(part_at);
           bulk_wait<0>();
-          store_release(&turns[place], turn_of(unit.round, added + 1));
+          if (work.in_order) {
+            store_release(&turns[place], turn_of(unit.round, added + 1));
+          } else {
+            __threadfence();
+            atomicAdd(&turns[place], 1u);
+          }
         });
       });
     } else if (warp == 3) {
@@ -453,9 +472,9 @@ DEVICE void attention_delta(const bf16* out, const bf16* d_out, float* delta, ui
   (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,               \
    const __grid_constant__ TensorMap d_kv, const int* document_starts, const float* table,       \
    const int* positions, const float* log_sum_exp, const float* delta, bf16* d_qkv, float* sums, \
-   uint32_t* turns, int batch, int sequence, int heads, int kv_heads, int team, float scale,     \
-   float scale_log2) {                                                                           \
-    const Work work = work_of(batch, sequence, heads, kv_heads, team);                           \
+   uint32_t* turns, int batch, int sequence, int heads, int kv_heads, int team, int in_order,    \
+   float scale, float scale_log2) {                                                              \
+    const Work work = work_of(batch, sequence, heads, kv_heads, team, in_order != 0);            \
     attention_backward<d>(&qkv, &d_out, &d_kv, document_starts, Angles{table, positions},        \
                           log_sum_exp, delta, d_qkv, sums, turns, sequence, work, scale,         \
                           scale_log2);                                                           \

@@ -178,6 +178,34 @@ impl AdamWStep<'_> {
     }
 }
 
+/// Readings that may be under way at one time, see [`Backend::begin_read`].
+pub const READINGS: usize = 2;
+/// A step sends up to three arrays and a few numbers; these are two steps.
+pub const SENT_SECTIONS: usize = 8;
+/// Room for the few numbers.
+const SENT_SCALARS_BYTES: usize = 4096;
+
+/// Of the memory that a write which is not waited for passes through; `sent` as in
+/// [`Backend::prepare_transfers`].
+pub fn section_bytes(sent: usize) -> usize {
+    sent.next_multiple_of(256) + SENT_SCALARS_BYTES
+}
+
+/// Bytes of host memory that [`Backend::prepare_transfers`] allocates on a device that runs behind.
+pub fn transfer_bytes(sent: usize, read: usize) -> usize {
+    SENT_SECTIONS * section_bytes(sent) + READINGS * read
+}
+
+/// Values on their way from the device, see [`Backend::begin_read`].
+#[must_use]
+#[derive(Debug)]
+pub enum Reading {
+    /// They are here.
+    Done(Vec<f32>),
+    /// Where they will be.
+    Place(usize),
+}
+
 /// What a backend recorded, see [`Backend::record`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Recording(pub u32);
@@ -305,11 +333,46 @@ pub trait Backend {
         self.allocate(label, bytes)
     }
 
-    /// Copies values in; `values` has exactly the view's number of elements.
+    /// Whether ops are enqueued and run later, so that the program can be ahead of them.
+    fn runs_behind(&self) -> bool {
+        false
+    }
+    /// Bytes of host memory that [`Backend::prepare_transfers`] allocates.
+    fn transfer_bytes(&self, _sent: usize, _read: usize) -> usize {
+        0
+    }
+    /// From here on, writes of up to `sent` bytes are not waited for, and readings of up to `read` bytes
+    /// can begin. Once.
+    fn prepare_transfers(&mut self, _sent: usize, _read: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Copies values in, in the order of the ops; `values` has exactly the view's number of elements.
     fn write(&mut self, view: View, values: &[f32]) -> Result<()>;
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
+    /// Copies statistics out as they are behind everything before it, one view after the other; ops
+    /// that follow may change them. At most [`READINGS`] at one time.
+    fn begin_read(&mut self, views: &[View]) -> Result<Reading> {
+        let count = views.iter().map(|view| view.shape.elements()).sum();
+        let mut values = vec![0.0; count];
+        let mut rest = &mut values[..];
+        for &view in views {
+            let (values, behind) = rest.split_at_mut(view.shape.elements());
+            self.read(view, values)?;
+            rest = behind;
+        }
+        Ok(Reading::Done(values))
+    }
+    /// Waits for the values, of which there are exactly as many, and not for what was enqueued behind.
+    fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
+        match reading {
+            Reading::Done(read) => values.copy_from_slice(&read),
+            Reading::Place(_) => unreachable!("{} reads at once", self.name()),
+        }
+        Ok(())
+    }
     /// Copies f32 in and out that lie as bf16, rounded as [`Backend::round`] does it, and as the lower
     /// halves of their bits.
     fn write_halves(&mut self, upper: View, _lower: View, _values: &[f32]) -> Result<()> {
@@ -461,76 +524,61 @@ pub trait Backend {
     fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
     fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
 
-    /// qkv = inp weight^T, then [`Backend::rotary_forward`]; qkv may be rounded between the two, or
-    /// not.
+    // Two ops in one kernel. False: there is none that does both, and nothing was done; what lies between
+    // the two may be rounded there, or not.
+
+    /// qkv = inp weight^T, then [`Backend::rotary_forward`].
     fn linear_rotary_forward(
         &mut self,
-        heads: HeadSpec,
-        inp: View,
-        weight: View,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv)
+        _heads: HeadSpec,
+        _inp: View,
+        _weight: View,
+        _table: View,
+        _positions: View,
+        _qkv: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
     /// gate_up = inp weight^T, then out as of [`Backend::swiglu_forward`], of the rounded gate_up.
     fn linear_swiglu_forward(
         &mut self,
-        inp: View,
-        weight: View,
-        gate_up: View,
-        out: View,
-    ) -> Result<()> {
-        unfused::linear_swiglu_forward(self, inp, weight, gate_up, out)
+        _inp: View,
+        _weight: View,
+        _gate_up: View,
+        _out: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
-    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it;
-    /// it may be rounded between the two, or not.
+    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it.
     #[allow(clippy::too_many_arguments)]
     fn linear_swiglu_backward(
         &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_weight: View,
-        gate_up: View,
-        d_inp: View,
-        d_gate_up: View,
-    ) -> Result<()> {
-        unfused::linear_swiglu_backward(
-            self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
-        )
+        _inp: View,
+        _weight: View,
+        _d_out: View,
+        _d_weight: View,
+        _gate_up: View,
+        _d_inp: View,
+        _d_gate_up: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
-
-    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv; it may be rounded
-    /// between the two, or not.
+    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv.
     #[allow(clippy::too_many_arguments)]
     fn attention_rotary_backward(
         &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        unfused::attention_rotary_backward(
-            self,
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            table,
-            positions,
-            d_qkv,
-        )
+        _spec: AttentionSpec,
+        _qkv: View,
+        _document_starts: Option<View>,
+        _out: View,
+        _log_sum_exp: View,
+        _d_out: View,
+        _delta: View,
+        _table: View,
+        _positions: View,
+        _d_qkv: View,
+    ) -> Result<bool> {
+        Ok(false)
     }
 
     /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
@@ -567,76 +615,4 @@ pub trait Backend {
     /// Clips by grad_norm[0] and updates, in one pass that reads each element once. If the norm is
     /// not finite, nothing changes.
     fn adamw(&mut self, buffers: &FlatBuffers, step: &AdamWStep) -> Result<()>;
-}
-
-/// Two ops one after the other, for whoever has no kernel that does both.
-pub(crate) mod unfused {
-    use super::{AttentionSpec, Backend, HeadSpec, Result, Sink, View};
-
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn attention_rotary_backward<B: Backend + ?Sized>(
-        backend: &mut B,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        backend.attention_backward(
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            d_qkv,
-        )?;
-        backend.rotary_backward(spec.heads, table, positions, d_qkv)
-    }
-
-    pub(crate) fn linear_rotary_forward<B: Backend + ?Sized>(
-        backend: &mut B,
-        heads: HeadSpec,
-        inp: View,
-        weight: View,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        backend.linear_forward(inp, weight, None, qkv)?;
-        backend.rotary_forward(heads, table, positions, qkv)
-    }
-
-    pub(crate) fn linear_swiglu_forward<B: Backend + ?Sized>(
-        backend: &mut B,
-        inp: View,
-        weight: View,
-        gate_up: View,
-        out: View,
-    ) -> Result<()> {
-        backend.linear_forward(inp, weight, None, gate_up)?;
-        backend.swiglu_forward(gate_up, out)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn linear_swiglu_backward<B: Backend + ?Sized>(
-        backend: &mut B,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_weight: View,
-        gate_up: View,
-        d_inp: View,
-        d_gate_up: View,
-    ) -> Result<()> {
-        let sink = Sink { to: d_inp, accumulate: false };
-        backend.linear_backward(inp, weight, d_out, sink, d_weight)?;
-        backend.swiglu_backward(gate_up, d_inp, d_gate_up)
-    }
 }

@@ -69,10 +69,10 @@ pub enum Error {
     )]
     Memory { device: String, needed: u64, available: u64, table: String, remedy: String },
 
-    /// A loss or gradient norm that is not finite: found before the update, nothing was written.
+    /// A loss or gradient norm that is not finite: nothing was written since.
     #[error(
         "{what} is {value} at step {step} (batch rows {first_row}..{end_row}); \
-         the parameters were not updated and no checkpoint was written\n  remedy: {remedy}"
+         no checkpoint of it was written\n  remedy: {remedy}"
     )]
     NonFinite {
         what: &'static str,

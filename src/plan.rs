@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::backend::VectorCopy;
+use crate::backend::{VectorCopy, transfer_bytes};
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
 use crate::cuda::adamw::AdamW;
@@ -105,7 +105,8 @@ pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
     let optimizer = |decay: &[Range<usize>], vectors: &[VectorCopy]| {
         AdamW::device_bytes(decay, vectors) as usize
     };
-    let device = DeviceBytes { opened, attention: &attention, optimizer: &optimizer };
+    let transfers = &transfer_bytes;
+    let device = DeviceBytes { opened, attention: &attention, optimizer: &optimizer, transfers };
     Ok(plan.with_device_bytes(config, &device))
 }
 

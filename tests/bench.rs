@@ -9,11 +9,11 @@ use isobath::bench::{
 };
 use isobath::config::{Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
-use isobath::cuda::gemm::{self, Family, Gemm, Layout};
+use isobath::cuda::gemm::{self, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, Peaks};
-use isobath::cuda::{Cuda, DevicePointer, Driver};
+use isobath::cuda::{Cuda, DevicePointer, Driver, Family};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::plan::PlanReport;

@@ -28,3 +28,4 @@ mod pointwise;
 mod replay;
 mod residual;
 mod state;
+mod transfers;

@@ -90,6 +90,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             eval_tokens: 0,
             sample_every: 0,
             z_loss: 0.0,
+            deterministic: true,
             init_from: None,
         },
         optimizer: OptimizerConfig {

@@ -187,7 +187,7 @@ class Stopwatch:
         return found, len(copies)
 
     def burst(self, twin, samples, rest):
-        """As src/bench/products.rs times a product: samples one behind the other without a gap,
+        """As src/bench/products/ times a product: samples one behind the other without a gap,
         behind one that does not count, after a rest of so many seconds."""
         copies = [twin.setup() for _ in range(self.copies(twin))]
         start = time.perf_counter()

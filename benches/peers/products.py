@@ -31,7 +31,7 @@ from pathlib import Path
 
 import kernels
 
-# Seconds, as in src/bench/products.rs.
+# Seconds, as in src/bench/products/.
 REST = 0.05
 LAYOUTS = ["nt", "nn", "tn"]
 # Who is stopped loses no more than this.

@@ -148,6 +148,9 @@ impl Driver for WithEvents {
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
         self.driver.to_host(stream, from, to)
     }
+    fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]> {
+        self.driver.host_bytes(at, bytes)
+    }
     fn on_device(
         &mut self, stream: StreamId, from: DevicePointer, to: DevicePointer, bytes: u64,
     ) -> Result<()> {
@@ -167,6 +170,7 @@ impl Driver for WithEvents {
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
         self.driver.elapsed_ms(from, to)
     }
+    fn await_event(&mut self, event: EventId) -> Result<()> { self.driver.await_event(event) }
     fn synchronize(&mut self) -> Result<()> { self.driver.synchronize() }
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
         self.driver.begin_capture(stream)

@@ -11,7 +11,7 @@ use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
 use crate::cuda::{self, Cuda, Driver, StreamId};
-use crate::engine::{Plan, Rows, Trainer};
+use crate::engine::{Plan, Rows, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::model::init::initial_parameters;
 use crate::model::parameters::ParameterTable;
@@ -110,6 +110,7 @@ pub(super) fn row(
         events.push(event);
         monitor.iter().for_each(|monitor| monitor.training(true));
     }
+    steps.wait()?;
     let timing = Timing::new(between(steps.driver(), &events)?, 1);
     steps.driver().synchronize()?;
     let conditions = monitor.and_then(Monitor::finish);
@@ -126,6 +127,7 @@ pub(super) fn row(
         }
         launched.start();
         steps.run()?;
+        steps.wait()?;
         timed.push(launched.finish(steps.driver())?);
     }
 
@@ -162,7 +164,10 @@ struct Steps<'a> {
     config: &'a Config,
     ids: Vec<i32>,
     planned: u64,
+    /// Enqueued.
     done: u64,
+    /// The last one, as long as nobody has waited for it.
+    under_way: Option<StepUnderWay>,
 }
 
 impl<'a> Steps<'a> {
@@ -174,13 +179,14 @@ impl<'a> Steps<'a> {
     ) -> Result<Self> {
         let backend = Cuda::new(driver, config.dtype, None)?
             .with_graphs(graphs)
-            .with_overlap(cuda::overlap_from_env()?);
+            .with_overlap(cuda::overlap_from_env()?)
+            .with_deterministic(config.train.deterministic);
         let plan = Plan::new(config, &backend)?;
         let planned = plan.memory().total;
         let mut trainer = Trainer::new(plan, config, backend)?;
         trainer.set_parameters(parameters)?;
         let ids = integers_below(1, config.model.vocab, config.tokens_per_step() as usize + 1);
-        Ok(Steps { trainer, config, ids, planned, done: 0 })
+        Ok(Steps { trainer, config, ids, planned, done: 0, under_way: None })
     }
 
     fn driver(&mut self) -> &mut dyn Driver {
@@ -191,7 +197,7 @@ impl<'a> Steps<'a> {
         MemoryUse::of(self.planned, self.trainer.device().0)
     }
 
-    /// Errors: a loss that is not finite.
+    /// Enqueues a step, as training does: then waits for the one before. Errors: its loss is not finite.
     fn run(&mut self) -> Result<()> {
         let Steps { trainer, config, ids, .. } = self;
         let step = self.done + 1;
@@ -202,14 +208,24 @@ impl<'a> Steps<'a> {
             Rows::new(&ids[at..at + tokens], &ids[at + 1..at + 1 + tokens])
         });
         let lr = optim::learning_rate(&config.optimizer, step, config.train.steps.max(step + 1));
-        trainer.range(c"step", |trainer| {
+        let under_way = trainer.range(c"step", |trainer| {
             trainer.begin(step);
-            let outcome = trainer.accumulate(micro_batches)?;
-            check_finite(outcome.loss, step, count * batch)?;
-            trainer.range(c"update", |trainer| trainer.update(&config.optimizer, step, lr))
+            let under_way = trainer.enqueue(micro_batches)?;
+            trainer.range(c"update", |trainer| trainer.update(&config.optimizer, step, lr))?;
+            Ok(under_way)
         })?;
+        self.wait()?;
         self.done = step;
+        self.under_way = Some(under_way);
         Ok(())
+    }
+
+    /// For the last step that was enqueued. Errors: its loss is not finite.
+    fn wait(&mut self) -> Result<()> {
+        let Some(under_way) = self.under_way.take() else { return Ok(()) };
+        let outcome = self.trainer.outcome(under_way)?;
+        let rows = self.config.train.grad_accumulation * self.config.train.micro_batch;
+        check_finite(outcome.loss, self.done, rows)
     }
 }
 

@@ -11,10 +11,10 @@ use isobath::bench::{
     StepRequest,
 };
 use isobath::config::{DeviceKind, Dtype, NormKind};
+use isobath::cuda::gemm::Layout;
 use isobath::cuda::gemm::tuned::Table;
-use isobath::cuda::gemm::{Family, Layout};
 use isobath::cuda::host::{Asynchronous, Options, Order};
-use isobath::cuda::{self, Driver};
+use isobath::cuda::{self, Driver, Family};
 use isobath::{Error, Result, durable};
 use serde::Serialize;
 

@@ -275,6 +275,8 @@ pub struct TrainConfig {
     pub sample_every: u64,
     /// Weight of log^2(Z) in the loss; 0: off.
     pub z_loss: f64,
+    /// Whether the same run on the same device has the same bits.
+    pub deterministic: bool,
     /// A Hugging Face LLaMA folder to start from; written as "" when there is none.
     #[serde(with = "empty_is_none")]
     pub init_from: Option<PathBuf>,

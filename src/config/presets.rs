@@ -158,6 +158,7 @@ fn demo() -> Config {
             eval_tokens: 32_768,
             sample_every: 0,
             z_loss: 0.0,
+            deterministic: true,
             init_from: None,
         },
         optimizer: OptimizerConfig {
@@ -262,6 +263,7 @@ fn paper(paper: &PaperModel) -> Config {
             eval_tokens: 10_000_000,
             sample_every: 0,
             z_loss: 0.0,
+            deterministic: true,
             init_from: None,
         },
         optimizer: OptimizerConfig {

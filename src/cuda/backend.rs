@@ -3,7 +3,7 @@
 //! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
 //! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
 //! program is prepared; a step then only launches, or replays what was recorded as a graph, on one
-//! stream, and the first read behind it waits and reports what went wrong. The layers of each op
+//! stream; what is read behind it is waited for, and reports what went wrong. The layers of each op
 //! know the kernels; here stand only addresses.
 
 use std::collections::HashMap;
@@ -18,7 +18,7 @@ use super::attention::{
     Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
 };
 use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
-use super::gemm::{Family, Gemm, GemmPlan, Layout, Output, Product, Rotation};
+use super::gemm::{Gemm, GemmPlan, Layout, Output, Product, Rotation};
 use super::loss::{Loss, LossBackward, LossForward};
 use super::norm::{Norm, NormBackward, NormForward};
 use super::nvtx;
@@ -26,10 +26,11 @@ use super::offload::Offload;
 use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
-use super::{Allocation, DevicePointer, Driver, GraphId, StreamId, halves};
+use super::transfers::Transfers;
+use super::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    OFFLOAD_CHUNK, Recording, ResidualSpec, Sink, VectorCopy, unfused,
+    OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
 use crate::error::Result;
@@ -49,12 +50,17 @@ pub struct Cuda {
     on_host: Vec<BufferId>,
     offload_chunk: usize,
     layers: Layers,
+    transfers: Option<Transfers>,
+    /// The program may enqueue a step before the one in front of it is over.
+    steps_ahead: bool,
     /// Of what the layers allocated when they were made.
     scratch_bytes: u64,
     /// Ops are checked and made ready, nothing is launched.
     preparing: bool,
     /// What can be recorded is replayed as a graph.
     graphs: bool,
+    /// Equal steps give equal bits.
+    deterministic: bool,
 }
 
 /// The kernels that were asked for so far.
@@ -111,6 +117,8 @@ impl Cuda {
         };
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
         driver.overlap(true);
+        // simt runs everything when it is enqueued.
+        let steps_ahead = driver.device() == "cuda";
         Ok(Cuda {
             driver,
             dtype,
@@ -119,9 +127,12 @@ impl Cuda {
             on_host: Vec::new(),
             offload_chunk: OFFLOAD_CHUNK,
             layers,
+            transfers: None,
+            steps_ahead,
             scratch_bytes,
             preparing: false,
             graphs: true,
+            deterministic: true,
         })
     }
 
@@ -137,6 +148,17 @@ impl Cuda {
         self
     }
 
+    /// Without it, several blocks may add to attention's gradients in the order in which they come.
+    /// Before anything is prepared.
+    pub fn with_deterministic(self, deterministic: bool) -> Self {
+        Cuda { deterministic, ..self }
+    }
+
+    /// Whether a step may be enqueued before the one in front of it is over. The bits are the same.
+    pub fn with_steps_ahead(self, steps_ahead: bool) -> Self {
+        Cuda { steps_ahead, ..self }
+    }
+
     /// Moments in host memory pass through in chunks of as many elements, a multiple of 64.
     pub fn with_offload_chunk(self, elements: usize) -> Self {
         Cuda { offload_chunk: elements, ..self }
@@ -144,6 +166,14 @@ impl Cuda {
 
     pub fn driver(&mut self) -> &mut dyn Driver {
         &mut *self.driver
+    }
+
+    /// Copies to the device behind all that is enqueued; waited for where nothing was prepared.
+    fn send(&mut self, bytes: &[u8], to: DevicePointer) -> Result<()> {
+        match &mut self.transfers {
+            Some(transfers) => transfers.send(&mut *self.driver, bytes, to),
+            None => self.driver.to_device(STREAM, bytes, to),
+        }
     }
 
     fn bytes(&self, view: View) -> usize {
@@ -178,7 +208,8 @@ impl Cuda {
 
     fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
         let (driver, dtype, family) = (&mut *self.driver, self.dtype, self.family);
-        let make = || Attention::new(driver, dtype, heads, family);
+        let in_order = self.deterministic;
+        let make = || Ok(Attention::new(driver, dtype, heads, family)?.with_order(in_order));
         let attention = made(&mut self.layers.attentions, heads, make)?;
         Ok(ready(self.preparing, &mut *self.driver, attention))
     }
@@ -513,20 +544,33 @@ impl Backend for Cuda {
         Ok(id)
     }
 
+    fn runs_behind(&self) -> bool {
+        self.steps_ahead
+    }
+
+    fn transfer_bytes(&self, sent: usize, read: usize) -> usize {
+        transfer_bytes(sent, read)
+    }
+
+    fn prepare_transfers(&mut self, sent: usize, read: usize) -> Result<()> {
+        self.transfers = Some(Transfers::new(&mut *self.driver, sent, read)?);
+        Ok(())
+    }
+
     fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
         assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
         let to = self.address(view);
         if self.element_bytes(view.kind) == 4 {
-            return self.driver.to_device(STREAM, bytemuck::cast_slice(values), to);
+            return self.send(bytemuck::cast_slice(values), to);
         }
         let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-        self.driver.to_device(STREAM, bytemuck::cast_slice(&values), to)
+        self.send(bytemuck::cast_slice(&values), to)
     }
 
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()> {
         assert_eq!(view.shape.elements(), values.len(), "write: a view of {}", view.shape);
         let to = self.address(view);
-        self.driver.to_device(STREAM, bytemuck::cast_slice(values), to)
+        self.send(bytemuck::cast_slice(values), to)
     }
 
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()> {
@@ -539,6 +583,22 @@ impl Backend for Cuda {
         self.driver.to_host(STREAM, from, bytemuck::cast_slice_mut(&mut narrow))?;
         values.iter_mut().zip(narrow).for_each(|(value, narrow)| *value = narrow.to_f32());
         Ok(())
+    }
+
+    fn begin_read(&mut self, views: &[View]) -> Result<Reading> {
+        let range = |&view: &View| {
+            assert_eq!(self.element_bytes(view.kind), 4, "a reading of what is no f32");
+            (self.address(view), self.bytes(view) as u64)
+        };
+        let ranges: Vec<_> = views.iter().map(range).collect();
+        let transfers = self.transfers.as_mut().expect("transfers were prepared");
+        Ok(Reading::Place(transfers.begin_read(&mut *self.driver, &ranges)?))
+    }
+
+    fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
+        let Reading::Place(index) = reading else { unreachable!("nothing was read at once") };
+        let transfers = self.transfers.as_mut().expect("transfers were prepared");
+        transfers.finish_read(&mut *self.driver, index, bytemuck::cast_slice_mut(values))
     }
 
     fn write_halves(&mut self, upper: View, lower: View, values: &[f32]) -> Result<()> {
@@ -827,22 +887,10 @@ impl Backend for Cuda {
         table: View,
         positions: View,
         d_qkv: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         self.attention(spec.heads)?;
         if !self.layers.attentions[&spec.heads].rotates_back() {
-            return unfused::attention_rotary_backward(
-                self,
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            );
+            return Ok(false);
         }
         let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
         let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
@@ -850,7 +898,8 @@ impl Backend for Cuda {
         let [table, positions] = [table, positions].map(|view| self.address(view));
         let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
         let angles = Some(Angles { table, positions });
-        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })
+        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })?;
+        Ok(true)
     }
 
     fn cached_attention_forward(
@@ -892,7 +941,7 @@ impl Backend for Cuda {
         table: View,
         positions: View,
         qkv: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::Rotate(Rotation {
             table: self.address(table),
             positions: self.address(positions),
@@ -900,7 +949,7 @@ impl Backend for Cuda {
             head_dim: heads.head_dim,
         });
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return unfused::linear_rotary_forward(self, heads, inp, weight, table, positions, qkv);
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -911,7 +960,8 @@ impl Backend for Cuda {
             b: self.address(weight),
             out: self.address(qkv),
             output,
-        })
+        })?;
+        Ok(true)
     }
 
     fn linear_swiglu_forward(
@@ -920,10 +970,10 @@ impl Backend for Cuda {
         weight: View,
         gate_up: View,
         out: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::SwiGlu { product: self.address(out) };
         if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return unfused::linear_swiglu_forward(self, inp, weight, gate_up, out);
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nt,
@@ -934,7 +984,8 @@ impl Backend for Cuda {
             b: self.address(weight),
             out: self.address(gate_up),
             output,
-        })
+        })?;
+        Ok(true)
     }
 
     fn linear_swiglu_backward(
@@ -944,14 +995,12 @@ impl Backend for Cuda {
         d_out: View,
         d_weight: View,
         gate_up: View,
-        d_inp: View,
+        _d_inp: View,
         d_gate_up: View,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let output = Output::SwiGluGradient { gate_up: self.address(gate_up) };
         if !self.layers.gemm.fuses(Layout::Nn, output) {
-            return unfused::linear_swiglu_backward(
-                self, inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up,
-            );
+            return Ok(false);
         }
         self.multiply(Product {
             layout: Layout::Nn,
@@ -963,7 +1012,8 @@ impl Backend for Cuda {
             out: self.address(d_gate_up),
             output,
         })?;
-        self.weight_gradient(inp, d_out, d_weight)
+        self.weight_gradient(inp, d_out, d_weight)?;
+        Ok(true)
     }
 
     fn cross_entropy_forward(
@@ -1016,7 +1066,9 @@ impl Backend for Cuda {
             grad_norm: self.address(buffers.grad_norm),
         };
         let optimizer = self.layers.optimizer(buffers);
-        optimizer.prepare(&mut *self.driver, STREAM, step)?;
+        let (scalars, to) = (optimizer.scalars(step)?, optimizer.scalars_address());
+        self.send(bytemuck::bytes_of(&scalars), to)?;
+        let optimizer = self.layers.optimizer(buffers);
         match &self.layers.offload {
             Some(offload) => offload.update(&mut *self.driver, optimizer, &addresses),
             None => optimizer.launch(&mut *self.driver, STREAM, &addresses),

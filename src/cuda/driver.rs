@@ -205,6 +205,9 @@ pub trait Driver {
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()>;
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()>;
+    /// Bytes of a buffer of [`Driver::allocate_host`], to be read and written at once: copies from and
+    /// to them that may still be under way are the caller's to wait for, see [`Driver::await_event`].
+    fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]>;
     /// Errors: the ranges overlap.
     fn on_device(
         &mut self,
@@ -222,6 +225,8 @@ pub trait Driver {
     fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()>;
     /// Milliseconds from one recorded event to another; waits for both.
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64>;
+    /// Waits until what was enqueued before the event has run, and for nothing behind it.
+    fn await_event(&mut self, event: EventId) -> Result<()>;
     /// Returns when everything on all streams has run; errors are those of the work itself.
     fn synchronize(&mut self) -> Result<()>;
 
@@ -785,13 +790,28 @@ struct Live {
     bytes: u64,
     label: String,
     serial: u64,
+    on_host: bool,
 }
 
 impl Ledger {
     pub fn add(&mut self, buffer: Allocation, label: &str) {
-        let live = Live { bytes: buffer.bytes, label: label.to_string(), serial: self.added };
-        self.buffers.insert(buffer.address.0, live);
+        self.insert(buffer, label, false);
+    }
+
+    /// One of [`Driver::allocate_host`].
+    pub fn add_on_host(&mut self, buffer: Allocation, label: &str) {
+        self.insert(buffer, label, true);
+    }
+
+    fn insert(&mut self, buffer: Allocation, label: &str, on_host: bool) {
+        let (bytes, label, serial) = (buffer.bytes, label.to_string(), self.added);
+        self.buffers.insert(buffer.address.0, Live { bytes, label, serial, on_host });
         self.added += 1;
+    }
+
+    /// Whether the buffer around the address lies in the host's memory.
+    pub fn is_on_host(&self, address: DevicePointer) -> bool {
+        self.buffer_at(address).is_some_and(|(_, buffer)| buffer.on_host)
     }
 
     /// Whether exactly this buffer was there.
@@ -811,8 +831,10 @@ impl Ledger {
         self.buffers.keys().map(|&address| DevicePointer(address))
     }
 
+    /// Of the buffers in the device's memory.
     pub fn bytes(&self) -> u64 {
-        self.buffers.values().map(|buffer| buffer.bytes).sum()
+        let on_device = self.buffers.values().filter(|buffer| !buffer.on_host);
+        on_device.map(|buffer| buffer.bytes).sum()
     }
 
     /// Whether the range lies in one buffer.
@@ -864,6 +886,19 @@ impl Ledger {
 }
 
 impl Ledger {
+    /// Errors: a range that is not in one buffer of host memory.
+    pub fn check_on_host(&self, device: &str, from: DevicePointer, bytes: u64) -> Result<()> {
+        self.check(device, "access", from, bytes)?;
+        if self.is_on_host(from) {
+            return Ok(());
+        }
+        Err(Error::Device {
+            device: device.to_string(),
+            what: "bytes of the device's own memory are asked for".to_string(),
+            remedy: "copy them with to_host, or allocate them with allocate_host".to_string(),
+        })
+    }
+
     /// Errors: a range that is not in one buffer, or two that overlap.
     pub fn check_copy(
         &self,

@@ -9,6 +9,7 @@ pub mod binaries;
 pub mod conformance;
 mod driver;
 pub mod embedding;
+mod family;
 pub mod gemm;
 pub mod halves;
 pub mod host;
@@ -23,9 +24,11 @@ pub mod peaks;
 pub mod pointwise;
 pub mod residual;
 mod rows;
+mod transfers;
 
 pub use backend::Cuda;
 pub use driver::*;
+pub use family::Family;
 pub use overlap::Overlap;
 
 use std::ffi::OsString;
@@ -63,7 +66,7 @@ pub fn graphs_from_env() -> Result<bool> {
 
 /// As [`graphs_from_env`], of any set of variables. Errors name the variable.
 pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    unless_off(GRAPHS, variable)
+    Ok(switch(GRAPHS, variable)?.unwrap_or(true))
 }
 
 /// The environment variable that says whether a kernel may begin while the one in front of it still
@@ -77,14 +80,22 @@ pub fn overlap_from_env() -> Result<bool> {
 
 /// As [`overlap_from_env`], of any set of variables. Errors name the variable.
 pub fn overlap_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    unless_off(OVERLAP, variable)
+    Ok(switch(OVERLAP, variable)?.unwrap_or(true))
 }
 
-fn unless_off(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    match variable(name) {
-        Some(text) => Ok(host::number(name, &text.to_string_lossy(), 1)? == 1),
-        None => Ok(true),
-    }
+/// The environment variable that says whether a step is enqueued before the one in front of it is over;
+/// where it says nothing, on devices that run by themselves.
+pub const AHEAD: &str = "ISOBATH_AHEAD";
+
+/// What the environment says of [`AHEAD`], for [`Cuda::with_steps_ahead`].
+pub fn steps_ahead_from_env() -> Result<Option<bool>> {
+    switch(AHEAD, |name| std::env::var_os(name))
+}
+
+/// 0 or 1; `None`: it is not set. Errors name the variable.
+fn switch(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>> {
+    let value = |text: OsString| Ok(host::number(name, &text.to_string_lossy(), 1)? == 1);
+    variable(name).map(value).transpose()
 }
 
 /// Whether `kind` can be asked for kernels here. Starts nothing. Errors: why not.

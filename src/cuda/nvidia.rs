@@ -5,7 +5,6 @@
 //! machine code of every kernel file comes with the program (binaries.rs); a file without code for
 //! this GPU is an error only for those who ask for its kernels.
 
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -153,7 +152,15 @@ struct Graph {
 
 struct Event {
     event: CudaEvent,
-    recorded: bool,
+    recorded: Option<Recorded>,
+}
+
+/// Where an event was recorded.
+#[derive(Clone, Copy)]
+struct Recorded {
+    stream: StreamId,
+    /// [`Nvidia::launches`] before it.
+    launches: u64,
 }
 
 pub struct Nvidia {
@@ -165,9 +172,9 @@ pub struct Nvidia {
     unusable: Vec<&'static str>,
     /// Launched on each stream since it was last waited for: one of them caused a late error.
     pending: Vec<(KernelId, StreamId)>,
+    /// Launches so far, those that are no longer pending among them.
+    launches: u64,
     memory: Ledger,
-    /// Buffers of `memory` that lie in the host's, with their bytes.
-    on_host: BTreeMap<DevicePointer, u64>,
     /// Bytes, before anything was allocated.
     free_at_first: u64,
     capture: Capture,
@@ -205,8 +212,8 @@ impl Nvidia {
             names: vec![],
             unusable: vec![],
             pending: vec![],
+            launches: 0,
             memory: Ledger::default(),
-            on_host: BTreeMap::new(),
             free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
@@ -309,6 +316,7 @@ impl Nvidia {
         // Several micro-batches of a deep model; behind them the same kernels come again.
         const KEPT: usize = 1 << 14;
         self.pending.push((kernel, stream));
+        self.launches += 1;
         if self.pending.len() > 2 * KEPT {
             self.pending.drain(..self.pending.len() - KEPT);
         }
@@ -316,7 +324,19 @@ impl Nvidia {
 
     /// A stream was waited for, and nothing was wrong: what ran on it is above suspicion.
     fn finished(&mut self, stream: StreamId) {
-        self.pending.retain(|&(_, on)| on != stream);
+        self.finished_before(stream, self.launches);
+    }
+
+    /// The same for what was among the first `launches`.
+    fn finished_before(&mut self, stream: StreamId, launches: u64) {
+        // Some that had finished may be missing among the pending ones: then fewer are acquitted.
+        let behind = (self.launches - launches) as usize;
+        let acquitted = self.pending.len().saturating_sub(behind);
+        let mut place = 0;
+        self.pending.retain(|&(_, on)| {
+            place += 1;
+            on != stream || place > acquitted
+        });
     }
 
     /// Asks for dynamic shared memory beyond what every kernel may use.
@@ -660,22 +680,22 @@ impl Driver for Nvidia {
         // With unified addresses, which every GPU with these kernels has, the device knows it by the
         // same one.
         let buffer = Allocation { address: DevicePointer(address as u64), bytes };
-        self.memory.add(buffer, label);
-        self.on_host.insert(buffer.address, bytes);
+        self.memory.add_on_host(buffer, label);
         Ok(buffer)
     }
 
     fn allocated_bytes(&self) -> u64 {
-        self.memory.bytes() - self.on_host.values().sum::<u64>()
+        self.memory.bytes()
     }
 
     fn release(&mut self, buffer: Allocation) -> Result<()> {
         self.capture.forbid(DEVICE, "a release")?;
         self.bind()?;
+        let on_host = self.memory.is_on_host(buffer.address);
         if !self.memory.remove(buffer) {
             return Err(foreign(DEVICE, "buffer"));
         }
-        if self.on_host.remove(&buffer.address).is_some() {
+        if on_host {
             self.context.synchronize().map_err(|error| self.failed(error))?;
             // SAFETY: it came from `malloc_host` and was not freed; no work is left that uses it.
             return unsafe { result::free_host(buffer.address.0 as *mut c_void) }
@@ -866,6 +886,15 @@ impl Driver for Nvidia {
         Ok(())
     }
 
+    fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]> {
+        self.capture.forbid(DEVICE, "an access to host memory")?;
+        self.memory.check_on_host(DEVICE, at, bytes)?;
+        // SAFETY: the range lies in a live buffer of host memory, which was written when it was
+        // allocated; no other reference into it outlives the borrow of `self`, and the caller has
+        // waited for copies.
+        Ok(unsafe { std::slice::from_raw_parts_mut(at.0 as *mut u8, bytes as usize) })
+    }
+
     fn on_device(
         &mut self,
         stream: StreamId,
@@ -909,7 +938,7 @@ impl Driver for Nvidia {
     fn new_event(&mut self) -> Result<EventId> {
         let with_timing = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = self.context.new_event(with_timing).map_err(|error| self.failed(error))?;
-        self.events.push(Event { event, recorded: false });
+        self.events.push(Event { event, recorded: None });
         Ok(EventId(self.events.len() as u32 - 1))
     }
 
@@ -918,7 +947,8 @@ impl Driver for Nvidia {
         self.capture.forbid(DEVICE, "an event")?;
         let recorded = self.event(event)?.event.record(self.stream(stream)?);
         recorded.map_err(|error| self.failed(error))?;
-        self.events[event.0 as usize].recorded = true;
+        let recorded = Recorded { stream, launches: self.launches };
+        self.events[event.0 as usize].recorded = Some(recorded);
         Ok(())
     }
 
@@ -932,11 +962,22 @@ impl Driver for Nvidia {
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
         self.capture.forbid(DEVICE, "waiting for an event")?;
         let (from, to) = (self.event(from)?, self.event(to)?);
-        if !from.recorded || !to.recorded {
+        if from.recorded.is_none() || to.recorded.is_none() {
             return Err(not_recorded(DEVICE));
         }
         let elapsed = from.event.elapsed_ms(&to.event).map_err(|error| self.failed(error))?;
         Ok(f64::from(elapsed))
+    }
+
+    fn await_event(&mut self, event: EventId) -> Result<()> {
+        self.capture.forbid(DEVICE, "waiting for an event")?;
+        let Event { event, recorded } = self.event(event)?;
+        let Some(Recorded { stream, launches }) = *recorded else {
+            return Err(not_recorded(DEVICE));
+        };
+        event.synchronize().map_err(|error| self.failed(error))?;
+        self.finished_before(stream, launches);
+        Ok(())
     }
 
     fn synchronize(&mut self) -> Result<()> {
@@ -1021,7 +1062,7 @@ impl Drop for Nvidia {
         for address in self.memory.addresses() {
             // SAFETY: the ledger's buffers came from `malloc_host`, if they are here, else from
             // `malloc_sync`, and were not freed; no work is left that could use them.
-            let _ = match self.on_host.contains_key(&address) {
+            let _ = match self.memory.is_on_host(address) {
                 true => unsafe { result::free_host(address.0 as *mut c_void) },
                 false => unsafe { result::free_sync(address.0) },
             };

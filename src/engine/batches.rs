@@ -1,10 +1,11 @@
 //! The micro-batches of a step on the device: tokens, targets and documents in, losses out.
 //!
-//! A step writes all of its micro-batches before it runs the first one and reads all losses behind
-//! the last one, so that the device is waited for once a step.
+//! A step writes all of its micro-batches before it runs the first one and begins to read all losses
+//! behind the last one. Both are behind one another on the device, so that nobody waits for it until
+//! the losses are asked for, which may be when the next step is enqueued already.
 
 use super::Rows;
-use crate::backend::Backend;
+use crate::backend::{Backend, Reading};
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape, View};
 
@@ -27,7 +28,16 @@ pub(super) struct Batches {
     staged_tokens: Vec<i32>,
     staged_targets: Vec<i32>,
     staged_starts: Vec<i32>,
-    losses: Vec<f32>,
+    /// Losses of a step, and the norm of its gradient.
+    read: Vec<f32>,
+}
+
+/// Losses and a norm on their way from the device.
+#[derive(Debug)]
+pub(super) struct BatchesRead {
+    reading: Reading,
+    /// How many.
+    losses: usize,
 }
 
 impl Batches {
@@ -41,6 +51,11 @@ impl Batches {
         count * tokens * (indices * element_bytes(Kind::Index) + element_bytes(Kind::Statistic))
     }
 
+    /// Bytes of the largest write and of the reading of a step of `tokens` tokens in all.
+    pub fn transfers(tokens: usize) -> [usize; 2] {
+        [tokens * size_of::<i32>(), (tokens + 1) * size_of::<f32>()]
+    }
+
     /// For up to `count` micro-batches of `tokens` tokens; with `documents`, of several in a row.
     pub fn allocate(
         count: usize,
@@ -48,6 +63,8 @@ impl Batches {
         documents: bool,
         backend: &mut impl Backend,
     ) -> Result<Self> {
+        let [sent, read] = Self::transfers(count * tokens);
+        backend.prepare_transfers(sent, read)?;
         let shape = Shape::new(&[count * tokens]);
         let mut store = |label, kind| -> Result<View> {
             let bytes = shape.elements() * backend.element_bytes(kind);
@@ -69,7 +86,7 @@ impl Batches {
             staged_tokens: Vec::with_capacity(count * tokens),
             staged_targets: Vec::with_capacity(count * tokens),
             staged_starts: Vec::with_capacity(if documents { count * tokens } else { 0 }),
-            losses: vec![0.0; count * tokens],
+            read: vec![0.0; count * tokens + 1],
         })
     }
 
@@ -131,13 +148,25 @@ impl Batches {
         Ok((0..used).map(micro_batch).collect())
     }
 
-    /// The sum of all losses of the last step.
-    pub fn total_loss(&mut self, backend: &mut impl Backend) -> Result<f64> {
-        let used = self.staged_tokens.len() / self.tokens;
-        let view = self.part(self.all.losses, 0, used, backend);
-        let losses = &mut self.losses[..used * self.tokens];
-        backend.read(view, losses)?;
-        Ok(super::sum(losses))
+    /// Begins to read the losses of the step that was written last, and behind them the norm of its
+    /// gradient, [1].
+    pub fn begin_read(&self, grad_norm: View, backend: &mut impl Backend) -> Result<BatchesRead> {
+        let count = self.staged_tokens.len();
+        let losses = self.part(self.all.losses, 0, count / self.tokens, backend);
+        let reading = backend.begin_read(&[losses, grad_norm])?;
+        Ok(BatchesRead { reading, losses: count })
+    }
+
+    /// The sum of all losses, and the norm.
+    pub fn finish_read(
+        &mut self,
+        read: BatchesRead,
+        backend: &mut impl Backend,
+    ) -> Result<(f64, f64)> {
+        let values = &mut self.read[..read.losses + 1];
+        backend.finish_read(read.reading, values)?;
+        let (losses, grad_norm) = values.split_at(read.losses);
+        Ok((super::sum(losses), grad_norm[0] as f64))
     }
 
     /// `count` micro-batches from the `first` one on.

@@ -19,7 +19,7 @@ pub use evaluator::Evaluator;
 pub use layerwise::{Backward, Layerwise};
 pub use parameters::Parameters;
 pub use plan::{DeviceBytes, MemoryTable, Plan};
-pub use trainer::{StepOutcome, Trainer};
+pub use trainer::{StepOutcome, StepUnderWay, Trainer};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};

@@ -31,6 +31,10 @@ pub struct Plan {
     offload_bytes: Option<usize>,
     parameter_bytes: ParameterBytes,
     batch_bytes: usize,
+    /// Of a step.
+    step_tokens: usize,
+    /// Of host memory, see [`Backend::transfer_bytes`].
+    transfer_bytes: usize,
     /// Of the gradient's norm.
     norm_bytes: usize,
     optimizer_bytes: usize,
@@ -50,6 +54,8 @@ pub struct DeviceBytes<'a> {
     pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
     /// [`Backend::optimizer_bytes`]
     pub optimizer: &'a OptimizerBytes<'a>,
+    /// [`Backend::transfer_bytes`]
+    pub transfers: &'a dyn Fn(usize, usize) -> usize,
 }
 
 /// Longest sample, prompt included, that training prints.
@@ -80,6 +86,8 @@ pub struct MemoryTable {
     pub total: u64,
     /// Both moments, where they lie in host memory: not in the total.
     pub host_moments: u64,
+    /// What passes through host memory on its way to a device and back: not in the total.
+    pub host_transfers: u64,
     /// What lies in the arena, the largest at the fullest step first.
     pub tensors: Vec<MemoryLine>,
 }
@@ -98,6 +106,7 @@ impl Plan {
                 opened: backend.scratch_bytes(),
                 attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
                 optimizer: &|decay, vectors| backend.optimizer_bytes(decay, vectors),
+                transfers: &|sent, read| backend.transfer_bytes(sent, read),
             },
         );
         Ok(Plan { process_bytes, offload_bytes, ..plan })
@@ -110,7 +119,10 @@ impl Plan {
         let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
         let spec = AttentionSpec { heads, batch, sequence: config.data.sequence };
         let attention_bytes = (device.attention)(spec, config.data.packs_documents());
-        Plan { optimizer_bytes, attention_bytes, opened_bytes: device.opened, ..self }
+        let [sent, read] = Batches::transfers(self.step_tokens);
+        let transfer_bytes = (device.transfers)(sent, read);
+        let opened_bytes = device.opened;
+        Plan { optimizer_bytes, attention_bytes, opened_bytes, transfer_bytes, ..self }
     }
 
     /// For training on a device that need not be here, without what it allocates besides.
@@ -160,6 +172,8 @@ impl Plan {
             offload_bytes,
             parameter_bytes,
             batch_bytes,
+            step_tokens: count * tokens,
+            transfer_bytes: 0,
             norm_bytes: element_bytes(Kind::Statistic),
             optimizer_bytes: 0,
             attention_bytes: 0,
@@ -209,6 +223,7 @@ impl Plan {
             process,
             total: flat_buffers + activations + batches + sampling + scratch + process,
             host_moments: on_host as u64,
+            host_transfers: self.transfer_bytes as u64,
             tensors: self.training.memory_lines().to_vec(),
         }
     }
@@ -218,10 +233,11 @@ impl Plan {
         let memory = self.memory();
         let available = backend.available_bytes()? + self.opened_bytes as u64;
         let available_on_host = host_memory::available_bytes();
-        if memory.host_moments > available_on_host {
+        let on_host = memory.host_moments + memory.host_transfers;
+        if on_host > available_on_host {
             return Err(Error::Memory {
                 device: "host".to_string(),
-                needed: memory.host_moments,
+                needed: on_host,
                 available: available_on_host,
                 table: memory.to_string(),
                 remedy: "set optimizer.moments to bf16, or optimizer.offload to false".to_string(),
@@ -283,9 +299,13 @@ impl fmt::Display for MemoryTable {
             writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;
         }
         write!(f, "{:<30}{:>22.1}", "together", mib(self.total))?;
-        match self.host_moments {
-            0 => Ok(()),
-            bytes => write!(f, "\n{:<30}{:>22.1}", "moments in host memory", mib(bytes)),
-        }
+        let on_host = [
+            ("moments in host memory", self.host_moments),
+            ("transfers in host memory", self.host_transfers),
+        ];
+        on_host
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > 0)
+            .try_for_each(|(name, bytes)| write!(f, "\n{name:<30}{:>22.1}", mib(bytes)))
     }
 }

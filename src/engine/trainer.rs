@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::ffi::CStr;
 
-use super::batches::Batches;
+use super::batches::{Batches, BatchesRead};
 use super::decoder::Decoder;
 use super::loss::BoundLoss;
 use super::plan::Plan;
@@ -25,6 +25,14 @@ pub struct StepOutcome {
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
     pub predicted: usize,
+}
+
+/// A step whose gradient is enqueued; what it saw comes with [`Trainer::outcome`].
+#[must_use]
+#[derive(Debug)]
+pub struct StepUnderWay {
+    read: BatchesRead,
+    predicted: usize,
 }
 
 /// Everything a training step needs, allocated.
@@ -260,6 +268,16 @@ impl<B: Backend> Trainer<B> {
         &mut self,
         micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
     ) -> Result<StepOutcome> {
+        let step = self.enqueue(micro_batches)?;
+        self.outcome(step)
+    }
+
+    /// [`Trainer::accumulate`] without waiting for it. The update, and one more step, may be enqueued
+    /// before [`Trainer::outcome`] is asked.
+    pub fn enqueue<'a>(
+        &mut self,
+        micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
+    ) -> Result<StepUnderWay> {
         self.use_arena_for(Use::Training)?;
         let mut predicted = 0;
         for rows in micro_batches.clone() {
@@ -288,15 +306,24 @@ impl<B: Backend> Trainer<B> {
             }
             self.backend.gradient_norm(&self.flat)?;
         }
-        let total = self.batches.total_loss(&mut self.backend)?;
-        let mut grad_norm = [0.0];
-        self.backend.read(self.flat.grad_norm, &mut grad_norm)?;
-        let grad_norm = grad_norm[0] as f64;
+        let read = self.batches.begin_read(self.flat.grad_norm, &mut self.backend)?;
+        Ok(StepUnderWay { read, predicted })
+    }
+
+    /// Waits until the step's gradient is there. Steps in the order in which they were enqueued.
+    pub fn outcome(&mut self, step: StepUnderWay) -> Result<StepOutcome> {
+        let StepUnderWay { read, predicted } = step;
+        let (total, grad_norm) = self.batches.finish_read(read, &mut self.backend)?;
         Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
     }
 
+    /// Whether steps run behind the calls that enqueue them.
+    pub fn runs_behind(&self) -> bool {
+        self.backend.runs_behind()
+    }
+
     /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
-    /// On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
+    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
     /// Where moments lie in host memory, it is one for each chunk of them, between its copies.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].

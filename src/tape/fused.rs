@@ -1,8 +1,8 @@
 //! Steps that run as one: what makes a tensor, and what would read all of it once more.
 //!
 //! [`fuse`] finds them in a finished list of steps, so neither recording nor the backward rules know
-//! of them. A backend that cannot do two things in one kernel does them one after the other
-//! ([`Backend`]'s default methods); the operands are those of both.
+//! of them. The operands are those of both; where a backend has no kernel that does both, its two
+//! [`parts`](Fused::parts) run one after the other.
 
 use super::ValueId;
 use super::op::{Access, Gradient, Op, Step};
@@ -117,9 +117,68 @@ impl<H: Copy> Fused<H> {
     }
 }
 
+impl<H: Copy> Fused<H> {
+    /// The steps that it was joined from.
+    pub fn parts(self) -> [Step<H>; 2] {
+        match self {
+            Fused::LinearRotary { heads, inp, weight, table, positions, qkv } => [
+                Step::Forward(Op::Linear { inp, weight, residual: None, out: qkv }),
+                Step::Forward(Op::Rotary { heads, table, positions, qkv }),
+            ],
+            Fused::LinearSwiGlu { inp, weight, gate_up, out } => [
+                Step::Forward(Op::Linear { inp, weight, residual: None, out: gate_up }),
+                Step::Forward(Op::SwiGlu { inp: gate_up, out }),
+            ],
+            Fused::LinearSwiGluGradient {
+                inp,
+                weight,
+                d_out,
+                d_weight,
+                gate_up,
+                d_inp,
+                d_gate_up,
+            } => {
+                let sink = Sink { to: d_inp, accumulate: false };
+                [
+                    Step::Backward(Gradient::Linear { inp, weight, d_out, d_inp: sink, d_weight }),
+                    Step::Backward(Gradient::SwiGlu {
+                        inp: gate_up,
+                        d_out: d_inp,
+                        d_inp: d_gate_up,
+                    }),
+                ]
+            }
+            Fused::AttentionRotaryGradient {
+                spec,
+                qkv,
+                document_starts,
+                out,
+                log_sum_exp,
+                d_out,
+                delta,
+                table,
+                positions,
+                d_qkv,
+            } => [
+                Step::Backward(Gradient::Attention {
+                    spec,
+                    qkv,
+                    document_starts,
+                    out,
+                    log_sum_exp,
+                    d_out,
+                    delta,
+                    d_qkv,
+                }),
+                Step::Backward(Gradient::Rotary { heads: spec.heads, table, positions, d_qkv }),
+            ],
+        }
+    }
+}
+
 impl Fused<View> {
     pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
-        match *self {
+        let together = match *self {
             Fused::LinearRotary { heads, inp, weight, table, positions, qkv } => {
                 backend.linear_rotary_forward(heads, inp, weight, table, positions, qkv)
             }
@@ -159,6 +218,10 @@ impl Fused<View> {
                 positions,
                 d_qkv,
             ),
+        };
+        match together? {
+            true => Ok(()),
+            false => self.parts().iter().try_for_each(|part| part.run(backend)),
         }
     }
 }

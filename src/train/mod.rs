@@ -14,6 +14,7 @@ mod interrupt;
 mod resolve;
 mod start;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ use crate::cpu::Cpu;
 use crate::data::loader::{Batch, Prefetch};
 use crate::data::material::{HeldOut, Material};
 use crate::device::{Device, open_kernels};
-use crate::engine::{Plan, Rows, StepOutcome, Trainer};
+use crate::engine::{Plan, Rows, StepOutcome, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, generate};
 use crate::hf::{ExportDtype, TokenizerFiles};
@@ -100,6 +101,7 @@ pub fn train(mut run: Run, interrupt: Interrupt, console: &mut Console) -> Resul
         Device::Cpu => train_on(Cpu::<f32>::new(), run, interrupt, console),
         Device::Cuda | Device::Simt => {
             let backend = open_kernels(device.kind(), run.config.dtype)?;
+            let backend = backend.with_deterministic(run.config.train.deterministic);
             train_on(backend, run, interrupt, console)
         }
     }
@@ -165,6 +167,8 @@ fn train_on<B: Backend>(
         planned_bytes,
         meter: Meter::default(),
         monitor,
+        ahead: None,
+        counted_from: Instant::now(),
     };
     let outcome = session.run(console);
     console.finish();
@@ -194,6 +198,20 @@ struct Session<B> {
     /// Of this process.
     meter: Meter,
     monitor: Option<Monitor>,
+    /// Enqueued behind the step that is waited for; `state` knows of it. What follows a step (evaluation,
+    /// sample, checkpoint) finds none.
+    ahead: Option<Step>,
+    /// When the step before was over, or the first of those under way was enqueued.
+    counted_from: Instant,
+}
+
+/// A step that is under way.
+struct Step {
+    under_way: StepUnderWay,
+    /// All that is known without its outcome.
+    record: StepRecord,
+    /// Of the loader.
+    rows: Range<u64>,
 }
 
 impl<B: Backend> Session<B> {
@@ -206,19 +224,13 @@ impl<B: Backend> Session<B> {
         }
         let mut evaluation = None;
         let mut sample = None;
-        while (self.owed.is_some() || self.state.step < steps) && !self.interrupt.asked() {
-            let started = Instant::now();
-            let record = match self.owed.take() {
-                Some(record) => record,
-                None => {
-                    let record = self.timed_step()?;
-                    console.step(&record, self.positions(), self.meter.recent());
-                    record
-                }
-            };
+        let mut started = Instant::now();
+        while let Some(record) = self.next(console)? {
+            let step = record.step;
             (evaluation, sample) = self.conclude(record, console)?;
             self.state.elapsed_seconds += started.elapsed().as_secs_f64();
-            if self.due(self.config.checkpoint.every) {
+            started = Instant::now();
+            if self.due(step, self.config.checkpoint.every) {
                 self.save()?;
             }
         }
@@ -256,10 +268,38 @@ impl<B: Backend> Session<B> {
         })
     }
 
-    /// Whether something that happens `every` so many steps, and at the last one, is due now.
-    fn due(&self, every: u64) -> bool {
-        let step = self.state.step;
+    /// Whether something that happens `every` so many steps, and at the last one, is due behind `step`.
+    fn due(&self, step: u64, every: u64) -> bool {
         step == self.config.train.steps || every > 0 && step.is_multiple_of(every)
+    }
+
+    /// The line of the next step, or of the one that is owed. `None`: all are done, or somebody asked to
+    /// stop and none is under way.
+    fn next(&mut self, console: &mut Console) -> Result<Option<StepRecord>> {
+        let step = match self.ahead.take() {
+            Some(step) => step,
+            None if self.interrupt.asked() => return Ok(None),
+            None if self.owed.is_some() => return Ok(self.owed.take()),
+            None if self.state.step == self.config.train.steps => return Ok(None),
+            None => {
+                self.counted_from = Instant::now();
+                self.read_sensors(true);
+                self.enqueue()?
+            }
+        };
+        if self.trainer.runs_behind() && !self.pauses_behind(step.record.step) {
+            self.ahead = Some(self.enqueue()?);
+        }
+        let record = self.finish(step)?;
+        console.step(&record, self.positions(), self.meter.recent());
+        Ok(Some(record))
+    }
+
+    /// Whether something is to happen behind `step` before the next one begins.
+    fn pauses_behind(&self, step: u64) -> bool {
+        let (train, checkpoint) = (&self.config.train, &self.config.checkpoint);
+        let dues = [train.eval_every, train.sample_every, checkpoint.every];
+        self.interrupt.asked() || dues.into_iter().any(|every| self.due(step, every))
     }
 
     /// What follows a step: evaluation and sample if they are due, then its line in the metrics.
@@ -271,7 +311,7 @@ impl<B: Backend> Session<B> {
     ) -> Result<(Option<Evaluation>, Option<SampleRecord>)> {
         let last = record.step == self.config.train.steps;
         if self.material.holds_out()
-            && self.due(self.config.train.eval_every)
+            && self.due(record.step, self.config.train.eval_every)
             && record.evaluation.is_none()
         {
             let most = if last { 0 } else { self.config.train.eval_tokens };
@@ -285,7 +325,7 @@ impl<B: Backend> Session<B> {
             record.evaluation = Some(evaluation);
         }
         let mut sample = None;
-        if self.due(self.config.train.sample_every) {
+        if self.due(record.step, self.config.train.sample_every) {
             sample = self.sample(record.step)?;
             match &sample {
                 None => {
@@ -308,18 +348,25 @@ impl<B: Backend> Session<B> {
         (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
     }
 
-    /// One optimizer step, and how long it took.
-    fn timed_step(&mut self) -> Result<StepRecord> {
-        self.read_sensors(true);
-        let started = Instant::now();
-        let mut record = self.step()?;
-        let (tokens, seconds) = (self.positions(), started.elapsed().as_secs_f64());
-        self.read_sensors(false);
+    /// Waits for a step. How long it took is counted from the end of the one before, if it was enqueued
+    /// by then.
+    ///
+    /// Errors: a loss or gradient that is not finite, with which nothing was updated if it was the
+    /// gradient. The step behind it may have run; no checkpoint knows of either.
+    fn finish(&mut self, step: Step) -> Result<StepRecord> {
+        let Step { under_way, record, rows } = step;
+        let outcome = self.trainer.outcome(under_way)?;
+        check_finite(&outcome, record.step, rows)?;
+        let (tokens, seconds) = (self.positions(), self.counted_from.elapsed().as_secs_f64());
+        match self.ahead {
+            Some(_) => self.counted_from = Instant::now(),
+            None => self.read_sensors(false),
+        }
         self.meter.add(tokens, seconds);
-        record.tokens_per_second = tokens as f64 / seconds;
-        let used = Utilisation::of(record.tokens_per_second, &self.token_cost);
-        record.mfu = used.map(|used| used.mfu);
-        Ok(record)
+        let tokens_per_second = tokens as f64 / seconds;
+        let used = Utilisation::of(tokens_per_second, &self.token_cost);
+        let (loss, grad_norm, mfu) = (outcome.loss, outcome.grad_norm, used.map(|used| used.mfu));
+        Ok(StepRecord { loss, grad_norm, tokens_per_second, mfu, ..record })
     }
 
     fn read_sensors(&self, on: bool) {
@@ -328,8 +375,8 @@ impl<B: Backend> Session<B> {
         }
     }
 
-    /// One optimizer step; everything but the time in the record.
-    fn step(&mut self) -> Result<StepRecord> {
+    /// One optimizer step, which has run when [`Session::finish`] returns.
+    fn enqueue(&mut self) -> Result<Step> {
         let step = self.state.step + 1;
         let count = self.config.train.grad_accumulation;
         let batches: Vec<Batch> =
@@ -339,26 +386,26 @@ impl<B: Backend> Session<B> {
         let end_row = first_row + (count * self.config.train.micro_batch) as u64;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
-        let outcome = self.trainer.range(c"step", |trainer| {
+        let under_way = self.trainer.range(c"step", |trainer| {
             trainer.begin(update);
-            let outcome = trainer.accumulate(batches.iter().map(rows))?;
-            check_finite(&outcome, step, first_row, end_row)?;
+            let under_way = trainer.enqueue(batches.iter().map(rows))?;
             trainer.range(c"update", |trainer| trainer.update(optimizer, update, lr))?;
-            Ok(outcome)
+            Ok(under_way)
         })?;
         self.state.step = step;
         self.state.updates += 1;
         self.state.tokens += self.positions();
-        Ok(StepRecord {
+        let record = StepRecord {
             step,
             tokens: self.state.tokens,
-            loss: outcome.loss,
-            grad_norm: outcome.grad_norm,
+            loss: f64::NAN,
+            grad_norm: f64::NAN,
             lr,
-            tokens_per_second: 0.0,
+            tokens_per_second: f64::NAN,
             mfu: None,
             evaluation: None,
-        })
+        };
+        Ok(Step { under_way, record, rows: first_row..end_row })
     }
 
     /// The loss on held-out text, of which there is some; none if somebody asked to stop meanwhile.
@@ -443,7 +490,8 @@ fn rows(batch: &Batch) -> Rows<'_> {
     Rows { tokens, targets, document_starts: document_starts.as_deref() }
 }
 
-fn check_finite(outcome: &StepOutcome, step: u64, first_row: u64, end_row: u64) -> Result<()> {
+fn check_finite(outcome: &StepOutcome, step: u64, rows: Range<u64>) -> Result<()> {
+    let Range { start: first_row, end: end_row } = rows;
     for (what, value) in [("loss", outcome.loss), ("gradient norm", outcome.grad_norm)] {
         if !value.is_finite() {
             let remedy = "lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip, \

@@ -1,13 +1,14 @@
 //! kernels/attention_sm90.cu, attention_sm80.cu, attention_f32.cu and attention_decode.cu against the
 //! f64 CPU backend.
 
+mod any_order;
+
 use isobath::backend::{AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward, Passes};
-use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
-use isobath::cuda::{DevicePointer, Driver, StreamId};
+use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 use isobath::tensor::View;
 
 use super::counting::Counting;
@@ -133,9 +134,10 @@ impl Outputs {
 struct Kernels {
     family: Option<Family>,
     passes: Option<Passes>,
+    any_order: bool,
 }
 
-const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None };
+const SM80: Kernels = Kernels { family: Some(Family::Sm80), passes: None, any_order: false };
 
 /// All kernels that a case can be run by on this machine: what the machine runs best, and what is
 /// there for older ones.
@@ -157,7 +159,7 @@ fn hopper_kernels(driver: &dyn Driver, dtype: Dtype, heads: HeadSpec) -> Vec<Ker
     if [32, 64, 128].contains(&heads.head_dim) {
         passes.push(Passes::One);
     }
-    passes.into_iter().map(|it| Kernels { family: None, passes: Some(it) }).collect()
+    passes.into_iter().map(|it| Kernels { passes: Some(it), ..Kernels::default() }).collect()
 }
 
 fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inputs) -> Outputs {
@@ -167,7 +169,7 @@ fn on_device(driver: &mut dyn Driver, kernels: Kernels, case: Case, inputs: &Inp
 /// `rotary`: a table and positions, by which the gradients of q and k are rotated back.
 fn rotated_back_on_device(
     driver: &mut dyn Driver,
-    Kernels { family, passes }: Kernels,
+    Kernels { family, passes, any_order }: Kernels,
     case: Case,
     inputs: &Inputs,
     rotary: Option<(&[f64], &[i32])>,
@@ -177,6 +179,7 @@ fn rotated_back_on_device(
     if let Some(passes) = passes {
         attention = attention.with_passes(passes).unwrap();
     }
+    attention = attention.with_order(!any_order);
     let rotary = rotary.map(|(table, positions)| {
         let table = upload(driver, "table", Dtype::F32, table);
         [table, driver.upload("positions", positions).unwrap()]
@@ -493,7 +496,7 @@ fn the_size_of_a_team_changes_no_bit() {
             let options =
                 Options { multiprocessors, order, seed, asynchronous, ..Options::default() };
             let mut driver = Counting::new(Host::new(options).unwrap());
-            let one = Kernels { family: None, passes: Some(Passes::One) };
+            let one = Kernels { passes: Some(Passes::One), ..Kernels::default() };
             let found = on_device(&mut driver, one, case, &inputs).bits();
             let counts = driver.counts.borrow();
             assert_eq!(counts["attention_backward_sm90_128x32"], 1);
@@ -569,8 +572,14 @@ fn hopper_runs_its_own_kernels_where_the_build_has_them() {
     let launched = |lacks, family| {
         let mut driver = Counting::new(Host::new(Options::default()).unwrap());
         driver.lacks = lacks;
-        on_device(&mut driver, Kernels { family, passes: None }, case, &case.inputs());
-        driver.counts.borrow().keys().filter(|it| *it != "fill").cloned().collect::<Vec<_>>()
+        on_device(&mut driver, Kernels { family, ..Kernels::default() }, case, &case.inputs());
+        driver
+            .counts
+            .borrow()
+            .keys()
+            .filter(|it| it.starts_with("attention_"))
+            .cloned()
+            .collect::<Vec<_>>()
     };
     let sm90 =
         ["backward_kv", "backward_q", "forward"].map(|it| format!("attention_{it}_sm90_128x64"));

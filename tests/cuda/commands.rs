@@ -14,14 +14,14 @@ use crate::support::{isobath, json_lines, metrics, text_file, tiny_run};
 const SIZES: [&str; 4] =
     ["model.hidden=64", "model.heads=2", "model.kv_heads=1", "train.sample_every=0"];
 
-struct Case {
+pub struct Case {
     folder: TempDir,
     text: PathBuf,
 }
 
 impl Case {
     /// `None` where this build has no simt.
-    fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         if let Err(error) = host::present() {
             println!("skipped: no simt: {error}");
             return None;
@@ -31,12 +31,42 @@ impl Case {
         Some(Case { folder, text })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// Trains, or goes on, and returns the run's folder.
     fn train(&self, name: &str, device: &str, sets: &[&str]) -> PathBuf {
+        self.train_in(name, device, sets, &[])
+    }
+
+    /// The same, with variables in the environment.
+    pub fn train_in(
+        &self,
+        name: &str,
+        device: &str,
+        sets: &[&str],
+        variables: &[(&str, &str)],
+    ) -> PathBuf {
+        succeeds(self.run(name, device, sets, variables));
+        self.path(name)
+    }
+
+    /// The line that says why it fails.
+    pub fn fails_in(
+        &self,
+        name: &str,
+        device: &str,
+        sets: &[&str],
+        variables: &[(&str, &str)],
+    ) -> String {
+        let output = self.run(name, device, sets, variables);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        message.lines().find(|line| line.starts_with("error: ")).unwrap_or(&message).to_string()
+    }
+
+    fn run(&self, name: &str, device: &str, sets: &[&str], variables: &[(&str, &str)]) -> Output {
         let out = self.path(name);
         let device = format!("device={device}");
         let sets = [&SIZES[..], sets, &[device.as_str()]].concat();
@@ -44,8 +74,7 @@ impl Case {
         if out.exists() {
             arguments.push("--resume".to_string());
         }
-        succeeds(isobath().args(arguments).output().unwrap());
-        out
+        isobath().args(arguments).envs(variables.iter().copied()).output().unwrap()
     }
 
     fn eval(&self, model: &Path, arguments: &[&str]) -> Value {
@@ -97,13 +126,13 @@ fn a_checkpoint_goes_on_wherever_it_was_written() {
 }
 
 /// Losses and gradient norms of every step.
-fn steps(run: &Path) -> Vec<(Option<f64>, Option<f64>)> {
+pub fn steps(run: &Path) -> Vec<(Option<f64>, Option<f64>)> {
     let values = |line: &Value| (line["loss"].as_f64(), line["grad_norm"].as_f64());
     metrics(run).iter().map(values).collect()
 }
 
 /// What a checkpoint says of parameters and moments.
-fn state(run: &Path, step: u64) -> [Vec<u8>; 2] {
+pub fn state(run: &Path, step: u64) -> [Vec<u8>; 2] {
     let folder = isobath::rundir::checkpoint_folder(run, step);
     ["trainer.safetensors", "model.safetensors"]
         .map(|file| std::fs::read(folder.join(file)).unwrap())
@@ -238,6 +267,7 @@ fn what_a_device_cannot_do_is_refused() {
         ("SIMT_ORDER", "sideways", "fifo"),
         ("ISOBATH_GRAPHS", "few", "from 0 to 1"),
         ("ISOBATH_OVERLAP", "much", "from 0 to 1"),
+        ("ISOBATH_AHEAD", "2", "from 0 to 1"),
     ] {
         let mut command = isobath();
         command.args(["generate", "--prompt", "a", "--device", "simt"]).arg(&run);

@@ -14,7 +14,8 @@ use isobath::cuda::{
 
 use super::order::Order;
 
-/// What a driver was asked to run or to record: kernels by name, "copy", "fill" and "graph".
+/// What a driver was asked to run or to record: kernels by name, "copy", "copy and wait" (from or to
+/// the program's own memory), "fill" and "graph".
 pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
 
 /// What takes memory of a machine.
@@ -119,12 +120,18 @@ impl Driver for Counting {
         launched
     }
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.count("copy and wait");
         self.watch(|order| order.copied(stream, None, Some(to), from.len() as u64, true));
         self.host.to_device(stream, from, to)
     }
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.count("copy and wait");
         self.watch(|order| order.copied(stream, Some(from), None, to.len() as u64, true));
         self.host.to_host(stream, from, to)
+    }
+    fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]> {
+        self.watch(|order| order.touched_by_host(at, bytes));
+        self.host.host_bytes(at, bytes)
     }
     fn on_device(
         &mut self, stream: StreamId, from: DevicePointer, to: DevicePointer, bytes: u64,
@@ -156,6 +163,10 @@ impl Driver for Counting {
     }
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
         self.host.elapsed_ms(from, to)
+    }
+    fn await_event(&mut self, event: EventId) -> Result<()> {
+        self.watch(|order| order.awaited(event));
+        self.host.await_event(event)
     }
     fn synchronize(&mut self) -> Result<()> { self.host.synchronize() }
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }

@@ -6,9 +6,9 @@ mod fused;
 use std::time::{Duration, Instant};
 
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Choice, Family, Gemm, GemmPlan, Layout, Output, Product, Variant};
+use isobath::cuda::gemm::{Choice, Gemm, GemmPlan, Layout, Output, Product, Variant};
 use isobath::cuda::host::{self, Asynchronous, Host, Options, Order};
-use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
+use isobath::cuda::{Allocation, DevicePointer, Driver, Family, StreamId};
 
 use super::counting::Counting;
 use super::machines::*;

@@ -3,9 +3,9 @@
 
 use isobath::config::Dtype;
 use isobath::cuda::gemm::tuned::{self, Launched, Machine, Table, Timed};
-use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Driver, StreamId};
+use isobath::cuda::{Driver, Family, StreamId};
 
 use super::counting::Counting;
 use super::machines::*;

@@ -4,9 +4,8 @@
 use isobath::backend::Backend;
 use isobath::config::{Attention, Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
-use isobath::cuda::Cuda;
-use isobath::cuda::gemm::Family;
 use isobath::cuda::host::{Host, Options};
+use isobath::cuda::{Cuda, Family};
 use isobath::engine::{DecoderPlan, Evaluator, Parameters, Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::model::parameters::ParameterTable;

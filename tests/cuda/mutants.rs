@@ -18,11 +18,11 @@ use std::{env, fs, thread};
 use isobath::backend::{AttentionSpec, HeadSpec, NormSpec};
 use isobath::config::{Dtype, NormKind};
 use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward, Passes};
-use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 use isobath::cuda::loss::{Loss, LossBackward, LossForward};
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
-use isobath::cuda::{Allocation, Arguments, Driver, Launch, StreamId};
+use isobath::cuda::{Allocation, Arguments, Driver, Family, Launch, StreamId};
 
 use isobath::tensor::IGNORE_INDEX;
 

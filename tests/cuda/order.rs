@@ -24,7 +24,7 @@ pub struct Order {
     buffers: Vec<Range<u64>>,
     accesses: Vec<Access>,
     streams: HashMap<u32, Clock>,
-    /// Copies from and to the program's own memory return when they are done.
+    /// What the program has waited for: copies from and to its own memory return when they are done.
     host: Clock,
     events: HashMap<u32, Clock>,
     pub waits: u64,
@@ -101,6 +101,28 @@ impl Order {
     pub fn recorded(&mut self, event: EventId, stream: StreamId) {
         let clock = self.streams.entry(stream.0).or_default().clone();
         self.events.insert(event.0, clock);
+    }
+
+    /// The program reads or writes it by itself.
+    pub fn touched_by_host(&mut self, at: DevicePointer, bytes: u64) {
+        let bytes = at.0..at.0 + bytes;
+        for before in &self.accesses {
+            let meets = before.bytes.start < bytes.end && bytes.start < before.bytes.end;
+            if meets && self.host.get(&before.stream).copied().unwrap_or(0) < before.at {
+                let (other, stream) = (&before.bytes, before.stream);
+                self.races
+                    .push(format!("{bytes:#x?} by the host and {other:#x?} on stream {stream}"));
+            }
+        }
+    }
+
+    /// Counted as a wait, too.
+    pub fn awaited(&mut self, event: EventId) {
+        let left_out = self.without == Some(self.waits);
+        self.waits += 1;
+        if !left_out {
+            merge(&mut self.host, &self.events[&event.0]);
+        }
     }
 
     pub fn waited(&mut self, stream: StreamId, event: EventId) {

@@ -38,7 +38,7 @@ pub fn config(dtype: Dtype, micro_batches: usize) -> Config {
     config
 }
 
-fn with_documents(config: Config) -> Config {
+pub fn with_documents(config: Config) -> Config {
     let mut config = config;
     config.data.attention = Attention::Document;
     config
@@ -91,7 +91,7 @@ pub struct Trained {
     /// Losses and gradient norms.
     outcomes: Vec<[u64; 2]>,
     /// Of every step.
-    gradients: Vec<Vec<u32>>,
+    pub gradients: Vec<Vec<u32>>,
     /// Losses of evaluations, and logits of samples.
     held_out: Vec<u64>,
     logits: Vec<u32>,
@@ -111,11 +111,15 @@ fn trainer(config: &Config, backend: Cuda) -> Trainer<Cuda> {
     trainer
 }
 
-fn step(config: &Config, trainer: &mut Trainer<Cuda>, step: u64, trained: &mut Trained) {
-    trainer.begin(step);
+fn batches(config: &Config, step: u64) -> Vec<Batch> {
     // One step has a single micro-batch, as the last one of an epoch may.
     let count = if step == 4 { 1 } else { config.train.grad_accumulation as u64 };
-    let batches: Vec<Batch> = (0..count).map(|i| Batch::new(config, 10 * step + i)).collect();
+    (0..count).map(|i| Batch::new(config, 10 * step + i)).collect()
+}
+
+fn step(config: &Config, trainer: &mut Trainer<Cuda>, step: u64, trained: &mut Trained) {
+    trainer.begin(step);
+    let batches = batches(config, step);
     let outcome = trainer.accumulate(batches.iter().map(Batch::rows)).unwrap();
     trained.outcomes.push([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
     trained.gradients.push(bits(&trainer.gradients().unwrap()));
@@ -130,6 +134,37 @@ fn finish(mut trainer: Trainer<Cuda>, trained: Trained) -> Trained {
 pub fn trained(config: &Config, steps: u64, backend: Cuda) -> Trained {
     let (mut trainer, mut trained) = (trainer(config, backend), Trained::default());
     (1..=steps).for_each(|at| step(config, &mut trainer, at, &mut trained));
+    finish(trainer, trained)
+}
+
+/// Each step is enqueued before the one in front of it is waited for; without gradients.
+pub fn trained_ahead(config: &Config, steps: u64, backend: Cuda) -> Trained {
+    trained_ahead_with(config, steps, backend, |_| ())
+}
+
+/// `enqueued` is called behind each step that was.
+pub fn trained_ahead_with(
+    config: &Config,
+    steps: u64,
+    backend: Cuda,
+    mut enqueued: impl FnMut(u64),
+) -> Trained {
+    let (mut trainer, mut trained) = (trainer(config, backend), Trained::default());
+    let mut before = None;
+    let mut see = |trainer: &mut Trainer<Cuda>, step| {
+        let outcome = trainer.outcome(step).unwrap();
+        trained.outcomes.push([outcome.loss.to_bits(), outcome.grad_norm.to_bits()]);
+    };
+    for step in 1..=steps {
+        trainer.begin(step);
+        let batches = batches(config, step);
+        let under_way = trainer.enqueue(batches.iter().map(Batch::rows)).unwrap();
+        let lr = optim::learning_rate(&config.optimizer, step, config.train.steps);
+        trainer.update(&config.optimizer, step, lr).unwrap();
+        before.replace(under_way).into_iter().for_each(|step| see(&mut trainer, step));
+        enqueued(step);
+    }
+    before.into_iter().for_each(|step| see(&mut trainer, step));
     finish(trainer, trained)
 }
 
@@ -254,8 +289,10 @@ fn calls(config: &Config, graphs: bool) -> Vec<BTreeMap<String, u64>> {
 }
 
 /// For each micro-batch one graph, the copies of its tokens, targets and documents into place, and
-/// of its losses out of it; for each step the update, and where layers rest, a fill for each that
-/// does, the norm's two kernels, and an update for each part that does not.
+/// of its losses out of it; for each step what it sends (the scale of its gradient, tokens, targets and
+/// documents of all micro-batches, the update's scalars), what it reads (losses, norm), and the
+/// update; where layers rest, a fill for each that does, the norm's two kernels, and an update with
+/// scalars of its own for each part that does not.
 #[test]
 fn the_host_launches_once_for_each_micro_batch() {
     if !has_simt() {
@@ -264,20 +301,23 @@ fn the_host_launches_once_for_each_micro_batch() {
     let expected = |calls: &[(&str, u64)]| -> BTreeMap<String, u64> {
         calls.iter().map(|&(name, count)| (name.to_string(), count)).collect()
     };
-    let whole = |copies| expected(&[("adamw_update_f32", 1), ("copy", copies), ("graph", 3)]);
+    // What is waited for is this test's look at the gradient.
+    let look = ("copy and wait", 1);
+    let whole = |copies| expected(&[("adamw_update_f32", 1), ("copy", copies), look, ("graph", 3)]);
     let plain = config(Dtype::Bf16, 3);
     let sampled = with_sampled_layers(plain.clone());
     let resting = [
         ("adamw_norm_partials", 1),
         ("adamw_norm_total", 1),
         ("adamw_update_f32", 3), // in front of the layers, behind them, and one of them
-        ("copy", 9),
+        ("copy", 9 + 8),
+        look,
         ("fill", 2),
         ("graph", 3),
     ];
     let cases = [
-        ("whole", &plain, whole(9)),
-        ("documents", &with_documents(plain.clone()), whole(12)),
+        ("whole", &plain, whole(9 + 6)),
+        ("documents", &with_documents(plain.clone()), whole(12 + 7)),
         ("sampled layers", &sampled, expected(&resting)),
     ];
     let total = |calls: &BTreeMap<String, u64>| calls.values().sum::<u64>();

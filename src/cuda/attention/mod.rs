@@ -11,8 +11,7 @@ mod one_pass;
 mod sm90;
 mod tiled;
 
-use super::gemm::Family;
-use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
+use super::{Arguments, DevicePointer, Driver, Family, KernelId, Launch, StreamId};
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::Dtype;
 use crate::error::{Error, Result};
@@ -196,6 +195,16 @@ impl Attention {
              capability 9.0"
                 .to_string(),
         ))
+    }
+
+    /// Whether sums that several blocks add to are added up in one order, as they are unless this is
+    /// called. Only backward passes in one have such sums; without an order, the bits of d_q depend on
+    /// who comes first.
+    pub fn with_order(mut self, in_order: bool) -> Self {
+        if let Kernels::Sm90(kernels) = &mut self.kernels {
+            kernels.set_in_order(in_order);
+        }
+        self
     }
 
     /// Gives its memory back, after all its work has run.

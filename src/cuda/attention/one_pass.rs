@@ -137,7 +137,8 @@ impl Kernels {
         Ok(Some(Kernels { heads, delta, backward }))
     }
 
-    /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says.
+    /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says. `in_order`:
+    /// tiles of keys add to d_q one behind the other, which decides its bits.
     ///
     /// Errors: matrices that leave their buffers.
     pub fn backward(
@@ -146,6 +147,7 @@ impl Kernels {
         sizes: Sizes,
         pass: &AttentionBackward,
         teams: Teams,
+        in_order: bool,
         sums: DevicePointer,
     ) -> Result<[(Launch, Arguments); 2]> {
         let AttentionBackward { forward, d_out, delta, d_qkv, angles } = *pass;
@@ -188,6 +190,7 @@ impl Kernels {
             .with(heads as i32)
             .with(kv_heads as i32)
             .with(teams.blocks as i32)
+            .with(i32::from(in_order))
             .with(scale(self.heads) as f32)
             .with(scale_log2(self.heads) as f32);
         let tile_bytes = |rows: usize| rows * head_dim * BF16_BYTES;

@@ -59,6 +59,8 @@ pub(super) struct Kernels {
     one_pass: Option<one_pass::Kernels>,
     /// `None`: as is reckoned.
     passes: Option<Passes>,
+    /// What is added up by several blocks is added up in one order.
+    in_order: bool,
     /// For passes on one stream: each plan's is in one of them.
     scratch: Vec<Allocation>,
 }
@@ -88,6 +90,7 @@ impl Kernels {
             backward_kv: kernel("backward_kv", BACKWARD_ROWS)?,
             one_pass: one_pass::Kernels::new(driver, heads)?,
             passes: None,
+            in_order: true,
             scratch: vec![],
         })
     }
@@ -96,6 +99,10 @@ impl Kernels {
     pub fn set_passes(&mut self, passes: Passes) -> bool {
         self.passes = Some(passes);
         passes == Passes::Two || self.one_pass.is_some()
+    }
+
+    pub fn set_in_order(&mut self, in_order: bool) {
+        self.in_order = in_order;
     }
 
     /// Gives its memory back, after all its work has run.
@@ -151,7 +158,7 @@ impl Kernels {
                         memory
                     }
                 };
-                kernels.backward(driver, sizes, pass, teams, memory.address)
+                kernels.backward(driver, sizes, pass, teams, self.in_order, memory.address)
             }
             _ => self.backward_in_two(driver, sizes, pass),
         }

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use super::{Epilogue, Family, Layout, Output};
+use super::{Epilogue, Layout, Output};
+use crate::cuda::Family;
 
 /// One kernel, and the tile of the result that a block of it makes.
 #[derive(Clone, Copy, PartialEq, Debug)]

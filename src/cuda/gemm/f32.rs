@@ -1,6 +1,7 @@
 //! The kernels of kernels/gemm_f32.cu: fp32 without tensor cores. One block for each tile.
 
-use super::{Epilogue, Family, Layout, Speed, Variant};
+use super::{Epilogue, Layout, Speed, Variant};
+use crate::cuda::Family;
 
 pub(super) const VARIANTS: [Variant; 3] = [
     variant(Layout::Nt, "gemm_f32_nt_64x64"),

@@ -1,7 +1,8 @@
 //! The kernels of kernels/gemm_sm80.cu: bf16 with mma.sync, from compute capability 8.0 on. One
 //! block for each tile.
 
-use super::{Epilogue, Family, Layout, Speed, Variant};
+use super::{Epilogue, Layout, Speed, Variant};
+use crate::cuda::Family;
 
 const DEPTH: usize = 32;
 const STAGES: usize = 4;

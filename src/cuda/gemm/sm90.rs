@@ -2,9 +2,9 @@
 //! blocks as there are multiprocessors, each of which takes tile after tile; or, where K is split,
 //! one for each split of each tile.
 
-use super::{Choice, Epilogue, Family, Layout, Output, Product, Rotation, Speed, Variant};
+use super::{Choice, Epilogue, Layout, Output, Product, Rotation, Speed, Variant};
 use crate::cuda::{
-    Arguments, DevicePointer, Driver, Fill, L2Promotion, Swizzle, TensorMap, TensorMapSpec,
+    Arguments, DevicePointer, Driver, Family, Fill, L2Promotion, Swizzle, TensorMap, TensorMapSpec,
     TensorType,
 };
 use crate::error::Result;

@@ -14,8 +14,8 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Family, Layout, Variant};
-use crate::cuda::Properties;
+use super::{Choice, Layout, Variant};
+use crate::cuda::{Family, Properties};
 use crate::error::{Error, Result};
 
 /// What was timed on any number of machines; empty by default. Written as TOML, a line a product:

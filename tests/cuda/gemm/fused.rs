@@ -3,9 +3,9 @@
 
 use isobath::backend::HeadSpec;
 use isobath::config::Dtype;
-use isobath::cuda::gemm::{Choice, Family, Gemm, Layout, Output, Product, Rotation, Variant};
+use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product, Rotation, Variant};
 use isobath::cuda::pointwise::{Pointwise, SwigluForward};
-use isobath::cuda::{Allocation, DevicePointer, Driver, StreamId};
+use isobath::cuda::{Allocation, DevicePointer, Driver, Family, StreamId};
 
 use super::super::machines::*;
 use super::{MARGIN, UNTOUCHED, assert_equal, bits, shapes, transposed};

@@ -11,9 +11,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, cost, write_not_reached};
-use super::report::Row;
-use super::timing::{Timing, on_cpu};
+use super::{Arena, ProductsRequest, Stopwatch, Wanted, cost, write_not_reached};
+use crate::bench::report::Row;
+use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::{Choice, GemmPlan, Layout, Output};
 use crate::cuda::peaks::Peaks;

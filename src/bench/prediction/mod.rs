@@ -9,8 +9,14 @@ use std::fmt;
 
 use serde::Serialize;
 
+pub mod machine_plan;
+pub mod shapes;
+
+mod launches;
+
+use launches::launches_of_a_step;
+
 use super::cost::{Cost, KernelFamily};
-use super::launches::launches_of_a_step;
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
 use crate::cuda::attention;

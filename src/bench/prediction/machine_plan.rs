@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::predict::Prediction;
+use super::Prediction;
 use crate::config::{Config, Dtype, Master, Recompute};
 use crate::cuda::peaks::Peaks;
 use crate::error::Result;

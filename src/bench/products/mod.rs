@@ -6,16 +6,19 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+pub mod table;
+pub mod tune;
+
 use super::cost::{Cost, element_bytes};
-use super::shapes::{self, GemmRow};
+use super::prediction::shapes::{self, GemmRow};
 use super::sizes;
 use super::step::{Machine, StepRequest};
 use super::timing::{between, check_fits, cold_copies, drawn_normals, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::Table;
-use crate::cuda::gemm::{Choice, Family, Gemm, GemmPlan, Layout, Output, Product};
+use crate::cuda::gemm::{Choice, Gemm, GemmPlan, Layout, Output, Product};
 use crate::cuda::peaks::H200;
-use crate::cuda::{Allocation, Driver, EventId, StreamId};
+use crate::cuda::{Allocation, Driver, EventId, Family, StreamId};
 use crate::error::Result;
 
 /// Which products, and how long. Empty or `None`: what suits the machine.

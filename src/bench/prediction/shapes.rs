@@ -5,12 +5,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::predict::Prediction;
-use super::sizes::Sizes;
+use super::Prediction;
+use crate::bench::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::DevicePointer;
-use crate::cuda::gemm::{Choice, Family, Layout, Output, Rotation, choose};
+use crate::cuda::gemm::{Choice, Layout, Output, Rotation, choose};
 use crate::cuda::peaks::{H200, Peaks};
+use crate::cuda::{DevicePointer, Family};
 use crate::error::Result;
 
 /// Of which products are listed if nobody names one.
@@ -19,7 +19,7 @@ const PRESETS: [&str; 6] = ["60m", "130m", "250m", "350m", "1b", "7b"];
 const TOKENS: [usize; 3] = [16 << 10, 32 << 10, 64 << 10];
 /// Share of the datasheet's FLOPs that a machine full of the fastest tiles is taken to do: what the
 /// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
-pub(super) const FASTEST: f64 = 0.8;
+pub(in crate::bench) const FASTEST: f64 = 0.8;
 
 #[derive(Serialize, Clone, Debug)]
 pub struct GemmPrediction {
@@ -88,7 +88,7 @@ impl GemmPrediction {
 }
 
 /// As [`GemmPrediction::new`], in the order of presets and tokens.
-pub(super) fn listed(presets: &[String], sets: &[String]) -> Result<Vec<GemmRow>> {
+pub(in crate::bench) fn listed(presets: &[String], sets: &[String]) -> Result<Vec<GemmRow>> {
     let presets = match presets {
         [] => PRESETS.to_vec(),
         given => given.iter().map(String::as_str).collect(),
@@ -107,7 +107,7 @@ pub(super) fn listed(presets: &[String], sets: &[String]) -> Result<Vec<GemmRow>
 }
 
 /// The products of one configuration.
-pub(super) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
+pub(in crate::bench) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
     let peak = machine.flops_per_second(Dtype::Bf16);
     let multiprocessors = machine.multiprocessors;
     let mut rows: Vec<GemmRow> = vec![];

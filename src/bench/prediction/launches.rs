@@ -2,14 +2,15 @@
 //! that training runs (`launches`, one exhaustive match over them), and of what the trainer does
 //! around it.
 
-use super::cost::{Cost, element_bytes};
 use crate::backend::{LossSpec, Sink};
+use crate::bench::cost::{Cost, element_bytes};
 use crate::config::{Config, Dtype};
-use crate::cuda::DevicePointer;
-use crate::cuda::gemm::{Family, Layout, Output, Rotation};
+use crate::cuda::adamw::Scalars;
+use crate::cuda::gemm::{Layout, Output, Rotation};
 use crate::cuda::loss::Shape;
 use crate::cuda::norm::Norm;
 use crate::cuda::peaks::Peaks;
+use crate::cuda::{DevicePointer, Family};
 use crate::engine::Plan;
 use crate::error::Result;
 use crate::tape::{Fused, Gradient, Op, Program, Step, ValueId};
@@ -23,19 +24,25 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     let tokens = config.train.micro_batch * config.data.sequence;
     let stored = plan.table.stored_elements();
 
-    // Trainer::accumulate
+    // Trainer::enqueue
+    let step_tokens = config.train.grad_accumulation * tokens;
     let mut costs = vec![(1, Cost::zero(stored))];
-    // Tokens and targets in.
+    // From the program: tokens, targets and the scale of the gradient; each micro-batch into place.
+    costs.push((2, Cost::copy(4, step_tokens)));
+    costs.push((1, Cost::copy(4, 1)));
     costs.push((2 * micro_batches, Cost::copy(4, tokens)));
     for step in program.steps() {
         for cost in launches(step, program, config.dtype, machine) {
             costs.push((micro_batches, cost));
         }
     }
-    // Losses out.
+    // Losses out of place; to the program, with the gradient's norm.
     costs.push((micro_batches, Cost::copy(4, tokens)));
     costs.push((1, Cost::gradient_norm(stored)));
+    costs.push((1, Cost::copy(4, step_tokens)));
+    costs.push((1, Cost::copy(4, 1)));
     // Trainer::update
+    costs.push((1, Cost::copy(4, size_of::<Scalars>() / 4)));
     let optimizer = &config.optimizer;
     let adamw = if optimizer.offload { Cost::adamw_offloaded } else { Cost::adamw };
     costs.push((1, adamw(config.dtype, optimizer.master, optimizer.moments, stored)));
@@ -50,97 +57,11 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
     let matrix = |id: ValueId| [rows(id), columns(id)];
     let store = |addend: bool| Output::Store { addend: addend.then_some(DevicePointer::NULL) };
     let product = |layout, sizes, output| Cost::product(layout, dtype, sizes, output);
-    // The parts of a fused step, where no kernel does both.
-    let parts = |steps: [Step<ValueId>; 2]| -> Vec<Cost> {
-        steps.iter().flat_map(|step| launches(step, program, dtype, machine)).collect()
-    };
-    let null = DevicePointer::NULL;
     match *step {
-        Step::Fused(fused) => match fused {
-            Fused::LinearRotary { heads, inp, weight, table, positions, qkv } => {
-                let columns_of_q_and_k = (heads.heads + heads.kv_heads) * heads.head_dim;
-                let output = Output::Rotate(Rotation {
-                    table: null,
-                    positions: null,
-                    columns: columns_of_q_and_k,
-                    head_dim: heads.head_dim,
-                });
-                if fuses(dtype, Layout::Nt, output) {
-                    let sizes = [rows(inp), columns(qkv), columns(inp)];
-                    return vec![Cost::product_rotary(heads, dtype, sizes, rows(table))];
-                }
-                parts([
-                    Step::Forward(Op::Linear { inp, weight, residual: None, out: qkv }),
-                    Step::Forward(Op::Rotary { heads, table, positions, qkv }),
-                ])
-            }
-            Fused::LinearSwiGlu { inp, weight, gate_up, out } => {
-                if fuses(dtype, Layout::Nt, Output::SwiGlu { product: null }) {
-                    let sizes = [rows(inp), columns(gate_up), columns(inp)];
-                    return vec![Cost::product_swiglu(dtype, sizes)];
-                }
-                parts([
-                    Step::Forward(Op::Linear { inp, weight, residual: None, out: gate_up }),
-                    Step::Forward(Op::SwiGlu { inp: gate_up, out }),
-                ])
-            }
-            Fused::AttentionRotaryGradient {
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            } => {
-                // Of Hopper's kernels, as the products are.
-                if dtype == Dtype::Bf16 {
-                    return vec![Cost::attention_rotary_backward(spec, dtype, rows(table))];
-                }
-                parts([
-                    Step::Backward(Gradient::Attention {
-                        spec,
-                        qkv,
-                        document_starts,
-                        out,
-                        log_sum_exp,
-                        d_out,
-                        delta,
-                        d_qkv,
-                    }),
-                    Step::Backward(Gradient::Rotary { heads: spec.heads, table, positions, d_qkv }),
-                ])
-            }
-            Fused::LinearSwiGluGradient {
-                inp,
-                weight,
-                d_out,
-                d_weight,
-                gate_up,
-                d_inp,
-                d_gate_up,
-            } => {
-                let d_inp = Sink { to: d_inp, accumulate: false };
-                let [linear, swiglu] = [
-                    Step::Backward(Gradient::Linear { inp, weight, d_out, d_inp, d_weight }),
-                    Step::Backward(Gradient::SwiGlu {
-                        inp: gate_up,
-                        d_out: d_inp.to,
-                        d_inp: d_gate_up,
-                    }),
-                ];
-                let mut costs = parts([linear, swiglu]);
-                if fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }) {
-                    let sizes = [rows(inp), columns(inp), columns(d_out)];
-                    costs.pop();
-                    costs[0] = Cost::product_swiglu_gradient(dtype, sizes);
-                }
-                costs
-            }
-        },
+        Step::Fused(fused) => together(&fused, program, dtype).unwrap_or_else(|| {
+            let parts = fused.parts();
+            parts.iter().flat_map(|step| launches(step, program, dtype, machine)).collect()
+        }),
         Step::Forward(op) => match op {
             Op::Embedding { table, out, .. } => {
                 vec![Cost::embedding_forward(dtype, [rows(out), rows(table), columns(out)])]
@@ -227,6 +148,45 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             };
             vec![Cost::add(dtype, shape(from).elements())]
         }
+    }
+}
+
+/// The kernels of a fused step; `None`: its two parts have kernels of their own.
+fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<Vec<Cost>> {
+    let shape = |id: ValueId| program.value(id).shape;
+    let rows = |id: ValueId| shape(id).rows();
+    let columns = |id: ValueId| shape(id).columns();
+    let null = DevicePointer::NULL;
+    match *fused {
+        Fused::LinearRotary { heads, inp, table, qkv, .. } => {
+            let output = Output::Rotate(Rotation {
+                table: null,
+                positions: null,
+                columns: (heads.heads + heads.kv_heads) * heads.head_dim,
+                head_dim: heads.head_dim,
+            });
+            let sizes = [rows(inp), columns(qkv), columns(inp)];
+            fuses(dtype, Layout::Nt, output)
+                .then(|| vec![Cost::product_rotary(heads, dtype, sizes, rows(table))])
+        }
+        Fused::LinearSwiGlu { inp, gate_up, .. } => {
+            let sizes = [rows(inp), columns(gate_up), columns(inp)];
+            fuses(dtype, Layout::Nt, Output::SwiGlu { product: null })
+                .then(|| vec![Cost::product_swiglu(dtype, sizes)])
+        }
+        Fused::LinearSwiGluGradient { inp, d_out, .. } => {
+            let [t, inputs, outputs] = [rows(inp), columns(inp), columns(d_out)];
+            fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }).then(|| {
+                let d_weight = [outputs, inputs, t];
+                vec![
+                    Cost::product_swiglu_gradient(dtype, [t, inputs, outputs]),
+                    Cost::product(Layout::Tn, dtype, d_weight, Output::Accumulate),
+                ]
+            })
+        }
+        // Of Hopper's kernels, as the products are.
+        Fused::AttentionRotaryGradient { spec, table, .. } => (dtype == Dtype::Bf16)
+            .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))]),
     }
 }
 

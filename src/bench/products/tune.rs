@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::products::{Arena, ProductsRequest, Stopwatch, Wanted, write_not_reached};
-use super::shapes::FASTEST;
-use super::timing::{Timing, on_cpu};
+use super::{Arena, ProductsRequest, Stopwatch, Wanted, write_not_reached};
+use crate::bench::prediction::shapes::FASTEST;
+use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::{self, Launched, Table, Timed};
 use crate::cuda::gemm::{Choice, Gemm, GemmPlan, Output};
