@@ -41,6 +41,7 @@ KERNEL(adamw_norm_partials, NORM_THREADS, 4)
 (const float* gradients,  // [n]
  double* partials,        // [blocks]
  uint64_t n) {
+  begin_after_previous();
   constexpr int TILE = NORM_THREADS * NORM_VECTORS;
   const uint64_t vectors = n / 4;
   double sums[NORM_VECTORS] = {};
@@ -72,6 +73,7 @@ KERNEL(adamw_norm_total, NORM_THREADS)
 (const double* partials,  // [count]
  float* grad_norm,        // [1]
  int count) {
+  begin_after_previous();
   double sum = 0;
   for (int at = int(threadIdx.x); at < count; at += NORM_THREADS) sum += partials[at];
   const double total = block_sum(sum);
@@ -303,6 +305,7 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
   float w[UPDATE_VECTORS][4], g[UPDATE_VECTORS][4], m[UPDATE_VECTORS][4], v[UPDATE_VECTORS][4];
 #pragma unroll
   for (int i = 0; i < UPDATE_VECTORS; ++i) {
+    begin_after_previous();
     const uint64_t element = chunk + 4 * (i * UPDATE_THREADS + threadIdx.x);
     load_four(parameters, element, n, w[i]);
     load_four(gradients, element, n, g[i]);

@@ -149,6 +149,7 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
     fence_mbarrier_init();
   }
   __syncthreads();
+  begin_after_previous();
 
   uint32_t count = 0;
   if (threadIdx.x < WARPGROUP) {

@@ -185,6 +185,7 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
     fence_mbarrier_init();
   }
   __syncthreads();
+  begin_after_previous();
   const Work& work = *shared_work;
 
   Position<1> item_at, part_at;
@@ -437,6 +438,7 @@ constexpr int DELTA_THREADS = 256;
 template <int D>
 DEVICE void attention_delta(const bf16* out, const bf16* d_out, float* delta, uint32_t* turns,
                             int turn_count, int batch, int sequence, int heads) {
+  begin_after_previous();
   constexpr int LANES = D / VALUES<bf16>;
   const size_t thread = size_t(blockIdx.x) * DELTA_THREADS + threadIdx.x;
   for (size_t i = thread; i < size_t(turn_count); i += size_t(gridDim.x) * DELTA_THREADS)

@@ -47,6 +47,7 @@ DEVICE void attention_decode(const T* qkv,          // [T,(H+2K)D]
                              const int* positions,  // [T]
                              T* out,                // [T,HD]
                              int cache_rows, int heads, int kv_heads, float scale) {
+  begin_after_previous();
   using HeadRow = Row<T, D>;
   const int token = int(blockIdx.x) / heads, head = int(blockIdx.x) % heads;
   const int group = heads / kv_heads, kv_head = head / group;

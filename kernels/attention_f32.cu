@@ -195,6 +195,7 @@ DEVICE void attention_forward(const float* qkv,            // [T,(H+2K)D]
                               float* out,                  // [T,HD]
                               float* log_sum_exp,          // [B,H,S]
                               int sequence, int heads, int kv_heads, float scale) {
+  begin_after_previous();
   SHARED_DYNAMIC(shared);
   float* const queries = reinterpret_cast<float*>(shared);
   float* const keys = queries + TILE_FLOATS<D>;
@@ -270,6 +271,7 @@ DEVICE void attention_backward_q(const float* qkv,            // [T,(H+2K)D]
                                  float* delta,                // [B,H,S]
                                  float* d_qkv,                // [T,(H+2K)D], the q heads of it
                                  int sequence, int heads, int kv_heads, float scale) {
+  begin_after_previous();
   SHARED_DYNAMIC(shared);
   float* const queries = reinterpret_cast<float*>(shared);
   float* const d_outs = queries + TILE_FLOATS<D>;
@@ -341,6 +343,7 @@ DEVICE void attention_backward_kv(const float* qkv,            // [T,(H+2K)D]
                                   const float* delta,          // [B,H,S]
                                   float* d_qkv,                // [T,(H+2K)D], its k and v heads
                                   int sequence, int heads, int kv_heads, float scale) {
+  begin_after_previous();
   SHARED_DYNAMIC(shared);
   float* const keys = reinterpret_cast<float*>(shared);
   float* const values = keys + TILE_FLOATS<D>;

@@ -255,6 +255,7 @@ DEVICE void attention_forward(const bf16* qkv,             // [T,(H+2K)D]
                               bf16* out,                   // [T,HD]
                               float* log_sum_exp,          // [B,H,S]
                               int sequence, int heads, int kv_heads, float scale_log2) {
+  begin_after_previous();
   constexpr int QUERIES = FORWARD_QUERIES;
   SHARED_DYNAMIC(queries);
   uint8_t* const ring = queries + TILE_BYTES<D, QUERIES>;
@@ -405,6 +406,7 @@ DEVICE void attention_backward_q(const bf16* qkv,             // [T,(H+2K)D]
                                  bf16* d_qkv,                 // [T,(H+2K)D], the q heads of it
                                  int sequence, int heads, int kv_heads, float scale,
                                  float scale_log2) {
+  begin_after_previous();
   constexpr int QUERIES = BACKWARD_ROWS, KEY_BYTES = TILE_BYTES<D, KEYS>;
   SHARED_DYNAMIC(queries);
   uint8_t* const d_outs = queries + TILE_BYTES<D, QUERIES>;
@@ -517,6 +519,7 @@ DEVICE void attention_backward_kv(const bf16* qkv,             // [T,(H+2K)D]
                                   bf16* d_qkv,                 // [T,(H+2K)D], its k and v heads
                                   int sequence, int heads, int kv_heads, float scale,
                                   float scale_log2) {
+  begin_after_previous();
   constexpr int KEYS = BACKWARD_ROWS, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
   constexpr int STAGE_BYTES = 2 * QUERY_BYTES + STATISTICS_BYTES<QUERIES>;
   static_assert(2 * QUERIES <= THREADS && KEYS % QUERIES == 0);

@@ -174,6 +174,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
     fence_mbarrier_init();
   }
   __syncthreads();
+  begin_after_previous();
   const int heads = work.heads;
 
   Position<2> item_at;
@@ -387,6 +388,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
     fence_mbarrier_init();
   }
   __syncthreads();
+  begin_after_previous();
   const int heads = work.heads;
 
   Position<1> item_at;
@@ -513,6 +515,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
     fence_mbarrier_init();
   }
   __syncthreads();
+  begin_after_previous();
   const int kv_heads = work.heads, group = heads / kv_heads;
 
   Position<1> item_at;

@@ -26,6 +26,7 @@ KERNEL(embedding_forward, THREADS, 6)
  const uint4* table,  // [V,vectors]
  uint4* out,          // [T,vectors]
  int rows, int vocab, int vectors) {
+  begin_after_previous();
   const int tasks_of_row = (vectors + COPIED * WARP - 1) / (COPIED * WARP);
   const int step = int(gridDim.x) * WARPS;
   for (int task = int(blockIdx.x) * WARPS + int(threadIdx.x) / WARP; task < rows * tasks_of_row;
@@ -179,6 +180,7 @@ DEVICE void embedding_backward(const int* tokens,  // [T]
                                const T* d_out,     // [T,C]
                                float* d_table,     // [V,C], +=
                                int rows, int vocab, int columns) {
+  begin_after_previous();
   SHARED(Match, matches, CAPACITY);
   SHARED(float, heads, WARPS* WARP* VALUES<T>);
   SHARED(int, totals, 2 * WARPS);  // two halves that take turns: one barrier a step is enough

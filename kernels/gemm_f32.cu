@@ -115,6 +115,7 @@ DEVICE void write(const Accumulate& to, size_t at, float4 sums) {
 // ---------------------------------------------------------------- the product
 template <Major MAJOR_A, Major MAJOR_B, class Output>
 DEVICE void gemm(const float* a, const float* b, const Output& output, int m, int n, int k) {
+  begin_after_previous();
   SHARED(float4, ring, STAGES * 2 * OPERAND_VALUES / FOUR);  // STAGES x (A, B)
   const int columns = (n + TILE - 1) / TILE;
   const int tile_m = int(blockIdx.x) / columns * TILE, tile_n = int(blockIdx.x) % columns * TILE;

@@ -232,6 +232,7 @@ DEVICE Tile tile_at(int index, int m, int n) {
 
 template <Major MAJOR_A, Major MAJOR_B, int TILE_M, int TILE_N, class Output>
 DEVICE void gemm(const bf16* a, const bf16* b, const Output& output, int m, int n, int k) {
+  begin_after_previous();
   using StageA = Stage<MAJOR_A, TILE_M>;
   using StageB = Stage<MAJOR_B, TILE_N>;
   constexpr int STAGE_BYTES = StageA::BYTES + StageB::BYTES;

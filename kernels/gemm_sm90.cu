@@ -507,6 +507,7 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work
   }
   __syncthreads();
   if (work->cluster > 1) cluster_sync();  // the peer may load into the ring
+  begin_after_previous();
 
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();

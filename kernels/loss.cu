@@ -72,6 +72,7 @@ DEVICE void loss_forward(const T* logits,     // [T,V]
                          const int* targets,  // [T]
                          float* losses,       // [T]
                          int classes, int columns, float z_loss) {
+  begin_after_previous();
   const int target = targets[blockIdx.x];
   if (target == IGNORE_INDEX) {
     if (threadIdx.x == 0) losses[blockIdx.x] = 0;
@@ -93,6 +94,7 @@ DEVICE void loss_backward(T* logits,           // [T,V], replaced by d_logits
                           const float* scale,  // [1]
                           float* losses,       // [T]
                           int classes, int columns, float z_loss) {
+  begin_after_previous();
   uint4* const row = reinterpret_cast<uint4*>(row_of(logits, columns));
   const int vectors = columns / VALUES<T>;
   const int target = targets[blockIdx.x];

@@ -74,6 +74,7 @@ DEVICE void loss_forward(const T* logits,     // [T,V]
                          const int* targets,  // [T]
                          float* losses,       // [T]
                          int classes, int columns, float z_loss) {
+  begin_after_previous();
   const int index = row_index(), target = targets[index];
   if (target == IGNORE_INDEX) {
     if (cluster_thread<THREADS>() == 0) losses[index] = 0;
@@ -94,6 +95,7 @@ DEVICE void loss_backward(T* logits,           // [T,V], replaced by d_logits
                           const float* scale,  // [1]
                           float* losses,       // [T]
                           int classes, int columns, float z_loss) {
+  begin_after_previous();
   const int index = row_index(), target = targets[index];
   const int first = cluster_thread<THREADS>(), step = cluster_threads<THREADS>();
   T* const row = logits + size_t(index) * columns;

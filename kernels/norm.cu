@@ -90,6 +90,7 @@ DEVICE void norm_forward(const T* inp,       // [rows,C]
                          float* mean,        // [rows], null: RMSNorm
                          float* rstd,        // [rows]
                          int rows, int columns, float eps, float sqrt_depth) {
+  begin_after_previous();
   const auto [thread, slot, first_row, row_step] = place<THREADS>();
   const int vectors = columns / VALUES<T>;
   int turn = 0;
@@ -190,6 +191,7 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
                           float* partial,     // [blocks,C]
                           T* d_inp,           // [rows,C]
                           int accumulate, int rows, int columns, float sqrt_depth) {
+  begin_after_previous();
   const auto [thread, slot, first_row, row_step] = place<THREADS>();
   const int vectors = columns / VALUES<T>;
   int turn = 0;
@@ -336,6 +338,7 @@ KERNEL(norm_backward_gain, GAIN_WARPS* WARP)
 (const float* partial,  // [partials,C]
  float* d_gain,         // [C]
  int partials, int columns, float sqrt_depth) {
+  begin_after_previous();
   SHARED(float, sums, GAIN_WARPS* WARP);
   const int warp = int(threadIdx.x) / WARP, lane = int(threadIdx.x) % WARP;
   const int column = int(blockIdx.x) * WARP + lane;

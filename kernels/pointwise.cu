@@ -34,6 +34,7 @@ DEVICE void rotary(const float* table,    // [P,D]: D/2 cosines of a position, t
                    const int* positions,  // [T], each below P
                    T* qkv,                // [T,columns], in place
                    int rows, int columns, int rotated, int head_dim, float sign) {
+  begin_after_previous();
   const int half_vectors = head_dim / 2 / VALUES<T>;
   const int items = rotated * half_vectors;
   const int tasks_of_row = (items + TASK - 1) / TASK;
@@ -85,6 +86,7 @@ template <class T>
 DEVICE void swiglu_forward(const T* inp,  // [T,2F]: gate, then up
                            T* out,        // [T,F]
                            int rows, int ffn) {
+  begin_after_previous();
   const int items = ffn / VALUES<T>;
   const int tasks_of_row = (items + TASK - 1) / TASK;
   for (int task = first_task(); task < rows * tasks_of_row; task += task_step()) {
@@ -120,6 +122,7 @@ DEVICE void swiglu_backward(const T* inp,    // [T,2F]: gate, then up
                             const T* d_out,  // [T,F]
                             T* d_inp,        // [T,2F]: d_gate, then d_up
                             int rows, int ffn) {
+  begin_after_previous();
   const int items = ffn / VALUES<T>;
   const int tasks_of_row = (items + TASK - 1) / TASK;
   for (int task = first_task(); task < rows * tasks_of_row; task += task_step()) {
@@ -170,6 +173,7 @@ DEVICE void assign(float* to, float value) { *to = value; }
 // to += from
 template <class T>
 DEVICE void add(const T* from, T* to, uint64_t elements) {
+  begin_after_previous();
   const uint64_t vectors = elements / VALUES<T>;
   for (uint64_t at = first_thread(); at < vectors; at += thread_step()) {
     uint4* const sum = reinterpret_cast<uint4*>(to) + at;
@@ -212,6 +216,7 @@ POINTWISE_KERNELS(f32)
 
 // to = from, rounded as parameters are
 KERNEL(cast_to_bf16, THREADS, 8)(const float* from, bf16* to, uint64_t elements) {
+  begin_after_previous();
   const uint64_t vectors = elements / VALUES<bf16>;
   for (uint64_t at = first_thread(); at < vectors; at += thread_step()) {
     const float4* const four = reinterpret_cast<const float4*>(from) + 2 * at;
@@ -226,6 +231,7 @@ KERNEL(cast_to_bf16, THREADS, 8)(const float* from, bf16* to, uint64_t elements)
 EXPORT_KERNEL(cast_to_bf16)
 
 KERNEL(cast_to_f32, THREADS, 8)(const bf16* from, float* to, uint64_t elements) {
+  begin_after_previous();
   const uint64_t vectors = elements / VALUES<bf16>;
   for (uint64_t at = first_thread(); at < vectors; at += thread_step()) {
     float values[VALUES<bf16>];

@@ -50,6 +50,7 @@ DEVICE void forward(const T* inp,       // [T,C]
                     const float* gain,  // [gains] or null
                     T* out,             // [T,C]
                     int rows, int columns, int gains, float stream_scale, float branch_scale) {
+  begin_after_previous();
   const auto [vector, first_row, end_row] = place<T>(rows, columns);
   const int vectors = columns / VALUES<T>;
   if (vector >= vectors) return;
@@ -92,6 +93,7 @@ DEVICE void backward(const T* inp,       // [T,C], null without a gain
                      T* d_inp,           // [T,C]
                      float* partial,     // [ceil(T/CHUNK),C], null without a gain
                      int rows, int columns, int gains, float stream_scale, float branch_scale) {
+  begin_after_previous();
   const auto [vector, first_row, end_row] = place<T>(rows, columns);
   const int vectors = columns / VALUES<T>;
   float sums[VALUES<T>];
@@ -182,6 +184,7 @@ KERNEL(scaled_residual_backward_gain, THREADS)
 (const float* partial,  // [count]
  float* d_gain,         // [1]
  int count) {
+  begin_after_previous();
   SHARED(float, sums, WARPS);
   float sum = 0;
   for (int i = int(threadIdx.x); i < count; i += THREADS) sum += partial[i];

@@ -56,10 +56,12 @@ impl Device {
 }
 
 /// The kernels' backend on the GPU, or on the CPU as SIMT_... says; with graphs unless
-/// ISOBATH_GRAPHS says no, with steps ahead as ISOBATH_AHEAD says. Errors: why there is none.
+/// ISOBATH_GRAPHS says no, with overlap unless ISOBATH_OVERLAP does, with steps ahead as ISOBATH_AHEAD
+/// says. Errors: why there is none.
 pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
-    let (graphs, ahead) = (cuda::graphs_from_env()?, cuda::steps_ahead_from_env()?);
+    let (graphs, overlap) = (cuda::graphs_from_env()?, cuda::overlap_from_env()?);
+    let ahead = cuda::steps_ahead_from_env()?;
     let backend = Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)?;
-    let backend = backend.with_graphs(graphs);
+    let backend = backend.with_graphs(graphs).with_overlap(overlap);
     Ok(ahead.into_iter().fold(backend, Cuda::with_steps_ahead))
 }

@@ -271,6 +271,63 @@ fn no_kernel_uses_local_memory_in_machine_code() {
     }
 }
 
+/// Opcodes that read or write global memory, or may.
+fn reaches_global_memory(opcode: &str) -> bool {
+    let mnemonic = opcode.split('.').next().unwrap();
+    // Loads, stores and atomics, of a known space or of any; cp.async; TMA. Not their prefetch, and
+    // not LDC, LDS, STS and ATOMS.
+    let exact = ["LD", "LDG", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS"];
+    exact.contains(&mnemonic)
+        || (mnemonic.starts_with("UTMA") && !mnemonic.contains("CCTL"))
+        || mnemonic.starts_with("UBLK")
+}
+
+/// What is wrong with a kernel that may be launched dependent (src/cuda/overlap.rs).
+fn waits_too_late(code: &[String]) -> Option<String> {
+    let wait = code.iter().position(|it| it == "ACQBULK");
+    let Some(wait) = wait else { return Some("no ACQBULK".to_string()) };
+    let before = &code[..wait];
+    let early = before.iter().find(|it| reaches_global_memory(it) || *it == "EXIT");
+    match early {
+        Some(early) => Some(format!("{early} in front of ACQBULK")),
+        None if !has(before, "PREEXIT") => Some("no PREEXIT in front of ACQBULK".to_string()),
+        None => None,
+    }
+}
+
+#[test]
+fn early_accesses_are_found_in_machine_code() {
+    let code = |opcodes: &[&str]| opcodes.iter().map(|it| it.to_string()).collect::<Vec<_>>();
+    let wrong = |opcodes: &[&str]| waits_too_late(&code(opcodes)).unwrap_or_default();
+    let right = ["LDC.64", "STS", "UTMACCTL.PF", "SYNCS.EXCH.64", "PREEXIT", "ACQBULK", "LDG.E"];
+    assert_eq!(wrong(&right), "");
+    assert_eq!(wrong(&["PREEXIT", "LDG.E"]), "no ACQBULK");
+    assert_eq!(wrong(&["ACQBULK", "LDG.E"]), "no PREEXIT in front of ACQBULK");
+    for early in ["LDG.E.128", "STG.E", "LD.E", "RED.E.ADD", "LDGSTS.E", "UTMALDG.2D", "EXIT"] {
+        let found = wrong(&["PREEXIT", early, "ACQBULK"]);
+        assert_eq!(found, format!("{early} in front of ACQBULK"));
+    }
+}
+
+/// Every kernel that is not one of conformance: the drivers let it begin while the kernel in front
+/// of it still runs.
+#[test]
+fn every_kernel_waits_for_the_one_in_front_before_it_touches_global_memory() {
+    let Some(tools) = disassembler() else { return };
+    let mut checked = 0;
+    for (stem, targets) in CODE.iter().filter(|(stem, _)| !stem.starts_with("conformance")) {
+        if !targets.split(' ').any(|target| target == "sm_90a") {
+            continue;
+        }
+        for (name, code) in disassemble(&tools, stem, "sm_90a") {
+            let wrong = waits_too_late(&code);
+            assert!(wrong.is_none(), "{stem}: {name}: {}", wrong.unwrap_or_default());
+            checked += 1;
+        }
+    }
+    assert!(checked >= 200, "{checked} kernels");
+}
+
 #[test]
 fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     let Some(tools) = disassembler() else { return };

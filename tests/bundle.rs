@@ -71,7 +71,7 @@ fn a_bundle_goes_on_after_failures() {
          info) echo '{{\"version\": \"1\"}}';;\n\
          conformance) echo 'error: no GPU' >&2; exit 2;;\n\
          train) {TRAIN};;\n\
-         bench) kill -SEGV $$;;\n\
+         bench) echo \"overlap $ISOBATH_OVERLAP\" >&2; kill -SEGV $$;;\n\
          esac"
     );
     bundle(folder.path(), &isobath);
@@ -93,6 +93,7 @@ fn a_bundle_goes_on_after_failures() {
         ("bench tune", "failed", "signal 11"),
         ("bench table", "failed", "signal 11"),
         ("bench step", "failed", "signal 11"),
+        ("bench step without overlap", "failed", "signal 11"),
         // Not in this folder.
         ("peers products", "failed", "products.py"),
         ("peers norm", "failed", "kernels.py"),
@@ -133,6 +134,11 @@ fn a_bundle_goes_on_after_failures() {
         let command = stage(&summary, name)["command"].to_string();
         assert!(command.contains("tuned.toml"), "{command}");
     }
+
+    // One of the benches runs twice, in two environments.
+    let said = |file: &str| fs::read_to_string(results.join(file)).unwrap();
+    assert!(said("bench-step.log").ends_with("overlap \n"));
+    assert!(said("bench-step-without-overlap.log").ends_with("overlap 0\n"));
 
     // Results are never overwritten.
     let (output, _) = run(folder.path(), &["--device", "simt"]);

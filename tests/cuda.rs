@@ -22,6 +22,7 @@ mod nvml;
 mod nvtx;
 mod offload;
 mod order;
+mod overlap;
 mod plain;
 mod pointwise;
 mod replay;

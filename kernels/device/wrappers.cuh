@@ -431,7 +431,9 @@ DEVICE T* cluster_map(T* p, uint32_t rank) {
 }
 
 // ---------------------------------------------------------------- dependent launches
+// Until the kernels in front have ended, with all that they wrote.
 DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Kernels behind this one may begin when all of its blocks have come here, or ended.
 DEVICE void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }
@@ -442,6 +444,11 @@ DEVICE void grid_dependency_launch() {
 // it below sm_90 is refused by ptxas, "unresolved extern function".
 extern __device__ void cluster_arrive();
 extern __device__ void cluster_wait();
+
+// Launches depend on each other from sm_90 on; below, a kernel begins when those in front have
+// ended.
+DEVICE void grid_dependency_wait() {}
+DEVICE void grid_dependency_launch() {}
 
 #endif  // DEVICE_HAS_SM90
 

@@ -13,9 +13,12 @@ static void check(const void* p, uint32_t bytes, const char* what, Site site) {
   Fiber& fiber = *self();
   if (reinterpret_cast<uintptr_t>(p) % bytes)
     fail_at(fiber, what, site, format("the address %p is not a multiple of %u", p, bytes));
-  if (block_of(p))
+  if (block_of(p)) {
     checked_shared(p, bytes, what, site);
-  else if (!owns(p, bytes))
+    return;
+  }
+  check_waited(fiber, what, p, site);
+  if (!owns(p, bytes))
     fail_at(fiber, what, site, format("out of bounds: %s", describe_global(p).c_str()));
 }
 

@@ -17,6 +17,7 @@ namespace simt {
 // ---------------------------------------------------------------- cp.async
 static void check_global_read(Fiber& fiber, const void* p, uint32_t bytes, const char* what,
                               Site site) {
+  check_waited(fiber, what, p, site);
   if (!owns(p, bytes))
     fail_at(fiber, what, site,
             format("out of bounds: %u bytes at %s", bytes, describe_global(p).c_str()));
@@ -121,6 +122,7 @@ static void issue(AsyncCopy copy) {
   copy.issuer = &fiber;
   copy.group = fiber.bulk_group;
   const bool tensor = copy.kind <= Copy::TensorAdd;
+  if (tensor) check_waited(fiber, what, nullptr, copy.site);
   const uint32_t alignment = tensor ? 128 : 16;
   if (reinterpret_cast<uintptr_t>(copy.shared) % alignment)
     fail_at(fiber, what, copy.site,

@@ -94,8 +94,12 @@ static bool on_stack(const Fiber& fiber, const void* p) {
     return;
   }
   if (Block* block = block_of(p)) return access_shared(fiber, *block, p, bytes, write, pc);
-  if (owns(p, bytes)) [[likely]]
+  if (owns(p, bytes)) [[likely]] {
+    if (fiber.must_wait) [[unlikely]]
+      report_early_access(fiber, format("a %s of %u bytes", write ? "write" : "read", bytes), p,
+                          describe_code(pc - 1));
     return check_global(p, bytes, Access(fiber, write ? WRITE : READ, place_of_code(pc)));
+  }
   if (!in_device_memory(p) && in_image(p)) return;  // constants of the kernel file
   out_of_bounds(fiber, p, bytes, write, pc);
 }

@@ -6,8 +6,8 @@
 // nothing is concurrent, and every order of events is one that the options chose.
 //
 // scheduler.cpp runs teams; launch.cpp hands them to workers; warp, barrier, mbarrier, copy, wgmma,
-// shared and atomics implement the wrappers; order and race check each access; fault.h ends a
-// launch.
+// shared and atomics implement the wrappers; order and race check each access, dependent.cpp that
+// none comes too early in a dependent launch; fault.h ends a launch.
 // This file knows of none of them but the parts that it declares below; they all include it.
 #pragma once
 #include <pthread.h>
@@ -101,6 +101,7 @@ struct Fiber : ThreadIndices {
   Warp* warp = nullptr;
   uint32_t id = 0;  // in its block
   bool done = false;
+  bool must_wait = false;  // for the kernel in front, before it touches global memory
 
   Wait wait = Wait::Nothing;
   const void* wait_for = nullptr;
@@ -352,6 +353,15 @@ void look(const void* address, uint64_t operands, uint64_t value, const char* wh
 uint64_t random_bits();
 // Calls `function` on a service stack and comes back when it ends or fails.
 void on_service_stack(size_t index, void (*function)());
+
+// ---------------------------------------------------------------- dependent.cpp
+// `what`: the access, "a read of 4 bytes"; `here`: where it is.
+[[noreturn]] void report_early_access(const Fiber&, const std::string& what, const void* p,
+                                      const std::string& here);
+// Before a wrapper of this name reads or writes global memory at `p`, null: wherever it is.
+void check_waited(const Fiber&, const char* what, const void* p, Site);
+// The thread has ended.
+void check_waited_at_exit(const Fiber&);
 
 // ---------------------------------------------------------------- mbarrier.cpp, copy.cpp
 Mbarrier& mbarrier_at(const uint64_t* address, const char* what, Site);

@@ -163,6 +163,7 @@ dim3 block_size() { return current->block_dim; }
 dim3 grid_size() { return current->grid_dim; }
 
 static void check_nothing_pending(const Fiber& fiber) {
+  check_waited_at_exit(fiber);
   if (const Product* product = pending_product(fiber)) {
     fail(format("%s exits although it never waited for the wgmma at %s", describe(fiber).c_str(),
                 describe(product->site).c_str()));
@@ -251,6 +252,7 @@ static void prepare_block(Worker& w, uint32_t rank) {
     fiber = Fiber{};
     fiber.id = id;
     fiber.block = &block;
+    fiber.must_wait = shape.dependent;
     fiber.warp = &block.warps[id / WARP_THREADS];
     fiber.warp->lanes[lane] = &fiber;
     fiber.warp->exists |= 1u << lane;

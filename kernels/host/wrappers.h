@@ -264,6 +264,7 @@ DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int sca
 }
 
 // ---------------------------------------------------------------- dependent launches
-// The host machine runs kernels one after the other: nothing to wait for.
-DEVICE void grid_dependency_wait() {}
+// Kernels run one after the other here: there is nothing to wait for. That a thread waits before
+// it touches global memory is checked where a launch is dependent.
+void grid_dependency_wait(SIMT_SITE);
 DEVICE void grid_dependency_launch() {}

@@ -137,6 +137,7 @@ impl Driver for WithEvents {
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.driver.tensor_map(spec)
     }
+    fn overlap(&mut self, on: bool) { self.driver.overlap(on) }
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         let name = self.driver.kernel_info(launch.kernel)?.name.clone();
         self.around(&name, launch.stream, |driver| driver.launch(launch, arguments))

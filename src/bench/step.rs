@@ -179,6 +179,7 @@ impl<'a> Steps<'a> {
     ) -> Result<Self> {
         let backend = Cuda::new(driver, config.dtype, None)?
             .with_graphs(graphs)
+            .with_overlap(cuda::overlap_from_env()?)
             .with_deterministic(config.train.deterministic);
         let plan = Plan::new(config, &backend)?;
         let planned = plan.memory().total;

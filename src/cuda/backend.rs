@@ -116,6 +116,7 @@ impl Cuda {
             offload: None,
         };
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
+        driver.overlap(true);
         // simt runs everything when it is enqueued.
         let steps_ahead = driver.device() == "cuda";
         Ok(Cuda {
@@ -138,6 +139,13 @@ impl Cuda {
     /// Without graphs, every kernel of every step is launched on its own. The bits are the same.
     pub fn with_graphs(self, graphs: bool) -> Self {
         Cuda { graphs, ..self }
+    }
+
+    /// Without overlap, each kernel begins when the one in front of it has ended. The bits are the
+    /// same.
+    pub fn with_overlap(mut self, overlap: bool) -> Self {
+        self.driver.overlap(overlap);
+        self
     }
 
     /// Without it, several blocks may add to attention's gradients in the order in which they come.

@@ -80,6 +80,9 @@ pub struct KernelInfo {
     pub parameter_bytes: Option<Vec<u32>>,
     /// Of a block: the launch bounds, or fewer where registers run out.
     pub max_threads: u32,
+    /// The compute capability whose instructions its code has: that of the GPU, or less where it
+    /// was compiled from PTX for older ones.
+    pub compiled_for: (u32, u32),
     /// Registers of a thread; `None` on the CPU.
     pub registers: Option<u32>,
     /// Spilled bytes of a thread.
@@ -105,7 +108,8 @@ pub struct Launch {
     /// All blocks are resident at once, so that they may wait for each other.
     pub cooperative: bool,
     /// May begin before the kernel in front of it on the stream has ended, up to its
-    /// grid_dependency_wait ("programmatic dependent launch"; compute capability 9.0).
+    /// grid_dependency_wait ("programmatic dependent launch"; compute capability 9.0). A driver sets it
+    /// by itself where it may: see [`Driver::overlap`].
     pub dependent: bool,
 }
 
@@ -192,6 +196,9 @@ pub trait Driver {
     /// tensor that leaves its buffer.
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap>;
 
+    /// Whether launches from here on are dependent where that is allowed (see overlap.rs); at first
+    /// they are not. All kernels must have the wait for it.
+    fn overlap(&mut self, on: bool);
     /// Errors: a rule of [`check_launch`] or [`check_arguments`]; on simt also whatever the
     /// kernel did wrong.
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()>;

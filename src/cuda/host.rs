@@ -4,7 +4,7 @@
 //! (a changed kernel linked with the machine). Streams are in order, and work runs at once: what a
 //! kernel does wrong is the error of its own launch, with every place named by file and line.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsString, c_void};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use addr2line::Loader;
 
 use super::driver::*;
+use super::overlap::Overlap;
 use crate::config::choice::choice;
 use crate::error::{Error, Result};
 use crate::host_memory;
@@ -55,6 +56,8 @@ pub struct Options {
     pub watchdog: Duration,
     /// How many multiprocessors the machine says it has: cooperative grids are limited by it.
     pub multiprocessors: u32,
+    /// Every launch is checked as a dependent one, whatever is in front of it.
+    pub dependent: bool,
 }
 
 impl Default for Options {
@@ -67,6 +70,7 @@ impl Default for Options {
             workers: 0,
             watchdog: Duration::ZERO,
             multiprocessors: 4,
+            dependent: false,
         }
     }
 }
@@ -172,6 +176,7 @@ mod abi {
         pub cluster: [u32; 3],
         pub dynamic_shared_bytes: u32,
         pub cooperative: u32,
+        pub dependent: u32,
     }
 
     #[repr(C)]
@@ -264,6 +269,9 @@ pub struct Host {
     streams: u32,
     events: Vec<Option<Instant>>,
     capture: Capture,
+    overlap: Overlap,
+    /// Launches so far that were dependent, recorded ones as often as they ran.
+    dependent: Cell<u64>,
     recorded: Vec<Recorded>,
     /// `None`: released.
     graphs: Vec<Option<Vec<Recorded>>>,
@@ -339,6 +347,8 @@ impl Host {
             streams: 1,
             events: vec![],
             capture: Capture::default(),
+            overlap: Overlap::default(),
+            dependent: Cell::new(0),
             recorded: vec![],
             graphs: vec![],
         }
@@ -359,6 +369,11 @@ impl Host {
         unsafe { (self.machine.switches)() }
     }
 
+    /// Dependent launches that this driver ran so far.
+    pub fn dependent_launches(&self) -> u64 {
+        self.dependent.get()
+    }
+
     fn find(&self, kernel: KernelId) -> Result<&Kernel> {
         self.kernels.get(kernel.0 as usize).ok_or_else(|| foreign(DEVICE, "kernel"))
     }
@@ -370,6 +385,7 @@ impl Host {
     /// Runs it, or records it if its stream is being captured.
     fn enqueue(&mut self, stream: StreamId, work: Recorded) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         if self.capture.records(DEVICE, stream)? {
             self.recorded.push(work);
             return Ok(());
@@ -404,12 +420,14 @@ impl Host {
 
     fn run(&self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         let kernel = self.find(launch.kernel)?;
+        self.dependent.set(self.dependent.get() + u64::from(launch.dependent));
         let shape = abi::Launch {
             grid: launch.grid,
             block: launch.block,
             cluster: launch.cluster,
             dynamic_shared_bytes: launch.dynamic_shared_bytes,
             cooperative: u32::from(launch.cooperative),
+            dependent: u32::from(launch.dependent || self.options.dependent),
         };
         let pointers = arguments.pointers();
         let mut fault = ptr::null_mut();
@@ -472,6 +490,7 @@ fn kernels_of(machine: &abi::Functions) -> Vec<Kernel> {
             name: name.to_string_lossy().into_owned(),
             parameter_bytes: Some(sizes.to_vec()),
             max_threads: info.max_threads,
+            compiled_for: (9, 0),
             registers: None,
             local_bytes: 0,
             static_shared_bytes: None,
@@ -663,12 +682,19 @@ impl Driver for Host {
         Ok(TensorMap { opaque, tensor })
     }
 
+    fn overlap(&mut self, on: bool) {
+        self.overlap.turn(on);
+    }
+
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         let info = &self.find(launch.kernel)?.info;
+        let launch = &self.overlap.decide(&self.properties, info, launch);
         check_launch(DEVICE, &self.properties, info, launch)?;
         check_arguments(DEVICE, info, arguments, &self.memory)?;
         self.check_stream(launch.stream)?;
-        if !self.capture.records(DEVICE, launch.stream)? {
+        let recorded = self.capture.records(DEVICE, launch.stream)?;
+        self.overlap.launched(launch);
+        if !recorded {
             return self.run(launch, arguments);
         }
         self.recorded.push(Recorded::Launch(*launch, arguments.clone()));
@@ -677,6 +703,7 @@ impl Driver for Host {
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a copy from host memory")?;
         self.memory.check(DEVICE, "write", to, from.len() as u64)?;
         // SAFETY: the target lies in a live buffer of ours, which no Rust reference points into.
@@ -686,6 +713,7 @@ impl Driver for Host {
 
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a copy to host memory")?;
         self.memory.check(DEVICE, "read", from, to.len() as u64)?;
         // SAFETY: the source lies in a live buffer of ours, written whole when it was allocated.
@@ -729,6 +757,7 @@ impl Driver for Host {
 
     fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "an event")?;
         let slot = self.events.get_mut(event.0 as usize).ok_or_else(|| foreign(DEVICE, "event"))?;
         *slot = Some(Instant::now());
@@ -737,6 +766,7 @@ impl Driver for Host {
 
     fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a wait")?;
         match self.events.get(event.0 as usize) {
             Some(_) => Ok(()), // work runs at once: it is over already
@@ -771,10 +801,12 @@ impl Driver for Host {
 
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.begin(DEVICE, stream)
     }
 
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
+        self.overlap.interrupted(stream);
         self.capture.end(DEVICE, stream)?;
         self.graphs.push(Some(std::mem::take(&mut self.recorded)));
         Ok(GraphId(self.graphs.len() as u32 - 1))
@@ -782,6 +814,7 @@ impl Driver for Host {
 
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
         self.check_stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a graph")?;
         let Some(Some(work)) = self.graphs.get(graph.0 as usize) else {
             return Err(foreign(DEVICE, "graph"));

@@ -19,6 +19,7 @@ pub mod nvidia;
 pub mod nvml;
 mod nvtx;
 mod offload;
+mod overlap;
 pub mod peaks;
 pub mod pointwise;
 pub mod residual;
@@ -28,6 +29,7 @@ mod transfers;
 pub use backend::Cuda;
 pub use driver::*;
 pub use family::Family;
+pub use overlap::Overlap;
 
 use std::ffi::OsString;
 
@@ -65,6 +67,20 @@ pub fn graphs_from_env() -> Result<bool> {
 /// As [`graphs_from_env`], of any set of variables. Errors name the variable.
 pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
     Ok(switch(GRAPHS, variable)?.unwrap_or(true))
+}
+
+/// The environment variable that says whether a kernel may begin while the one in front of it still
+/// runs; 0: each begins when that one has ended.
+pub const OVERLAP: &str = "ISOBATH_OVERLAP";
+
+/// Whether the environment wants that, for [`Cuda::with_overlap`]; where it says nothing, it does.
+pub fn overlap_from_env() -> Result<bool> {
+    overlap_from_variables(|name| std::env::var_os(name))
+}
+
+/// As [`overlap_from_env`], of any set of variables. Errors name the variable.
+pub fn overlap_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
+    Ok(switch(OVERLAP, variable)?.unwrap_or(true))
 }
 
 /// The environment variable that says whether a step is enqueued before the one in front of it is over;

@@ -18,6 +18,7 @@ use super::GRAPHS;
 use super::binaries;
 use super::driver::*;
 use super::nvml;
+use super::overlap::Overlap;
 use crate::error::{Error, Result};
 use crate::host_memory;
 use crate::sensors::Sensors;
@@ -27,6 +28,8 @@ const DEVICE: &str = "cuda";
 /// cuTensorMapEncodeTiled and cuLaunchKernelEx are there from here on; what graphs need is older.
 const OLDEST_DRIVER: i32 = 12_000;
 const OLDEST_GPU: (u32, u32) = (8, 0);
+/// Graphs can hold dependent launches from here on.
+const OLDEST_WITH_OVERLAP: i32 = 12_030;
 /// Dynamic shared memory that a kernel may use without asking.
 const SHARED_BYTES_UNASKED: u32 = 48 << 10;
 /// How many launches an error names that came out of a later call.
@@ -176,6 +179,9 @@ pub struct Nvidia {
     free_at_first: u64,
     capture: Capture,
     captured: Captured,
+    overlap: Overlap,
+    /// Whether the driver has all that dependent launches need.
+    can_overlap: bool,
     // In the order in which they are given back; the context goes last.
     /// `None`: released.
     graphs: Vec<Option<Graph>>,
@@ -211,6 +217,8 @@ impl Nvidia {
             free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
+            overlap: Overlap::default(),
+            can_overlap: driver_version >= OLDEST_WITH_OVERLAP,
             graphs: vec![],
             events: vec![],
             streams: vec![stream],
@@ -536,10 +544,12 @@ fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverEr
         unsafe { result::function::get_function_attribute(function, attribute) }
             .map(|value| value.max(0) as u32)
     };
+    let ptx_version = attribute(Of::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
     Ok(KernelInfo {
         name: name.to_string(),
         parameter_bytes: parameters_of(function),
         max_threads: attribute(Of::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+        compiled_for: (ptx_version / 10, ptx_version % 10),
         registers: Some(attribute(Of::CU_FUNC_ATTRIBUTE_NUM_REGS)?),
         local_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
         static_shared_bytes: Some(attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?),
@@ -803,8 +813,13 @@ impl Driver for Nvidia {
         }
     }
 
+    fn overlap(&mut self, on: bool) {
+        self.overlap.turn(on && self.can_overlap);
+    }
+
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         let info = &self.find(launch.kernel)?.info;
+        let launch = &self.overlap.decide(&self.properties, info, launch);
         check_launch(DEVICE, &self.properties, info, launch)?;
         check_arguments(DEVICE, info, arguments, &self.memory)?;
         let stream = self.stream(launch.stream)?.cu_stream();
@@ -833,6 +848,7 @@ impl Driver for Nvidia {
             sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), ptr::null_mut())
         };
         launched.result().map_err(|error| self.refused(launch.kernel, error))?;
+        self.overlap.launched(launch);
         if recorded {
             self.captured.launches.push((launch.kernel, arguments.clone()));
         } else {
@@ -842,6 +858,7 @@ impl Driver for Nvidia {
     }
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a copy from host memory")?;
         self.memory.check(DEVICE, "write", to, from.len() as u64)?;
         self.bind()?;
@@ -856,6 +873,7 @@ impl Driver for Nvidia {
     }
 
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a copy to host memory")?;
         self.memory.check(DEVICE, "read", from, to.len() as u64)?;
         self.bind()?;
@@ -884,6 +902,7 @@ impl Driver for Nvidia {
         to: DevicePointer,
         bytes: u64,
     ) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.memory.check_copy(DEVICE, from, to, bytes)?;
         if self.capture.records(DEVICE, stream)? {
             self.captured.ranges.extend([(from, bytes), (to, bytes)]);
@@ -898,6 +917,7 @@ impl Driver for Nvidia {
     }
 
     fn fill(&mut self, stream: StreamId, to: DevicePointer, bytes: u64, value: u8) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.memory.check(DEVICE, "fill", to, bytes)?;
         if self.capture.records(DEVICE, stream)? {
             self.captured.ranges.push((to, bytes));
@@ -923,6 +943,7 @@ impl Driver for Nvidia {
     }
 
     fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "an event")?;
         let recorded = self.event(event)?.event.record(self.stream(stream)?);
         recorded.map_err(|error| self.failed(error))?;
@@ -932,6 +953,7 @@ impl Driver for Nvidia {
     }
 
     fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()> {
+        self.overlap.interrupted(stream);
         self.capture.forbid(DEVICE, "a wait")?;
         let waiting = self.stream(stream)?.wait(&self.event(event)?.event);
         waiting.map_err(|error| self.failed(error))
@@ -968,6 +990,7 @@ impl Driver for Nvidia {
 
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> {
         self.stream(stream)?;
+        self.overlap.interrupted(stream);
         self.capture.begin(DEVICE, stream)?;
         self.captured = Captured::default();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -979,6 +1002,7 @@ impl Driver for Nvidia {
     }
 
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
+        self.overlap.interrupted(stream);
         self.capture.end(DEVICE, stream)?;
         let ended = self.stream(stream)?.end_capture(sys::CUgraphInstantiate_flags(0));
         let Some(graph) = ended.map_err(|error| self.cannot_record(error))? else {
@@ -992,6 +1016,7 @@ impl Driver for Nvidia {
     }
 
     fn launch_graph(&mut self, graph: GraphId, on: StreamId) -> Result<()> {
+        self.overlap.interrupted(on);
         self.capture.forbid(DEVICE, "a graph")?;
         self.bind()?;
         let Some(Some(Graph { graph: recorded, captured, checked })) =

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::data::packing::best_fit;
 use crate::data::shuffle::Permutation;
 use crate::{Error, Result};

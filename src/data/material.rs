@@ -4,9 +4,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Format, Rows};
+use crate::data::batch::Batch;
 use crate::data::corpus::Corpus;
 use crate::data::examples::{self, ExampleRows, Examples};
-use crate::data::loader::{Batch, Loader, LoaderOptions, LoaderState, RowSource};
+use crate::data::loader::{Loader, LoaderOptions, LoaderState, RowSource};
 use crate::data::source::TokenSource;
 use crate::data::supervised;
 use crate::data::tokenizer::Tokenizer;

@@ -2,11 +2,12 @@
 //!
 //! `text` reads documents from files, `tokenizer` turns them into ids, `prepare` writes ids into
 //! `shard` files, `source` presents shards (or memory) as one stream, `loader` and `windows` cut
-//! that stream into rows for training and for evaluation. `corpus` resolves a configuration into
+//! that stream into rows, `batch` by `batch`, for training and for evaluation. `corpus` resolves a configuration into
 //! all of it. Prompts and answers take another way to the loader: `supervised` reads them, `packing`
 //! says which share a row, `examples` makes the rows; `material` is whichever of both a run reads.
 //! Nothing here knows the model or a device.
 
+pub mod batch;
 pub mod corpus;
 pub mod examples;
 pub mod loader;
@@ -22,9 +23,10 @@ pub mod text;
 pub mod tokenizer;
 pub mod windows;
 
+pub use batch::Batch;
 pub use corpus::Corpus;
 pub use examples::{Example, ExampleRows, Examples};
-pub use loader::{Batch, Loader, LoaderOptions, LoaderState, Prefetch, RowSource};
+pub use loader::{Loader, LoaderOptions, LoaderState, Prefetch, RowSource};
 pub use material::Material;
 pub use shard::{Shard, ShardWriter};
 pub use source::TokenSource;

@@ -3,7 +3,7 @@
 //! Consecutive, non-overlapping windows of S input tokens without a start token; the last, shorter
 //! one is included and padded, as is the last batch, so that all batches have one shape.
 
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::data::source::TokenSource;
 use crate::{Error, Result};
 

@@ -14,7 +14,7 @@ use super::streams::StreamSums;
 use super::task::change_of_accuracy;
 use crate::backend::Backend;
 use crate::cpu::Cpu;
-use crate::data::loader::Batch;
+use crate::data::batch::Batch;
 use crate::data::source::TokenSource;
 use crate::data::windows::Windows;
 use crate::device::{Device, open_kernels};

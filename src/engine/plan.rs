@@ -9,12 +9,12 @@ use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::parameters::ParameterBytes;
-use super::trainer::{moment_kind, update_groups};
 use crate::backend::{AttentionSpec, Backend, OFFLOAD_CHUNK, VectorCopy, offload_bytes};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::host_memory;
 use crate::model::{self, parameters::ParameterTable};
+use crate::optim::{self, UpdateGroup};
 use crate::tape::{MemoryLine, Program, Purpose};
 use crate::tensor::Kind;
 
@@ -97,7 +97,7 @@ impl Plan {
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
         let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let moment_element_bytes = backend.element_bytes(moment_kind(&config.optimizer));
+        let moment_element_bytes = backend.element_bytes(optim::moment_kind(&config.optimizer));
         let passage = offload_bytes(backend.offload_chunk(), moment_element_bytes);
         let offload_bytes = plan.offload_bytes.map(|_| passage);
         let plan = plan.with_device_bytes(
@@ -113,7 +113,7 @@ impl Plan {
     }
 
     pub fn with_device_bytes(self, config: &Config, device: &DeviceBytes) -> Self {
-        let groups = update_groups(&self.table, &config.optimizer);
+        let groups = UpdateGroup::all(&self.table, &config.optimizer);
         let bytes = groups.iter().map(|it| (device.optimizer)(&it.decay, &it.vectors));
         let optimizer_bytes = bytes.sum();
         let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
@@ -154,7 +154,7 @@ impl Plan {
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
         let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
-        let moment_element_bytes = element_bytes(moment_kind(&config.optimizer));
+        let moment_element_bytes = element_bytes(optim::moment_kind(&config.optimizer));
         let moment_bytes = table.stored_elements() * moment_element_bytes;
         let offloads = config.optimizer.offload;
         let offload_bytes = offloads.then(|| offload_bytes(OFFLOAD_CHUNK, moment_element_bytes));

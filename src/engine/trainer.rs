@@ -10,7 +10,7 @@ use super::plan::Plan;
 use super::replay::Replay;
 use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
-use crate::config::{Config, Dtype, Master, ModelConfig, OptimizerConfig};
+use crate::config::{Config, ModelConfig, OptimizerConfig};
 use crate::error::{Error, Result};
 use crate::model::parameters::ParameterTable;
 use crate::optim::{self, LayerSampling, UpdateGroup, UpdateTime};
@@ -106,7 +106,7 @@ impl<B: Backend> Trainer<B> {
         let Plan { table, training, evaluation, sampling, flat_bytes, moment_bytes, .. } = plan;
         let bytes = backend.element_bytes(Kind::Statistic);
         let parameters = Parameters::allocate(&table, config.optimizer.master, &mut backend)?;
-        let (kind, elements) = (moment_kind(&config.optimizer), table.stored_elements());
+        let (kind, elements) = (optim::moment_kind(&config.optimizer), table.stored_elements());
         let mut moment = |label, label_on_host| -> Result<View> {
             let buffer = match config.optimizer.offload {
                 true => backend.allocate_host(label_on_host, moment_bytes)?,
@@ -126,7 +126,7 @@ impl<B: Backend> Trainer<B> {
             grad_norm: flat_view(backend.allocate("gradient norm", bytes)?, 1),
             first: 0,
         };
-        let groups = update_groups(&table, &config.optimizer);
+        let groups = UpdateGroup::all(&table, &config.optimizer);
         for group in &groups {
             let part = flat.part(&group.range, |kind| backend.element_bytes(kind));
             backend.prepare_optimizer(&part, &group.decay, &group.vectors)?;
@@ -402,25 +402,4 @@ fn layer_sampling(config: &Config) -> Option<LayerSampling> {
         let OptimizerConfig { sampled_layers, sample_interval, .. } = *optimizer;
         LayerSampling::new(config.seed, layers, sampled_layers, sample_interval)
     })
-}
-
-/// What both moments are stored as.
-pub(super) fn moment_kind(config: &OptimizerConfig) -> Kind {
-    match config.moments {
-        Dtype::F32 => Kind::Statistic,
-        Dtype::Bf16 => Kind::Bf16,
-    }
-}
-
-/// What the optimizer is made ready for: the whole, and the parts if they are updated apart.
-pub(super) fn update_groups(table: &ParameterTable, config: &OptimizerConfig) -> Vec<UpdateGroup> {
-    let mut groups = vec![UpdateGroup::whole(table)];
-    if config.sampled_layers > 0 {
-        groups.extend(UpdateGroup::blocks(table));
-    }
-    if config.master == Master::F32 {
-        // Vectors are read where they lie.
-        groups.iter_mut().for_each(|group| group.vectors.clear());
-    }
-    groups
 }

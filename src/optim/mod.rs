@@ -7,8 +7,9 @@ use std::ops::Range;
 pub use layer_sampling::LayerSampling;
 
 use crate::backend::{AdamWStep, VectorCopy};
-use crate::config::{OptimizerConfig, OptimizerKind, ScheduleKind};
+use crate::config::{Dtype, Master, OptimizerConfig, OptimizerKind, ScheduleKind};
 use crate::model::parameters::ParameterTable;
+use crate::tensor::Kind;
 
 /// The learning rate of `step` (from 1) of `steps`: linear warm-up to `lr` at step `warmup`, then
 /// the schedule, which reaches `lr * min_lr_ratio` at the last step exactly. `constant` stays.
@@ -36,6 +37,14 @@ pub fn learning_rate(config: &OptimizerConfig, step: u64, steps: u64) -> f64 {
     }
 }
 
+/// What both moments are stored as.
+pub fn moment_kind(config: &OptimizerConfig) -> Kind {
+    match config.moments {
+        Dtype::F32 => Kind::Statistic,
+        Dtype::Bf16 => Kind::Bf16,
+    }
+}
+
 /// A stretch of the flat buffer that is updated, or rests, as a whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UpdateGroup {
@@ -54,6 +63,20 @@ impl UpdateGroup {
         let decay = decay_ranges(table, &range);
         let vectors = vector_copies(table, &range);
         UpdateGroup { range, decay, vectors, layer }
+    }
+
+    /// What the optimizer is made ready for: the whole first, and where layers are sampled, what is
+    /// updated on its own.
+    pub fn all(table: &ParameterTable, config: &OptimizerConfig) -> Vec<Self> {
+        let mut groups = vec![UpdateGroup::whole(table)];
+        if config.sampled_layers > 0 {
+            groups.extend(UpdateGroup::blocks(table));
+        }
+        if config.master == Master::F32 {
+            // Vectors are read where they lie.
+            groups.iter_mut().for_each(|group| group.vectors.clear());
+        }
+        groups
     }
 
     /// The whole flat buffer.

@@ -8,8 +8,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::layouts::{self, Flaw};
-use super::question::{Question, Style, letter_index};
+use super::layouts;
+use super::question::{Flaw, Question, Style, letter_index};
 use crate::{Error, Result};
 
 /// Columns of MMLU's layout.

@@ -15,14 +15,7 @@
 
 use serde_json::{Map, Value};
 
-use super::question::{Question, letter_index};
-
-/// What is wrong with a line, and what to do about it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Flaw {
-    pub what: String,
-    pub remedy: String,
-}
+use super::question::{Flaw, Question, letter_index};
 
 /// What a line of no particular layout has to look like.
 const GENERAL: &str =

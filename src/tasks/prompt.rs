@@ -11,8 +11,7 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 
 use super::file::{Subject, Task, at_line};
-use super::layouts::Flaw;
-use super::question::{Asked, Question, Style};
+use super::question::{Asked, Flaw, Question, Style};
 use crate::data::tokenizer::Tokenizer;
 use crate::{Error, Result};
 

@@ -4,8 +4,14 @@
 //! behind it (ARC, PIQA and others), or MMLU's list of choices with their letters behind it. Which
 //! tokens that becomes is decided in `prompt`.
 
-use super::layouts::Flaw;
 use crate::config::choice::choice;
+
+/// What is wrong with a line, and what to do about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Flaw {
+    pub what: String,
+    pub remedy: String,
+}
 
 /// One question with one right answer.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

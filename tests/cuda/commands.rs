@@ -266,6 +266,7 @@ fn what_a_device_cannot_do_is_refused() {
     for (variable, value, right) in [
         ("SIMT_ORDER", "sideways", "fifo"),
         ("ISOBATH_GRAPHS", "few", "from 0 to 1"),
+        ("ISOBATH_OVERLAP", "much", "from 0 to 1"),
         ("ISOBATH_AHEAD", "2", "from 0 to 1"),
     ] {
         let mut command = isobath();

@@ -10,14 +10,14 @@ use isobath::cuda::conformance::{
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
 
-use super::machines::on_every_machine;
+use super::machines::on_every_machine_in_turn;
 use crate::support::source;
 
 /// Every launch on every machine and schedule; the bits are the same on all schedules of one.
 #[test]
 fn every_case_gives_its_golden_output() {
     let goldens = Goldens::compiled_in().unwrap();
-    on_every_machine(|driver| {
+    on_every_machine_in_turn(|driver| {
         let report = replay(driver, &goldens).unwrap();
         assert!(report.failed.is_empty(), "{report}");
         assert_eq!(report.passed + report.skipped.len(), cases().len(), "{report}");

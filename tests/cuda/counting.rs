@@ -1,7 +1,7 @@
 //! A driver between a test and simt: it counts what runs, notes what takes the machine's memory, can
 //! leave kernels out, and can watch that streams wait for each other.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -45,13 +45,23 @@ pub struct Counting {
     /// What the machine says of itself.
     pub properties: Properties,
     pub order: Option<Rc<RefCell<Order>>>,
+    /// Launches that ran dependent, replayed ones included.
+    pub dependent: Rc<Cell<u64>>,
 }
 
 impl Counting {
     pub fn new(host: Host) -> Self {
         let properties = host.properties().clone();
         let (counts, taken) = (Counts::default(), TakenSoFar::default());
-        Counting { host, counts, taken, lacks: None, properties, order: None }
+        Counting {
+            host,
+            counts,
+            taken,
+            lacks: None,
+            properties,
+            order: None,
+            dependent: Rc::default(),
+        }
     }
 
     fn take(&self, what: Taken) {
@@ -101,10 +111,13 @@ impl Driver for Counting {
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.host.tensor_map(spec)
     }
+    fn overlap(&mut self, on: bool) { self.host.overlap(on) }
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         self.count(&self.kernel_info(launch.kernel)?.name);
         self.watch(|order| order.launched(launch.stream, arguments));
-        self.host.launch(launch, arguments)
+        let launched = self.host.launch(launch, arguments);
+        self.dependent.set(self.host.dependent_launches());
+        launched
     }
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()> {
         self.count("copy and wait");
@@ -163,7 +176,9 @@ impl Driver for Counting {
     }
     fn launch_graph(&mut self, graph: GraphId, stream: StreamId) -> Result<()> {
         self.count("graph");
-        self.host.launch_graph(graph, stream)
+        let launched = self.host.launch_graph(graph, stream);
+        self.dependent.set(self.host.dependent_launches());
+        launched
     }
     fn release_graph(&mut self, graph: GraphId) -> Result<()> { self.host.release_graph(graph) }
 }

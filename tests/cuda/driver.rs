@@ -63,11 +63,12 @@ fn arguments_are_copied_bit_for_bit_to_aligned_places() {
     }
 }
 
-fn kernel(parameter_bytes: Option<Vec<u32>>) -> KernelInfo {
+pub fn kernel(parameter_bytes: Option<Vec<u32>>) -> KernelInfo {
     KernelInfo {
         name: "norm_forward".to_string(),
         parameter_bytes,
         max_threads: 256,
+        compiled_for: (9, 0),
         registers: None,
         local_bytes: 0,
         static_shared_bytes: None,
@@ -250,7 +251,7 @@ fn each_broken_rule_of_a_tensor_map_is_named() {
 
 // ------------------------------------------------------------------ launches
 
-fn hopper() -> Properties {
+pub fn hopper() -> Properties {
     Properties {
         name: "a Hopper".to_string(),
         compute_capability: (9, 0),

@@ -60,6 +60,7 @@ struct Case {
     cluster: u32,
     shared: u32,
     cooperative: bool,
+    dependent: bool,
     global_bytes: usize,
     null: bool,
     n: i32,
@@ -73,6 +74,7 @@ fn case(kernel: &'static str) -> Case {
         cluster: 1,
         shared: 0,
         cooperative: false,
+        dependent: false,
         global_bytes: 4096,
         null: false,
         n: 0,
@@ -98,6 +100,10 @@ impl Case {
 
     fn cooperative(self, blocks: u32) -> Self {
         Case { cooperative: true, blocks, ..self }
+    }
+
+    fn dependent(self) -> Self {
+        Case { dependent: true, ..self }
     }
 
     fn global_bytes(self, global_bytes: usize) -> Self {
@@ -137,6 +143,9 @@ impl Case {
             .shared_bytes(self.shared);
         if self.cooperative {
             launch = launch.cooperative();
+        }
+        if self.dependent {
+            launch = launch.dependent();
         }
         let address = if self.null { DevicePointer::NULL } else { global.address };
         let arguments = Arguments::new().with(map).with(address).with(self.n);
@@ -277,6 +286,54 @@ fn uninitialised_shared_memory_is_not_read() {
     case("shared_uninitialised").fails(&mut host, &parts);
     let parts = ["read of uninitialised shared memory 0x400 of block", "{thread 0} at {here}"];
     case("dynamic_uninitialised").shared(64).fails(&mut host, &parts);
+}
+
+// ------------------------------------------------------------------ dependent launches
+
+#[test]
+fn nothing_is_touched_before_the_kernel_in_front_has_ended() {
+    let Some(mut host) = machine(race()) else { return };
+    let early = "global memory is touched before grid_dependency_wait in a dependent launch: ";
+    let word = |what: &str| {
+        format!("{early}{what} of 4 bytes by {{thread 0}} at {{here}}: global memory at byte 0 of")
+    };
+    let cases = [
+        ("dependent_read", word("a read")),
+        ("dependent_write", format!("{early}a write of 4 bytes by {{thread 3}} at {{here}}")),
+        ("dependent_on_another_thread", format!("{early}a write of 4 bytes by {{thread 31}}")),
+    ];
+    for (kernel, said) in &cases {
+        case(kernel).dependent().fails(&mut host, &[said, "the kernel in front may still run"]);
+    }
+    // What goes through a wrapper is seen without the detector, too.
+    let cases = [
+        ("dependent_atomic", format!("{early}atomicAdd by {{thread 0}} at {{here}}")),
+        ("dependent_flag", format!("{early}load_acquire by {{thread 0}} at {{here}}")),
+        ("dependent_cp_async", format!("{early}cp.async by {{thread 0}} at {{here}}")),
+        ("dependent_tma", format!("{early}tma_load by {{thread 0}} at {{here}};")),
+        ("dependent_bulk", format!("{early}bulk_load by {{thread 0}} at {{here}}")),
+        (
+            "dependent_exit",
+            "{thread 5} exits without grid_dependency_wait in a dependent launch".to_string(),
+        ),
+    ];
+    for options in [race(), plain()] {
+        host.set_options(options);
+        for (kernel, said) in &cases {
+            case(kernel).shared(1024).dependent().fails(&mut host, &[said]);
+        }
+    }
+    // Where launches are ordinary ones there is nothing to wait for; unless all are to be checked.
+    for options in [race(), plain()] {
+        host.set_options(options);
+        for kernel in ["dependent_read", "dependent_exit", "dependent_tma"] {
+            case(kernel).shared(1024).run(&mut host).expect("no fault");
+        }
+        host.set_options(Options { dependent: true, ..options });
+        case("dependent_exit").fails(&mut host, &["exits without grid_dependency_wait"]);
+        let words = case("right_dependent").shared(1024).run(&mut host).expect("no fault");
+        assert_eq!((words[0], words[5], words[31]), (31, 26, 1));
+    }
 }
 
 // ------------------------------------------------------------------ addresses

@@ -15,12 +15,23 @@ use isobath::tensor::{Kind, Shape, View};
 use crate::support::normals;
 
 /// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
-/// GPU. What it returns must be the same bits every time on one kind of machine.
-pub fn on_every_machine(mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
+/// GPU. What it returns must be the same bits every time on one kind of machine. Each kernel must
+/// wait for the one in front of it, whether there is one or not.
+pub fn on_every_machine(test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
+    on_every_machine_with(true, test);
+}
+
+/// The same for kernels that do not wait, which are those of kernels/conformance*.cu.
+pub fn on_every_machine_in_turn(test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
+    on_every_machine_with(false, test);
+}
+
+fn on_every_machine_with(dependent: bool, mut test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
     match simt_here() {
         Ok(()) => {
             let mut first: Option<Vec<u8>> = None;
             for options in schedules() {
+                let options = Options { dependent, ..options };
                 let found = test(&mut Host::new(options).unwrap());
                 let expected = first.get_or_insert_with(|| found.clone());
                 assert!(found == *expected, "{options:?} gives other bits than the first schedule");

@@ -600,7 +600,8 @@ fn gemm_mma(
 /// One block after the other, and each takes as many rows and tiles as a small machine makes it.
 fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
     let watchdog = Duration::from_secs(2);
-    Options { race, order, asynchronous, seed, workers: 1, watchdog, multiprocessors: 1 }
+    let (workers, multiprocessors, dependent) = (1, 1, true);
+    Options { race, order, asynchronous, seed, workers, watchdog, multiprocessors, dependent }
 }
 
 /// How a machine for these kernels begins; it keeps its number of multiprocessors.
@@ -1076,6 +1077,27 @@ const PLANTED: &[Planted] = &[
         &["data race on shared memory", "after a write by block (0,0,0) thread 36 (warp 1"],
     ),
     planted(
+        Kernels::GemmSm90,
+        "factors are loaded before the kernel in front has ended",
+        &[(
+            "  begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
+            "  if (threadIdx.x > 0) begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
+        )],
+        &[
+            "global memory is touched before grid_dependency_wait in a dependent launch: tma_load by",
+            "block (0,0,0) thread 0 (warp 0, lane 0) at",
+        ],
+    ),
+    planted(
+        Kernels::AttentionOnePass,
+        "threads without work do not wait for the kernel in front",
+        &[(
+            "  begin_after_previous();\n  const Work& work = *shared_work;",
+            "  if (threadIdx.x != 5) begin_after_previous();\n  const Work& work = *shared_work;",
+        )],
+        &["block (0,0,0) thread 5 (warp 0, lane 5) exits without grid_dependency_wait"],
+    ),
+    planted(
         Kernels::GemmMma,
         "a stage is read before its copies are complete",
         &[("cp_async_wait<1>();", "cp_async_wait<2>();")],
@@ -1154,6 +1176,7 @@ const BREAKABLE: &[&str] = &[
     "__threadfence",
     "load_acquire",
     "store_release",
+    "begin_after_previous",
 ];
 
 /// name<template>(arguments), and where in the text it stands.

@@ -473,6 +473,101 @@ TEST_KERNEL(load_of_ordinary_writes) {
 }
 EXPORT_KERNEL(load_of_ordinary_writes)
 
+// ---------------------------------------------------------------- dependent launches
+TEST_KERNEL(dependent_read) {
+  const uint32_t word = global[threadIdx.x];  // here
+  begin_after_previous();
+  global[threadIdx.x] = word + 1;
+}
+EXPORT_KERNEL(dependent_read)
+
+TEST_KERNEL(dependent_write) {
+  if (threadIdx.x == 3) global[0] = 1;  // here
+  grid_dependency_wait();
+}
+EXPORT_KERNEL(dependent_write)
+
+// One thread has waited, behind a barrier: the others have not.
+TEST_KERNEL(dependent_on_another_thread) {
+  if (threadIdx.x == 0) begin_after_previous();
+  __syncthreads();
+  global[threadIdx.x] = 1;  // here
+}
+EXPORT_KERNEL(dependent_on_another_thread)
+
+TEST_KERNEL(dependent_atomic) {
+  atomicAdd(&global[0], 1u);  // here
+  begin_after_previous();
+}
+EXPORT_KERNEL(dependent_atomic)
+
+TEST_KERNEL(dependent_flag) {
+  while (load_acquire(&global[0]) != 0) __nanosleep(32);  // here
+  begin_after_previous();
+}
+EXPORT_KERNEL(dependent_flag)
+
+TEST_KERNEL(dependent_cp_async) {
+  SHARED(uint4, tile, 32);
+  cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // here
+  cp_async_commit();
+  cp_async_wait<0>();
+  begin_after_previous();
+}
+EXPORT_KERNEL(dependent_cp_async)
+
+TEST_KERNEL(dependent_tma) {
+  SHARED_DYNAMIC(tile);
+  SHARED(uint64_t, barrier, 1);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 1024);
+    tma_load_2d(tile, &map, barrier, 0, 0);  // here
+  }
+  begin_after_previous();
+  mbarrier_wait(barrier, 0);
+}
+EXPORT_KERNEL(dependent_tma)
+
+TEST_KERNEL(dependent_bulk) {
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint4, tile, 1);
+  start(barrier, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 16);
+    bulk_load(tile, global, 16, barrier);  // here
+  }
+  begin_after_previous();
+  mbarrier_wait(barrier, 0);
+}
+EXPORT_KERNEL(dependent_bulk)
+
+TEST_KERNEL(dependent_exit) {
+  if (threadIdx.x == 5) return;
+  begin_after_previous();
+  global[threadIdx.x] = 1;
+}
+EXPORT_KERNEL(dependent_exit)
+
+// Sets itself up, and even uses what it set up, before it waits.
+TEST_KERNEL(right_dependent) {
+  SHARED_DYNAMIC(tile);
+  SHARED(uint64_t, barrier, 1);
+  SHARED(uint32_t, words, 32);
+  if (threadIdx.x == 0) tma_prefetch(&map);
+  words[threadIdx.x] = threadIdx.x;
+  if (threadIdx.x == 0) atomicAdd(&words[0], 1u);
+  start(barrier, 1);
+  begin_after_previous();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, 1024);
+    tma_load_2d(tile, &map, barrier, 0, 0);
+  }
+  mbarrier_wait(barrier, 0);
+  global[threadIdx.x] += words[31 - threadIdx.x] + tile[threadIdx.x];
+}
+EXPORT_KERNEL(right_dependent)
+
 // ---------------------------------------------------------------- cp.async
 TEST_KERNEL(cp_async_read_early) {
   SHARED(uint4, tile, 32);

@@ -26,6 +26,7 @@ DEVICE void load_tile(uint8_t* tile, const bf16* matrix, int first_row, int firs
 
 KERNEL(gemm_mma, 128)
 (const bf16* a, const bf16* b, float* out, int n, int k) {
+  begin_after_previous();
   SHARED_DYNAMIC(stages);  // STAGES x (A, B)
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int row = int(blockIdx.y) * TILE, column = int(blockIdx.x) * TILE;
