@@ -104,11 +104,11 @@ fn work_is_counted_by_its_formula() {
     assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 6]);
     assert_eq!(amounts(&Request { family: Some(Family::Sm80), ..all }).len(), 3, "none is fused");
 
-    // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes, in one,
-    // and in one of short rows.
+    // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes, in one
+    // in order and in any, and in one of short rows.
     let square = 2 * 4 * 40 * 40 * 32;
     let five = 5 * square;
-    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, five, five, five]);
+    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, five, five, five, five]);
     assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, 5 * square]);
 
     let logits = 16 * 80 * 2;
@@ -720,12 +720,16 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert!(report["copy"].is_null());
     // On Hopper in two passes, in one, and in one of short rows.
     for (family, names, once) in [
-        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], [None; 2]),
+        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], [None; 3]),
         (
             "sm90",
             ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"],
             [
                 Some("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16"),
+                Some(
+                    "attention_delta_sm90_32 and attention_backward_sm90_128x32, sums in any order, \
+                     bf16",
+                ),
                 Some("attention_backward_short_sm90_256x32, bf16"),
             ],
         ),
@@ -736,7 +740,7 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
         let [forward, q, kv] = names.map(|name| format!("attention_{name}"));
         assert_eq!(report["rows"][0]["what"], format!("{forward}, bf16"));
         assert_eq!(report["rows"][1]["what"], format!("{q} and {kv}, bf16"));
-        let others = [2, 3].map(|row| report["rows"][row]["what"].as_str());
+        let others = [2, 3, 4].map(|row| report["rows"][row]["what"].as_str());
         assert_eq!(others, once);
     }
 }
@@ -764,6 +768,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("attention_forward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in one
+        ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in any order
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // of short rows
         ("norm_forward", norm(false)),
         ("norm_forward", norm(true)),

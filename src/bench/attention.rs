@@ -6,7 +6,9 @@ use super::report::Row;
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::{AttentionSpec, HeadSpec};
-use crate::cuda::attention::{Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use crate::cuda::attention::{
+    Attention, AttentionBackward, AttentionForward, AttentionPlan, Passes,
+};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -42,9 +44,14 @@ fn rows_of(
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
     let kernels = Attention::new(driver, dtype, heads, request.family)?;
-    let variants = kernels.all_passes(spec).into_iter();
-    let variants = variants.map(|passes| kernels.clone().with_passes(passes));
-    let mut variants = variants.collect::<Result<Vec<_>>>()?;
+    let mut variants = vec![];
+    for passes in kernels.all_passes(spec) {
+        let kernels = kernels.clone().with_passes(passes)?;
+        variants.push((kernels.clone(), ""));
+        if passes == Passes::One {
+            variants.push((kernels.with_order(false), ", sums in any order"));
+        }
+    }
     let tokens = batch * sequence;
     let qkv_values = tokens * heads.qkv_columns();
     let out_values = tokens * heads.heads * head_dim;
@@ -67,8 +74,8 @@ fn rows_of(
             d_qkv: buffers.zeros("d_qkv", qkv_bytes)?,
             angles: None,
         };
-        let mut plans = vec![variants[0].plan_forward(buffers.driver, &forward)?];
-        for kernels in &mut variants {
+        let mut plans = vec![variants[0].0.plan_forward(buffers.driver, &forward)?];
+        for (kernels, _) in &mut variants {
             plans.push(kernels.plan_backward(buffers.driver, &backward)?);
         }
         Ok(plans)
@@ -82,13 +89,13 @@ fn rows_of(
         };
         let timing = copies.time(driver, samples, launch)?;
         let names = copies.copies[0][index].kernels(driver)?.join(" and ");
-        let cost = match index {
-            0 => Cost::attention_forward(spec, dtype),
-            _ => Cost::attention_backward(spec, dtype),
+        let (cost, how) = match index {
+            0 => (Cost::attention_forward(spec, dtype), ""),
+            _ => (Cost::attention_backward(spec, dtype), variants[index - 1].1),
         };
-        rows.push(Row::new(Cost { what: format!("{names}, {dtype}"), ..cost }, &timing));
+        rows.push(Row::new(Cost { what: format!("{names}{how}, {dtype}"), ..cost }, &timing));
     }
     copies.release(driver)?;
-    variants.into_iter().try_for_each(|kernels| kernels.release(driver))?;
+    variants.into_iter().try_for_each(|(kernels, _)| kernels.release(driver))?;
     Ok(rows)
 }

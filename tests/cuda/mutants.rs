@@ -192,10 +192,16 @@ impl Kernels {
             Kernels::GemmGradient => run_gradient(driver, 192, &GRADIENTS),
             Kernels::GemmMma => run_gemm_mma(driver),
             Kernels::AttentionForward => run_attention_forward(driver),
-            Kernels::AttentionBackward => run_attention_backward(driver, Passes::Two, &ATTENTIONS),
-            Kernels::AttentionOnePass => run_attention_backward(driver, Passes::One, &ATTENTIONS),
+            Kernels::AttentionBackward => {
+                run_attention_backward(driver, Passes::Two, true, &ATTENTIONS)
+            }
+            Kernels::AttentionOnePass => {
+                let mut run =
+                    |in_order| run_attention_backward(driver, Passes::One, in_order, &ATTENTIONS);
+                run(true).and_then(|in_order| Ok([in_order, run(false)?].concat()))
+            }
             Kernels::AttentionShort => {
-                run_attention_backward(driver, Passes::Short, &SHORT_ATTENTIONS)
+                run_attention_backward(driver, Passes::Short, true, &SHORT_ATTENTIONS)
             }
         };
         found.map_err(|error| error.to_string())
@@ -497,11 +503,12 @@ fn run_attention_forward(driver: &mut dyn Driver) -> isobath::error::Result<Vec<
 fn run_attention_backward(
     driver: &mut dyn Driver,
     passes: Passes,
+    in_order: bool,
     attentions: &[(usize, usize, Option<usize>)],
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     let attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
-    let mut attention = attention.with_passes(passes)?;
+    let mut attention = attention.with_passes(passes)?.with_order(in_order);
     for &(batch, sequence, document) in attentions {
         let (inputs, mut forward) = attention_forward(driver, batch, sequence, document);
         let tokens = batch * sequence;
@@ -519,9 +526,13 @@ fn run_attention_backward(
             angles: None,
         };
         attention.plan_backward(driver, &pass)?.launch(driver, StreamId::MAIN)?;
-        for (dtype, buffer) in [(Dtype::Bf16, d_qkv), (Dtype::F32, delta)] {
-            bytes(&download(driver, dtype, buffer), &mut all);
+        let columns = ATTENTION_HEADS.qkv_columns();
+        // d_q has other bits in every order.
+        let skipped = if in_order { 0 } else { ATTENTION_HEADS.heads * ATTENTION_HEADS.head_dim };
+        for token in download(driver, Dtype::Bf16, d_qkv).chunks_exact(columns) {
+            bytes(&token[skipped..], &mut all);
         }
+        bytes(&download(driver, Dtype::F32, delta), &mut all);
         for buffer in inputs.into_iter().chain([out, lse, d_out, delta, d_qkv]) {
             driver.release(buffer)?;
         }
