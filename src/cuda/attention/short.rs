@@ -1,7 +1,7 @@
 //! The kernels of kernels/attention_backward_short_sm90.cu: the whole backward pass of rows that are so
 //! short that a block has a head to itself.
 
-use super::sm90::{self, BF16_BYTES, LOADED_ROWS, STORED_ROWS};
+use super::maps::{self, BF16_BYTES, LOADED_ROWS, STORED_ROWS};
 use super::{AttentionBackward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
 use crate::cuda::{Arguments, DevicePointer, Driver, KernelId, Launch};
@@ -78,7 +78,7 @@ impl Kernels {
         let null = DevicePointer::NULL;
         let [table, positions] = angles.map_or([null; 2], |it| [it.table, it.positions]);
         let mut map =
-            |address, heads, rows| sm90::map(driver, address, head_dim, heads, sizes, rows);
+            |address, heads, rows| maps::map(driver, address, head_dim, heads, sizes, rows);
         let qkv_heads = heads + 2 * kv_heads;
         let units = sizes.batch * kv_heads;
         let arguments = Arguments::new()

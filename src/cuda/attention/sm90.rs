@@ -2,23 +2,17 @@
 //! backward those of short.rs and one_pass.rs where they are reckoned to be faster. As many blocks as there are
 //! multiprocessors, each of which takes item after item: a tile of a head's rows.
 
+use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
 use super::one_pass::{self, Teams};
 use super::short;
 use super::{AttentionBackward, AttentionForward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
-use crate::cuda::{
-    Allocation, Arguments, DevicePointer, Driver, Fill, KernelId, L2Promotion, Launch, Swizzle,
-    TensorMap, TensorMapSpec, TensorType,
-};
+use crate::cuda::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch};
 use crate::error::Result;
 
 /// Rows of a result that a consumer computes; two consumers share an item of backward.
 const CONSUMER_ROWS: usize = 64;
 const BACKWARD_ROWS: usize = 128;
-pub(super) const BF16_BYTES: usize = 2;
-/// Of the boxes of TMA.
-pub(super) const LOADED_ROWS: u32 = 64;
-pub(super) const STORED_ROWS: u32 = 16;
 
 /// Stages of the rings, and rows of the other side in each, as the kernels are compiled.
 const FORWARD_KEYS: usize = 128;
@@ -278,38 +272,6 @@ impl Kernels {
             .with(self.heads.kv_heads as i32)
             .with(walk.section as i32)
     }
-}
-
-/// A matrix of tokens, each with so many heads. A box is rows of one head of one sequence.
-///
-/// Errors: a matrix that leaves its buffer.
-pub(super) fn map(
-    driver: &mut dyn Driver,
-    address: DevicePointer,
-    head_dim: usize,
-    heads: usize,
-    Sizes { batch, sequence }: Sizes,
-    box_rows: u32,
-) -> Result<TensorMap> {
-    let head_bytes = (head_dim * BF16_BYTES) as u64;
-    let token_bytes = heads as u64 * head_bytes;
-    // The widest span that divides a row.
-    let spans = [Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes32];
-    let spans = spans.map(|swizzle| (swizzle, swizzle.span_bytes().unwrap_or(head_bytes)));
-    let (swizzle, span) = spans
-        .into_iter()
-        .find(|(_, span)| head_bytes.is_multiple_of(*span))
-        .expect("head dims are multiples of 16");
-    driver.tensor_map(&TensorMapSpec {
-        data_type: TensorType::Bf16,
-        address,
-        dimensions: &[head_dim, heads, sequence, batch].map(|it| it as u64),
-        stride_bytes: &[head_bytes, token_bytes, sequence as u64 * token_bytes],
-        box_dimensions: &[span as u32 / BF16_BYTES as u32, 1, box_rows, 1],
-        swizzle,
-        l2_promotion: L2Promotion::Bytes256,
-        fill: Fill::Zeros,
-    })
 }
 
 /// No more blocks than there are multiprocessors, each of which has room for one.
