@@ -301,11 +301,11 @@ DEVICE void update_chunk(const Scalars* scalars,      // [1]
                          Moment* moment2,         // [n]
                          uint64_t n,
                          uint64_t first) {  // of the whole flat buffer; 4 divides it
+  begin_after_previous();
   const uint64_t chunk = uint64_t(blockIdx.x) * CHUNK;
   float w[UPDATE_VECTORS][4], g[UPDATE_VECTORS][4], m[UPDATE_VECTORS][4], v[UPDATE_VECTORS][4];
 #pragma unroll
   for (int i = 0; i < UPDATE_VECTORS; ++i) {
-    begin_after_previous();
     const uint64_t element = chunk + 4 * (i * UPDATE_THREADS + threadIdx.x);
     load_four(parameters, element, n, w[i]);
     load_four(gradients, element, n, g[i]);

@@ -25,7 +25,7 @@
 using T = Team<2>;
 constexpr int ROWS = 64;       // of a tile, of keys and of queries
 constexpr int MOST_TILES = 4;  // of a head
-constexpr int STAGES = 4;      // of queries, d_out and out
+constexpr int STAGES = 4;      // of queries, d_out and out; at a head dim of 64 all shared memory
 // Whether d_v is multiplied while dS is computed; P takes registers until then.
 template <int D>
 constexpr bool D_V_AHEAD = D < 64;
@@ -290,8 +290,10 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
       }
       if (tile == near || tile == far) {
         float d_q[D / 2];
-        // With dS come the keys, for which those have waited who made it.
         mbarrier_wait(&d_scores_full[step.count % 2], step.count / 2 % 2);
+        // The other one's, too, of which dS says only that they have come.
+        for (int key_tile = 0; key_tile < tile; ++key_tile)
+          mbarrier_wait(&keys_full[key_tile], unit.round % 2);
         // The first one overwrites d_q, whatever its tile: else ptxas would keep registers for it.
         const auto add_keys = [&](int key_tile, bool add) {
           wgmma_fence();  // the first one is enough, but not for ptxas, behind a loop

@@ -100,7 +100,7 @@ DEVICE uint32_t turn_of(uint32_t round, int added) { return round << 16 | uint32
 DEVICE void await_turn(const uint32_t* turn, uint32_t state) {
   while (load_acquire(turn) != state) __nanosleep(32);
 }
-// The same until any tile of keys has been added for the round's head.
+// The same until the diagonal has come for the round's head: it stores, the others add.
 DEVICE void await_first(const uint32_t* turn, uint32_t round) {
   while (true) {
     const uint32_t state = load_acquire(turn);

@@ -3,7 +3,8 @@
 //! Contract: the caller (the tape's program) owns the layout; a backend allocates whole buffers
 //! and is then told by [`View`]s where everything lies. No device memory is allocated by an op. Parameter
 //! gradients are added to (`+=`); an activation gradient is written (`=`) or added to as its
-//! [`Sink`] says. An op may use small host scratch of its own. Every reduction has a fixed order, so equal inputs give equal bits.
+//! [`Sink`] says. An op may use small host scratch of its own. Every reduction has a fixed order, so
+//! equal inputs give equal bits, unless a backend was told that they need not.
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
@@ -191,7 +192,7 @@ pub fn section_bytes(sent: usize) -> usize {
     sent.next_multiple_of(256) + SENT_SCALARS_BYTES
 }
 
-/// Bytes of host memory that [`Backend::prepare_transfers`] allocates on a device that runs behind.
+/// Bytes of host memory that [`Backend::prepare_transfers`] allocates on a device with kernels.
 pub fn transfer_bytes(sent: usize, read: usize) -> usize {
     SENT_SECTIONS * section_bytes(sent) + READINGS * read
 }
@@ -333,8 +334,9 @@ pub trait Backend {
         self.allocate(label, bytes)
     }
 
-    /// Whether ops are enqueued and run later, so that the program can be ahead of them.
-    fn runs_behind(&self) -> bool {
+    /// Whether ops are enqueued and run later, so that a step is better enqueued before the one in front
+    /// of it is waited for.
+    fn steps_ahead(&self) -> bool {
         false
     }
     /// Bytes of host memory that [`Backend::prepare_transfers`] allocates.

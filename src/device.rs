@@ -1,7 +1,7 @@
 //! Which devices there are, and which one a run uses.
 
 use crate::config::{DeviceKind, Dtype};
-use crate::cuda::{self, Cuda, host};
+use crate::cuda::{self, Cuda, Switches, host};
 use crate::error::{Error, Result};
 
 /// A device that models can be trained and run on here, now.
@@ -55,13 +55,10 @@ impl Device {
     }
 }
 
-/// The kernels' backend on the GPU, or on the CPU as SIMT_... says; with graphs unless
-/// ISOBATH_GRAPHS says no, with overlap unless ISOBATH_OVERLAP does, with steps ahead as ISOBATH_AHEAD
-/// says. Errors: why there is none.
+/// The kernels' backend on the GPU, or on the CPU as SIMT_... says, with the environment's
+/// [`Switches`]. Errors: why there is none.
 pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
-    let (graphs, overlap) = (cuda::graphs_from_env()?, cuda::overlap_from_env()?);
-    let ahead = cuda::steps_ahead_from_env()?;
+    let switches = Switches::from_env()?;
     let backend = Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)?;
-    let backend = backend.with_graphs(graphs).with_overlap(overlap);
-    Ok(ahead.into_iter().fold(backend, Cuda::with_steps_ahead))
+    Ok(backend.with_switches(switches))
 }

@@ -291,6 +291,7 @@ fn waits_too_late(code: &[String]) -> Option<String> {
     match early {
         Some(early) => Some(format!("{early} in front of ACQBULK")),
         None if !has(before, "PREEXIT") => Some("no PREEXIT in front of ACQBULK".to_string()),
+        None if has(&code[wait + 1..], "ACQBULK") => Some("a second ACQBULK".to_string()),
         None => None,
     }
 }
@@ -303,6 +304,7 @@ fn early_accesses_are_found_in_machine_code() {
     assert_eq!(wrong(&right), "");
     assert_eq!(wrong(&["PREEXIT", "LDG.E"]), "no ACQBULK");
     assert_eq!(wrong(&["ACQBULK", "LDG.E"]), "no PREEXIT in front of ACQBULK");
+    assert_eq!(wrong(&["PREEXIT", "ACQBULK", "LDG.E", "ACQBULK"]), "a second ACQBULK");
     for early in ["LDG.E.128", "STG.E", "LD.E", "RED.E.ADD", "LDGSTS.E", "UTMALDG.2D", "EXIT"] {
         let found = wrong(&["PREEXIT", early, "ACQBULK"]);
         assert_eq!(found, format!("{early} in front of ACQBULK"));

@@ -10,7 +10,7 @@ use super::report::{Row, StepDetails};
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
-use crate::cuda::{self, Cuda, Driver, StreamId};
+use crate::cuda::{Cuda, Driver, StreamId, Switches};
 use crate::engine::{Plan, Rows, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::model::init::initial_parameters;
@@ -97,7 +97,8 @@ pub(super) fn row(
     let parameters = initial_parameters(&ParameterTable::new(&config.model), config.seed);
     let driver = open()?;
     let samples = samples(&*driver, asked) as u64;
-    let mut steps = Steps::new(driver, config, &parameters, cuda::graphs_from_env()?)?;
+    let switches = Switches::from_env()?;
+    let mut steps = Steps::new(driver, config, &parameters, switches)?;
     let monitor = steps.driver().sensors().map(|it| Monitor::start(it, READINGS_EVERY));
     let mut events = vec![];
     for step in 1..=WARM_UP + samples {
@@ -118,7 +119,8 @@ pub(super) fn row(
     drop(steps);
 
     let (driver, launched) = WithEvents::new(open()?);
-    let mut steps = Steps::new(Box::new(driver), config, &parameters, false)?;
+    let one_by_one = Switches { graphs: false, ..switches };
+    let mut steps = Steps::new(Box::new(driver), config, &parameters, one_by_one)?;
     let mut timed = vec![];
     for step in 1..=WARM_UP + samples {
         if step <= WARM_UP {
@@ -175,11 +177,10 @@ impl<'a> Steps<'a> {
         driver: Box<dyn Driver>,
         config: &'a Config,
         parameters: &[f32],
-        graphs: bool,
+        switches: Switches,
     ) -> Result<Self> {
         let backend = Cuda::new(driver, config.dtype, None)?
-            .with_graphs(graphs)
-            .with_overlap(cuda::overlap_from_env()?)
+            .with_switches(switches)
             .with_deterministic(config.train.deterministic);
         let plan = Plan::new(config, &backend)?;
         let planned = plan.memory().total;
@@ -197,7 +198,8 @@ impl<'a> Steps<'a> {
         MemoryUse::of(self.planned, self.trainer.device().0)
     }
 
-    /// Enqueues a step, as training does: then waits for the one before. Errors: its loss is not finite.
+    /// Enqueues a step and waits for the one before, or for this one, as training does. Errors: its loss
+    /// is not finite.
     fn run(&mut self) -> Result<()> {
         let Steps { trainer, config, ids, .. } = self;
         let step = self.done + 1;
@@ -217,7 +219,7 @@ impl<'a> Steps<'a> {
         self.wait()?;
         self.done = step;
         self.under_way = Some(under_way);
-        Ok(())
+        if self.trainer.steps_ahead() { Ok(()) } else { self.wait() }
     }
 
     /// For the last step that was enqueued. Errors: its loss is not finite.

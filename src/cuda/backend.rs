@@ -27,7 +27,7 @@ use super::peaks::Peaks;
 use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
 use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
 use super::transfers::Transfers;
-use super::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, halves};
+use super::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, Switches, halves};
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
     OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes,
@@ -117,8 +117,7 @@ impl Cuda {
         };
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
         driver.overlap(true);
-        // simt runs everything when it is enqueued.
-        let steps_ahead = driver.device() == "cuda";
+        let steps_ahead = driver.runs_behind();
         Ok(Cuda {
             driver,
             dtype,
@@ -152,6 +151,11 @@ impl Cuda {
     /// Before anything is prepared.
     pub fn with_deterministic(self, deterministic: bool) -> Self {
         Cuda { deterministic, ..self }
+    }
+
+    pub fn with_switches(mut self, switches: Switches) -> Self {
+        self.steps_ahead = switches.steps_ahead.unwrap_or(self.steps_ahead);
+        self.with_graphs(switches.graphs).with_overlap(switches.overlap)
     }
 
     /// Whether a step may be enqueued before the one in front of it is over. The bits are the same.
@@ -544,7 +548,7 @@ impl Backend for Cuda {
         Ok(id)
     }
 
-    fn runs_behind(&self) -> bool {
+    fn steps_ahead(&self) -> bool {
         self.steps_ahead
     }
 

@@ -186,6 +186,11 @@ pub trait Driver {
         None
     }
 
+    /// Whether what is enqueued runs later, while the program goes on.
+    fn runs_behind(&self) -> bool {
+        false
+    }
+
     /// Errors: no kernel of this name, and which there are.
     fn kernel(&mut self, name: &str) -> Result<KernelId>;
     fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo>;

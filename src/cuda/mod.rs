@@ -55,47 +55,42 @@ pub fn open(kind: DeviceKind, simt: host::Options) -> Result<Box<dyn Driver>> {
     }
 }
 
-/// The environment variable that says whether work that repeats is replayed as a graph; 0: every
-/// kernel is launched on its own, so that an error comes out of its own launch.
+/// How work is launched, which is no part of a run and changes no bit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Switches {
+    /// Work that repeats is replayed as a graph; else every kernel is launched on its own, so that an
+    /// error comes out of its own launch.
+    pub graphs: bool,
+    /// A kernel may begin while the one in front of it still runs.
+    pub overlap: bool,
+    /// A step is enqueued before the one in front of it is over; `None`: on devices that run by
+    /// themselves.
+    pub steps_ahead: Option<bool>,
+}
+
+/// The environment variables of [`Switches`], each 0 or 1.
 pub const GRAPHS: &str = "ISOBATH_GRAPHS";
-
-/// Whether the environment wants graphs, for [`Cuda::with_graphs`]; where it says nothing, it does.
-pub fn graphs_from_env() -> Result<bool> {
-    graphs_from_variables(|name| std::env::var_os(name))
-}
-
-/// As [`graphs_from_env`], of any set of variables. Errors name the variable.
-pub fn graphs_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    Ok(switch(GRAPHS, variable)?.unwrap_or(true))
-}
-
-/// The environment variable that says whether a kernel may begin while the one in front of it still
-/// runs; 0: each begins when that one has ended.
 pub const OVERLAP: &str = "ISOBATH_OVERLAP";
-
-/// Whether the environment wants that, for [`Cuda::with_overlap`]; where it says nothing, it does.
-pub fn overlap_from_env() -> Result<bool> {
-    overlap_from_variables(|name| std::env::var_os(name))
-}
-
-/// As [`overlap_from_env`], of any set of variables. Errors name the variable.
-pub fn overlap_from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<bool> {
-    Ok(switch(OVERLAP, variable)?.unwrap_or(true))
-}
-
-/// The environment variable that says whether a step is enqueued before the one in front of it is over;
-/// where it says nothing, on devices that run by themselves.
 pub const AHEAD: &str = "ISOBATH_AHEAD";
 
-/// What the environment says of [`AHEAD`], for [`Cuda::with_steps_ahead`].
-pub fn steps_ahead_from_env() -> Result<Option<bool>> {
-    switch(AHEAD, |name| std::env::var_os(name))
-}
+impl Switches {
+    /// Errors name the variable.
+    pub fn from_env() -> Result<Self> {
+        Self::from_variables(|name| std::env::var_os(name))
+    }
 
-/// 0 or 1; `None`: it is not set. Errors name the variable.
-fn switch(name: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>> {
-    let value = |text: OsString| Ok(host::number(name, &text.to_string_lossy(), 1)? == 1);
-    variable(name).map(value).transpose()
+    /// The same of any set of variables.
+    pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let switch = |name: &str| -> Result<Option<bool>> {
+            let value = |text: OsString| Ok(host::number(name, &text.to_string_lossy(), 1)? == 1);
+            variable(name).map(value).transpose()
+        };
+        Ok(Switches {
+            graphs: switch(GRAPHS)?.unwrap_or(true),
+            overlap: switch(OVERLAP)?.unwrap_or(true),
+            steps_ahead: switch(AHEAD)?,
+        })
+    }
 }
 
 /// Whether `kind` can be asked for kernels here. Starts nothing. Errors: why not.

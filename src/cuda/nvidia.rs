@@ -722,6 +722,10 @@ impl Driver for Nvidia {
         nvml::sensors(&nvml::uuid_text(uuid.bytes.map(|byte| byte as u8)))
     }
 
+    fn runs_behind(&self) -> bool {
+        true
+    }
+
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
         if let Some(index) = self.kernels.iter().position(|kernel| kernel.info.name == name) {
             return Ok(KernelId(index as u32));

@@ -240,7 +240,9 @@ impl Plan {
                 needed: on_host,
                 available: available_on_host,
                 table: memory.to_string(),
-                remedy: "set optimizer.moments to bf16, or optimizer.offload to false".to_string(),
+                remedy: "set optimizer.moments to bf16, or optimizer.offload to false; lower \
+                         train.micro_batch or train.grad_accumulation"
+                    .to_string(),
             });
         }
         if memory.total <= available {

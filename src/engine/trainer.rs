@@ -317,13 +317,19 @@ impl<B: Backend> Trainer<B> {
         Ok(StepOutcome { loss: total / predicted.max(1) as f64, grad_norm, predicted })
     }
 
-    /// Whether steps run behind the calls that enqueue them.
-    pub fn runs_behind(&self) -> bool {
-        self.backend.runs_behind()
+    /// Waits for all that is enqueued.
+    pub fn wait(&mut self) -> Result<()> {
+        self.backend.read(self.flat.grad_norm, &mut [0.0])
+    }
+
+    /// Whether a step is to be enqueued before the one in front of it is waited for.
+    pub fn steps_ahead(&self) -> bool {
+        self.backend.steps_ahead()
     }
 
     /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
-    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel behind the copy of its scalars: a recording would save nothing.
+    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel behind the copy of its scalars: a
+    /// recording would save nothing.
     /// Where moments lie in host memory, it is one for each chunk of them, between its copies.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].

@@ -2,12 +2,13 @@
 //! front of the screen meet.
 //!
 //! ```text
-//! config -> corpus -> plan -> buffers -> [ batch -> step -> check -> update ]* -> checkpoint
+//! config -> corpus -> plan -> buffers -> [ batch -> step -> update -> check ]* -> checkpoint
 //! ```
 //!
-//! A step is checked before it is applied: a loss or gradient that is not finite ends the run
-//! with parameters and checkpoints as they were. Equal configurations give equal bits, whether
-//! trained in one go or resumed.
+//! A gradient that is not finite updates nothing; it, or such a loss, ends the run with checkpoints as
+//! they were. A device that runs behind is given a step while the one before is under way. Equal
+//! configurations give equal bits, whether trained in one go or resumed, unless train.deterministic
+//! says otherwise.
 
 mod console;
 mod interrupt;
@@ -199,8 +200,8 @@ struct Session<B> {
     /// Of this process.
     meter: Meter,
     monitor: Option<Monitor>,
-    /// Enqueued behind the step that is waited for; `state` knows of it. What follows a step (evaluation,
-    /// sample, checkpoint) finds none.
+    /// Enqueued behind the step that is waited for; `state` knows of it. What follows a step
+    /// (evaluation, sample, checkpoint) finds none.
     ahead: Option<Step>,
     /// When the step before was over, or the first of those under way was enqueued.
     counted_from: Instant,
@@ -230,10 +231,10 @@ impl<B: Backend> Session<B> {
             let step = record.step;
             (evaluation, sample) = self.conclude(record, console)?;
             self.state.elapsed_seconds += started.elapsed().as_secs_f64();
-            started = Instant::now();
             if self.due(step, self.config.checkpoint.every) {
                 self.save()?;
             }
+            started = Instant::now();
         }
         let interrupted = self.owed.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
@@ -288,12 +289,20 @@ impl<B: Backend> Session<B> {
                 self.enqueue()?
             }
         };
-        if self.trainer.runs_behind() && !self.pauses_behind(step.record.step) {
-            self.ahead = Some(self.enqueue()?);
-        }
+        let goes_on = self.trainer.steps_ahead() && !self.pauses_behind(step.record.step);
+        let ahead = if goes_on { self.enqueue().map(Some) } else { Ok(None) };
+        let (ahead, failed) = match ahead {
+            Ok(ahead) => (ahead, None),
+            Err(error) => (None, Some(error)),
+        };
+        self.ahead = ahead;
         let record = self.finish(step)?;
         console.step(&record, self.positions(), self.meter.recent());
-        Ok(Some(record))
+        match failed {
+            None => Ok(Some(record)),
+            // Nothing else is due behind this step: its line is all.
+            Some(error) => self.metrics.append(&record).and(Err(error)),
+        }
     }
 
     /// Whether something is to happen behind `step` before the next one begins.
@@ -349,8 +358,8 @@ impl<B: Backend> Session<B> {
         (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
     }
 
-    /// Waits for a step. How long it took is counted from the end of the one before, if it was enqueued
-    /// by then.
+    /// Waits for a step's losses, and where no other one is under way, for its update. How long it took
+    /// is counted from the end of the one before, if it was enqueued by then.
     ///
     /// Errors: a loss or gradient that is not finite, with which nothing was updated if it was the
     /// gradient. The step behind it may have run; no checkpoint knows of either.
@@ -358,6 +367,9 @@ impl<B: Backend> Session<B> {
         let Step { under_way, record, rows } = step;
         let outcome = self.trainer.outcome(under_way)?;
         check_finite(&outcome, record.step, rows)?;
+        if self.ahead.is_none() {
+            self.trainer.wait()?;
+        }
         let (tokens, seconds) = (self.positions(), self.counted_from.elapsed().as_secs_f64());
         match self.ahead {
             Some(_) => self.counted_from = Instant::now(),
@@ -376,7 +388,7 @@ impl<B: Backend> Session<B> {
         }
     }
 
-    /// One optimizer step, which has run when [`Session::finish`] returns.
+    /// One optimizer step, for [`Session::finish`] to wait for.
     fn enqueue(&mut self) -> Result<Step> {
         let step = self.state.step + 1;
         let count = self.config.train.grad_accumulation;

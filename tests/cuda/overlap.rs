@@ -6,12 +6,11 @@ use std::rc::Rc;
 use isobath::config::Dtype;
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{
-    Arguments, Cuda, Driver, KernelId, KernelInfo, Launch, OVERLAP, Overlap, Properties, StreamId,
-    overlap_from_variables,
+    Arguments, Cuda, Driver, KernelId, KernelInfo, Launch, Overlap, Properties, StreamId,
 };
 
 use super::counting::{Counting, Counts};
-use super::driver::{assert_refused, hopper, kernel};
+use super::driver::{hopper, kernel};
 use super::machines::has_simt;
 use super::replay::{assert_same, config, trained};
 
@@ -147,14 +146,4 @@ fn overlap_changes_no_bit() {
         Cuda::new(host, config.dtype, None).unwrap().with_overlap(overlap)
     };
     assert_same("overlap", &trained(&config, 3, on(true)), &trained(&config, 3, on(false)));
-}
-
-#[test]
-fn a_variable_turns_overlap_off() {
-    let wanted = |value: Option<&str>| {
-        overlap_from_variables(|name| value.filter(|_| name == OVERLAP).map(Into::into))
-    };
-    assert!(wanted(None).unwrap() && wanted(Some("1")).unwrap());
-    assert!(!wanted(Some("0")).unwrap());
-    assert_refused(wanted(Some("no")).map(|_| ()), &["ISOBATH_OVERLAP: `no`", "from 0 to 1"]);
 }

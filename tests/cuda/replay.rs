@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use isobath::backend::Backend;
 use isobath::config::{Attention, Config, Dtype, ModelConfig, Recompute};
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
-use isobath::cuda::{Cuda, GRAPHS, graphs_from_variables};
+use isobath::cuda::{AHEAD, Cuda, GRAPHS, OVERLAP, Switches};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::optim;
@@ -384,11 +384,23 @@ fn what_cannot_be_recorded_is_refused_and_the_backend_stays_as_it_was() {
 }
 
 #[test]
-fn a_variable_turns_graphs_off() {
-    let wanted = |value: Option<&str>| {
-        graphs_from_variables(|name| value.filter(|_| name == GRAPHS).map(Into::into))
+fn variables_say_how_work_is_launched() {
+    let wanted = |variable: &str, value: &str| {
+        Switches::from_variables(|name| (name == variable).then(|| value.into()))
     };
-    assert!(wanted(None).unwrap() && wanted(Some("1")).unwrap());
-    assert!(!wanted(Some("0")).unwrap());
-    assert_refused(wanted(Some("off")).map(|_| ()), &["ISOBATH_GRAPHS: `off`", "from 0 to 1"]);
+    let default = Switches { graphs: true, overlap: true, steps_ahead: None };
+    assert_eq!(wanted("ISOBATH_OTHER", "0").unwrap(), default);
+    for (variable, off, on) in [
+        (GRAPHS, Switches { graphs: false, ..default }, default),
+        (OVERLAP, Switches { overlap: false, ..default }, default),
+        (
+            AHEAD,
+            Switches { steps_ahead: Some(false), ..default },
+            Switches { steps_ahead: Some(true), ..default },
+        ),
+    ] {
+        assert_eq!([wanted(variable, "0"), wanted(variable, "1")].map(Result::unwrap), [off, on]);
+        let refused = wanted(variable, "off").map(|_| ());
+        assert_refused(refused, &[&format!("{variable}: `off`"), "from 0 to 1"]);
+    }
 }

@@ -27,10 +27,12 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     // Trainer::enqueue
     let step_tokens = config.train.grad_accumulation * tokens;
     let mut costs = vec![(1, Cost::zero(stored))];
-    // From the program: tokens, targets and the scale of the gradient; each micro-batch into place.
-    costs.push((2, Cost::copy(4, step_tokens)));
+    // From the program: tokens, targets, documents and the scale of the gradient; each micro-batch into
+    // place.
+    let arrays = 2 + u64::from(config.data.packs_documents());
+    costs.push((arrays, Cost::copy(4, step_tokens)));
     costs.push((1, Cost::copy(4, 1)));
-    costs.push((2 * micro_batches, Cost::copy(4, tokens)));
+    costs.push((arrays * micro_batches, Cost::copy(4, tokens)));
     for step in program.steps() {
         for cost in launches(step, program, config.dtype, machine) {
             costs.push((micro_batches, cost));

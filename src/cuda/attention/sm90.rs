@@ -1,6 +1,6 @@
 //! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and for
-//! backward those of short.rs and one_pass.rs where they are reckoned to be faster. As many blocks as there are
-//! multiprocessors, each of which takes item after item: a tile of a head's rows.
+//! backward those of short.rs and one_pass.rs where they are reckoned to be faster. As many blocks as
+//! there are multiprocessors, each of which takes item after item: a tile of a head's rows.
 
 use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
 use super::one_pass::{self, Teams};
