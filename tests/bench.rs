@@ -7,7 +7,7 @@ use isobath::bench::{
     self, Benchmark, KernelFamily, Machine, Prediction, ProductsRequest, Request, Sizes,
     StepRequest, Unit,
 };
-use isobath::config::{Config, Dtype, Master, NormKind, Placement, Recompute};
+use isobath::config::{Attention, Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
@@ -418,10 +418,11 @@ fn a_prediction_lists_what_a_training_step_launches() {
     if skipped() {
         return;
     }
-    for name in Recompute::NAMES {
-        let recompute: Recompute = name.parse().unwrap();
+    let levels = Recompute::NAMES.iter().map(|name| (name.parse().unwrap(), Attention::Row));
+    for (recompute, attention) in levels.chain([(Recompute::None, Attention::Document)]) {
         let mut config = unpadded();
         config.train.recompute = recompute;
+        config.data.attention = attention;
         let counts = Counts::default();
         let host = Host::new(Options::default()).unwrap();
         let driver = Box::new(Counting { counts: counts.clone(), ..Counting::new(host) });
