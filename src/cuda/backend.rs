@@ -158,11 +158,6 @@ impl Cuda {
         self.with_graphs(switches.graphs).with_overlap(switches.overlap)
     }
 
-    /// Whether a step may be enqueued before the one in front of it is over. The bits are the same.
-    pub fn with_steps_ahead(self, steps_ahead: bool) -> Self {
-        Cuda { steps_ahead, ..self }
-    }
-
     /// Moments in host memory pass through in chunks of as many elements, a multiple of 64.
     pub fn with_offload_chunk(self, elements: usize) -> Self {
         Cuda { offload_chunk: elements, ..self }
