@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +75,43 @@ impl Meter {
             slowest: quantile(&self.rates, 0.0),
             drift: (self.rates.len() >= STEPS_WITH_DRIFT).then(drift),
         })
+    }
+}
+
+/// Whose a session's time is: a step's, the run's (steps, evaluations and samples), or nobody's
+/// (checkpoints). Every moment is handed in.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// When the step before was over, or the first of those under way was enqueued.
+    step_from: Instant,
+    /// Since when the run's time runs.
+    run_from: Instant,
+}
+
+impl Clock {
+    pub fn new(now: Instant) -> Self {
+        Clock { step_from: now, run_from: now }
+    }
+
+    /// A step is enqueued with none under way: what passed since the last one was no training.
+    pub fn step_begins(&mut self, now: Instant) {
+        self.step_from = now;
+    }
+
+    /// Seconds of a step that is over. The one behind it, if it is under way, counts from here on.
+    pub fn step_ends(&mut self, now: Instant) -> f64 {
+        let seconds = now.duration_since(self.step_from).as_secs_f64();
+        self.step_from = now;
+        seconds
+    }
+
+    /// Seconds of the run, up to a pause that is not its own.
+    pub fn run_pauses(&self, now: Instant) -> f64 {
+        now.duration_since(self.run_from).as_secs_f64()
+    }
+
+    pub fn run_goes_on(&mut self, now: Instant) {
+        self.run_from = now;
     }
 }
 

@@ -1,4 +1,7 @@
-//! src/throughput.rs: which steps count, and every figure of a session whose steps are known.
+//! src/throughput.rs: which steps count, whose time it is, and every figure of a session whose steps are
+//! known.
+
+use std::time::{Duration, Instant};
 
 use isobath::config::{Dtype, ModelConfig};
 use isobath::cuda::peaks::H200;
@@ -6,7 +9,7 @@ use isobath::model::parameters::ParameterTable;
 use isobath::plan::{FLOPS_FORMULA, flops_per_token};
 use isobath::sensors::{Conditions, Reading};
 use isobath::throughput::{
-    MemoryUse, Meter, Steady, Throughput, TokenCost, Utilisation, WARM_UP_STEPS,
+    Clock, MemoryUse, Meter, Steady, Throughput, TokenCost, Utilisation, WARM_UP_STEPS,
 };
 
 use crate::support::small_model;
@@ -62,6 +65,27 @@ fn what_is_shown_follows_the_last_half_minute() {
     // A step that takes longer is all that counts.
     meter.add(1000, 100.0);
     assert_eq!(meter.recent(), Some(10.0));
+}
+
+/// Moments of one session, in seconds from its beginning.
+#[test]
+fn a_step_has_no_time_of_an_evaluation_and_the_run_none_of_a_checkpoint() {
+    let first = Instant::now();
+    let at = |seconds: u64| first + Duration::from_secs(seconds);
+    let mut clock = Clock::new(at(0));
+    clock.run_goes_on(at(10)); // loaded
+    // Two steps, the second of which was enqueued while the first one ran.
+    clock.step_begins(at(11));
+    assert_eq!(clock.step_ends(at(15)), 4.0);
+    assert_eq!(clock.run_pauses(at(15)), 5.0);
+    clock.run_goes_on(at(15));
+    assert_eq!(clock.step_ends(at(18)), 3.0, "from the end of the one in front of it");
+    // An evaluation up to 40, which is the run's; a checkpoint up to 70, which is nobody's.
+    assert_eq!(clock.run_pauses(at(40)), 25.0);
+    clock.run_goes_on(at(70));
+    clock.step_begins(at(71));
+    assert_eq!(clock.step_ends(at(73)), 2.0);
+    assert_eq!(clock.run_pauses(at(74)), 4.0);
 }
 
 /// N_matmul by hand: qkv 24x48, attention out 24x24, gate and up 24x74, down 37x24, the head 53x24.

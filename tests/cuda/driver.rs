@@ -458,6 +458,41 @@ fn a_late_error_names_the_latest_kernels_and_says_how_many_more_it_may_be() {
     assert_eq!(hint, "; one of these, the latest first, or of 2 before them");
 }
 
+/// Kernels 0, 1, 2 ... on the streams 0 and 1 in turn.
+#[test]
+fn what_was_waited_for_is_above_suspicion() {
+    let launched = |count: u32| {
+        let mut pending = nvidia::Pending::default();
+        (0..count).for_each(|i| pending.launched(KernelId(i), StreamId(i % 2)));
+        pending
+    };
+    let left = |pending: &nvidia::Pending| -> Vec<u32> {
+        pending.latest_first().map(|kernel| kernel.0).collect()
+    };
+    let mut pending = launched(6);
+    pending.finished_before(StreamId(0), 3);
+    assert_eq!(left(&pending), [5, 4, 3, 1], "0 and 2 ran on that stream, among the first three");
+    pending.launched(KernelId(6), StreamId(0));
+    pending.finished(StreamId(1));
+    assert_eq!(left(&pending), [6, 4]);
+    // Counted are all that were launched, not those that are left.
+    assert_eq!(pending.count(), 7);
+    pending.finished_before(StreamId(0), 6);
+    assert_eq!(left(&pending), [6]);
+    pending.all_finished();
+    assert!(pending.is_empty() && left(&pending).is_empty());
+
+    // A session launches millions: the latest ones are kept, and nobody is acquitted for another.
+    let most = 100_000;
+    let mut pending = launched(most);
+    let kept = left(&pending);
+    assert!(kept.len() < 40_000 && kept.len() > 10_000, "{}", kept.len());
+    assert_eq!(kept[..3], [most - 1, most - 2, most - 3]);
+    pending.finished_before(StreamId(0), u64::from(most) - 10);
+    assert_eq!(left(&pending)[..6], [most - 1, most - 2, most - 3, most - 4, most - 5, most - 6]);
+    assert!(left(&pending)[10..].iter().all(|kernel| kernel % 2 == 1));
+}
+
 #[test]
 fn the_device_cpu_has_no_kernels() {
     let opened = cuda::open(DeviceKind::Cpu, Options::default());

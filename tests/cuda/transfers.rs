@@ -240,3 +240,19 @@ fn a_loss_that_is_not_finite_is_found_a_step_later_and_named_by_its_own_step() {
     assert!(alone.0.starts_with("error: loss is NaN at step 2 (batch rows 2..4)"), "{}", alone.0);
     assert_eq!(alone, ahead);
 }
+
+/// A step that cannot be enqueued takes no line from the one in front of it, which is under way.
+#[test]
+fn a_damaged_shard_ends_a_run_behind_the_same_step() {
+    let Some(case) = Case::new() else { return };
+    let shard = case.damaged_shard();
+    let sets = ["dtype=f32", "train.steps=200", &shard];
+    let [alone, ahead] = ["0", "1"].map(|ahead| {
+        let name = format!("run-{ahead}");
+        let message = case.fails_in(&name, "simt", &sets, &[(AHEAD, ahead)]);
+        (message, metrics(&case.path(&name)))
+    });
+    assert!(alone.0.contains("block 3 of the shard is damaged"), "{}", alone.0);
+    assert!(alone.1.len() > 2, "{} steps", alone.1.len());
+    assert_eq!(alone, ahead);
+}

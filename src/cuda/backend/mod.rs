@@ -6,33 +6,34 @@
 //! stream; what is read behind it is waited for, and reports what went wrong. The layers of each op
 //! know the kernels; here stand only addresses.
 
-use std::collections::HashMap;
+mod layers;
+mod loss;
+
 use std::ffi::CStr;
-use std::hash::Hash;
 use std::ops::Range;
 
 use half::bf16;
 
-use super::adamw::{AdamW, AdamWBuffers, FlatPart};
-use super::attention::{
-    Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan, backward_scratch_bytes,
-};
-use super::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
-use super::gemm::{Gemm, GemmPlan, Layout, Output, Product, Rotation};
-use super::loss::{Loss, LossBackward, LossForward};
-use super::norm::{Norm, NormBackward, NormForward};
-use super::nvtx;
-use super::offload::Offload;
-use super::peaks::Peaks;
-use super::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
-use super::residual::{Gain, GainBackward, ResidualBackward, ResidualForward, ScaledResidual};
-use super::transfers::Transfers;
-use super::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, Switches, halves};
+use layers::Layers;
+use loss::LossOperands;
+
 use crate::backend::{
     AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
     OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
+use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
+use crate::cuda::attention::{Angles, AttentionBackward, AttentionForward, backward_scratch_bytes};
+use crate::cuda::embedding::{EmbeddingBackward, EmbeddingForward};
+use crate::cuda::gemm::{Layout, Output, Product, Rotation};
+use crate::cuda::norm::{NormBackward, NormForward};
+use crate::cuda::nvtx;
+use crate::cuda::offload::Offload;
+use crate::cuda::peaks::Peaks;
+use crate::cuda::pointwise::{Rotary, SwigluBackward, SwigluForward};
+use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
+use crate::cuda::transfers::Transfers;
+use crate::cuda::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, Switches, halves};
 use crate::error::Result;
 use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
@@ -63,58 +64,13 @@ pub struct Cuda {
     deterministic: bool,
 }
 
-/// The kernels that were asked for so far.
-struct Layers {
-    gemm: Gemm,
-    pointwise: Pointwise,
-    products: HashMap<Product, GemmPlan>,
-    norms: HashMap<usize, Norm>,
-    residuals: HashMap<usize, ScaledResidual>,
-    attentions: HashMap<HeadSpec, Attention>,
-    attention_forwards: HashMap<AttentionForward, AttentionPlan>,
-    attention_backwards: HashMap<AttentionBackward, AttentionPlan>,
-    embeddings: HashMap<usize, Embedding>,
-    losses: HashMap<LossSize, Loss>,
-    /// Of each range of the flat buffer that is updated on its own, by its parameters.
-    optimizers: Vec<(View, AdamW)>,
-    /// For moments in host memory.
-    offload: Option<Offload>,
-}
-
-impl Layers {
-    fn optimizer(&self, buffers: &FlatBuffers) -> &AdamW {
-        let mut prepared = self.optimizers.iter();
-        let found = prepared.find(|(parameters, _)| *parameters == buffers.parameters);
-        &found.expect("the optimizer was prepared").1
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct LossSize {
-    classes: usize,
-    columns: usize,
-}
-
 impl Cuda {
     /// `family`: of the kernels for matmuls and attention; `None`: the best for this machine.
     ///
     /// Errors: a machine or build without the kernels that every model needs.
     pub fn new(mut driver: Box<dyn Driver>, dtype: Dtype, family: Option<Family>) -> Result<Self> {
         let allocated_before = driver.allocated_bytes();
-        let layers = Layers {
-            gemm: Gemm::new(&mut *driver, dtype, family)?,
-            pointwise: Pointwise::new(&mut *driver, dtype)?,
-            products: HashMap::new(),
-            norms: HashMap::new(),
-            residuals: HashMap::new(),
-            attentions: HashMap::new(),
-            attention_forwards: HashMap::new(),
-            attention_backwards: HashMap::new(),
-            embeddings: HashMap::new(),
-            losses: HashMap::new(),
-            optimizers: Vec::new(),
-            offload: None,
-        };
+        let layers = Layers::new(&mut *driver, dtype, family)?;
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
         driver.overlap(true);
         let steps_ahead = driver.runs_behind();
@@ -186,78 +142,6 @@ impl Cuda {
         buffer.address.offset(view.offset as u64)
     }
 
-    /// The layer of one kind for `key`, made when it is first asked for, and the driver to launch it
-    /// with; `None` while a program is only prepared.
-    fn norm(&mut self, columns: usize) -> Result<Ready<'_, Norm>> {
-        let (driver, dtype) = (&mut *self.driver, self.dtype);
-        let norm = made(&mut self.layers.norms, columns, || Norm::new(driver, dtype, columns))?;
-        Ok(ready(self.preparing, &mut *self.driver, norm))
-    }
-
-    fn scaled_residual(&mut self, columns: usize) -> Result<Ready<'_, ScaledResidual>> {
-        let (driver, dtype) = (&mut *self.driver, self.dtype);
-        let make = || ScaledResidual::new(driver, dtype, columns);
-        let residual = made(&mut self.layers.residuals, columns, make)?;
-        Ok(ready(self.preparing, &mut *self.driver, residual))
-    }
-
-    fn gain(&self, gain: View) -> Gain {
-        Gain { gain: self.address(gain), count: gain.shape.elements() }
-    }
-
-    fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
-        let (driver, dtype, family) = (&mut *self.driver, self.dtype, self.family);
-        let in_order = self.deterministic;
-        let make = || Ok(Attention::new(driver, dtype, heads, family)?.with_order(in_order));
-        let attention = made(&mut self.layers.attentions, heads, make)?;
-        Ok(ready(self.preparing, &mut *self.driver, attention))
-    }
-
-    fn attend(&mut self, pass: AttentionForward) -> Result<()> {
-        self.attention(pass.spec.heads)?;
-        let Layers { attentions, attention_forwards, .. } = &mut self.layers;
-        let (driver, attention) = (&mut *self.driver, &attentions[&pass.spec.heads]);
-        let make = || attention.plan_forward(driver, &pass);
-        let plan = made(attention_forwards, pass, make)?;
-        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
-    }
-
-    fn attend_backward(&mut self, pass: AttentionBackward) -> Result<()> {
-        let heads = pass.forward.spec.heads;
-        self.attention(heads)?;
-        let Layers { attentions, attention_backwards, .. } = &mut self.layers;
-        let attention = attentions.get_mut(&heads).expect("it was just made");
-        let driver = &mut *self.driver;
-        let make = || attention.plan_backward(driver, &pass);
-        let plan = made(attention_backwards, pass, make)?;
-        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
-    }
-
-    fn embedding(&mut self, columns: usize) -> Result<Ready<'_, Embedding>> {
-        let (driver, dtype) = (&mut *self.driver, self.dtype);
-        let make = || Embedding::new(driver, dtype, columns);
-        let embedding = made(&mut self.layers.embeddings, columns, make)?;
-        Ok(ready(self.preparing, &mut *self.driver, embedding))
-    }
-
-    fn loss(&mut self, size: LossSize) -> Result<Ready<'_, Loss>> {
-        let (driver, dtype) = (&mut *self.driver, self.dtype);
-        let make = || Loss::new(driver, dtype, size.classes, size.columns);
-        let loss = made(&mut self.layers.losses, size, make)?;
-        Ok(ready(self.preparing, &mut *self.driver, loss))
-    }
-
-    fn pointwise(&mut self) -> Ready<'_, Pointwise> {
-        ready(self.preparing, &mut *self.driver, &self.layers.pointwise)
-    }
-
-    fn multiply(&mut self, product: Product) -> Result<()> {
-        let Layers { gemm, products, .. } = &mut self.layers;
-        let driver = &mut *self.driver;
-        let plan = made(products, product, || gemm.plan(driver, &product))?;
-        if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
-    }
-
     /// d_weight += d_out^T inp
     fn weight_gradient(&mut self, inp: View, d_out: View, d_weight: View) -> Result<()> {
         self.multiply(Product {
@@ -287,20 +171,8 @@ impl Cuda {
         pointwise.rotary(driver, STREAM, heads, rows, &args)
     }
 
-    /// Logits [rows,V] of a chunk that begins at `first` of inp [T,C].
-    fn logits(&mut self, first: usize, rows: usize, operands: &LossOperands) -> Result<()> {
-        let LossOperands { inp, weight, logits, .. } = *operands;
-        let [v, c] = [weight.shape.rows(), weight.shape.columns()];
-        self.multiply(Product {
-            layout: Layout::Nt,
-            m: rows,
-            n: v,
-            k: c,
-            a: self.row(inp, first),
-            b: self.address(weight),
-            out: self.address(logits),
-            output: Output::Store { addend: None },
-        })
+    fn gain(&self, gain: View) -> Gain {
+        Gain { gain: self.address(gain), count: gain.shape.elements() }
     }
 
     /// Row `row` of a matrix, element `row` of a vector.
@@ -309,89 +181,6 @@ impl Cuda {
         let bytes = row * columns * self.element_bytes(view.kind);
         self.address(view).offset(bytes as u64)
     }
-
-    /// Runs over all tokens in chunks; `gradients`: (scale, d_inp, d_weight).
-    fn cross_entropy(
-        &mut self,
-        spec: LossSpec,
-        operands: LossOperands,
-        gradients: Option<(View, View, View)>,
-    ) -> Result<()> {
-        let LossOperands { inp, weight, targets, logits, losses } = operands;
-        let [t, v, c] = [inp.shape.rows(), weight.shape.rows(), weight.shape.columns()];
-        let size = LossSize { classes: spec.classes, columns: v };
-        let z_loss = spec.z_loss as f32;
-        for first in (0..t).step_by(spec.chunk) {
-            let rows = spec.chunk.min(t - first);
-            self.logits(first, rows, &operands)?;
-            let (targets, losses) = (self.row(targets, first), self.row(losses, first));
-            let logits = self.address(logits);
-            let scale = gradients.map(|(scale, ..)| self.address(scale));
-            if let Some((driver, loss)) = self.loss(size)? {
-                match scale {
-                    None => {
-                        let args = LossForward { logits, targets, losses };
-                        loss.forward(driver, STREAM, rows, z_loss, &args)?;
-                    }
-                    Some(scale) => {
-                        let args = LossBackward { logits, targets, scale, losses };
-                        loss.backward(driver, STREAM, rows, z_loss, &args)?;
-                    }
-                }
-            }
-            let Some((_, d_inp, d_weight)) = gradients else { continue };
-            self.multiply(Product {
-                layout: Layout::Nn,
-                m: rows,
-                n: c,
-                k: v,
-                a: logits,
-                b: self.address(weight),
-                out: self.row(d_inp, first),
-                output: Output::Store { addend: None },
-            })?;
-            self.multiply(Product {
-                layout: Layout::Tn,
-                m: v,
-                n: c,
-                k: rows,
-                a: logits,
-                b: self.row(inp, first),
-                out: self.address(d_weight),
-                output: Output::Accumulate,
-            })?;
-        }
-        Ok(())
-    }
-}
-
-/// What a loss reads and writes besides gradients.
-#[derive(Clone, Copy)]
-struct LossOperands {
-    inp: View,
-    weight: View,
-    targets: View,
-    logits: View,
-    losses: View,
-}
-
-type Ready<'a, L> = Option<(&'a mut dyn Driver, &'a L)>;
-
-fn ready<'a, L>(preparing: bool, driver: &'a mut dyn Driver, layer: &'a L) -> Ready<'a, L> {
-    (!preparing).then_some((driver, layer))
-}
-
-/// The layer for `key`, made by `make` if nobody has asked for it yet.
-fn made<K: Eq + Hash, V>(
-    layers: &mut HashMap<K, V>,
-    key: K,
-    make: impl FnOnce() -> Result<V>,
-) -> Result<&V> {
-    use std::collections::hash_map::Entry;
-    Ok(match layers.entry(key) {
-        Entry::Occupied(entry) => entry.into_mut(),
-        Entry::Vacant(entry) => entry.insert(make()?),
-    })
 }
 
 impl Backend for Cuda {

@@ -5,14 +5,28 @@
 //! machine code of every kernel file comes with the program (binaries.rs); a file without code for
 //! this GPU is an error only for those who ask for its kernels.
 
-use std::ffi::{CStr, CString, c_int, c_uint, c_void};
+mod errors;
+mod functions;
+mod pending;
+mod presence;
+mod tensor_map;
+
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
+
+use errors::{is_kernel_fault, text_of};
+use functions::{attributes_of, info_of, load_whole, names_in};
+pub use pending::{Pending, suspects};
+use presence::{absent, cannot_open, driver_version, has_function, properties_of};
+pub use presence::{
+    check_driver, check_gpu, check_index, kernels_present, library_present, present,
+};
 
 use super::GRAPHS;
 use super::binaries;
@@ -25,103 +39,10 @@ use crate::sensors::Sensors;
 
 const DEVICE: &str = "cuda";
 
-/// cuTensorMapEncodeTiled and cuLaunchKernelEx are there from here on; what graphs need is older.
-const OLDEST_DRIVER: i32 = 12_000;
-const OLDEST_GPU: (u32, u32) = (8, 0);
 /// Graphs can hold dependent launches from here on.
 const OLDEST_WITH_OVERLAP: i32 = 12_030;
 /// Dynamic shared memory that a kernel may use without asking.
 const SHARED_BYTES_UNASKED: u32 = 48 << 10;
-/// How many launches an error names that came out of a later call.
-const NAMED_LAUNCHES: usize = 8;
-
-fn absent(what: impl Into<String>, remedy: impl Into<String>) -> Error {
-    Error::Device { device: DEVICE.to_string(), what: what.into(), remedy: remedy.into() }
-}
-
-/// Whether a GPU can be asked for at all: a driver, and kernels in this build. Errors: what is
-/// missing. Starts nothing.
-pub fn present() -> Result<()> {
-    library_present()?;
-    kernels_present(binaries::FATBINS, binaries::NVCC)
-}
-
-/// Whether a build with these fatbins has kernels. Errors: why `nvcc` made none.
-pub fn kernels_present(
-    fatbins: &[(&str, &[u8])],
-    nvcc: std::result::Result<&str, &str>,
-) -> Result<()> {
-    if !fatbins.is_empty() {
-        return Ok(());
-    }
-    let why = nvcc.err().unwrap_or("it was built for no architecture");
-    Err(absent(
-        format!("this build has no kernels for GPUs: {why}"),
-        "run tools/fetch-nvcc (or install the CUDA toolkit 13.0), touch build.rs, and build again",
-    ))
-}
-
-/// Whether a driver that offers this CUDA version (13000 for 13.0) can be asked for all of it.
-pub fn check_driver(version: i32) -> Result<()> {
-    if version >= OLDEST_DRIVER {
-        return Ok(());
-    }
-    Err(absent(
-        format!("the driver offers CUDA {}", version_text(version)),
-        "install a driver with CUDA 13.0 (580 or newer)",
-    ))
-}
-
-/// Whether there is a GPU of this index among the `count` that CUDA_VISIBLE_DEVICES leaves.
-pub fn check_index(ordinal: usize, count: usize) -> Result<()> {
-    if ordinal < count {
-        return Ok(());
-    }
-    Err(absent(
-        format!("there is no GPU {ordinal}: {count} can be seen"),
-        "check that nvidia-smi lists it and that CUDA_VISIBLE_DEVICES does not hide it",
-    ))
-}
-
-/// Whether kernels were compiled for a GPU of this compute capability.
-pub fn check_gpu(name: &str, capability: (u32, u32)) -> Result<()> {
-    if capability >= OLDEST_GPU {
-        return Ok(());
-    }
-    let (major, minor) = capability;
-    Err(absent(
-        format!("{name} has compute capability {major}.{minor}"),
-        "use a GPU of compute capability 8.0 or newer (A100, RTX 30)",
-    ))
-}
-
-/// Whether libcuda is installed.
-pub fn library_present() -> Result<()> {
-    // SAFETY: loads libcuda, whose initialisers touch nothing of ours, if it is there.
-    if unsafe { sys::is_culib_present() } {
-        return Ok(());
-    }
-    Err(absent(
-        "no NVIDIA driver: libcuda.so was not found",
-        "install the NVIDIA driver, or start the container with its GPUs (--gpus all)",
-    ))
-}
-
-/// Whether the installed libcuda has a function; cudarc panics when it calls a missing one.
-fn has_function(name: &str) -> bool {
-    // SAFETY: only called behind `library_present`; the symbol is not called, nor kept.
-    unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() }
-}
-
-/// "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
-fn text_of(error: DriverError) -> String {
-    let text = |text: Result<&CStr, DriverError>| {
-        text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
-    };
-    format!("{}: {}", text(error.error_name()), text(error.error_string()))
-}
-
-// ------------------------------------------------------------------ opening
 
 struct Module {
     file: &'static str,
@@ -159,7 +80,7 @@ struct Event {
 #[derive(Clone, Copy)]
 struct Recorded {
     stream: StreamId,
-    /// [`Nvidia::launches`] before it.
+    /// [`Pending::count`] before it.
     launches: u64,
 }
 
@@ -170,10 +91,7 @@ pub struct Nvidia {
     names: Vec<String>,
     /// Kernel files without code for this GPU.
     unusable: Vec<&'static str>,
-    /// Launched on each stream since it was last waited for: one of them caused a late error.
-    pending: Vec<(KernelId, StreamId)>,
-    /// Launches so far, those that are no longer pending among them.
-    launches: u64,
+    pending: Pending,
     memory: Ledger,
     /// Bytes, before anything was allocated.
     free_at_first: u64,
@@ -211,8 +129,7 @@ impl Nvidia {
             kernels: vec![],
             names: vec![],
             unusable: vec![],
-            pending: vec![],
-            launches: 0,
+            pending: Pending::default(),
             memory: Ledger::default(),
             free_at_first: 0,
             capture: Capture::default(),
@@ -288,7 +205,7 @@ impl Nvidia {
         if !is_kernel_fault(error.0) || self.pending.is_empty() {
             return absent(text_of(error), "see dmesg and nvidia-smi; start the program again");
         }
-        let pending = self.pending.iter().rev().filter_map(|&(kernel, _)| self.find(kernel).ok());
+        let pending = self.pending.latest_first().filter_map(|kernel| self.find(kernel).ok());
         let (kernel, hint) = suspects(pending.map(|kernel| kernel.info.name.as_str()));
         Error::Launch {
             kernel,
@@ -310,33 +227,6 @@ impl Nvidia {
             format!("cannot record a graph: {}", text_of(error)),
             format!("set {GRAPHS}=0 to launch kernel by kernel, and report it"),
         )
-    }
-
-    fn launched(&mut self, kernel: KernelId, stream: StreamId) {
-        // Several micro-batches of a deep model; behind them the same kernels come again.
-        const KEPT: usize = 1 << 14;
-        self.pending.push((kernel, stream));
-        self.launches += 1;
-        if self.pending.len() > 2 * KEPT {
-            self.pending.drain(..self.pending.len() - KEPT);
-        }
-    }
-
-    /// A stream was waited for, and nothing was wrong: what ran on it is above suspicion.
-    fn finished(&mut self, stream: StreamId) {
-        self.finished_before(stream, self.launches);
-    }
-
-    /// The same for what was among the first `launches`.
-    fn finished_before(&mut self, stream: StreamId, launches: u64) {
-        // Some that had finished may be missing among the pending ones: then fewer are acquitted.
-        let behind = (self.launches - launches) as usize;
-        let acquitted = self.pending.len().saturating_sub(behind);
-        let mut place = 0;
-        self.pending.retain(|&(_, on)| {
-            place += 1;
-            on != stream || place > acquitted
-        });
     }
 
     /// Asks for dynamic shared memory beyond what every kernel may use.
@@ -384,42 +274,6 @@ impl Nvidia {
     }
 }
 
-/// Whom an error that came late may be due to, of all that were launched since the last wait, the
-/// latest first: the distinct names, as many as an error shows, and what it says of them.
-pub fn suspects<'a>(latest_first: impl Iterator<Item = &'a str>) -> (String, String) {
-    let mut names: Vec<&str> = vec![];
-    for name in latest_first {
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    let hint = match names.len() {
-        0 | 1 => String::new(),
-        all if all <= NAMED_LAUNCHES => "; one of these, the latest first".to_string(),
-        all => {
-            format!("; one of these, the latest first, or of {} before them", all - NAMED_LAUNCHES)
-        }
-    };
-    names.truncate(NAMED_LAUNCHES);
-    (names.join(", "), hint)
-}
-
-/// Errors that end the context: a kernel did something wrong while it ran.
-fn is_kernel_fault(error: CUresult) -> bool {
-    matches!(
-        error,
-        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
-            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
-            | CUresult::CUDA_ERROR_ASSERT
-            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
-            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
-            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
-            | CUresult::CUDA_ERROR_INVALID_PC
-            | CUresult::CUDA_ERROR_LAUNCH_FAILED
-    )
-}
-
 /// Page-locked, of use in every context, and mapped for the device.
 const PINNED: u32 = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
 
@@ -432,200 +286,6 @@ fn no_host_memory(label: &str, bytes: u64, available: u64) -> Error {
         remedy: "set optimizer.moments to bf16, or optimizer.offload to false".to_string(),
     }
 }
-
-fn cannot_open(error: DriverError) -> Error {
-    let remedy = match error.0 {
-        CUresult::CUDA_ERROR_NO_DEVICE | CUresult::CUDA_ERROR_INVALID_DEVICE => {
-            "check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it"
-        }
-        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
-            "libcuda.so and the kernel module are of different versions: reboot, or reinstall"
-        }
-        CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE | CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-            "another process has the GPU: see nvidia-smi"
-        }
-        _ => "check the driver with nvidia-smi",
-    };
-    absent(format!("cannot open the GPU: {}", text_of(error)), remedy)
-}
-
-/// 13000 for CUDA 13.0.
-fn driver_version() -> Result<i32> {
-    let mut version = 0;
-    // SAFETY: writes one integer; may be called before cuInit.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(cannot_open)?;
-    Ok(version)
-}
-
-fn version_text(version: i32) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-fn properties_of(
-    context: &Arc<CudaContext>,
-    driver_version: i32,
-) -> Result<Properties, DriverError> {
-    let attribute = |attribute| context.attribute(attribute).map(|value| value.max(0) as u32);
-    let (major, minor) = context.compute_capability()?;
-    Ok(Properties {
-        name: context.name()?,
-        compute_capability: (major as u32, minor as u32),
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        memory_bytes: context.total_mem()? as u64,
-        l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
-        shared_bytes_per_block: attribute(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?
-        .into(),
-        shared_bytes_per_multiprocessor: attribute(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-        )?
-        .into(),
-        max_threads_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-        max_threads_per_multiprocessor: attribute(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
-        )?,
-        clock_mhz: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)? / 1000,
-        driver_version: version_text(driver_version),
-    })
-}
-
-// ------------------------------------------------------------------ kernels
-
-fn names_in(module: sys::CUmodule) -> Result<Vec<String>, DriverError> {
-    let mut count: c_uint = 0;
-    // SAFETY: the module is loaded; `functions` has room for `count` handles, and as many are
-    // written; their names live as long as the module.
-    unsafe {
-        sys::cuModuleGetFunctionCount(&mut count, module).result()?;
-        let mut functions = vec![ptr::null_mut(); count as usize];
-        sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module).result()?;
-        let name = |function: &sys::CUfunction| {
-            let mut name = ptr::null();
-            sys::cuFuncGetName(&mut name, *function).result()?;
-            Ok(CStr::from_ptr(name).to_string_lossy().into_owned())
-        };
-        functions.iter().map(name).collect()
-    }
-}
-
-/// Bytes of each parameter; `None` where the driver has no cuFuncGetParamInfo (CUDA 12.4).
-fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
-    if !has_function("cuFuncGetParamInfo") {
-        return None;
-    }
-    let mut parameters = vec![];
-    loop {
-        let (mut offset, mut bytes) = (0, 0);
-        // SAFETY: a live function; writes two numbers. Behind the last parameter it is an error.
-        let found =
-            unsafe { sys::cuFuncGetParamInfo(function, parameters.len(), &mut offset, &mut bytes) };
-        if found.result().is_err() {
-            return Some(parameters);
-        }
-        parameters.push(bytes as u32);
-    }
-}
-
-/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be told
-/// to (cuFuncLoad, CUDA 12.4): it takes memory, too.
-fn load_whole(function: sys::CUfunction) -> Result<(), DriverError> {
-    if !has_function("cuFuncLoad") {
-        return Ok(());
-    }
-    // SAFETY: the function belongs to a loaded module.
-    unsafe { sys::cuFuncLoad(function) }.result()
-}
-
-fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInfo, DriverError> {
-    use sys::CUfunction_attribute as Of;
-    let attribute = |attribute| {
-        // SAFETY: the function belongs to a loaded module.
-        unsafe { result::function::get_function_attribute(function, attribute) }
-            .map(|value| value.max(0) as u32)
-    };
-    let ptx_version = attribute(Of::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
-    Ok(KernelInfo {
-        name: name.to_string(),
-        parameter_bytes: parameters_of(function),
-        max_threads: attribute(Of::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-        compiled_for: (ptx_version / 10, ptx_version % 10),
-        registers: Some(attribute(Of::CU_FUNC_ATTRIBUTE_NUM_REGS)?),
-        local_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-        static_shared_bytes: Some(attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?),
-    })
-}
-
-/// What a launch asks for beyond grid and block.
-fn attributes_of(launch: &Launch) -> Vec<sys::CUlaunchAttribute> {
-    use sys::CUlaunchAttributeID as Id;
-    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-    let mut attributes = vec![];
-    if launch.cluster != [1; 3] {
-        let [x, y, z] = launch.cluster;
-        let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z };
-        let value = sys::CUlaunchAttributeValue { clusterDim: cluster };
-        attributes.push(attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
-    }
-    if launch.cooperative {
-        let value = sys::CUlaunchAttributeValue { cooperative: 1 };
-        attributes.push(attribute(Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value));
-    }
-    if launch.dependent {
-        let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
-        let id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attributes.push(attribute(id, value));
-    }
-    attributes
-}
-
-// ------------------------------------------------------------------ tensor maps
-
-fn data_type(kind: TensorType) -> sys::CUtensorMapDataType {
-    use sys::CUtensorMapDataType as To;
-    match kind {
-        TensorType::U8 => To::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        TensorType::U16 => To::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-        TensorType::U32 => To::CU_TENSOR_MAP_DATA_TYPE_UINT32,
-        TensorType::I32 => To::CU_TENSOR_MAP_DATA_TYPE_INT32,
-        TensorType::U64 => To::CU_TENSOR_MAP_DATA_TYPE_UINT64,
-        TensorType::I64 => To::CU_TENSOR_MAP_DATA_TYPE_INT64,
-        TensorType::F16 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        TensorType::F32 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-        TensorType::F64 => To::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
-        TensorType::Bf16 => To::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    }
-}
-
-fn swizzle(swizzle: Swizzle) -> sys::CUtensorMapSwizzle {
-    use sys::CUtensorMapSwizzle as To;
-    match swizzle {
-        Swizzle::None => To::CU_TENSOR_MAP_SWIZZLE_NONE,
-        Swizzle::Bytes32 => To::CU_TENSOR_MAP_SWIZZLE_32B,
-        Swizzle::Bytes64 => To::CU_TENSOR_MAP_SWIZZLE_64B,
-        Swizzle::Bytes128 => To::CU_TENSOR_MAP_SWIZZLE_128B,
-    }
-}
-
-fn l2_promotion(promotion: L2Promotion) -> sys::CUtensorMapL2promotion {
-    use sys::CUtensorMapL2promotion as To;
-    match promotion {
-        L2Promotion::None => To::CU_TENSOR_MAP_L2_PROMOTION_NONE,
-        L2Promotion::Bytes64 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
-        L2Promotion::Bytes128 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        L2Promotion::Bytes256 => To::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-    }
-}
-
-fn fill(fill: Fill) -> sys::CUtensorMapFloatOOBfill {
-    use sys::CUtensorMapFloatOOBfill as To;
-    match fill {
-        Fill::Zeros => To::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        Fill::Nans => To::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA,
-    }
-}
-
-// ------------------------------------------------------------------ the driver
 
 impl Driver for Nvidia {
     fn device(&self) -> &'static str {
@@ -793,7 +453,7 @@ impl Driver for Nvidia {
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
-                data_type(spec.data_type),
+                tensor_map::data_type(spec.data_type),
                 rank as u32,
                 spec.address.0 as *mut _,
                 spec.dimensions.as_ptr(),
@@ -801,9 +461,9 @@ impl Driver for Nvidia {
                 spec.box_dimensions.as_ptr(),
                 element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle(spec.swizzle),
-                l2_promotion(spec.l2_promotion),
-                fill(spec.fill),
+                tensor_map::swizzle(spec.swizzle),
+                tensor_map::l2_promotion(spec.l2_promotion),
+                tensor_map::fill(spec.fill),
             )
             .result()
             .map(|()| map.assume_init())
@@ -856,7 +516,7 @@ impl Driver for Nvidia {
         if recorded {
             self.captured.launches.push((launch.kernel, arguments.clone()));
         } else {
-            self.launched(launch.kernel, launch.stream);
+            self.pending.launched(launch.kernel, launch.stream);
         }
         Ok(())
     }
@@ -872,7 +532,7 @@ impl Driver for Nvidia {
         unsafe { result::memcpy_htod_async(to.0, from, to_wait_for.cu_stream()) }
             .and_then(|()| to_wait_for.synchronize())
             .map_err(|error| self.failed(error))?;
-        self.finished(stream);
+        self.pending.finished(stream);
         Ok(())
     }
 
@@ -886,7 +546,7 @@ impl Driver for Nvidia {
         unsafe { result::memcpy_dtoh_async(to, from.0, to_wait_for.cu_stream()) }
             .and_then(|()| to_wait_for.synchronize())
             .map_err(|error| self.failed(error))?;
-        self.finished(stream);
+        self.pending.finished(stream);
         Ok(())
     }
 
@@ -951,7 +611,7 @@ impl Driver for Nvidia {
         self.capture.forbid(DEVICE, "an event")?;
         let recorded = self.event(event)?.event.record(self.stream(stream)?);
         recorded.map_err(|error| self.failed(error))?;
-        let recorded = Recorded { stream, launches: self.launches };
+        let recorded = Recorded { stream, launches: self.pending.count() };
         self.events[event.0 as usize].recorded = Some(recorded);
         Ok(())
     }
@@ -980,7 +640,7 @@ impl Driver for Nvidia {
             return Err(not_recorded(DEVICE));
         };
         event.synchronize().map_err(|error| self.failed(error))?;
-        self.finished_before(stream, launches);
+        self.pending.finished_before(stream, launches);
         Ok(())
     }
 
@@ -988,7 +648,7 @@ impl Driver for Nvidia {
         self.capture.forbid(DEVICE, "waiting for the device")?;
         let done = self.context.synchronize().and_then(|()| self.context.check_err());
         done.map_err(|error| self.failed(error))?;
-        self.pending.clear();
+        self.pending.all_finished();
         Ok(())
     }
 
@@ -1043,7 +703,7 @@ impl Driver for Nvidia {
         unsafe { result::graph::launch(recorded.cu_graph_exec(), stream) }
             .map_err(|error| self.failed(error))?;
         let kernels: Vec<KernelId> = captured.launches.iter().map(|(kernel, _)| *kernel).collect();
-        kernels.into_iter().for_each(|kernel| self.launched(kernel, on));
+        kernels.into_iter().for_each(|kernel| self.pending.launched(kernel, on));
         self.graphs[graph.0 as usize].iter_mut().for_each(|graph| graph.checked = removed);
         Ok(())
     }
