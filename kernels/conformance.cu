@@ -47,6 +47,16 @@ CONFORM_STMATRIX(stmatrix_x1_trans, 1)
 CONFORM_STMATRIX(stmatrix_x2_trans, 2)
 CONFORM_STMATRIX(stmatrix_x4_trans, 4)
 
+// ---------------------------------------------------------------- reductions
+// Two pairs, inp [2,64], one after the other to each lane's pair of out [64].
+KERNEL(conform_reduce_add_f32x2, 32)(uint32_t* out, const uint32_t* inp) {
+  const uint32_t pair = 2 * threadIdx.x;
+  float* const sums = reinterpret_cast<float*>(out) + pair;
+  for (uint32_t i = pair; i < 128; i += 64)
+    reduce_add_f32x2(sums, __uint_as_float(inp[i]), __uint_as_float(inp[i + 1]));
+}
+EXPORT_KERNEL(conform_reduce_add_f32x2)
+
 // ---------------------------------------------------------------- mbarrier
 // One thread asks a barrier of two arrivals after each step whether a phase is over. out [12].
 KERNEL(conform_mbarrier_phases, 32)(uint32_t* out, const uint32_t* inp) {

@@ -23,8 +23,10 @@
 // Two blocks may be launched as a cluster. They take tiles one below the other, and each loads half
 // of B's tile for both.
 //
-// The K of a tn tile may be cut into `splits`, a block for each. They add to the result one after
-// the other, in the order of K: turns[] says whose turn it is, so that every run has the same bits.
+// tn adds to its result in the L2 cache, by reductions that nobody waits for, which take subnormal
+// numbers for zeros and make none. The K of a tile may be cut into `splits`, a block for each. They
+// add one after the other, in the order of K: turns[] says whose turn it is, so that every run has
+// the same bits.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes
@@ -60,8 +62,6 @@ struct Kind {
   static constexpr int ACCUMULATORS = BLOCKS * TILE_N / 2;  // of a thread
   static constexpr int PARTS = ACCUMULATORS / 32;           // of 64 x 64, of a consumer's rows
   static_assert(PARTS % STORES == 0);  // a tile begins with the first store tile
-  // Pairs of values that an addition reads before it uses the first: what the registers leave.
-  static constexpr int PAIRS = ACCUMULATORS > 128 ? 4 : 16;
   // Consumers' warps that read a stage.
   static constexpr int READERS = (SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32;
 };
@@ -426,29 +426,24 @@ DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& 
   }
 }
 
-// out += the consumer's part of a tile, some columns of which are read before any is written.
+// out += the consumer's part of a tile. A thread that loaded what it adds to would wait for memory
+// once for each few columns that it has registers for. TMA would add from shared memory, which the
+// stages take; and four values at once, traded between lanes, are the same 32 bytes of each row.
 template <class K>
 DEVICE void add(const Accumulators<K>& accumulators, float* out, int row, int column, int m,
                 int n) {
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll
-    for (int first = 0; first < K::TILE_N / 4; first += K::PAIRS) {
-      float2 pairs[K::PAIRS];
+    for (int lower = 0; lower < 2; ++lower) {  // the thread's two rows, 8 apart
+      const Place at = place_of(2 * lower, row + block * MMA_M, column);
+      if (at.row >= m) continue;
+      float* const first = out + size_t(at.row) * n + at.column;
 #pragma unroll
-      for (int pair = 0; pair < K::PAIRS; ++pair) {
-        const Place at = place_of(2 * (first + pair), row + block * MMA_M, column);
-        pairs[pair] = make_float2(0, 0);
-        if (at.row < m && at.column < n)
-          pairs[pair] = *reinterpret_cast<const float2*>(out + size_t(at.row) * n + at.column);
-      }
-#pragma unroll
-      for (int pair = 0; pair < K::PAIRS; ++pair) {
-        const Place at = place_of(2 * (first + pair), row + block * MMA_M, column);
-        const float* const two = &accumulators[block][2 * (first + pair)];
-        if (at.row < m && at.column < n)
-          *reinterpret_cast<float2*>(out + size_t(at.row) * n + at.column) =
-              make_float2(pairs[pair].x + two[0], pairs[pair].y + two[1]);
+      for (int j = 0; j < K::TILE_N / 8; ++j) {  // 8 columns, of which a thread has two
+        if (at.column + 8 * j >= n) break;
+        const float* const two = &accumulators[block][4 * j + 2 * lower];
+        reduce_add_f32x2(first + 8 * j, two[0], two[1]);
       }
     }
   }
@@ -573,6 +568,8 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
                    barrier_sync(1 + consumer, WARPGROUP);
                  }
                  add<K>(accumulators, out, item.m + first_row, item.n, m, n);
+                 // The barrier puts all threads' reductions before the release, and the one above
+                 // puts the acquire before those of the next split (PTX ISA, causality order).
                  if (splits > 1) {
                    barrier_sync(1 + consumer, WARPGROUP);
                    const int next = item.split + 1;

@@ -456,7 +456,8 @@ pub trait Backend {
         residual: Option<View>,
         out: View,
     ) -> Result<()>;
-    /// d_inp = d_out weight; d_weight += d_out^T inp.
+    /// d_inp = d_out weight; d_weight += d_out^T inp, where a GPU may take subnormal numbers (below
+    /// 2^-126) for zeros.
     fn linear_backward(
         &mut self,
         inp: View,

@@ -192,6 +192,16 @@ PTX_STMATRIX_4(stmatrix_x4_trans, ".trans")
 #undef PTX_STMATRIX_2
 #undef PTX_STMATRIX_4
 
+// ---------------------------------------------------------------- reductions, from sm_90
+// Adds to two neighbours, at a multiple of 8 bytes in global memory; nobody waits for the sums.
+// Subnormal numbers count as zeros (PTX ISA, red).
+DEVICE void reduce_add_f32x2(float* global, float first, float second) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};"
+               :
+               : "l"(ptx::global_address(global)), "f"(first), "f"(second)
+               : "memory");
+}
+
 // ---------------------------------------------------------------- mbarrier
 DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"

@@ -5,6 +5,7 @@
 #include "device_memory.h"
 #include "fault.h"
 #include "order.h"
+#include "race.h"
 #include "shared.h"
 
 namespace simt {
@@ -53,12 +54,22 @@ static T update(T* p, uint64_t operands, const char* what, Site site, F&& change
   return before;
 }
 
+void add_f32(float* p, float added) {
+  float before, after;
+  __atomic_load(p, &before, __ATOMIC_RELAXED);
+  do {
+    after = global_sum(before, added);
+  } while (
+      !__atomic_compare_exchange(p, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
 }  // namespace simt
 
 using namespace simt;
 
 float atomicAdd(float* p, float value, Site site) {
-  return update(p, bits_of(value), "atomicAdd", site, [&](float x) { return x + value; });
+  return update(p, bits_of(value), "atomicAdd", site,
+                [&](float x) { return block_of(p) ? x + value : global_sum(x, value); });
 }
 uint32_t atomicAdd(uint32_t* p, uint32_t value, Site site) {
   return update(p, value, "atomicAdd", site, [&](uint32_t x) { return x + value; });
@@ -97,6 +108,18 @@ void store_release(uint32_t* p, uint32_t value, Site site) {
     race_atomic(*self(), p, sizeof *p, false, true, Order::Release, site, store);
   else
     store();
+  progress();
+}
+
+void reduce_add_f32x2(float* global, float first, float second, Site site) {
+  Fiber& fiber = *self();
+  const char* what = "reduce_add_f32x2";
+  if (block_of(global)) fail_at(fiber, what, site, "the address is of shared memory");
+  check(global, 2 * sizeof(float), what, site);
+  if (worker->race)
+    race_thread(fiber, global, 2 * sizeof(float), WRITE | READS_TOO, place_of(site));
+  add_f32(global, first);
+  add_f32(global + 1, second);
   progress();
 }
 

@@ -192,31 +192,30 @@ static uint32_t swizzled(uint32_t address, uint32_t span) {
 static float bf16_sum(uint16_t a, uint16_t b) { return to_float(bf16{a}) + to_float(bf16{b}); }
 
 // Each addition is atomic by itself, also against other workers and atomicAdd.
+static void add_bf16(uint8_t* at, uint16_t added) {
+  auto* p = reinterpret_cast<uint16_t*>(at);
+  uint16_t before = __atomic_load_n(p, __ATOMIC_RELAXED), after;
+  do {
+    after = to_bf16(bf16_sum(before, added)).bits;
+  } while (
+      !__atomic_compare_exchange_n(p, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
 template <class T, class F>
-static void add_atomically(uint8_t* at, F&& sum) {
-  auto* p = reinterpret_cast<T*>(at);
-  T before = __atomic_load_n(p, __ATOMIC_RELAXED);
-  T after = sum(before);
-  while (!__atomic_compare_exchange_n(p, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
-    after = sum(before);
+static void add_each(uint8_t* to, const uint8_t* from, uint32_t bytes, F&& add) {
+  for (uint32_t i = 0; i < bytes; i += uint32_t(sizeof(T))) {
+    T added;
+    std::memcpy(&added, from + i, sizeof added);
+    add(to + i, added);
+  }
 }
 
 static void add(uint8_t* to, const uint8_t* from, uint32_t bytes, uint8_t data_type) {
-  if (data_type == TENSOR_FLOAT32) {
-    for (uint32_t i = 0; i < bytes; i += 4) {
-      float added;
-      std::memcpy(&added, from + i, 4);
-      add_atomically<uint32_t>(
-          to + i, [&](uint32_t x) { return __float_as_uint(__uint_as_float(x) + added); });
-    }
-  } else {
-    for (uint32_t i = 0; i < bytes; i += 2) {
-      uint16_t added;
-      std::memcpy(&added, from + i, 2);
-      add_atomically<uint16_t>(to + i,
-                               [&](uint16_t x) { return to_bf16(bf16_sum(x, added)).bits; });
-    }
-  }
+  if (data_type == TENSOR_FLOAT32)
+    add_each<float>(to, from, bytes,
+                    [](uint8_t* at, float added) { add_f32(reinterpret_cast<float*>(at), added); });
+  else
+    add_each<uint16_t>(to, from, bytes, add_bf16);
 }
 
 static void race_on(const AsyncCopy& copy, const void* global, uint32_t bytes) {

@@ -380,6 +380,10 @@ bool run_one_copy();  // the oldest, or any; false: none in flight
 void check_copies_at_exit(const Fiber&);
 void check_copies_at_exit(const Block&);
 
+// ---------------------------------------------------------------- atomics.cpp
+// Of global memory; atomic by itself.
+void add_f32(float* p, float added);
+
 // ---------------------------------------------------------------- wgmma.cpp
 inline Warpgroup& warpgroup_of(const Fiber& fiber) {
   return fiber.block->warpgroups[fiber.id / WARPGROUP_THREADS];

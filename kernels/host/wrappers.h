@@ -24,6 +24,8 @@ DEVICE uint32_t bf16x2_bits(float low, float high) {
 // numbers for zeros and give none (.ftz).
 namespace simt {
 DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+// What the L2 cache makes of an addition to global memory, by one thread or in bulk (PTX ISA, red).
+DEVICE float global_sum(float x, float added) { return flushed(flushed(x) + flushed(added)); }
 }  // namespace simt
 DEVICE float exp2_approx(float x) { return simt::flushed(std::exp2(simt::flushed(x))); }
 DEVICE float log2_approx(float x) { return std::log2(simt::flushed(x)); }
@@ -106,6 +108,9 @@ int atomicAdd(int* p, int value, SIMT_SITE);
 uint32_t atomicMax(uint32_t* p, uint32_t value, SIMT_SITE);
 uint32_t atomicExch(uint32_t* p, uint32_t value, SIMT_SITE);
 uint32_t atomicCAS(uint32_t* p, uint32_t compare, uint32_t value, SIMT_SITE);
+// Adds to two neighbours, at a multiple of 8 bytes in global memory; nobody waits for the sums. The
+// order of two sums decides their bits: here it is a race unless something orders them.
+void reduce_add_f32x2(float* global, float first, float second, SIMT_SITE);
 void __nanosleep(uint32_t nanoseconds, SIMT_SITE);
 [[noreturn]] void __trap(SIMT_SITE);
 

@@ -256,6 +256,10 @@ fn races_are_named_with_both_lines() {
         host,
         &["write by {thread 1} at {here}", "after an atomic access by {thread 0} at {there}"],
     );
+    case("sums_in_no_order").fails(
+        host,
+        &["data race on global memory", "by {thread 1} at {here}", "by {thread 0} at {here}"],
+    );
 }
 
 #[test]
@@ -308,6 +312,7 @@ fn nothing_is_touched_before_the_kernel_in_front_has_ended() {
     // What goes through a wrapper is seen without the detector, too.
     let cases = [
         ("dependent_atomic", format!("{early}atomicAdd by {{thread 0}} at {{here}}")),
+        ("dependent_reduction", format!("{early}reduce_add_f32x2 by {{thread 0}} at {{here}}")),
         ("dependent_flag", format!("{early}load_acquire by {{thread 0}} at {{here}}")),
         ("dependent_cp_async", format!("{early}cp.async by {{thread 0}} at {{here}}")),
         ("dependent_tma", format!("{early}tma_load by {{thread 0}} at {{here}};")),
@@ -381,6 +386,15 @@ fn addresses_are_aligned() {
     for kernel in vectors {
         let n = if kernel.starts_with("shared") { 8 } else { 1 }; // bytes, or words
         one(kernel).n(n).fails(host, &["misaligned access by {thread 0} at {here}", "of 16 bytes"]);
+    }
+    for options in [race(), plain()] {
+        host.set_options(options);
+        let parts = ["reduce_add_f32x2 at {here}", "is not a multiple of 8", "{thread 0}"];
+        one("reduction_misaligned").n(1).fails(host, &parts);
+        let parts = ["reduce_add_f32x2 at {here}", "is of shared memory"];
+        one("reduction_of_shared_memory").fails(host, &parts);
+        let parts = ["reduce_add_f32x2 at {here}", "out of bounds", "byte 4096 of"];
+        one("reduction_misaligned").n(1024).fails(host, &parts);
     }
     // Without the detector, the processor finds what the compiler has left in one piece.
     host.set_options(plain());
@@ -1189,6 +1203,10 @@ fn blocks_hand_over_on_every_schedule() {
         (case("right_additions").blocks(24), 0..64, |i| match i {
             0..32 => 72f32.to_bits(),
             _ => 0x41c0_41c0, // twice 24
+        }),
+        (case("right_sums_in_turn").blocks(9), 32..96, |i| match i % 2 {
+            0 => 16_777_216f32.to_bits(),
+            _ => 9f32.to_bits(),
         }),
         (case("right_chain").blocks(9), 128..152, |i| i * (i + 1) / 2),
         (case("right_handoff").blocks(8).threads(64), 128..640, |i| i / 64 + 1),

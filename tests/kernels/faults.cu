@@ -86,6 +86,12 @@ TEST_KERNEL(atomic_and_plain) {
 }
 EXPORT_KERNEL(atomic_and_plain)
 
+// Both orders are a sum, but not of the same bits.
+TEST_KERNEL(sums_in_no_order) {
+  reduce_add_f32x2(reinterpret_cast<float*>(global), 1, 2);  // here
+}
+EXPORT_KERNEL(sums_in_no_order)
+
 TEST_KERNEL(shared_uninitialised) {
   SHARED(uint32_t, words, 32);
   if (threadIdx.x == 0) words[0] = 0;
@@ -139,6 +145,17 @@ TEST_KERNEL(shared_misaligned_vector) {
   *reinterpret_cast<float4*>(bytes + n) = make_float4(1, 2, 3, float(n));  // here
 }
 EXPORT_KERNEL(shared_misaligned_vector)
+
+TEST_KERNEL(reduction_misaligned) {
+  reduce_add_f32x2(reinterpret_cast<float*>(global) + n, 1, 2);  // here
+}
+EXPORT_KERNEL(reduction_misaligned)
+
+TEST_KERNEL(reduction_of_shared_memory) {
+  SHARED_DYNAMIC(bytes);
+  reduce_add_f32x2(reinterpret_cast<float*>(bytes), 1, 2);  // here
+}
+EXPORT_KERNEL(reduction_of_shared_memory)
 
 TEST_KERNEL(null_argument) {
   global[n] = 1;  // here
@@ -500,6 +517,12 @@ TEST_KERNEL(dependent_atomic) {
   begin_after_previous();
 }
 EXPORT_KERNEL(dependent_atomic)
+
+TEST_KERNEL(dependent_reduction) {
+  reduce_add_f32x2(reinterpret_cast<float*>(global), 1, 2);  // here
+  begin_after_previous();
+}
+EXPORT_KERNEL(dependent_reduction)
 
 TEST_KERNEL(dependent_flag) {
   while (load_acquire(&global[0]) != 0) __nanosleep(32);  // here
@@ -1684,6 +1707,18 @@ TEST_KERNEL(right_additions) {
   if (threadIdx.x == 0) bulk_wait<0>();
 }
 EXPORT_KERNEL(right_additions)
+
+// Blocks add to the same pairs in turn: 2^24 first, to which a single 1 adds nothing.
+TEST_KERNEL(right_sums_in_turn) {
+  float* const sums = reinterpret_cast<float*>(global) + 32 + 2 * threadIdx.x;
+  if (threadIdx.x == 0)
+    while (load_acquire(&global[0]) != blockIdx.x) __nanosleep(64);
+  __syncthreads();
+  reduce_add_f32x2(sums, blockIdx.x == 0 ? 0x1p24f : 1.0f, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(&global[0], blockIdx.x + 1);
+}
+EXPORT_KERNEL(right_sums_in_turn)
 
 // Blocks claim tiles in turn, and each tile needs the sum that the one before it has left.
 TEST_KERNEL(right_chain) {

@@ -274,6 +274,27 @@ fn atomics() -> Vec<Case> {
         }
         Case { blocks: BLOCKS, initial, ..sm80(name, 128, inp, expected) }
     };
+    // Pairs, of which the first have what subnormal numbers make of a sum.
+    let special = [
+        [0x0000_0001, 0x0000_0000, 0x0000_0000], // one in memory: 0
+        [0x3f80_0000, 0x007f_ffff, 0x807f_ffff], // two that are added: 1
+        [0x0080_0001, 0x8080_0000, 0x8000_0000], // one that is the sum: 0, and -0 does not change it
+        [0x80c0_0000, 0x0080_0000, 0x8000_0000], // a negative one: -0
+    ];
+    let mut sums = bits(&Inputs::of("reduce before").normals(64));
+    let mut added = bits(&Inputs::of("reduce").normals(128));
+    for (i, [before, one, other]) in special.into_iter().enumerate() {
+        (sums[i], added[i], added[64 + i]) = (before, one, other);
+    }
+    let flushed = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
+    let float = |word| flushed(f32::from_bits(word));
+    let flushed_sum = |a, b| flushed(float(a) + float(b)).to_bits();
+    let expected = (0..64).map(|i| flushed_sum(flushed_sum(sums[i], added[i]), added[64 + i]));
+    let reduction = Case {
+        initial: sums.clone(),
+        ..Case::new("reduce_add_f32x2", Needs::Sm90a, 32, added.clone(), expected.collect())
+    };
+
     let small: Vec<f32> =
         Inputs::of("atomic f32").integers(ALL, 1000).into_iter().map(|i| i as f32).collect();
     let sum = |a, b| (f32::from_bits(a) + f32::from_bits(b)).to_bits();
@@ -302,6 +323,7 @@ fn atomics() -> Vec<Case> {
         bins("atomic_max_u32", Inputs::of("atomic max").words(ALL), &|a, b| a.max(b)),
         exchange,
         compare,
+        reduction,
     ]
 }
 

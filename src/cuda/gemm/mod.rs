@@ -69,7 +69,8 @@ pub enum Output {
     /// out [M,N] =, in the operands' type. The addend [M,N] is added before the one rounding; it
     /// may be `out` itself. For NT and NN.
     Store { addend: Option<DevicePointer> },
-    /// out [M,N] +=, in fp32. For TN.
+    /// out [M,N] +=, in fp32. For TN. On compute capability 9.0 the L2 cache adds, for which
+    /// subnormal numbers (below 2^-126) are zeros, sums included.
     Accumulate,
     /// out [M,N] =, the first of its columns being heads that are rotated before the one rounding.
     /// For NT.
