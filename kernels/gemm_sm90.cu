@@ -10,10 +10,11 @@
 // Contract: everything row-major; rows are multiples of 8 values; out [M,N] is bf16, and fp32 for
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
 // innermost first: {64, TILE} for a factor whose rows lie along K, half as high for B of a pair of
-// blocks and of two halves; {64, 64} for one whose rows lie along M or N, for out, and for the gate
-// and up that a gradient reads. Tails cost nothing but work: TMA fills what lies outside with zeros
-// and does not store it. One rounding, at the end. Where gate and up lie side by side, [M,2,N],
-// maps have three dimensions, so that a box that leaves one does not enter the other.
+// blocks and of two halves; {64, 64} for one whose rows lie along M or N, for out, and for the
+// addend and the gate and up that are read. Tails cost nothing but work: TMA fills what lies
+// outside with zeros and does not store it. One rounding, at the end. Where gate and up lie side by
+// side, [M,2,N], maps have three dimensions, so that a box that leaves one does not enter the
+// other. The addend may be out itself.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -288,10 +289,9 @@ DEVICE void pack_eight(const float* values, uint32_t (&quarters)[4]) {
   for (int i = 0; i < 4; ++i) quarters[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
 }
 
-// out = the product, plus the addend where there is one.
+// out = the product.
 struct Plain {
   const TensorMap* map_out;
-  const bf16* addend;
   int m, n;
 };
 template <class K>
@@ -303,22 +303,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
     for (int part = 0; part < K::TILE_N / 64; ++part) {
       const int at_row = row + block * MMA_M, at_column = column + part * 64;
       const auto fill = [&](int group, uint32_t(&quarters)[4]) {
-        float values[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = accumulators[block][part * 32 + group * 8 + i];
-        if (to.addend) {
-#pragma unroll
-          for (int i = 0; i < 8; i += 2) {
-            const Place at = place_of(group * 8 + i, at_row, at_column);
-            if (at.row < to.m && at.column < to.n) {
-              const bf16* const pair = to.addend + size_t(at.row) * to.n + at.column;
-              const uint32_t bits = *reinterpret_cast<const uint32_t*>(pair);
-              values[i] += low_float(bits);
-              values[i + 1] += high_float(bits);
-            }
-          }
-        }
-        pack_eight(values, quarters);
+        pack_eight(&accumulators[block][part * 32 + group * 8], quarters);
       };
       send(out, block * (K::TILE_N / 64) + part, fill, [&](const uint8_t* tile) {
         if (at_row < to.m && at_column < to.n) tma_store_2d(to.map_out, tile, at_column, at_row);
@@ -330,6 +315,7 @@ DEVICE void write(const Plain& to, Accumulators<K>& accumulators, const Outbox& 
 // out = the product [T,(H+2K)D], q and k rotated as in pointwise.cu, but before they are rounded.
 // Heads do not cross tiles, so that a pair (i, i + D/2) is in one thread.
 struct Rotated {
+  static constexpr int TILES_READ = 0;
   Plain plain;
   const float* table;    // [P,D]: D/2 cosines of a position, then D/2 sines
   const int* positions;  // [T], each below P
@@ -382,6 +368,7 @@ DEVICE void write(const Rotated& to, Accumulators<K>& accumulators, const Outbox
 // out = gate and up [T,2F], the two halves of the tile; product = silu(gate) up [T,F] of the
 // rounded ones: whoever makes it again from what was stored gets the same bits.
 struct Gated {
+  static constexpr int TILES_READ = 0;
   const TensorMap *map_out, *map_product;  // {F, 2, T} and {F, T}
   int m, n;                                // n is F
 };
@@ -479,6 +466,158 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
   }
 }
 
+// ---------------------------------------------------------------- epilogues that read
+// What they read is as much as they write, and they must not wait for global memory. So each
+// consumer has STORES buffers, of TILES_READ tiles each, and a thread of the producer's warpgroup,
+// its mover: that one loads 64 x 64 values of each matrix ahead of the consumer, which puts results
+// in their place; the mover stores them from there and loads what comes next.
+
+// Of one consumer. Both barriers have a phase for each use of a buffer.
+struct Exchange {
+  Outbox out;         // its tiles: STORES x TILES_READ
+  uint64_t* loaded;   // STORES: by the mover's copies
+  uint64_t* written;  // STORES: by every warp of the consumer
+};
+template <class Epilogue>
+DEVICE uint8_t* buffer_of(const Exchange& exchange, int buffer) {
+  return exchange.out.tiles + Epilogue::TILES_READ * buffer * BLOCK_BYTES;
+}
+
+// Where 64 x 64 values of a matrix are, as tensor maps count.
+struct Corner {
+  int row, column;
+};
+// Stores a buffer's results once they are there, and waits until it can be loaded again.
+template <class Epilogue>
+DEVICE void store_results(const Epilogue& to, const Exchange& exchange, int buffer, uint32_t parity,
+                          Corner from) {
+  mbarrier_wait(&exchange.written[buffer], parity);
+  if (from.row >= to.m || from.column >= to.n) return;
+  store_tiles(to, buffer_of<Epilogue>(exchange, buffer), from);
+  bulk_commit();
+  bulk_wait_read<0>();
+}
+template <class K, class Epilogue>
+DEVICE void move(const Epilogue& to, const Exchange& exchange, const Work& work, int consumer) {
+  constexpr int ACROSS = K::TILE_N / 64;
+  Corner held[STORES];  // what the buffers are used for
+  bool any = false;     // before the first use there is nothing to be stored
+  uint32_t parity = 1;  // of the use before
+  int count = 0;
+  for (int index = first_item(work); index < items(work); index += item_step(work), ++count) {
+    if (!K::SHARED_TILES && count % CONSUMERS != consumer) continue;
+    const Item item = item_at<K>(work, index);
+    const int first_row = item.m + (K::SHARED_TILES ? consumer * K::CONSUMER_M : 0);
+    for (int first = 0; first < K::PARTS; first += STORES) {
+#pragma unroll
+      for (int buffer = 0; buffer < STORES; ++buffer) {
+        if (any) store_results(to, exchange, buffer, parity, held[buffer]);
+        const int part = first + buffer;
+        held[buffer] = {first_row + part / ACROSS * MMA_M, item.n + part % ACROSS * 64};
+        uint64_t* const loaded = &exchange.loaded[buffer];
+        mbarrier_arrive_expect_tx(loaded, Epilogue::TILES_READ * BLOCK_BYTES);
+        load_tiles(to, buffer_of<Epilogue>(exchange, buffer), loaded, held[buffer]);
+      }
+      any = true;
+      parity ^= 1;
+    }
+  }
+#pragma unroll
+  for (int buffer = 0; buffer < STORES; ++buffer)
+    if (any) store_results(to, exchange, buffer, parity, held[buffer]);
+}
+
+// The consumer's part of a tile: change(values, place) for the thread's 8 of each 16 columns, whose
+// place is that in a buffer's first tile. `parity`: of its next use of the buffers.
+template <class K, class Epilogue, class Change>
+DEVICE void exchange_tiles(const Accumulators<K>& accumulators, const Exchange& exchange,
+                           uint32_t& parity, const Change& change) {
+#pragma unroll
+  for (int part = 0; part < K::PARTS; ++part) {
+    const int buffer = part % STORES, block = part / (K::TILE_N / 64);
+    uint8_t* const tile = buffer_of<Epilogue>(exchange, buffer);
+    mbarrier_wait(&exchange.loaded[buffer], parity);
+#pragma unroll
+    for (int group = 0; group < 4; ++group)
+      change(&accumulators[block][part % (K::TILE_N / 64) * 32 + group * 8], place_in(tile, group));
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&exchange.written[buffer]);
+    if (buffer == STORES - 1) parity ^= 1;
+  }
+}
+
+// out = the product, plus the addend where there is one. That may be `out` itself: its mover loads
+// every 64 x 64 values before it stores them.
+struct Sum {
+  static constexpr int TILES_READ = 1;
+  const TensorMap *map_out, *map_addend;
+  int m, n;
+  bool added;
+};
+DEVICE bool reads(const Sum& from) { return from.added; }
+DEVICE void load_tiles(const Sum& from, uint8_t* tiles, uint64_t* loaded, Corner at) {
+  tma_load_2d(tiles, from.map_addend, loaded, at.column, at.row);
+}
+DEVICE void store_tiles(const Sum& to, const uint8_t* tiles, Corner at) {
+  tma_store_2d(to.map_out, tiles, at.column, at.row);
+}
+template <class K>
+DEVICE void write(const Sum& to, Accumulators<K>& accumulators, const Exchange& exchange,
+                  uint32_t& parity, int row, int column) {
+  if (!to.added) {
+    const Outbox out = exchange.out;
+    return write<K>(Plain{to.map_out, to.m, to.n}, accumulators, out, row, column);
+  }
+  const auto change = [](const float* values, uint8_t* place) {
+    uint32_t pairs[4];
+    ldmatrix_x4(pairs, place);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] =
+          pack_bf16(values[2 * i] + low_float(pairs[i]), values[2 * i + 1] + high_float(pairs[i]));
+    stmatrix_x4(place, pairs);
+  };
+  exchange_tiles<K, Sum>(accumulators, exchange, parity, change);
+}
+
+// out = the gradients of gate and up [T,2F], where the product is that of silu(gate) up [T,F].
+struct GatedGradient {
+  static constexpr int TILES_READ = 2;
+  const TensorMap *map_out, *map_gates;  // both {F, 2, T}
+  int m, n;                              // n is F
+};
+DEVICE bool reads(const GatedGradient&) { return true; }
+DEVICE void load_tiles(const GatedGradient& from, uint8_t* tiles, uint64_t* loaded, Corner at) {
+  for (int half = 0; half < 2; ++half)
+    tma_load_3d(tiles + half * BLOCK_BYTES, from.map_gates, loaded, at.column, half, at.row);
+}
+DEVICE void store_tiles(const GatedGradient& to, const uint8_t* tiles, Corner at) {
+  for (int half = 0; half < 2; ++half)
+    tma_store_3d(to.map_out, tiles + half * BLOCK_BYTES, at.column, half, at.row);
+}
+template <class K>
+DEVICE void write(const GatedGradient&, Accumulators<K>& accumulators, const Exchange& exchange,
+                  uint32_t& parity, int, int) {
+  const auto change = [](const float* d_out, uint8_t* place) {
+    uint32_t gates[4], ups[4];  // pairs, and then those of their gradients
+    ldmatrix_x4(gates, place);
+    ldmatrix_x4(ups, place + BLOCK_BYTES);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t gate = gates[pair], up = ups[pair];
+      const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[2 * pair]);
+      const GateUp high =
+          swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[2 * pair + 1]);
+      gates[pair] = pack_bf16(low.gate, high.gate);
+      ups[pair] = pack_bf16(low.up, high.up);
+    }
+    stmatrix_x4(place, gates);
+    stmatrix_x4(place + BLOCK_BYTES, ups);
+  };
+  exchange_tiles<K, GatedGradient>(accumulators, exchange, parity, change);
+}
+
 // ---------------------------------------------------------------- blocks
 // What all kernels do before and around the consumers' work; `consumer_part(consumer)`, and for a
 // warp beside each of them `mover_part(consumer)`. Thread 0 has written `work`.
@@ -516,28 +655,48 @@ DEVICE void run(const TensorMap* map_a, const TensorMap* map_b, const Work* work
   if (work->cluster > 1) cluster_sync();  // the peer's last arrivals find the barriers
 }
 
-// `epilogue`: Plain and the like, [m,n] its result.
+// `epilogue`: Sum and the like, [m,n] its result.
 template <class K, class Epilogue>
 DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, int m, int n, int k,
                                const Epilogue& epilogue) {
-  SHARED_DYNAMIC(ring);  // STAGES stages, then CONSUMERS x STORES store tiles
+  constexpr bool READS = Epilogue::TILES_READ > 0;
+  constexpr int BUFFERS = CONSUMERS * STORES, TILES = READS ? Epilogue::TILES_READ : 1;
+  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS x TILES tiles
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
+  SHARED(uint64_t, loaded, BUFFERS);
+  SHARED(uint64_t, written, BUFFERS);
   SHARED(Work, work, 1);
-  SHARED(Outbox, outboxes, CONSUMERS);
+  SHARED(Exchange, exchanges, CONSUMERS);
   if (threadIdx.x == 0) {
     *work = work_of<K>(m, n, k, 1);
     uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
-    for (int consumer = 0; consumer < CONSUMERS; ++consumer)
-      outboxes[consumer] = {tiles + consumer * STORES * BLOCK_BYTES, 1 + consumer};
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
+      const int first = consumer * STORES;
+      const Outbox out = {tiles + TILES * first * BLOCK_BYTES, 1 + consumer};
+      exchanges[consumer] = {out, loaded + first, written + first};
+    }
+    for (int buffer = 0; READS && buffer < BUFFERS; ++buffer) {
+      mbarrier_init(&loaded[buffer], 1);  // its mover
+      mbarrier_init(&written[buffer], WARPGROUP / 32);
+    }
   }
-  const auto no_mover = [](int) {};
-  run<K>(map_a, map_b, work, ring, full, empty, order, no_mover, [&](int consumer) {
+  const auto mover_part = [&](int consumer) {
+    if constexpr (READS)
+      if (reads(epilogue) && elect_one()) move<K>(epilogue, exchanges[consumer], *work, consumer);
+  };
+  run<K>(map_a, map_b, work, ring, full, empty, order, mover_part, [&](int consumer) {
+    uint32_t parity = 0;
     consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
-                 const Outbox out = outboxes[consumer];
-                 write<K>(epilogue, accumulators, out, item.m + first_row, item.n);
+                 const int row = item.m + first_row;
+                 if constexpr (READS) {
+                   write<K>(epilogue, accumulators, exchanges[consumer], parity, row, item.n);
+                 } else {
+                   const Outbox out = exchanges[consumer].out;
+                   write<K>(epilogue, accumulators, out, row, item.n);
+                 }
                });
     if (threadIdx.x % WARPGROUP == 0) bulk_wait<0>();
   });
@@ -579,155 +738,17 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
   });
 }
 
-// ---------------------------------------------------------------- SwiGLU's gradient
-// out = the gradients of gate and up [T,2F], where the product is that of silu(gate) up [T,F].
-//
-// What the epilogue reads is as much as it writes, and it must not wait for global memory. So each
-// consumer has STORES buffers of two tiles, and a thread of the producer's warpgroup, its mover:
-// that one loads 64 x 64 values of gate and of up ahead of the consumer, which puts the gradients
-// in their place; the mover stores them from there and loads what comes next.
-struct GatedGradient {
-  const TensorMap *map_out, *map_gates;  // both {F, 2, T}
-  int m, n;                              // n is F
-};
-// Of one consumer. Both have a phase for each use of a buffer.
-struct Exchange {
-  uint8_t* tiles;     // STORES x 2
-  uint64_t* loaded;   // STORES: by the mover's copies
-  uint64_t* written;  // STORES: by every warp of the consumer
-};
-DEVICE uint8_t* buffer_of(const Exchange& exchange, int buffer) {
-  return exchange.tiles + 2 * buffer * BLOCK_BYTES;
-}
-
-// Where 64 x 64 values of a matrix are, as tensor maps count.
-struct Corner {
-  int row, column;
-};
-// Stores a buffer's gradients once they are there, and waits until it can be loaded again.
-DEVICE void store_gradients(const GatedGradient& to, const Exchange& exchange, int buffer,
-                            uint32_t parity, Corner from) {
-  mbarrier_wait(&exchange.written[buffer], parity);
-  if (from.row >= to.m || from.column >= to.n) return;
-  for (int half = 0; half < 2; ++half)
-    tma_store_3d(to.map_out, buffer_of(exchange, buffer) + half * BLOCK_BYTES, from.column, half,
-                 from.row);
-  bulk_commit();
-  bulk_wait_read<0>();
-}
-template <class K>
-DEVICE void move(const GatedGradient& to, const Exchange& exchange, const Work& work,
-                 int consumer) {
-  constexpr int ACROSS = K::TILE_N / 64;
-  Corner held[STORES];  // what the buffers are used for
-  bool any = false;     // before the first use there is nothing to be stored
-  uint32_t parity = 1;  // of the use before
-  int count = 0;
-  for (int index = first_item(work); index < items(work); index += item_step(work), ++count) {
-    if (!K::SHARED_TILES && count % CONSUMERS != consumer) continue;
-    const Item item = item_at<K>(work, index);
-    const int first_row = item.m + (K::SHARED_TILES ? consumer * K::CONSUMER_M : 0);
-    for (int first = 0; first < K::PARTS; first += STORES) {
-#pragma unroll
-      for (int buffer = 0; buffer < STORES; ++buffer) {
-        if (any) store_gradients(to, exchange, buffer, parity, held[buffer]);
-        const int part = first + buffer;
-        held[buffer] = {first_row + part / ACROSS * MMA_M, item.n + part % ACROSS * 64};
-        uint64_t* const loaded = &exchange.loaded[buffer];
-        mbarrier_arrive_expect_tx(loaded, 2 * BLOCK_BYTES);
-        for (int half = 0; half < 2; ++half)
-          tma_load_3d(buffer_of(exchange, buffer) + half * BLOCK_BYTES, to.map_gates, loaded,
-                      held[buffer].column, half, held[buffer].row);
-      }
-      any = true;
-      parity ^= 1;
-    }
-  }
-#pragma unroll
-  for (int buffer = 0; buffer < STORES; ++buffer)
-    if (any) store_gradients(to, exchange, buffer, parity, held[buffer]);
-}
-
-// The consumer's part of a tile. `parity`: of its next use of the buffers.
-template <class K>
-DEVICE void differentiate(const Accumulators<K>& accumulators, const Exchange& exchange,
-                          uint32_t& parity) {
-#pragma unroll
-  for (int part = 0; part < K::PARTS; ++part) {
-    const int buffer = part % STORES, block = part / (K::TILE_N / 64);
-    uint8_t* const tile = buffer_of(exchange, buffer);
-    mbarrier_wait(&exchange.loaded[buffer], parity);
-#pragma unroll
-    for (int group = 0; group < 4; ++group) {
-      const float* const d_out = &accumulators[block][part % (K::TILE_N / 64) * 32 + group * 8];
-      uint32_t gates[4], ups[4];  // pairs, and then those of their gradients
-      ldmatrix_x4(gates, place_in(tile, group));
-      ldmatrix_x4(ups, place_in(tile + BLOCK_BYTES, group));
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const uint32_t gate = gates[pair], up = ups[pair];
-        const GateUp low = swiglu_gradient<bf16>(low_float(gate), low_float(up), d_out[2 * pair]);
-        const GateUp high =
-            swiglu_gradient<bf16>(high_float(gate), high_float(up), d_out[2 * pair + 1]);
-        gates[pair] = pack_bf16(low.gate, high.gate);
-        ups[pair] = pack_bf16(low.up, high.up);
-      }
-      stmatrix_x4(place_in(tile, group), gates);
-      stmatrix_x4(place_in(tile + BLOCK_BYTES, group), ups);
-    }
-    fence_proxy_async();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&exchange.written[buffer]);
-    if (buffer == STORES - 1) parity ^= 1;
-  }
-}
-
-template <class K>
-DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* map_b, int k,
-                                       const GatedGradient& gradient) {
-  constexpr int BUFFERS = CONSUMERS * STORES;
-  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS x 2 tiles
-  SHARED(uint64_t, full, K::STAGES);
-  SHARED(uint64_t, empty, K::STAGES);
-  SHARED(uint64_t, order, CONSUMERS);
-  SHARED(uint64_t, loaded, BUFFERS);
-  SHARED(uint64_t, written, BUFFERS);
-  SHARED(Work, work, 1);
-  SHARED(Exchange, exchanges, CONSUMERS);
-  if (threadIdx.x == 0) {
-    *work = work_of<K>(gradient.m, gradient.n, k, 1);
-    uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
-    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-      const int first = consumer * STORES;
-      exchanges[consumer] = {tiles + 2 * first * BLOCK_BYTES, loaded + first, written + first};
-    }
-    for (int buffer = 0; buffer < BUFFERS; ++buffer) {
-      mbarrier_init(&loaded[buffer], 1);
-      mbarrier_init(&written[buffer], WARPGROUP / 32);
-    }
-  }
-  const auto mover_part = [&](int consumer) {
-    if (elect_one()) move<K>(gradient, exchanges[consumer], *work, consumer);
-  };
-  run<K>(map_a, map_b, work, ring, full, empty, order, mover_part, [&](int consumer) {
-    uint32_t parity = 0;
-    consume<K>(ring, full, empty, order, *work, consumer,
-               [&](Accumulators<K>& accumulators, const Item&, int) {
-                 differentiate<K>(accumulators, exchanges[consumer], parity);
-               });
-  });
-}
-
 // ---------------------------------------------------------------- kernels
 // As many stages as 227 KiB hold beside the store tiles, of which tn has none and nn_swiglu twice
 // as many.
-#define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                            \
-  KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                             \
-  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,     \
-   const __grid_constant__ TensorMap map_out, const bf16* addend, int m, int n, int k) { \
-    multiply_and_store<Kind<ALONG_K, b, tile_m, tile_n, stages, shared>>(                \
-        &map_a, &map_b, m, n, k, Plain{&map_out, addend, m, n});                         \
-  }                                                                                      \
+#define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                                      \
+  KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                                       \
+  (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,               \
+   const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_addend, int m, \
+   int n, int k, int added) {                                                                      \
+    multiply_and_store<Kind<ALONG_K, b, tile_m, tile_n, stages, shared>>(                          \
+        &map_a, &map_b, m, n, k, Sum{&map_out, &map_addend, m, n, added != 0});                    \
+  }                                                                                                \
   EXPORT_KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n)
 #define ADD_KERNEL(tile_m, tile_n, stages, shared)                                               \
   KERNEL(gemm_sm90_tn_##tile_m##x##tile_n, THREADS, 1)                                           \
@@ -744,7 +765,7 @@ DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* 
    int n, int k, int rotated, int head_dim) {                                                  \
     multiply_and_store<Kind<ALONG_K, ALONG_K, tile_m, tile_n, stages, shared>>(                \
         &map_a, &map_b, m, n, k,                                                               \
-        Rotated{Plain{&map_out, nullptr, m, n}, table, positions, rotated, head_dim});         \
+        Rotated{Plain{&map_out, m, n}, table, positions, rotated, head_dim});                  \
   }                                                                                            \
   EXPORT_KERNEL(gemm_sm90_nt_rotary_##tile_m##x##tile_n)
 #define SWIGLU_KERNEL(tile_m, tile_n, stages, shared)                                        \
@@ -761,8 +782,8 @@ DEVICE void multiply_and_differentiate(const TensorMap* map_a, const TensorMap* 
   (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,              \
    const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_gates, int m, \
    int n, int k) {                                                                                \
-    multiply_and_differentiate<Kind<ALONG_K, ACROSS_K, tile_m, tile_n, stages, shared>>(          \
-        &map_a, &map_b, k, GatedGradient{&map_out, &map_gates, m, n});                            \
+    multiply_and_store<Kind<ALONG_K, ACROSS_K, tile_m, tile_n, stages, shared>>(                  \
+        &map_a, &map_b, m, n, k, GatedGradient{&map_out, &map_gates, m, n});                      \
   }                                                                                               \
   EXPORT_KERNEL(gemm_sm90_nn_swiglu_##tile_m##x##tile_n)
 

@@ -38,7 +38,7 @@ enum Kernels {
     /// Of loss_sm90.cu.
     Loss,
     GemmSm90,
-    /// Of gemm_sm90.cu, what its section on SwiGLU's gradient says.
+    /// Of gemm_sm90.cu, with SwiGLU's gradient, what its section on epilogues that read says.
     GemmGradient,
     GemmMma,
     /// Of attention_sm90.cu, each with what is in its own section.
@@ -162,8 +162,8 @@ impl Kernels {
         }
     }
 
-    /// The part of the text whose calls are broken: of the Hopper products, what those with and
-    /// without SwiGLU's gradient run; of attention, one pass after the other, and with the second
+    /// The part of the text whose calls are broken: of the Hopper products, the epilogues that read,
+    /// or all but those; of attention, one pass after the other, and with the second
     /// one what both share.
     fn breaks(self, text: &str, at: usize) -> bool {
         let section = |name: &str| {
@@ -171,11 +171,11 @@ impl Kernels {
             start.unwrap_or_else(|| panic!("no section `{name}`"))
         };
         let in_forward = || (section("forward")..section("backward")).contains(&at);
-        let in_gradient = || (section("SwiGLU's gradient")..section("kernels")).contains(&at);
+        let in_reading = || (section("epilogues that read")..section("blocks")).contains(&at);
         match self {
             Kernels::Norm | Kernels::Loss | Kernels::GemmMma => true,
-            Kernels::GemmSm90 => !in_gradient(),
-            Kernels::GemmGradient => in_gradient(),
+            Kernels::GemmSm90 => !in_reading(),
+            Kernels::GemmGradient => in_reading(),
             Kernels::AttentionForward => in_forward(),
             Kernels::AttentionBackward => !in_forward(),
             Kernels::AttentionOnePass | Kernels::AttentionShort => at > section("the work"),
@@ -952,6 +952,12 @@ const PLANTED: &[Planted] = &[
         &["the thread spins"],
     ),
     planted(
+        Kernels::GemmSm90,
+        "the addend is read before it is there",
+        &[("    mbarrier_wait(&exchange.loaded[buffer], parity);\n", "")],
+        &["shared memory 0x", "by block (0,0,0) thread"],
+    ),
+    planted(
         Kernels::GemmGradient,
         "gate and up are read before they are there",
         &[("    mbarrier_wait(&exchange.loaded[buffer], parity);\n", "")],
@@ -973,8 +979,8 @@ const PLANTED: &[Planted] = &[
         Kernels::GemmGradient,
         "one mover for both consumers",
         &[(
-            "move<K>(gradient, exchanges[consumer], *work, consumer)",
-            "move<K>(gradient, exchanges[consumer], *work, 0)",
+            "move<K>(epilogue, exchanges[consumer], *work, consumer)",
+            "move<K>(epilogue, exchanges[consumer], *work, 0)",
         )],
         &["data race on global memory", "of buffer \"out\"", "by a bulk store of block (0,0,0)"],
     ),

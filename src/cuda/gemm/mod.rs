@@ -451,7 +451,7 @@ impl Gemm {
         let mut operands = vec![matrix("A", a, shape_a), matrix("B", b, shape_b)];
         match output {
             Output::Accumulate => results[0].element = size_of::<f32>(),
-            // What is added to where it lies is read before it is written, by the same thread.
+            // What is added to where it lies is read before it is written.
             Output::Store { addend } => {
                 let apart = addend.filter(|&addend| addend != out);
                 operands.extend(apart.map(|address| matrix("the addend", address, [m, n])));

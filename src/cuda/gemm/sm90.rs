@@ -85,7 +85,8 @@ const fn variant(
     };
     // Bytes that the epilogue moves, relative to a plain one: gate, up and product are 1.5; of the
     // gradient, two are written, and of the two that are read half are there before. Heads of 64 read
-    // half as many bytes of angles as a tile of 256 columns writes.
+    // half as many bytes of angles as a tile of 256 columns writes. An addend, of which half is there
+    // before, is not reckoned: it chooses no tile.
     let (halves_of_b, bytes) = match (epilogue, layout) {
         (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
         (Epilogue::SwiGlu, _) => (1, 3.0),
@@ -141,7 +142,8 @@ pub(super) fn arguments(
     Ok(match output {
         Output::Store { addend } => {
             let map_out = across_k(driver, out, [n, m])?;
-            sized(arguments.with(map_out).with(addend.unwrap_or_default()))
+            let map_addend = across_k(driver, addend.unwrap_or(out), [n, m])?;
+            sized(arguments.with(map_out).with(map_addend)).with(i32::from(addend.is_some()))
         }
         Output::Accumulate => sized(arguments.with(out).with(turns)).with(splits as i32),
         Output::Rotate(Rotation { table, positions, columns, head_dim }) => {
