@@ -1444,7 +1444,7 @@ fn every_synchronisation_that_is_broken_is_caught() {
 
 #[test]
 fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
-    break_all(&[Kernels::GemmGradient], 20);
+    break_all(&[Kernels::GemmGradient], 15);
 }
 
 #[test]
