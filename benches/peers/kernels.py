@@ -362,6 +362,7 @@ def measure(args):
         for name, entry in joined.items():
             entry["peers"] = peers.setdefault(name, entry["peers"])
         record["rows"] = list(joined.values())
+        write(record, args)
         if not record["ceilings"]:
             record["ceilings"] = time_ceilings(stopwatch, twins, record["rows"])
         record["rounds"] += 1
