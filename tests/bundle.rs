@@ -135,13 +135,14 @@ fn a_bundle_goes_on_after_failures() {
         ("bench step without overlap", "failed", "signal 11"),
     ];
     assert_stages(&summary, &expected);
-    // The rest of the cases comes at once; tests one by one wait for the modules and training, and
-    // one that has passed beside others does not run again.
+    // The rest of the cases comes at once; tests one by one wait for the modules, and one that has
+    // passed beside others does not run again.
     let order = names(&summary);
     assert_eq!(order[..3], ["info", "conformance", "conformance from wgmma_b"]);
     let at = |name| order.iter().position(|it| *it == name).unwrap();
-    assert!(at("train compared") < at("test cuda::gemm::splits"));
-    assert!(at("test cuda::gemm::tails") < at("bench step"));
+    assert!(at("test cuda::norm") < at("test cuda::gemm::splits"));
+    assert!(at("test cuda::gemm::tails") < at("train simt"));
+    assert!(at("train compared") < at("bench step"));
     assert!(!order.contains(&"test cuda::gemm::tiles"));
     assert!(at("bench step without overlap") < at("bench attention"));
     assert!(at("bench attention") < at("bench gemm"));
@@ -240,6 +241,33 @@ fn stages_of_a_bundle_are_told_what_is_left() {
     let none = run(&results("none"), "16");
     assert!(stage(&none, "bench tune")["why"].as_str().unwrap().contains("no time is left"));
     assert_eq!(stage(&none, "bench step")["status"], "ok");
+}
+
+/// On a GPU there is no time for tests that never touch it; what is left out has none that do.
+#[test]
+fn a_bundle_leaves_out_what_tests_simt_alone() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    bundle(folder.path(), "");
+    let (_, summary) = run(folder.path(), &["--only", "test "]);
+    let expected = [
+        ("test cuda::faults", "skipped", "of the CPU machine alone"),
+        ("test cuda::norm", "ok", ""),
+    ];
+    assert_stages(&summary, &expected);
+    let stages = fs::read_to_string(source().join("tools/stages.py")).unwrap();
+    let list = stages.lines().find(|line| line.starts_with("OF_SIMT = ")).unwrap();
+    let modules: Vec<&str> = list.split('"').filter_map(|it| it.strip_prefix("cuda::")).collect();
+    assert!(modules.contains(&"faults"), "{list}");
+    for module in modules {
+        let path = source().join(format!("tests/cuda/{module}.rs"));
+        let text = fs::read_to_string(path).unwrap();
+        for gpu in ["on_every_machine", "on_each_machine", "machines()", "Nvidia"] {
+            assert!(!text.contains(gpu), "{module} has {gpu}");
+        }
+    }
 }
 
 /// A question that the driver may answer with an error is none of a kernel's.

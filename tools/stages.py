@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "isobath"
 TESTS = HERE / "isobath-tests"
 PEERS = HERE / "benches/peers"
+# Modules of tests that no GPU has part in, and that take a while.
+OF_SIMT = ["cuda::commands", "cuda::faults", "cuda::mutants"]
 KERNELS = ["attention", "gemm", "norm", "loss", "adamw"]
 # kernels.py and its like: what they need is not here.
 NEEDS_MISSING = 2
@@ -50,8 +52,8 @@ class Stage:
 
     @property
     def is_late(self):
-        """Of the benches, and what comes behind them."""
-        return self.name.startswith(("bench ", "peers ", "memcheck ", "racecheck "))
+        """Behind conformance and the tests, whose time has an end for that."""
+        return not self.name.startswith(("info", "conformance", "test "))
 
 
 def is_json(text):
@@ -165,9 +167,13 @@ def tests(args):
             return [Stage(f"test {name}", [TESTS, name, "--exact", "--nocapture"], 15,
                           environment=machines) for name in names if name not in done]
         return rest
-    return [Stage(f"test {module}", [TESTS, f"{module}::", "--nocapture"], limit, missing=missing,
-                  environment=machines, then=one_by_one(names))
-            for module, names in (modules or {"cuda": []}).items()]
+    stages = []
+    for module, names in (modules or {"cuda": []}).items():
+        of_simt = args.device == "cuda" and module in OF_SIMT
+        why = "of the CPU machine alone: --device simt" if of_simt else missing
+        stages.append(Stage(f"test {module}", [TESTS, f"{module}::", "--nocapture"], limit,
+                            missing=why, environment=machines, then=one_by_one(names)))
+    return stages
 
 
 def trainings(args, results):
@@ -195,8 +201,8 @@ def benches(args):
     without_overlap = {"ISOBATH_OVERLAP": "0"}
     step = bench(args, "step", samples=10)
     return [
-        Stage("bench step", step, 60),
-        Stage("bench step without overlap", step, 60, environment=without_overlap),
+        Stage("bench step", step, 40),
+        Stage("bench step without overlap", step, 40, environment=without_overlap),
         *[Stage(f"bench {name}", bench(args, name), 60) for name in KERNELS],
     ]
 
