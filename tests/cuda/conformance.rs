@@ -11,7 +11,7 @@ use isobath::cuda::conformance::{
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
 
-use super::counting::Counting;
+use super::counting::{Counting, OnItsWay};
 use super::machines::on_every_machine_in_turn;
 use crate::support::{isobath, source};
 
@@ -288,7 +288,7 @@ fn what_fails_alone_does_not_end_a_recording() {
     assert_eq!(goldens.of("ldmatrix_x1").unwrap(), before.of("ldmatrix_x1").unwrap());
     assert!(goldens.of("bf16_bits").unwrap().is_recorded());
 
-    let record_with = |changes: Box<dyn FnMut(&mut [u8])>| {
+    let record_with = |changes: OnItsWay| {
         let mut driver = Counting { on_its_way: Some(changes), ..gpu().unwrap() };
         let case = chosen(&["bf16_bits".to_string()], None).unwrap();
         record(&mut driver, case, &before, "today", &mut nobody).unwrap()

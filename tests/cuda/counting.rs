@@ -35,6 +35,9 @@ pub enum Taken {
 /// "launch", "event", "elapsed" and "synchronize", in their order.
 pub type Calls = Rc<RefCell<Vec<&'static str>>>;
 
+/// Sees, and may change, what comes to the host.
+pub type OnItsWay = Box<dyn FnMut(&mut [u8])>;
+
 /// In the order in which it was taken.
 pub type TakenSoFar = Rc<RefCell<Vec<Taken>>>;
 
@@ -52,8 +55,7 @@ pub struct Counting {
     /// This kernel faults; from then on nothing can be asked of the machine.
     pub faults: Option<String>,
     pub gone: bool,
-    /// Sees, and may change, whatever comes to the host.
-    pub on_its_way: Option<Box<dyn FnMut(&mut [u8])>>,
+    pub on_its_way: Option<OnItsWay>,
     pub order: Option<Rc<RefCell<Order>>>,
     /// Launches that ran dependent, replayed ones included.
     pub dependent: Rc<Cell<u64>>,
