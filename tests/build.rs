@@ -341,7 +341,7 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
         // What is accumulated is read before it is written, from registers.
         assert_eq!(has(code, "UTMASTG"), !name.contains("_tn_"), "{name}");
     }
-    assert_eq!(code.len(), 9 + 8, "three layouts in three tiles, and the epilogues");
+    assert_eq!(code.len(), 9 + 9, "three layouts in three tiles, and the epilogues");
 }
 
 /// wgmma and TMA in every kernel; and the exponents of a step stand before the wait for the products
