@@ -25,8 +25,9 @@
 // Two blocks may be launched as a cluster. They take tiles one below the other, and each loads half
 // of B's tile for both.
 //
-// The K of a tn tile may be cut into `splits`, a block for each. They add to the result one after
-// the other, in the order of K: turns[] says whose turn it is, so that every run has the same bits.
+// Where the last tiles are fewer than the blocks, the K of each of a tn product's may be cut into
+// `splits`, a block for each. They add to the result one after the other, in the order of K:
+// turns[] says whose turn it is, so that every run has the same bits.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes
@@ -87,23 +88,29 @@ DEVICE void skip(Position<STAGES>& at, int steps) {
 // need.
 struct Work {
   int rows, columns;  // how many tiles M and N have, those of a cluster counted as one
-  int splits;         // blocks that share the K of a tile
+  int whole;          // tiles that a block, or cluster, takes whole; of those behind them,
+  int splits;         // so many share the K of one
   int steps;          // of K, all splits together
   int cluster, rank;  // blocks that share B's tiles, and which of them this one is
 };
 struct Item {
-  int m, n;         // of the tile's first element
-  int tile, split;  // which tile, of this block alone, and which of its splits
-  int first, end;   // steps of K
+  int m, n;           // of the tile's first element
+  int split, splits;  // which of how many; 1: the tile is whole
+  int shared;         // which tile of those that are split, of this block alone
+  int first, end;     // steps of K
 };
-DEVICE int items(const Work& work) { return work.rows * work.columns * work.splits; }
+DEVICE int split_tiles(const Work& work) { return work.rows * work.columns - work.whole; }
+DEVICE int items(const Work& work) { return work.whole + split_tiles(work) * work.splits; }
 DEVICE int first_item(const Work& work) { return int(blockIdx.x) / work.cluster; }
 DEVICE int item_step(const Work& work) { return int(gridDim.x) / work.cluster; }
 template <class K>
 DEVICE Work work_of(int m, int n, int k, int splits) {
   const int cluster = int(cluster_size()), cluster_m = cluster * K::TILE_M;
-  return {(m + cluster_m - 1) / cluster_m,
-          (n + K::COLUMNS - 1) / K::COLUMNS,
+  const int rows = (m + cluster_m - 1) / cluster_m, columns = (n + K::COLUMNS - 1) / K::COLUMNS;
+  const int tiles = rows * columns, clusters = int(gridDim.x) / cluster;
+  return {rows,
+          columns,
+          splits == 1 ? tiles : tiles / clusters * clusters,
           splits,
           (k + TILE_K - 1) / TILE_K,
           cluster,
@@ -111,18 +118,23 @@ DEVICE Work work_of(int m, int n, int k, int splits) {
 }
 template <class K>
 DEVICE Item item_at(const Work& work, int index) {
-  const int tiles = work.rows * work.columns;
-  const int tile = index % tiles, split = index / tiles;
+  // Behind the whole tiles, first all that begin with the first step.
+  const int behind = index - work.whole;
+  const bool whole = behind < 0;
+  const int split = whole ? 0 : behind / split_tiles(work);
+  const int splits = whole ? 1 : work.splits;
+  const int tile = whole ? index : work.whole + behind % split_tiles(work);
   const int group = GROUP / work.cluster, group_tiles = group * work.columns;
   const int first_row = tile / group_tiles * group, within = tile % group_tiles;
   const int group_rows = min(group, work.rows - first_row);
   // As even as possible, and none without a step: there are no more splits than steps.
-  const int each = work.steps / work.splits, left = work.steps % work.splits;
+  const int each = work.steps / splits, left = work.steps % splits;
   const int first_step = split * each + min(split, left);
   return {((first_row + within % group_rows) * work.cluster + work.rank) * K::TILE_M,
           within / group_rows * K::COLUMNS,
-          tile * work.cluster + work.rank,
           split,
+          splits,
+          (tile - work.whole) * work.cluster + work.rank,
           first_step,
           first_step + each + (split < left ? 1 : 0)};
 }
@@ -568,8 +580,8 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
   });
 }
 
-// turns [2 x tiles]: all 0, and 0 again when the kernel ends. With more than one split, every block
-// has one item at most, and waits for blocks of lower indices alone.
+// turns [2 x tiles that are split]: all 0, and 0 again when the kernel ends. A block has one split
+// at most, as its last item, and waits for blocks of lower indices alone.
 template <class K>
 DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, float* out,
                              uint32_t* turns, int m, int n, int k, int splits) {
@@ -586,17 +598,17 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
                  // Each consumer of a shared tile takes turns with its own rows of other splits.
                  uint32_t* const turn =
-                     turns + CONSUMERS * item.tile + (K::SHARED_TILES ? consumer : 0);
-                 if (splits > 1) {
+                     turns + CONSUMERS * item.shared + (K::SHARED_TILES ? consumer : 0);
+                 if (item.splits > 1) {
                    if (first_thread)
                      while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);
                    barrier_sync(1 + consumer, WARPGROUP);
                  }
                  add<K>(accumulators, out, item.m + first_row, item.n, m, n);
-                 if (splits > 1) {
+                 if (item.splits > 1) {
                    barrier_sync(1 + consumer, WARPGROUP);
                    const int next = item.split + 1;
-                   if (first_thread) store_release(turn, uint32_t(next == splits ? 0 : next));
+                   if (first_thread) store_release(turn, uint32_t(next == item.splits ? 0 : next));
                  }
                });
   });

@@ -209,14 +209,16 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
     for (int j = 0; j < VALUES<T>; ++j) d_gains[i][j] = 0;
 
   for (int row = first_row; row < rows; row += row_step) {
-    // As they came: unpacked they would take twice the registers.
-    uint4 held_inp[VECTORS], held_d_out[VECTORS];
+    // As they came: unpacked they would take twice the registers. All that a row reads is under way at
+    // once.
+    uint4 held_inp[VECTORS], held_d_out[VECTORS], held_before[VECTORS];
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
       const int at = thread + i * THREADS;
       const uint4 zeros = make_uint4(0, 0, 0, 0);
       held_inp[i] = at < vectors ? row_of(inp, row, columns)[at] : zeros;
       held_d_out[i] = at < vectors ? row_of(d_out, row, columns)[at] : zeros;
+      held_before[i] = accumulate && at < vectors ? row_of(d_inp, row, columns)[at] : zeros;
     }
     const float centre = mean ? mean[row] : 0.0f, scale = rstd[row];
 
@@ -257,14 +259,13 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
           const float x = (values[j] - centre) * scale, g = d_values[j] * w[j];
           values[j] = (g - mean_g - x * mean_gx) * scale;
         }
-        uint4* const to = row_of(d_inp, row, columns) + at;
         if (accumulate) {
           float before[VALUES<T>];
-          unpack(*to, before);
+          unpack(held_before[i], before);
 #pragma unroll
           for (int j = 0; j < VALUES<T>; ++j) values[j] += before[j];
         }
-        *to = pack(values);
+        row_of(d_inp, row, columns)[at] = pack(values);
       }
     }
   }

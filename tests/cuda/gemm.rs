@@ -344,9 +344,12 @@ fn splits_add_in_their_order() {
         }
         let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
         for variant in gemm.variants(Layout::Tn) {
-            // One tile with tails, then two, of eight steps and a bit: unequal splits.
-            for (columns, least) in [(variant.columns - 8, 4), (variant.columns + 8, 2)] {
-                let shape = [variant.rows - 8, columns, 8 * variant.depth + 5];
+            // One tile with tails, then two, of eight steps and a bit: unequal splits. Then one for each
+            // block and one more, which is split behind them.
+            let more = (multiprocessors + 1) * variant.columns - 8;
+            let cases = [(variant.columns - 8, 8, 4), (variant.columns + 8, 8, 2), (more, 4, 4)];
+            for (columns, steps, least) in cases {
+                let shape = [variant.rows - 8, columns, steps * variant.depth + 5];
                 let most = variant.most_splits(shape, 1, multiprocessors);
                 assert!(most >= least, "{most} splits on {multiprocessors} multiprocessors");
                 let matrices = Matrices::ramp(Dtype::Bf16, shape);
@@ -372,7 +375,13 @@ fn splits_add_in_their_order() {
         let (m, n, k) = (variant.rows, variant.columns, variant.depth);
         assert_eq!(variant.most_splits([m, n, k], 1, 132), 1, "no split is empty");
         assert_eq!(variant.most_splits([3 * m, 6 * n, 100 * k], 1, 132), 7, "a block for each");
-        assert_eq!(variant.most_splits([12 * m, 12 * n, 100 * k], 1, 132), 1);
+        assert_eq!(variant.most_splits([12 * m, 11 * n, 100 * k], 1, 132), 1, "a full wave");
+        let sizes = [12 * m, 12 * n, 100 * k];
+        assert_eq!(variant.most_splits(sizes, 1, 132), 11, "of the last twelve");
+        assert_eq!(variant.most_splits(sizes, 2, 132), 11, "of the last six pairs, by 66");
+        let split = Choice { splits: 11, ..Choice::whole(variant) };
+        assert_eq!(variant.longest(sizes, &split, 132), [2, 100 + 10], "100 / 11, rounded up");
+        assert_eq!(variant.longest(sizes, &Choice::whole(variant), 132), [2, 200]);
         let nt = gemm.variants(Layout::Nt).next().unwrap();
         assert_eq!(nt.most_splits([m, n, 100 * k], 1, 132), 1, "what is stored is not split");
         gemm.release(driver).unwrap();

@@ -396,12 +396,13 @@ const PRODUCTS: [ProductCase; 4] = [
     (Layout::Tn, 256, 3, 1, 104, 104, 390, false),
     (Layout::Nt, 128, 1, 2, 130, 264, 456, false),
 ];
-const MORE_PRODUCTS: [ProductCase; 5] = [
+const MORE_PRODUCTS: [ProductCase; 6] = [
     (Layout::Nt, 256, 1, 1, 130, 264, 328, true),
     (Layout::Nn, 192, 1, 1, 130, 200, 72, true),
     (Layout::Nn, 128, 1, 1, 64, 72, 64, false),
     (Layout::Tn, 128, 1, 1, 136, 264, 72, false),
     (Layout::Tn, 256, 1, 2, 136, 264, 328, false),
+    (Layout::Tn, 128, 2, 1, 264, 200, 136, false),
 ];
 
 fn run_gemm_sm90(
@@ -957,7 +958,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the last split leaves its turn for the next launch",
-        &[("uint32_t(next == splits ? 0 : next)", "uint32_t(next)")],
+        &[("uint32_t(next == item.splits ? 0 : next)", "uint32_t(next)")],
         &["the thread spins"],
     ),
     planted(

@@ -51,7 +51,8 @@ pub struct GemmRow {
     pub launches: u64,
     pub kernel: &'static str,
     pub splits: usize,
-    /// Tiles, splits counted, for each multiprocessor.
+    pub cluster: usize,
+    /// Tiles for each multiprocessor.
     pub waves: f64,
     /// Of the last wave counted whole and of what tiles overhang: FLOPs that are asked for, of those
     /// that are done.
@@ -131,12 +132,10 @@ pub(in crate::bench) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<Gem
             row.launches += kernel.launches;
             continue;
         }
-        let Choice { variant, splits, .. } = choice;
-        let items = variant.tiles(m, n / halves) * splits;
-        let waves = items as f64 / multiprocessors as f64;
-        let steps = k.div_ceil(variant.depth).div_ceil(splits);
-        let done = waves.ceil()
-            * (multiprocessors * variant.rows * variant.columns * halves) as f64
+        let Choice { variant, splits, cluster } = choice;
+        let waves = variant.tiles(m, n / halves) as f64 / multiprocessors as f64;
+        let [_, steps] = variant.longest(tiled, &choice, multiprocessors);
+        let done = (multiprocessors * variant.rows * variant.columns * halves) as f64
             * (steps * variant.depth) as f64;
         let seconds = choice.seconds(tiled, multiprocessors, FASTEST * peak);
         rows.push(GemmRow {
@@ -150,6 +149,7 @@ pub(in crate::bench) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<Gem
             launches: kernel.launches,
             kernel: variant.kernel,
             splits,
+            cluster,
             waves,
             fill: (m * n) as f64 * k as f64 / done,
             stages: variant.stages,
@@ -194,7 +194,7 @@ impl fmt::Display for GemmPrediction {
         )?;
         writeln!(
             f,
-            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
+            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
             "preset",
             "tokens",
             "",
@@ -203,6 +203,7 @@ impl fmt::Display for GemmPrediction {
             "K",
             "launches",
             "kernel",
+            "by",
             "in",
             "waves",
             "fill",
@@ -213,7 +214,7 @@ impl fmt::Display for GemmPrediction {
         for row in &self.products {
             writeln!(
                 f,
-                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
+                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
                  {:>9.0} {:>5.1} %",
                 row.preset,
                 row.tokens,
@@ -223,6 +224,7 @@ impl fmt::Display for GemmPrediction {
                 row.k,
                 row.launches,
                 row.kernel,
+                row.cluster,
                 row.splits,
                 row.waves,
                 100.0 * row.fill,

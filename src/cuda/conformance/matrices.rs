@@ -244,6 +244,8 @@ struct Wgmma {
     n: usize,
     a: Option<Layout>,
     b: Layout,
+    /// Columns of B in front of those that are multiplied, in the same rows of the swizzle.
+    skipped: usize,
     scale_d: bool,
     normal: bool,
 }
@@ -292,7 +294,11 @@ impl Wgmma {
             span => format!(" swizzle {span}"),
         };
         let kind = if self.normal { " of normals" } else { "" };
-        format!("{}{}{kind}", self.kernel(), span(self.b))
+        let behind = match self.skipped {
+            0 => String::new(),
+            columns => format!(" behind {columns} columns"),
+        };
+        format!("{}{}{behind}{kind}", self.kernel(), span(self.b))
     }
 
     fn case(&self) -> Case {
@@ -302,9 +308,10 @@ impl Wgmma {
             true => Matrix::normals(&format!("{name} {operand}"), rows, k),
             false => Matrix::integers(&format!("{name} {operand}"), rows, k, 3),
         };
-        let (a, b) = (matrix("a", 64), matrix("b", n));
+        let (a, b) = (matrix("a", 64), matrix("b", self.skipped + n));
         let shared_a = self.a.map(|layout| layout.lay(&a));
         let (mut inp, bytes) = wgmma_input(k / 16, self.scale_d, shared_a, self.b.lay(&b));
+        inp[9] += 2 * self.skipped as u32;
         if self.a.is_none() {
             for (index, thread) in (0..16).flat_map(|index| (0..128).map(move |t| (index, t))) {
                 let (step, register) = (index / 4, index % 4);
@@ -315,7 +322,7 @@ impl Wgmma {
         }
         let d = |register: usize, thread: usize| {
             let (row, column) = element_of_d(thread, register);
-            let sum = a.dot(row, &b, column, 0..k);
+            let sum = a.dot(row, &b, self.skipped + column, 0..k);
             let kept = if self.scale_d { before(thread, register) } else { 0.0 };
             ((sum + kept) as f32).to_bits()
         };
@@ -350,7 +357,7 @@ fn wgmma() -> Vec<Case> {
                 if all || of_two {
                     // Alternately with and without what was in D.
                     let scale_d = (n / 8 + launches.len()) % 2 == 0;
-                    launches.push(Wgmma { n, a, b, scale_d, normal: false });
+                    launches.push(Wgmma { n, a, b, skipped: 0, scale_d, normal: false });
                 }
             }
         }
@@ -359,10 +366,16 @@ fn wgmma() -> Vec<Case> {
         for mn_major in [false, true] {
             let layout = Layout { mn_major, span };
             let (a, b) = (Some(layout), layout);
-            launches.push(Wgmma { n: 64, a, b, scale_d: false, normal: false });
+            launches.push(Wgmma { n: 64, a, b, skipped: 0, scale_d: false, normal: false });
         }
     }
-    launches.push(Wgmma { n: 64, a: Some(K_MAJOR), b: K_MAJOR, scale_d: false, normal: true });
+    // Half of the columns of a row, the second one.
+    for (span, n) in [(128, 32), (64, 16)] {
+        let b = Layout { mn_major: true, span };
+        launches.push(Wgmma { n, a: None, b, skipped: n, scale_d: false, normal: false });
+    }
+    let (a, b) = (Some(K_MAJOR), K_MAJOR);
+    launches.push(Wgmma { n: 64, a, b, skipped: 0, scale_d: false, normal: true });
     launches.iter().map(Wgmma::case).collect()
 }
 

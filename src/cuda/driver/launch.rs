@@ -64,7 +64,7 @@ const MAX_CLUSTER_BLOCKS: u64 = 8;
 const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
 /// Shared memory that the system takes for each resident block, from compute capability 8.0 on.
-const RESERVED_SHARED_BYTES: u64 = 1024;
+pub const RESERVED_SHARED_BYTES: u32 = 1024;
 
 /// Whether this machine can run this launch of this kernel. Errors: the first rule that is broken.
 ///
@@ -141,7 +141,7 @@ pub fn check_launch(
     }
     if launch.cooperative {
         let by_threads = u128::from(properties.max_threads_per_multiprocessor) / threads;
-        let of_each = u128::from(shared + RESERVED_SHARED_BYTES);
+        let of_each = u128::from(shared + u64::from(RESERVED_SHARED_BYTES));
         let by_shared = u128::from(properties.shared_bytes_per_multiprocessor) / of_each;
         let resident = by_threads.min(by_shared) * u128::from(properties.multiprocessors);
         let wanted = count(grid);

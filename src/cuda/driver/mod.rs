@@ -14,7 +14,7 @@ mod tensor_map;
 
 pub use arguments::{Argument, Arguments, Reach};
 pub use capture::Capture;
-pub use launch::{Launch, check_arguments, check_launch};
+pub use launch::{Launch, RESERVED_SHARED_BYTES, check_arguments, check_launch};
 pub use ledger::Ledger;
 pub use tensor_map::{
     Fill, L2Promotion, MappedTensor, Swizzle, TensorMap, TensorMapSpec, TensorType,
@@ -97,8 +97,9 @@ pub struct KernelInfo {
     pub registers: Option<u32>,
     /// Spilled bytes of a thread.
     pub local_bytes: u32,
-    /// `None` on the CPU, where a variable is known once a block has come to its declaration; the
-    /// machine adds them up then and holds them to the same limit.
+    /// At least: a GPU's driver refuses what is too much. `None` on the CPU, where a variable is known
+    /// once a block has come to its declaration; the machine adds them up then and holds them to the
+    /// same limit.
     pub static_shared_bytes: Option<u32>,
 }
 

@@ -30,6 +30,9 @@ pub struct Variant {
 pub(super) struct Speed {
     /// Of a machine full of these tiles, relative to the family's fastest.
     pub(super) relative: f64,
+    /// Products of the fastest tile in the time that a value of a factor takes from the L2 cache to its
+    /// multiprocessor, when all of them load; 0: it is part of `relative`.
+    pub(super) loaded: f64,
     /// Values of k that could be multiplied while a tile is written.
     pub(super) epilogue: f64,
     /// Whether the next tile is multiplied meanwhile.
@@ -41,7 +44,7 @@ pub(super) struct Speed {
 
 impl Speed {
     pub(super) const fn plain(relative: f64) -> Self {
-        Speed { relative, epilogue: 0.0, overlapped: false, turn: None }
+        Speed { relative, loaded: 0.0, epilogue: 0.0, overlapped: false, turn: None }
     }
 }
 
@@ -49,9 +52,9 @@ impl Speed {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Choice {
     pub variant: &'static Variant,
-    /// Blocks that share the K of a tile; 1: none.
+    /// Blocks that share the K of each tile of the last wave, where the tiles do not fill it; 1: none.
     pub splits: usize,
-    /// Blocks that load B's tiles for each other; 1: none.
+    /// Blocks, one below the other, that load B's tiles for each other; 1: none.
     pub cluster: usize,
 }
 
@@ -113,33 +116,62 @@ impl Variant {
         }
     }
 
-    /// The most splits that a product [M,N,K] has on so many multiprocessors: one block for each,
-    /// none of them without a step.
+    /// The most splits that a product [M,N,K] has on so many multiprocessors: in the last wave one block
+    /// for each, none of them without a step.
     pub fn most_splits(
         &self,
         [m, n, k]: [usize; 3],
         cluster: usize,
         multiprocessors: usize,
     ) -> usize {
-        let tiles = self.tiles_of_clusters(m, n, cluster);
+        let clusters = multiprocessors / cluster;
+        let rest = self.tiles_of_clusters(m, n, cluster) / cluster % clusters;
         match self.speed.turn {
-            Some(_) => (multiprocessors / tiles).min(k.div_ceil(self.depth)).max(1),
-            None => 1,
+            Some(_) if rest > 0 => (clusters / rest).min(k.div_ceil(self.depth)).max(1),
+            _ => 1,
         }
     }
 
-    /// The time of the multiprocessor with the most tiles, in products of the fastest tile.
-    fn time(&self, [m, n, k]: [usize; 3], choice: &Choice, multiprocessors: usize) -> f64 {
-        let Speed { relative, epilogue, overlapped, turn } = self.speed;
+    /// All clusters and splits that a product [M,N,K] has on so many multiprocessors.
+    pub fn choices(
+        &'static self,
+        sizes: [usize; 3],
+        multiprocessors: usize,
+    ) -> impl Iterator<Item = Choice> {
+        let clusters = self.clusters().iter().filter(move |&&cluster| cluster <= multiprocessors);
+        clusters.flat_map(move |&cluster| {
+            let splits = 1..=self.most_splits(sizes, cluster, multiprocessors);
+            splits.map(move |splits| Choice { variant: self, splits, cluster })
+        })
+    }
+
+    /// Tiles of the multiprocessor with the most of them, and steps of K that it goes through.
+    pub fn longest(
+        &self,
+        [m, n, k]: [usize; 3],
+        choice: &Choice,
+        multiprocessors: usize,
+    ) -> [usize; 2] {
         let &Choice { splits, cluster, .. } = choice;
-        let tiles = self.tiles_of_clusters(m, n, cluster);
-        let items = (tiles * splits).div_ceil(multiprocessors) as f64;
-        let steps = k.div_ceil(self.depth).div_ceil(splits);
-        let written = if overlapped { 1.0 } else { items };
-        let depth = items * (steps * self.depth) as f64
-            + written * epilogue
-            + (splits - 1) as f64 * turn.unwrap_or(0.0);
-        depth * (self.rows * self.columns * self.halves_of_b) as f64 / relative
+        let (tiles, clusters) =
+            (self.tiles_of_clusters(m, n, cluster) / cluster, multiprocessors / cluster);
+        let (whole, rest) = (tiles / clusters, usize::from(!tiles.is_multiple_of(clusters)));
+        let steps = k.div_ceil(self.depth);
+        [whole + rest, whole * steps + rest * steps.div_ceil(splits)]
+    }
+
+    /// The time of the multiprocessor with the most tiles, in products of the fastest tile.
+    fn time(&self, sizes: [usize; 3], choice: &Choice, multiprocessors: usize) -> f64 {
+        let Speed { relative, loaded, epilogue, overlapped, turn } = self.speed;
+        let &Choice { splits, cluster, .. } = choice;
+        let [rows, columns] = self.tile().map(|size| size as f64);
+        // For each value of k: what is multiplied, or what comes from the L2 cache meanwhile.
+        let loading = (rows + columns / cluster as f64) * loaded;
+        let depth_one = (rows * columns / relative).max(loading);
+        let [tiles, steps] = self.longest(sizes, choice, multiprocessors);
+        let written = if overlapped { 1.0 } else { tiles as f64 };
+        let behind = written * epilogue + (splits - 1) as f64 * turn.unwrap_or(0.0);
+        (steps * self.depth) as f64 * depth_one + behind * rows * columns
     }
 
     /// Rows of A and of B that are multiplied.
@@ -163,16 +195,13 @@ impl Variant {
 }
 
 /// What makes a product [M,N,K] in the least time of the multiprocessor with the most tiles; `None`
-/// where there are no variants. The first one of equals. Clusters are left to who has timed them.
+/// where there are no variants. The first one of equals, and of a variant the smallest cluster.
 pub fn choose(
     variants: impl Iterator<Item = &'static Variant>,
     sizes: [usize; 3],
     multiprocessors: usize,
 ) -> Option<Choice> {
-    let all = variants.flat_map(|variant| {
-        (1..=variant.most_splits(sizes, 1, multiprocessors))
-            .map(move |splits| Choice { splits, ..Choice::whole(variant) })
-    });
+    let all = variants.flat_map(|variant| variant.choices(sizes, multiprocessors));
     let time = |it: &Choice| it.variant.time(sizes, it, multiprocessors);
     all.min_by(|a, b| time(a).total_cmp(&time(b)))
 }

@@ -7,7 +7,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::presence::has_function;
-use crate::cuda::driver::{KernelInfo, Launch};
+use crate::cuda::driver::{KernelInfo, Launch, RESERVED_SHARED_BYTES};
 
 pub(super) fn names_in(module: sys::CUmodule) -> Result<Vec<String>, DriverError> {
     let mut count: c_uint = 0;
@@ -69,7 +69,11 @@ pub(super) fn info_of(name: &str, function: sys::CUfunction) -> Result<KernelInf
         compiled_for: (ptx_version / 10, ptx_version % 10),
         registers: Some(attribute(Of::CU_FUNC_ATTRIBUTE_NUM_REGS)?),
         local_bytes: attribute(Of::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-        static_shared_bytes: Some(attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?),
+        // What the system takes of a block's may be among it (code of CUDA 13 for 9.0 declares it).
+        static_shared_bytes: Some(
+            attribute(Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?
+                .saturating_sub(RESERVED_SHARED_BYTES),
+        ),
     })
 }
 

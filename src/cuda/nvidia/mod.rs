@@ -41,8 +41,6 @@ const DEVICE: &str = "cuda";
 
 /// Graphs can hold dependent launches from here on.
 const OLDEST_WITH_OVERLAP: i32 = 12_030;
-/// Dynamic shared memory that a kernel may use without asking.
-const SHARED_BYTES_UNASKED: u32 = 48 << 10;
 
 struct Module {
     file: &'static str,
@@ -229,7 +227,7 @@ impl Nvidia {
         )
     }
 
-    /// Asks for dynamic shared memory beyond what every kernel may use.
+    /// Asks for dynamic shared memory, more of which than 48 KiB, static included, a kernel has to.
     fn allow_shared(&mut self, id: KernelId, bytes: u32) -> Result<()> {
         let device_error = {
             let kernel = self.find(id)?;
@@ -401,9 +399,7 @@ impl Driver for Nvidia {
             };
             let info = load_whole(function).and_then(|()| info_of(name, function));
             let info = info.map_err(|error| self.cannot_load(file, error))?;
-            let shared_bytes_allowed =
-                SHARED_BYTES_UNASKED.saturating_sub(info.static_shared_bytes.unwrap_or(0));
-            self.kernels.push(Kernel { info, function, shared_bytes_allowed });
+            self.kernels.push(Kernel { info, function, shared_bytes_allowed: 0 });
             return Ok(KernelId(self.kernels.len() as u32 - 1));
         }
         if self.unusable.is_empty() {
