@@ -160,7 +160,7 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
     let columns = |id: ValueId| shape(id).columns();
     let null = DevicePointer::NULL;
     match *fused {
-        Fused::LinearRotary { heads, inp, table, qkv, .. } => {
+        Fused::Forward([Op::Linear { inp, .. }, Op::Rotary { heads, table, qkv, .. }]) => {
             let output = Output::Rotate(Rotation {
                 table: null,
                 positions: null,
@@ -171,12 +171,12 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             fuses(dtype, Layout::Nt, output)
                 .then(|| vec![Cost::product_rotary(heads, dtype, sizes, rows(table))])
         }
-        Fused::LinearSwiGlu { inp, gate_up, .. } => {
+        Fused::Forward([Op::Linear { inp, .. }, Op::SwiGlu { inp: gate_up, .. }]) => {
             let sizes = [rows(inp), columns(gate_up), columns(inp)];
             fuses(dtype, Layout::Nt, Output::SwiGlu { product: null })
                 .then(|| vec![Cost::product_swiglu(dtype, sizes)])
         }
-        Fused::LinearSwiGluGradient { inp, d_out, .. } => {
+        Fused::Backward([Gradient::Linear { inp, d_out, .. }, Gradient::SwiGlu { .. }]) => {
             let [t, inputs, outputs] = [rows(inp), columns(inp), columns(d_out)];
             fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }).then(|| {
                 let d_weight = [outputs, inputs, t];
@@ -187,8 +187,11 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             })
         }
         // Of Hopper's kernels, as the products are.
-        Fused::AttentionRotaryGradient { spec, table, .. } => (dtype == Dtype::Bf16)
-            .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))]),
+        Fused::Backward([Gradient::Attention { spec, .. }, Gradient::Rotary { table, .. }]) => {
+            (dtype == Dtype::Bf16)
+                .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))])
+        }
+        _ => None,
     }
 }
 

@@ -136,7 +136,7 @@ fn candidates(kernels: &Gemm, driver: &dyn Driver, product: &Wanted) -> Result<V
     for variant in kernels.variants(layout) {
         for &cluster in variant.clusters() {
             // A cluster without a second row of tiles would do the work twice.
-            if cluster > 1 && sizes[0] <= variant.rows {
+            if cluster > multiprocessors || cluster > 1 && sizes[0] <= variant.rows {
                 continue;
             }
             let most = variant.most_splits(sizes, cluster, multiprocessors);
