@@ -402,7 +402,7 @@ const MORE_PRODUCTS: [ProductCase; 6] = [
     (Layout::Nn, 128, 1, 1, 64, 72, 64, false),
     (Layout::Tn, 128, 1, 1, 136, 264, 72, false),
     (Layout::Tn, 256, 1, 2, 136, 264, 328, false),
-    (Layout::Tn, 128, 2, 1, 264, 200, 136, false),
+    (Layout::Tn, 128, 2, 1, 136, 200, 136, false),
 ];
 
 fn run_gemm_sm90(
