@@ -20,7 +20,7 @@ use isobath::plan::PlanReport;
 use isobath::{Error, Result};
 use serde_json::{Value, json};
 
-use crate::cuda::counting::{Counting, Counts};
+use crate::cuda::counting::{Calls, Counting, Counts};
 use crate::support::{assert_close, isobath, run_config, small_model, tokens};
 
 fn open() -> Result<Box<dyn Driver>> {
@@ -47,7 +47,7 @@ fn skipped() -> bool {
 
 /// Runs on simt and checks the arithmetic of every row.
 fn amounts(request: &Request) -> Vec<u64> {
-    let report = bench::run(open, request).unwrap();
+    let report = bench::run(open, request, |_| ()).unwrap();
     for row in report.rows.iter().chain(&report.copy) {
         assert_eq!(row.samples, 4);
         assert!(0.0 < row.fastest_microseconds);
@@ -140,7 +140,7 @@ fn a_training_step_counts_its_formula_in_each_type() {
         let matmuls = (2 + 2) * 32 * 64 + 64 * 64 + 3 * 176 * 64 + 512 * 64;
         let tokens = 3 * 2 * 32;
         assert_eq!(amounts(&request), [6 * (matmuls + 32 * 64) * tokens]);
-        let report = bench::run(open, &request).unwrap();
+        let report = bench::run(open, &request, |_| ()).unwrap();
         let row = &report.rows[0];
         let seconds = row.median_microseconds * 1e-6;
         let details = row.step.as_ref().unwrap();
@@ -148,6 +148,49 @@ fn a_training_step_counts_its_formula_in_each_type() {
         assert!((tokens_per_second * seconds / tokens as f64 - 1.0).abs() < 1e-12);
         assert!(report.copy.is_none(), "no row counts bytes");
     }
+}
+
+/// Whoever ends a run early has seen what it measured.
+#[test]
+fn each_row_is_told_when_it_has_been_timed() {
+    if skipped() {
+        return;
+    }
+    let mut told = vec![];
+    let request = small(Benchmark::All);
+    let report = bench::run(open, &request, |row| told.push(row.clone())).unwrap();
+    // A step first without its kernels, which take as long again.
+    let steps: Vec<bool> =
+        told.iter().filter(|row| row.op == "step").map(|row| row.step.is_some()).collect();
+    assert_eq!(steps, [false, true]);
+    told.retain(|row| row.op != "step" || row.step.is_some());
+    let key = |row: &bench::Row| (row.what.clone(), row.median_microseconds.to_bits());
+    let told: Vec<_> = told.iter().map(key).collect();
+    assert_eq!(told, report.rows.iter().map(key).collect::<Vec<_>>());
+    let output = bench("norm --device simt --samples 1 --rows 8 --columns 64 --json", &[]);
+    let lines = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(lines.lines().filter(|line| line.contains("T=8 C=64")).count(), 4, "{lines}");
+}
+
+/// No sample begins while the device waits for the host: launches and events are enqueued without a
+/// pause, behind launches that do not count.
+#[test]
+fn samples_follow_each_other_without_a_gap() {
+    if skipped() {
+        return;
+    }
+    let calls = Calls::default();
+    let open = || -> Result<Box<dyn Driver>> {
+        let host = Host::new(Options::default())?;
+        Ok(Box::new(Counting { calls: calls.clone(), ..Counting::new(host) }))
+    };
+    bench::run(open, &small(Benchmark::Loss), |_| ()).unwrap();
+    let calls = calls.borrow().join(" ");
+    // Forward, backward, and the copy that they are compared with.
+    let pass = "launch event ".repeat(5);
+    let times = "elapsed ".repeat(4);
+    assert_eq!(calls.matches(&format!("{pass}{times}synchronize")).count(), 2, "{calls}");
+    assert_eq!(calls.matches("event").count(), 15, "{calls}");
 }
 
 /// Bytes of what no benchmark counts in bytes.
@@ -174,7 +217,7 @@ fn percentages_are_those_of_the_ceilings() {
     if skipped() {
         return;
     }
-    let mut report = bench::run(open, &small(Benchmark::All)).unwrap();
+    let mut report = bench::run(open, &small(Benchmark::All), |_| ()).unwrap();
     let row = |op| report.rows.iter().find(|row| row.op == op).unwrap().clone();
     let mut product = row("gemm_nt");
     product.per_second = 494.75e12;
@@ -240,7 +283,7 @@ fn impossible_sizes_are_refused() {
         (step(&["optimizer.lr=1e300"]), "no finite f32"),
     ];
     for (request, part) in refused {
-        let Err(error) = bench::run(open, &request) else { panic!("timed: {request:?}") };
+        let Err(error) = bench::run(open, &request, |_| ()) else { panic!("timed: {request:?}") };
         let error = error.to_string();
         assert!(error.contains(part), "{request:?}:\n`{part}` is missing in:\n{error}");
         assert!(error.contains("remedy"), "{error}");
@@ -488,7 +531,7 @@ fn a_step_is_the_sum_of_its_families() {
     let sets = ["train.grad_accumulation=2", "model.layers=3"].map(String::from).to_vec();
     let step = StepRequest { preset: None, sets };
     let config = step.resolve(Machine::Cpu, None).unwrap();
-    let report = bench::run(open, &Request { step, ..small(Benchmark::Step) }).unwrap();
+    let report = bench::run(open, &Request { step, ..small(Benchmark::Step) }, |_| ()).unwrap();
     let row = &report.rows[0];
     let details = row.step.as_ref().unwrap();
     let prediction = Prediction::new(&config).unwrap();
@@ -638,12 +681,17 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
     if skipped() {
         return;
     }
-    let mut reached = vec![];
-    let report = bench::table(&mut *open().unwrap(), &ProductsRequest::default(), |i, all| {
-        reached.push((i, all));
+    let mut told = vec![];
+    let report = bench::table(&mut *open().unwrap(), &ProductsRequest::default(), |line| {
+        told.push(line.to_string());
     })
     .unwrap();
-    assert_eq!(reached, (1..=15).map(|i| (i, 15)).collect::<Vec<_>>());
+    assert_eq!(told.len(), 15);
+    for (line, row) in told.iter().zip(&report.rows) {
+        let speed = format!("{:.1}", row.burst.microseconds);
+        assert!(line.contains("/15 ") && line.contains(&speed), "{line}");
+        assert!(line.contains(row.kernel), "{line}");
+    }
     let mut keys: Vec<String> = vec![];
     for row in &report.rows {
         let [m, n, k] = row.product.sizes();
@@ -677,7 +725,7 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
     }
     // As long as it is told to: several passes, if not for every product its burst.
     let long = ProductsRequest { seconds: Some(0.3), ..products() };
-    let report = bench::table(&mut *open().unwrap(), &long, |_, _| ()).unwrap();
+    let report = bench::table(&mut *open().unwrap(), &long, |_| ()).unwrap();
     assert!(report.rows.iter().all(|row| row.sustained.samples >= 1 && row.burst.samples == 3));
     assert_eq!(report.rows.len() + report.not_reached.len(), 3);
 }

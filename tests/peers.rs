@@ -391,13 +391,12 @@ fn each_side_trains_with_its_fastest_micro_batch_in_turns() {
     let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
     let expected = [
         "isobath 1 16",
-        "isobath 2 8",
-        "isobath 4 4",
-        "isobath 8 2",
-        "isobath 2 8", // what the peer is to do
         "default 1 16 layers=3 S=32",
+        "isobath 2 8",
         "default 2 8 layers=3 S=32",
+        "isobath 4 4",
         "default 4 4 layers=3 S=32",
+        "isobath 8 2",
         "default 8 2 layers=3 S=32",
         "isobath 2 8",
         "default 4 4 layers=3 S=32",
@@ -427,24 +426,99 @@ fn each_side_trains_with_its_fastest_micro_batch_in_turns() {
     let record: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
     assert_eq!((&record["commit"], &record["torch"]), (&json!("0123abc"), &json!("2.9")));
     assert_eq!(record["sides"][1]["runs"][1]["clocks"]["readings"], 1);
-    assert_eq!(record["tried"]["isobath"][3]["micro_batch"], 8);
+    assert_eq!(record["sides"][0]["tried"][3]["micro_batch"], 8);
 
-    // Without time: one micro-batch, one round.
+    // Without time: the same micro-batch for both, one round.
     fs::remove_file(folder.path().join("CALLS")).unwrap();
     assert!(run(&["--seconds", "0.000001"]).status.success());
     let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
     let (ours, peers) = ("isobath 1 16\n", "default 1 16 layers=3 S=32\n");
-    assert_eq!(calls, format!("{ours}{ours}{peers}{ours}{peers}"));
+    assert_eq!(calls, format!("{ours}{peers}{ours}{peers}"));
 
     for (extra, part) in [
         (&["--micro-batch", "3:4"][..], "micro-batches of 3 make no step of 16 rows"),
-        (&["--first", "8"], "8 rows do not fit"),
+        (&["--first", "8"], "the plan needs 9 MiB"),
         (&["--first", "3"], "--first 3 does not divide 16 rows"),
     ] {
         let output = run(extra);
         assert_eq!(output.status.code(), Some(1), "{extra:?}");
         assert!(text(&output.stderr).contains(part), "{part}: {}", text(&output.stderr));
     }
+}
+
+/// What has been measured is on disk, whatever fails behind it.
+#[test]
+fn a_side_that_fails_does_not_take_the_others_with_it() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = executable(folder.path(), "isobath", FAKE_ISOBATH);
+    let out = folder.path().join("out.json");
+    let out_text = out.display().to_string();
+    let run = |python_text: &str, extra: &[&str]| {
+        let interpreter = executable(folder.path(), "python", python_text);
+        let arguments = ["training.py", "--program", &program, "--python", &interpreter];
+        let more = ["--device", "simt", "--cpu-twins", "--rounds", "2", "--out", &out_text];
+        let output = python(&[&arguments[..], &more[..], extra].concat());
+        let calls = fs::read_to_string(folder.path().join("CALLS")).unwrap();
+        fs::remove_file(folder.path().join("CALLS")).unwrap();
+        let record: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+        (output, calls, record)
+    };
+    // Without a C compiler: PyTorch as it stands.
+    let mark = "if rows == 8:\n    print";
+    let failing = |condition: &str, how: &str| {
+        let line = format!("if {condition}:\n    {how}\n{mark}");
+        FAKE_PYTHON.replace(mark, &line)
+    };
+    let no_compiler = failing("mode != 'none'", "sys.exit('RuntimeError: no C compiler')");
+    for extra in [&[][..], &["--micro-batch", "2:4"]] {
+        let (output, calls, record) = run(&no_compiler, extra);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let compiled: Vec<&str> = calls.lines().filter(|it| it.starts_with("default")).collect();
+        assert_eq!(compiled.len(), 1, "it is not tried again: {calls}");
+        let eager = calls.lines().filter(|it| it.starts_with("none 4 4 ")).count();
+        assert_eq!(eager, if extra.is_empty() { 3 } else { 2 }, "{calls}");
+        let [isobath, peer, eager] = [0, 1, 2].map(|side| &record["sides"][side]);
+        assert_eq!(isobath["runs"].as_array().unwrap().len(), 2);
+        assert_eq!((&peer["runs"], &eager["micro_batch"]), (&json!([]), &json!(4)));
+        let printed = text(&output.stdout);
+        let line = "| PyTorch eager | 4 | 3413.33 | 150 | 15.0% | 5.00 |  | 2.00 |";
+        assert!(printed.contains(line), "{printed}");
+        assert!(printed.contains("compiled (default): ") && printed.contains("no C compiler."));
+    }
+    // Too large a micro-batch is no reason to do without: the search has found another.
+    let (output, calls, _) = run(&failing("rows == 4", "sys.exit('crashed')"), &[]);
+    assert!(output.status.success() && !calls.contains("none"), "{calls}");
+    assert!(text(&output.stdout).contains("| PyTorch, compiled (default) | 2 | 6400.00 | 80 "));
+    // Ended from outside, in the first round: what was tried is there.
+    let killed = failing(
+        "'--steps' in sys.argv and sys.argv[-1] == '20'",
+        "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+    );
+    let (output, _, record) = run(&killed, &[]);
+    assert!(!output.status.success());
+    assert_eq!(record["sides"][0]["runs"].as_array().unwrap().len(), 1);
+    assert_eq!(record["sides"][1]["tried"][2]["tokens_per_second"], 150.0);
+}
+
+/// As the first lines of the scripts say: a program of this folder.
+#[test]
+fn a_program_is_named_by_a_path() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    executable(folder.path(), "isobath", FAKE_ISOBATH);
+    let interpreter = executable(folder.path(), "python", FAKE_PYTHON);
+    let peers = source().join("benches").join("peers");
+    let mut command = Command::new("python3");
+    command.current_dir(folder.path()).env("PYTHONDONTWRITEBYTECODE", "1");
+    command.arg(peers.join("training.py")).args(["--program", "./isobath", "--python"]);
+    command.arg(&interpreter).args(["--device", "simt", "--cpu-twins", "--rounds", "1"]);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 /// What it reads of the real program's report.

@@ -362,6 +362,7 @@ def measure(args):
         for name, entry in joined.items():
             entry["peers"] = peers.setdefault(name, entry["peers"])
         record["rows"] = list(joined.values())
+        write(record, args)
         if not record["ceilings"]:
             record["ceilings"] = time_ceilings(stopwatch, twins, record["rows"])
         record["rounds"] += 1
@@ -378,10 +379,13 @@ def measure(args):
 
 
 def write(record, args, as_text=table):
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    if args.table:
-        args.table.write_text(as_text(record))
+    """Whoever is stopped meanwhile leaves what was written before."""
+    for path, text in (args.out, lambda: json.dumps(record, indent=1) + "\n"), \
+                      (args.table, lambda: as_text(record)):
+        if path:
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_text(text())
+            fresh.replace(path)
 
 
 def finish(args, replayed, measure, as_text=table):
@@ -405,9 +409,14 @@ def finish(args, replayed, measure, as_text=table):
     return 0
 
 
+def program(text):
+    """A program of this folder is found by its name with a slash alone."""
+    return Path(text).resolve()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--program", type=Path, help="the isobath to time")
+    parser.add_argument("--program", type=program, help="the isobath to time")
     parser.add_argument("--replay", nargs="+", metavar="FILE",
                         help="make the table from records of one machine; nothing is timed")
     parser.add_argument("--bench", action="append", choices=BENCHMARKS, help="[all of them]")

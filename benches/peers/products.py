@@ -182,12 +182,13 @@ def measure(args):
                   f"{len(wanted)} products", file=sys.stderr)
     finally:
         isobath.close()
+        kernels.write(record, args, table)
     return record
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--program", type=Path, help="the isobath to time")
+    parser.add_argument("--program", type=kernels.program, help="the isobath to time")
     parser.add_argument("--replay", nargs="+", metavar="FILE",
                         help="make the table from records of one machine; nothing is timed")
     parser.add_argument("--preset", action="append", default=[], help="[the paper's models]")

@@ -111,7 +111,9 @@ class Trainer:
 
     def __init__(self, config, device="cpu", dtype="f32", mode="none"):
         self.config = optimizer = config["optimizer"]
-        self.model = Llama(config["model"], config["data"]["sequence"]).to(device)
+        # Where it will be: a CPU takes seconds to draw a billion values.
+        with torch.device(device):
+            self.model = Llama(config["model"], config["data"]["sequence"])
         compiled = mode != "none"
         options = {"mode": mode, "dynamic": False}
         self.forward = torch.compile(self.model, **options) if compiled else self.model

@@ -1,5 +1,5 @@
-"""Times training steps of isobath and of PyTorch on one GPU, alternately, each with the micro-batch
-that is fastest for it and as many tokens in a step, and makes one table.
+"""Times training steps of isobath and of PyTorch on one GPU, alternately, each with the fastest of
+the same micro-batches and as many tokens in a step, and makes one table.
 
     python training.py --program ./isobath --preset 130m --out training.json --table training.md
     python training.py --program ./isobath --preset 1b --rows 64 --compile max-autotune
@@ -7,11 +7,13 @@ that is fastest for it and as many tokens in a step, and makes one table.
     python training.py --replay training.json          the table again, on any machine
 
 Every measurement is one process: `isobath bench step --json`, or step.py, which compiles the model
-of the very configuration that isobath reports. First each side's micro-batch is doubled until
-memory runs out or the step is one micro-batch; the fastest one stays (--micro-batch OURS:PEER says
-it instead). Then the sides take turns for --rounds rounds. Random tokens; CUDA events; medians of
-all steps. MFU is isobath's formula over the same dense peak for both. The JSON has the versions, the
-clocks, and peak memory: isobath's beside its plan, PyTorch's as max_memory_allocated.
+of the very configuration that isobath reports. First the micro-batch is doubled, and every side times
+each in turn, until its memory runs out, the step is one micro-batch, or half of --seconds is over;
+each side's fastest one stays (--micro-batch OURS:PEER says it instead). Then the sides take turns
+for --rounds rounds. A peer that fails is recorded, and PyTorch goes on without compiling. Random
+tokens; CUDA events; medians of all steps. MFU is isobath's formula over the same dense peak for
+all. The JSON is written after every process; it has what was tried, the versions, the clocks, and
+peak memory: isobath's beside its plan, PyTorch's as max_memory_allocated.
 Needs a GPU and torch; without, it says so and exits with 2.
 """
 
@@ -32,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 OUT_OF_MEMORY = 3
 NO_ROOM = "the plan needs", "no memory for"
 COMPILE = ["default", "max-autotune", "max-autotune-no-cudagraphs", "none"]
+# Of --seconds, those in which micro-batches are tried.
+SEARCH_SHARE = 0.5
 
 
 class NoMemory(Exception):
@@ -40,11 +44,36 @@ class NoMemory(Exception):
 
 # ------------------------------------------------------------------ the two sides
 
-class Isobath:
-    name = "isobath"
+class Side:
+    """A program, and what the record has of it."""
 
-    def __init__(self, args, samples):
-        self.args, self.samples = args, samples
+    def __init__(self, name, micro_batch):
+        self.name = name
+        self.kept = {"name": name, "micro_batch": micro_batch, "tried": [], "runs": []}
+
+    def failed(self):
+        """Micro-batches."""
+        return [it["micro_batch"] for it in self.kept["tried"] if "error" in it]
+
+    def fitting(self):
+        return [it for it in self.kept["tried"] if "error" not in it]
+
+    def settle(self):
+        """The micro-batch of all rounds: the one that is said, or the fastest that was tried. `None`:
+        it failed."""
+        if self.kept["micro_batch"] is None and self.fitting():
+            best = max(self.fitting(), key=lambda it: it["tokens_per_second"])
+            self.kept["micro_batch"] = best["micro_batch"]
+        micro_batch = self.kept["micro_batch"]
+        return None if micro_batch in self.failed() else micro_batch
+
+
+class Isobath(Side):
+    def __init__(self, args, micro_batch):
+        super().__init__("isobath", micro_batch)
+        self.args = args
+        # The last one, and its row: what the peers are to do.
+        self.report = self.row = None
 
     def time(self, micro_batch, steps):
         """One report. Errors: NoMemory; ValueError, with what isobath said."""
@@ -60,6 +89,8 @@ class Isobath:
                 raise NoMemory(str(error)) from None
             raise
         [row] = report["rows"]
+        row["tokens_per_step"] = args.rows * row["sizes"]["S"]
+        self.report, self.row = report, row
         return {
             "tokens_per_second": row["tokens_per_second"],
             "median_ms": row["median_microseconds"] / 1e3,
@@ -69,20 +100,22 @@ class Isobath:
         }
 
 
-class Peer:
-    """step.py, for a configuration of isobath's report."""
+class Peer(Side):
+    """step.py, for the configuration of isobath's last report."""
 
-    def __init__(self, args, mode, row):
-        self.args, self.mode, self.row = args, mode, row
-        self.name = "PyTorch eager" if mode == "none" else f"PyTorch, compiled ({mode})"
+    def __init__(self, args, mode, isobath, micro_batch):
+        name = "PyTorch eager" if mode == "none" else f"PyTorch, compiled ({mode})"
+        super().__init__(name, micro_batch)
+        self.args, self.mode, self.isobath = args, mode, isobath
 
     def time(self, micro_batch, steps):
         """One report. Errors: NoMemory; ValueError, with what step.py said."""
-        args, sizes = self.args, self.row["sizes"]
+        args, row = self.args, self.isobath.row
+        sizes = row["sizes"]
         work = {
             "config": {"model": sizes["model"], "optimizer": sizes["optimizer"],
                        "data": {"sequence": sizes["S"]}},
-            "batch": micro_batch, "sequence": sizes["S"], "dtype": self.row["dtype"],
+            "batch": micro_batch, "sequence": sizes["S"], "dtype": row["dtype"],
             "grad_accumulation": args.rows // micro_batch,
         }
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -116,31 +149,9 @@ def candidates(rows, first):
         first *= 2
 
 
-def fastest(side, args):
-    """The micro-batch with the most tokens per second, and what was tried. Errors: ValueError: not
-    even the first one fits."""
-    tried = []
-    for micro_batch in candidates(args.rows, args.first):
-        if tried and late(args):
-            break
-        try:
-            timed = side.time(micro_batch, args.search_steps)
-        except NoMemory as error:
-            tried.append({"micro_batch": micro_batch, "error": str(error).splitlines()[0]})
-            break
-        tried.append({"micro_batch": micro_batch, "tokens_per_second": timed["tokens_per_second"],
-                      "memory_bytes": timed["memory_bytes"]})
-        print(f"{side.name}: {micro_batch} rows, {timed['tokens_per_second']:.0f} tokens/s",
-              file=sys.stderr)
-    fitting = [it for it in tried if "error" not in it]
-    if not fitting:
-        raise ValueError(f"{side.name}: {args.first} rows do not fit; give --first a smaller number"
-                         if tried else f"--first {args.first} does not divide {args.rows} rows")
-    return max(fitting, key=lambda it: it["tokens_per_second"])["micro_batch"], tried
-
-
-def late(args):
-    return args.seconds is not None and time.monotonic() - args.started > args.seconds
+def late(args, share=1.0):
+    elapsed = time.monotonic() - args.started
+    return args.seconds is not None and elapsed > share * args.seconds
 
 
 def mfu(tokens_per_second, row):
@@ -183,54 +194,114 @@ def peer_version(args):
     return version
 
 
+class Race:
+    """All sides, and the record."""
+
+    def __init__(self, args, torch_version):
+        self.args = args
+        ours, theirs = args.micro_batch or (None, None)
+        self.isobath = Isobath(args, ours)
+        self.sides = [self.isobath,
+                      *[Peer(args, mode, self.isobath, theirs) for mode in args.compile]]
+        self.record = {
+            "date": kernels.datetime.date.today().isoformat(), "driver": kernels.driver_version(),
+            "torch": torch_version, "preset": args.preset, "sets": args.set, "rows": args.rows,
+            "rounds": 0, "sides": [side.kept for side in self.sides],
+        }
+
+    def time(self, side, micro_batch, steps):
+        """One process. `None`: it failed, and the record says how."""
+        try:
+            timed = side.time(micro_batch, steps)
+        except NoMemory as error:
+            said = str(error).splitlines()[0]
+        except ValueError as error:
+            said = str(error)
+            # A machine without a C compiler has PyTorch all the same.
+            if side is not self.isobath and not side.fitting():
+                self.add_eager(side.kept["micro_batch"])
+        else:
+            if side is self.isobath:
+                self.describe(side.report, side.row)
+            print(f"{side.name}: {micro_batch} rows, {timed['tokens_per_second']:.0f} tokens/s",
+                  file=sys.stderr)
+            return timed
+        side.kept["tried"].append({"micro_batch": micro_batch, "error": said})
+        print(f"{side.name}: {micro_batch} rows: {said}", file=sys.stderr)
+        return None
+
+    def add_eager(self, micro_batch):
+        eager = Peer(self.args, "none", self.isobath, micro_batch)
+        if all(side.name != eager.name for side in self.sides):
+            self.sides.append(eager)
+            self.record["sides"].append(eager.kept)
+
+    def describe(self, report, row):
+        program = report["program"]
+        self.record.update({
+            "device": report["machine"]["name"], "program": program,
+            "commit": program["commit"] or kernels.commit_of(self.args.program),
+            "tokens_per_step": row["tokens_per_step"], "dtype": row["dtype"],
+            "flops_per_step": row["work"]["amount"], "flops_formula": row["work"]["formula"],
+            "peak_source": report["peak_source"], "families": row["families"],
+        })
+
+    def search(self):
+        """Every side times each micro-batch, until there is no time."""
+        for micro_batch in candidates(self.args.rows, self.args.first):
+            if self.isobath.kept["tried"] and late(self.args, SEARCH_SHARE):
+                break
+            # An eager one comes in behind the one that it stands for.
+            for side in self.sides:
+                if side.failed() or side is not self.isobath and self.isobath.row is None:
+                    continue
+                timed = self.time(side, micro_batch, self.args.search_steps)
+                if timed:
+                    kept = {name: timed[name] for name in ("tokens_per_second", "memory_bytes")}
+                    side.kept["tried"].append({"micro_batch": micro_batch, **kept})
+                self.write()
+
+    def round(self):
+        for side in self.sides:
+            micro_batch = side.settle()
+            if micro_batch is None or side is not self.isobath and self.isobath.row is None:
+                continue
+            timed = self.time(side, micro_batch, self.args.steps)
+            if timed:
+                timed["mfu"] = mfu(timed["tokens_per_second"], self.isobath.row)
+                side.kept["runs"].append(timed)
+            self.write()
+        self.record["rounds"] += 1
+
+    def write(self):
+        """Nothing, as long as isobath has not said what it computes."""
+        if self.isobath.row:
+            kernels.write(self.record, self.args, table)
+
+
 def measure(args):
-    """A record; it is written after every round. Errors: Skip, ValueError."""
+    """A record. Errors: Skip, ValueError."""
     args.started = time.monotonic()
     torch_version = peer_version(args)
     step = prediction(args)
     args.rows = args.rows or step["micro_batch"] * step["grad_accumulation"]
-    ours, theirs = args.micro_batch or (None, None)
-    for micro_batch in filter(None, (ours, theirs)):
+    for micro_batch in args.micro_batch or ():
         if args.rows % micro_batch:
             raise ValueError(f"micro-batches of {micro_batch} make no step of {args.rows} rows")
-    sides, tried, micro_batches = [Isobath(args, args.steps)], {}, {}
-    if ours is None:
-        ours, tried["isobath"] = fastest(sides[0], args)
-    micro_batches["isobath"] = ours
-    # What the peers are to compute is what isobath says that it computed.
-    first = sides[0].time(ours, args.steps)
-    row = first["report"]["rows"][0]
-    row["tokens_per_step"] = args.rows * row["sizes"]["S"]
-    sides += [Peer(args, mode, row) for mode in args.compile]
-    for side in sides[1:]:
-        micro_batches[side.name] = theirs
-        if theirs is None:
-            micro_batches[side.name], tried[side.name] = fastest(side, args)
-    program = first["report"]["program"]
-    record = {
-        "date": kernels.datetime.date.today().isoformat(),
-        "device": first["report"]["machine"]["name"], "driver": kernels.driver_version(),
-        "torch": torch_version, "program": program,
-        "commit": program["commit"] or kernels.commit_of(args.program),
-        "preset": args.preset, "sets": args.set, "rows": args.rows,
-        "tokens_per_step": row["tokens_per_step"], "dtype": row["dtype"],
-        "flops_per_step": row["work"]["amount"], "flops_formula": row["work"]["formula"],
-        "peak_source": first["report"]["peak_source"], "tried": tried, "rounds": 0,
-        "sides": [{"name": side.name, "micro_batch": micro_batches[side.name], "runs": []}
-                  for side in sides],
-        "families": row["families"],
-    }
+    if not args.micro_batch and args.rows % args.first:
+        raise ValueError(f"--first {args.first} does not divide {args.rows} rows")
+    race = Race(args, torch_version)
+    if not args.micro_batch:
+        race.search()
     for round in range(args.rounds):
-        if round and late(args):
+        if race.isobath.settle() is None or round and late(args):
             break
-        for side, kept in zip(sides, record["sides"]):
-            timed = side.time(kept["micro_batch"], args.steps)
-            timed["mfu"] = mfu(timed["tokens_per_second"], row)
-            kept["runs"].append(timed)
-        record["rounds"] += 1
-        kernels.write(record, args, table)
+        race.round()
         print(f"round {round + 1} of {args.rounds}", file=sys.stderr)
-    return record
+    if not race.isobath.kept["runs"]:
+        raise ValueError(f"isobath, {race.isobath.kept['tried'][-1]['error']}; where it does not fit, "
+                         "give --first or --micro-batch a smaller number")
+    return race.record
 
 
 # ------------------------------------------------------------------ the table
@@ -258,10 +329,13 @@ def table(record):
     ]
     for side in record["sides"]:
         speed, share = median(side, "tokens_per_second"), median(side, "mfu")
+        if speed is None:
+            continue
+        ratio = f"{ours / speed:.2f}" if ours else ""
         lines.append(
             f"| {side['name']} | {side['micro_batch']} | {median(side, 'median_ms'):.2f} "
             f"| {speed:.0f} | {kernels.percent(share)} | {gib(median(side, 'memory_bytes'))} "
-            f"| {gib(median(side, 'planned_bytes'))} | {ours / speed:.2f} |")
+            f"| {gib(median(side, 'planned_bytes'))} | {ratio} |")
     lines += ["", "The ratio is isobath's tokens/s over the program's: above 1 isobath is faster.",
               f"MFU = tokens/s x ({record['flops_formula']}) / the dense peak"
               + (f" ({record['peak_source']})." if record["peak_source"] else "."), "",
@@ -270,11 +344,13 @@ def table(record):
         lines.append(f"| {it['family']} | {it['launches']} | {it['microseconds'] / 1e3:.2f} |")
     total = sum(it["microseconds"] for it in record["families"]) / 1e3
     lines.append(f"| together | {sum(it['launches'] for it in record['families'])} | {total:.2f} |")
-    for name, tried in record["tried"].items():
+    for side in record["sides"]:
         words = [f"{it['micro_batch']} rows: {it['tokens_per_second']:.0f} tokens/s"
-                 if "error" not in it else f"{it['micro_batch']} rows: {it['error']}"
-                 for it in tried]
-        lines += ["", f"Tried with {name}: {'; '.join(words)}."]
+                 if "error" not in it
+                 else f"{it['micro_batch']} rows: {it['error'].splitlines()[-1]}"
+                 for it in side["tried"]]
+        if words:
+            lines += ["", f"Tried with {side['name']}: {'; '.join(words)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -295,7 +371,7 @@ def positive(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--program", type=Path, help="the isobath to time")
+    parser.add_argument("--program", type=kernels.program, help="the isobath to time")
     parser.add_argument("--replay", metavar="FILE",
                         help="make the table from a record; nothing is timed")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has torch")
@@ -312,7 +388,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=20, help="of each run of a round [20]")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seconds", type=float,
-                        help="no further micro-batch is tried, nor a round begun, after so many")
+                        help="no round is begun after so many, no micro-batch after half of them")
     parser.add_argument("--device", choices=["cuda", "simt"], default="cuda")
     parser.add_argument("--cpu-twins", action="store_true",
                         help="with --device simt: run the twin on the CPU, to see that it works")

@@ -5,7 +5,7 @@ use std::slice;
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::AdamWStep;
@@ -14,21 +14,25 @@ use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    table: &mut TimedRows,
+) -> Result<()> {
     let default = if on_cpu(driver) { 1 << 18 } else { 1 << 28 };
     let elements = request.elements.unwrap_or(default);
     sizes::check("an update", &[elements])?;
-    let mut rows = vec![norm(driver, request, elements)?];
+    table.push(norm(driver, request, elements)?);
     let masters: &[Master] = match request.kernel_dtype() {
         Dtype::F32 => &[Master::F32],
         Dtype::Bf16 => &[Master::F32, Master::Split],
     };
     for &master in masters {
         for moments in [Dtype::F32, Dtype::Bf16] {
-            rows.push(update(driver, request, part(elements, master, moments))?);
+            table.push(update(driver, request, part(elements, master, moments))?);
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<Row> {

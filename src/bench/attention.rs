@@ -2,7 +2,7 @@
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::{AttentionSpec, HeadSpec};
@@ -18,17 +18,17 @@ const ON_GPU: [[usize; 5]; 4] =
     [[4, 2048, 32, 8, 64], [2, 4096, 32, 8, 64], [4, 2048, 16, 4, 128], [256, 256, 12, 12, 64]];
 const ON_CPU: [usize; 5] = [1, 128, 4, 2, 64];
 
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    table: &mut TimedRows,
+) -> Result<()> {
     let shapes = match request.attention {
         Some(shape) => vec![shape],
         None if on_cpu(driver) => vec![ON_CPU],
         None => ON_GPU.to_vec(),
     };
-    let mut table = vec![];
-    for shape in shapes {
-        table.extend(rows_of(driver, request, shape)?);
-    }
-    Ok(table)
+    shapes.into_iter().try_for_each(|shape| rows_of(driver, request, shape, table))
 }
 
 /// Forward, and backward in every way that there are kernels for.
@@ -36,7 +36,8 @@ fn rows_of(
     driver: &mut dyn Driver,
     request: &Request,
     [batch, sequence, heads, kv_heads, head_dim]: [usize; 5],
-) -> Result<Vec<Row>> {
+    table: &mut TimedRows,
+) -> Result<()> {
     sizes::check("attention (B, S, H, K, D)", &[batch, sequence, heads, kv_heads, head_dim])?;
     // Scores are never stored, but their products are counted.
     sizes::check("attention to scores", &[batch, heads, sequence, sequence])?;
@@ -81,7 +82,6 @@ fn rows_of(
         Ok(plans)
     })?;
     let samples = samples(driver, request.samples);
-    let mut rows = vec![];
     // Forward first: it leaves what the backward passes read.
     for index in 0..copies.copies[0].len() {
         let launch = |driver: &mut dyn Driver, plans: &Vec<AttentionPlan>| {
@@ -93,9 +93,8 @@ fn rows_of(
             0 => (Cost::attention_forward(spec, dtype), ""),
             _ => (Cost::attention_backward(spec, dtype), variants[index - 1].1),
         };
-        rows.push(Row::new(Cost { what: format!("{names}{how}, {dtype}"), ..cost }, &timing));
+        table.push(Row::new(Cost { what: format!("{names}{how}, {dtype}"), ..cost }, &timing));
     }
     copies.release(driver)?;
-    variants.into_iter().try_for_each(|(kernels, _)| kernels.release(driver))?;
-    Ok(rows)
+    variants.into_iter().try_for_each(|(kernels, _)| kernels.release(driver))
 }

@@ -4,7 +4,7 @@
 use super::Request;
 use super::cost::{Cost, element_bytes};
 use super::gemm::{LAYERS, Layer, ON_CPU};
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::HeadSpec;
 use crate::config::Dtype;
@@ -13,14 +13,18 @@ use crate::cuda::{DevicePointer, Driver, StreamId};
 use crate::error::Result;
 
 /// None where the family has no such kernels.
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request, kernels: &Gemm) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    kernels: &Gemm,
+    table: &mut TimedRows,
+) -> Result<()> {
     let small = on_cpu(driver);
     let sizes = |layer: Layer, layout| if small { [ON_CPU; 3] } else { layer.product(layout) };
     let dtype = request.kernel_dtype();
     let [heads, kv_heads] = if small { [2, 1] } else { [32, 8] };
     let heads = HeadSpec { heads, kv_heads, head_dim: 64 };
     let [qkv, _, gate_up, down, _] = LAYERS;
-    let mut rows = vec![];
     for fusion in [Fusion::Rotary(heads), Fusion::SwiGlu, Fusion::SwiGluGradient] {
         let sizes = match fusion {
             Fusion::Rotary(_) => sizes(qkv, Layout::Nt),
@@ -28,10 +32,10 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request, kernels: &Gemm) -
             Fusion::SwiGluGradient => sizes(down, Layout::Nn),
         };
         if kernels.fuses(fusion.layout(), fusion.output([DevicePointer::NULL; 2])) {
-            rows.push(row(driver, request, kernels, fusion, dtype, sizes)?);
+            table.push(row(driver, request, kernels, fusion, dtype, sizes)?);
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 #[derive(Clone, Copy)]

@@ -5,7 +5,7 @@ use super::Request;
 use super::cost::element_bytes;
 use super::fusions;
 use super::products;
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::config::Dtype;
@@ -45,7 +45,11 @@ impl Layer {
     }
 }
 
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    table: &mut TimedRows,
+) -> Result<()> {
     let kernels = Gemm::new(driver, request.kernel_dtype(), request.family)?;
     let layouts = match request.layout {
         Some(layout) => vec![layout],
@@ -54,7 +58,6 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
             all.filter(|&layout| kernels.variants(layout).next().is_some()).collect()
         }
     };
-    let mut table = vec![];
     for layout in layouts {
         let products = match request.product {
             Some(product) => vec![product],
@@ -69,10 +72,9 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         }
     }
     if request.layout.is_none() && request.product.is_none() {
-        table.extend(fusions::rows(driver, request, &kernels)?);
+        fusions::rows(driver, request, &kernels, table)?;
     }
-    kernels.release(driver)?;
-    Ok(table)
+    kernels.release(driver)
 }
 
 fn row(

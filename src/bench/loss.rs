@@ -2,7 +2,7 @@
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::loss::{Loss, LossBackward, LossForward};
@@ -16,7 +16,11 @@ struct Buffers {
     scale: DevicePointer,
 }
 
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    table: &mut TimedRows,
+) -> Result<()> {
     let (default_rows, default_vocab) = if on_cpu(driver) { (64, 2048) } else { (4096, 32000) };
     let rows = request.rows.unwrap_or(default_rows);
     let vocab = request.vocab.unwrap_or(default_vocab);
@@ -39,15 +43,13 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         let args = LossForward { logits, targets, losses };
         kernels.forward(driver, StreamId::MAIN, rows, 0.0, &args)
     })?;
+    table.push(Row::new(Cost::loss_forward(dtype, [rows, vocab]), &forward));
     // From the second launch on, the logits are gradients: other numbers, as many bytes.
     let backward = copies.time(driver, samples, |driver, it| {
         let Buffers { logits, targets, losses, scale } = *it;
         let args = LossBackward { logits, targets, scale, losses };
         kernels.backward(driver, StreamId::MAIN, rows, 0.0, &args)
     })?;
-    copies.release(driver)?;
-    Ok(vec![
-        Row::new(Cost::loss_forward(dtype, [rows, vocab]), &forward),
-        Row::new(Cost::loss_backward(dtype, [rows, vocab], kernels.shape()), &backward),
-    ])
+    table.push(Row::new(Cost::loss_backward(dtype, [rows, vocab], kernels.shape()), &backward));
+    copies.release(driver)
 }

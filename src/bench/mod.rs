@@ -41,6 +41,7 @@ use crate::cuda::peaks::Peaks;
 use crate::cuda::{Driver, Family};
 use crate::error::Result;
 use crate::version::Program;
+use report::TimedRows;
 
 choice! {
     /// What can be timed.
@@ -111,10 +112,15 @@ impl Request {
 }
 
 /// Runs a benchmark; `open` opens the machine, once more for a training step, which owns its own.
+/// `told` gets each row when it has been timed; of a training step first without its kernels.
 ///
 /// Errors: those of the machine and of the launches; sizes that a kernel does not take; settings
 /// of a step that are wrong.
-pub fn run(mut open: impl FnMut() -> Result<Box<dyn Driver>>, request: &Request) -> Result<Report> {
+pub fn run(
+    mut open: impl FnMut() -> Result<Box<dyn Driver>>,
+    request: &Request,
+    mut told: impl FnMut(&Row),
+) -> Result<Report> {
     let mut machine = open()?;
     let driver = &mut *machine;
     let step = if request.includes(Benchmark::Step) {
@@ -123,25 +129,26 @@ pub fn run(mut open: impl FnMut() -> Result<Box<dyn Driver>>, request: &Request)
     } else {
         None
     };
-    let mut rows = vec![];
-    type Rows = fn(&mut dyn Driver, &Request) -> Result<Vec<Row>>;
-    let kernels: [(Benchmark, Rows); 5] = [
+    let mut table = TimedRows { rows: vec![], told: &mut told };
+    type Time = fn(&mut dyn Driver, &Request, &mut TimedRows) -> Result<()>;
+    let kernels: [(Benchmark, Time); 5] = [
         (Benchmark::Gemm, gemm::rows),
         (Benchmark::Attention, attention::rows),
         (Benchmark::Norm, norm::rows),
         (Benchmark::Loss, loss::rows),
         (Benchmark::Adamw, adamw::rows),
     ];
-    for (benchmark, timed) in kernels {
+    for (benchmark, time) in kernels {
         if request.includes(benchmark) {
-            rows.extend(timed(driver, request)?);
+            time(driver, request, &mut table)?;
         }
     }
-    let counts_bytes = rows.iter().any(|row| row.work.unit == Unit::Bytes);
+    let counts_bytes = table.rows.iter().any(|row| row.work.unit == Unit::Bytes);
     let copy = if counts_bytes { Some(copy::row(driver, request.samples)?) } else { None };
     if let Some(config) = step {
-        rows.push(step::row(&mut open, &config, request.samples)?);
+        step::row(&mut open, &config, request.samples, &mut table)?;
     }
+    let mut rows = table.rows;
     let properties = driver.properties().clone();
     let peaks = Peaks::of(&properties.name);
     rows.iter_mut().for_each(|row| row.compare(copy.as_ref(), peaks));

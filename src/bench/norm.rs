@@ -2,7 +2,7 @@
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
-use super::report::Row;
+use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::NormSpec;
@@ -26,7 +26,11 @@ struct Buffers {
     d_gain: DevicePointer,
 }
 
-pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    driver: &mut dyn Driver,
+    request: &Request,
+    table: &mut TimedRows,
+) -> Result<()> {
     let (default_rows, default_columns) = if on_cpu(driver) { (256, 1024) } else { (16384, 2048) };
     let rows = request.rows.unwrap_or(default_rows);
     let columns = request.columns.unwrap_or(default_columns);
@@ -60,7 +64,6 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         })
     })?;
 
-    let mut table = vec![];
     for with_residual in [false, true] {
         let timing = copies.time(driver, samples, |driver, it| {
             let residual = with_residual.then_some((it.residual, it.sum));
@@ -82,6 +85,5 @@ pub(super) fn rows(driver: &mut dyn Driver, request: &Request) -> Result<Vec<Row
         let cost = Cost::norm_backward(norm, dtype, [rows, columns], partials, accumulate);
         table.push(Row::new(cost, &timing));
     }
-    copies.release(driver)?;
-    Ok(table)
+    copies.release(driver)
 }

@@ -84,6 +84,20 @@ pub enum Unit {
     Flops,
 }
 
+/// What has been timed so far, and who is told of each row when it is: a run that is ended early has
+/// shown what it measured.
+pub(super) struct TimedRows<'a> {
+    pub rows: Vec<Row>,
+    pub told: &'a mut dyn FnMut(&Row),
+}
+
+impl TimedRows<'_> {
+    pub fn push(&mut self, row: Row) {
+        (self.told)(&row);
+        self.rows.push(row);
+    }
+}
+
 impl Row {
     /// Counts what its cost has: FLOPs if there are any, else bytes.
     pub(super) fn new(cost: Cost, timing: &Timing) -> Self {
@@ -121,18 +135,30 @@ impl Row {
     }
 }
 
+impl Row {
+    /// `what`, `shape`: the widths of these columns.
+    fn write(&self, f: &mut fmt::Formatter<'_>, what: usize, shape: usize) -> fmt::Result {
+        let (scaled, unit) = scaled(self.per_second, self.work.unit);
+        let microseconds = self.median_microseconds;
+        write!(f, "{:<what$}  {:<shape$} {microseconds:>12.1} us", self.what, self.shape)?;
+        write!(f, " {scaled:>8.2} {unit:<7}")
+    }
+}
+
+/// Without what other rows say of it.
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(f, 0, 0)
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows = || self.copy.iter().chain(&self.rows);
         let width = |text: fn(&Row) -> &str| rows().map(|row| text(row).len()).max().unwrap_or(0);
         let (what, shape) = (width(|row| &row.what), width(|row| &row.shape));
         for row in rows() {
-            let (scaled, unit) = scaled(row.per_second, row.work.unit);
-            write!(
-                f,
-                "{:<what$}  {:<shape$} {:>12.1} us {scaled:>8.2} {unit:<7}",
-                row.what, row.shape, row.median_microseconds
-            )?;
+            row.write(f, what, shape)?;
             let of_peak = if row.op == "step" { "% MFU" } else { "% of peak" };
             match (row.percent_of_copy, row.percent_of_peak) {
                 (Some(percent), _) => write!(f, " {percent:>5.1} % of copy")?,

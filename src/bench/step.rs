@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::cost::Cost;
 use super::launched::{WithEvents, shares};
-use super::report::{Row, StepDetails};
+use super::report::{Row, StepDetails, TimedRows};
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
@@ -93,7 +93,8 @@ pub(super) fn row(
     open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
     config: &Config,
     asked: Option<usize>,
-) -> Result<Row> {
+    table: &mut TimedRows,
+) -> Result<()> {
     let parameters = initial_parameters(&ParameterTable::new(&config.model), config.seed);
     let driver = open()?;
     let samples = samples(&*driver, asked) as u64;
@@ -118,21 +119,6 @@ pub(super) fn row(
     let memory = steps.memory();
     drop(steps);
 
-    let (driver, launched) = WithEvents::new(open()?);
-    let one_by_one = Switches { graphs: false, ..switches };
-    let mut steps = Steps::new(Box::new(driver), config, &parameters, one_by_one)?;
-    let mut timed = vec![];
-    for step in 1..=WARM_UP + samples {
-        if step <= WARM_UP {
-            steps.run()?;
-            continue;
-        }
-        launched.start();
-        steps.run()?;
-        steps.wait()?;
-        timed.push(launched.finish(steps.driver())?);
-    }
-
     let tokens = config.tokens_per_step();
     let cost = Cost {
         op: "step",
@@ -151,13 +137,32 @@ pub(super) fn row(
         flops: PlanReport::new(config)?.flops_per_token * tokens,
         flops_formula: FLOPS_FORMULA,
     };
+    let row = Row::new(cost, &timing);
+    (table.told)(&row);
+
+    let (driver, launched) = WithEvents::new(open()?);
+    let one_by_one = Switches { graphs: false, ..switches };
+    let mut steps = Steps::new(Box::new(driver), config, &parameters, one_by_one)?;
+    let mut timed = vec![];
+    for step in 1..=WARM_UP + samples {
+        if step <= WARM_UP {
+            steps.run()?;
+            continue;
+        }
+        launched.start();
+        steps.run()?;
+        steps.wait()?;
+        timed.push(launched.finish(steps.driver())?);
+    }
+
     let details = StepDetails {
         tokens_per_second: tokens as f64 / timing.median() * 1e6,
         families: shares(&timed)?,
         memory,
         conditions,
     };
-    Ok(Row { step: Some(details), ..Row::new(cost, &timing) })
+    table.push(Row { step: Some(details), ..row });
+    Ok(())
 }
 
 /// Training steps on the same random tokens.

@@ -1,7 +1,8 @@
 //! How a launch is timed: once on each of several copies of its buffers, between two events.
 //!
 //! There are enough copies that none is still in L2 when its turn comes again. A sample is the mean
-//! over the copies; the median of the samples counts.
+//! over the copies; the median of the samples counts. Each sample is enqueued while the device works
+//! on the one before, so that the host's time to launch is in none of them.
 
 use crate::config::Dtype;
 use crate::cuda::{Allocation, DevicePointer, Driver, EventId, StreamId};
@@ -61,26 +62,24 @@ impl<T> Copies<T> {
         Ok(Copies { copies: copies?, allocations })
     }
 
-    /// Times `launch`, once on each copy in a sample; one sample before the first does not count.
+    /// Times `launch`, once on each copy in a sample, one sample behind the other without a gap. One
+    /// before the first does not count: behind it the host is ahead of the device.
     pub fn time(
         &self,
         driver: &mut dyn Driver,
         samples: usize,
         mut launch: impl FnMut(&mut dyn Driver, &T) -> Result<()>,
     ) -> Result<Timing> {
-        let (start, end) = (driver.new_event()?, driver.new_event()?);
-        let mut microseconds = Vec::with_capacity(samples);
-        for sample in 0..=samples {
-            driver.record(start, StreamId::MAIN)?;
+        let ends: Vec<EventId> =
+            (0..=samples).map(|_| driver.new_event()).collect::<Result<_>>()?;
+        for &end in &ends {
             for copy in &self.copies {
                 launch(driver, copy)?;
             }
             driver.record(end, StreamId::MAIN)?;
-            let elapsed = driver.elapsed_ms(start, end)? * 1e3 / self.copies.len() as f64;
-            if sample > 0 {
-                microseconds.push(elapsed);
-            }
         }
+        let per_launch = |microseconds: f64| microseconds / self.copies.len() as f64;
+        let microseconds = between(driver, &ends)?.into_iter().map(per_launch).collect();
         driver.synchronize()?;
         Ok(Timing::new(microseconds, self.copies.len()))
     }

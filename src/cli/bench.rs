@@ -348,16 +348,12 @@ fn time(args: BenchArgs) -> anyhow::Result<()> {
         elements: args.elements.map(usize::from),
         step: args.step(),
     };
-    print(&args, &bench::run(|| args.open(), &request)?)
+    print(&args, &bench::run(|| args.open(), &request, |row| eprintln!("{row}"))?)
 }
 
 fn table(args: &BenchArgs) -> anyhow::Result<()> {
     let request = args.products()?;
-    let report = bench::table(&mut *args.open()?, &request, |reached, all| {
-        if reached % 20 == 0 || reached == all {
-            eprintln!("{reached} of {all} products in a burst");
-        }
-    })?;
+    let report = bench::table(&mut *args.open()?, &request, |line| eprintln!("{line}"))?;
     print(args, &report)
 }
 

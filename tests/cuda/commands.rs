@@ -79,8 +79,7 @@ impl Case {
 
     /// `data.train` of a shard with many documents whose fourth 64 KiB are damaged.
     pub fn damaged_shard(&self) -> String {
-        let lines: Vec<String> = crate::data::AUSTEN[..300_000]
-            .as_bytes()
+        let lines: Vec<String> = crate::data::AUSTEN.as_bytes()[..300_000]
             .chunks(1000)
             .map(|text| serde_json::json!({ "text": String::from_utf8_lossy(text) }).to_string())
             .collect();

@@ -5,20 +5,24 @@ use std::time::Duration;
 
 use isobath::Error;
 use isobath::cuda::conformance::{
-    Case, Golden, Goldens, Mismatch, Needs, Tolerance, cases, record, replay, utc_date,
+    Case, Golden, Goldens, Mismatch, Needs, Report, Tolerance, cases, chosen, record, replay,
+    utc_date,
 };
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
 
+use super::counting::{Counting, OnItsWay};
 use super::machines::on_every_machine_in_turn;
-use crate::support::source;
+use crate::support::{isobath, source};
+
+fn nobody(_: &Case, _: &Goldens, _: &Report) {}
 
 /// Every launch on every machine and schedule; the bits are the same on all schedules of one.
 #[test]
 fn every_case_gives_its_golden_output() {
     let goldens = Goldens::compiled_in().unwrap();
     on_every_machine_in_turn(|driver| {
-        let report = replay(driver, &goldens).unwrap();
+        let report = replay(driver, cases(), &goldens, &mut nobody).unwrap();
         assert!(report.failed.is_empty(), "{report}");
         assert_eq!(report.passed + report.skipped.len(), cases().len(), "{report}");
         let capability = driver.properties().compute_capability;
@@ -192,8 +196,139 @@ fn only_a_gpu_records() {
         return;
     }
     let mut driver = Host::new(Options::default()).unwrap();
-    let error = record(&mut driver, &Goldens::default(), "2026-01-01").unwrap_err();
+    let none = Goldens::default();
+    let error = record(&mut driver, cases(), &none, "2026-01-01", &mut nobody).unwrap_err();
     assert!(error.to_string().contains("recorded on a GPU"), "{error}");
+}
+
+/// simt, which says that it is a GPU; `None` where there is none.
+fn gpu() -> Option<Counting> {
+    host::present().inspect_err(|error| println!("skipped: no simt: {error}")).ok()?;
+    let host = Host::new(Options::default()).unwrap();
+    Some(Counting { device: "cuda", ..Counting::new(host) })
+}
+
+const SOME: [&str; 5] =
+    ["bf16_bits", "ldmatrix_x1", "tanh_approx", "atomic_cas_u32", "ldmatrix_x4_trans"];
+
+fn some_cases() -> Vec<Case> {
+    chosen(&SOME.map(String::from), None).unwrap()
+}
+
+fn names(cases: &[Case]) -> Vec<String> {
+    cases.iter().map(|case| case.name.clone()).collect()
+}
+
+fn failed(report: &Report) -> Vec<&str> {
+    report.failed.iter().map(|failure| failure.case.as_str()).collect()
+}
+
+/// What came before a fault is kept, what comes behind it is left to another process, which adds to
+/// what the first has written.
+#[test]
+fn recording_stops_at_a_fault_and_goes_on_in_another_process() {
+    let Some(mut driver) = gpu() else { return };
+    let before = Goldens::compiled_in().unwrap();
+    let all = names(&some_cases());
+    driver.faults = Some(format!("conform_{}", all[2]));
+    let mut told = vec![];
+    let mut progress = |case: &Case, goldens: &Goldens, report: &Report| {
+        assert_eq!(report.passed, told.len());
+        let recorded = goldens.iter().filter(|(_, golden)| golden.source.contains("today"));
+        assert_eq!(recorded.count(), told.len());
+        told.push(case.name.clone());
+    };
+    let (goldens, report) =
+        record(&mut driver, some_cases(), &before, "today", &mut progress).unwrap();
+    assert_eq!(told, all[..3]);
+    assert_eq!((report.passed, failed(&report)), (2, vec![all[2].as_str()]));
+    assert!(report.failed[0].why.contains("illegal memory access"), "{report}");
+    assert_eq!(report.not_reached, all[3..]);
+    assert!(report.to_string().ends_with(&format!("2 not reached: go on with --from {}", all[3])));
+    let is_new = |goldens: &Goldens, name: &str| goldens.of(name).unwrap().source.contains("today");
+    assert_eq!(all.iter().filter(|name| is_new(&goldens, name)).count(), 2);
+    assert_eq!(goldens.of(&all[2]).unwrap(), before.of(&all[2]).unwrap());
+
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(Goldens::of_folder(folder.path()).unwrap(), before);
+    goldens.save(folder.path()).unwrap();
+    let before = Goldens::of_folder(folder.path()).unwrap();
+    let rest = chosen(&SOME.map(String::from), Some(&report.not_reached[0])).unwrap();
+    assert_eq!(names(&rest), all[3..]);
+    let (goldens, report) =
+        record(&mut gpu().unwrap(), rest, &before, "today", &mut nobody).unwrap();
+    assert!(report.failed.is_empty() && report.not_reached.is_empty(), "{report}");
+    let missing: Vec<&String> = all.iter().filter(|name| !is_new(&goldens, name)).collect();
+    assert_eq!(missing, [&all[2]]);
+    assert_eq!(goldens.iter().count(), cases().len());
+}
+
+#[test]
+fn a_replay_stops_at_a_fault() {
+    let Some(mut driver) = gpu() else { return };
+    let goldens = Goldens::compiled_in().unwrap();
+    let all = names(&some_cases());
+    driver.faults = Some(format!("conform_{}", all[1]));
+    let report = replay(&mut driver, some_cases(), &goldens, &mut nobody).unwrap();
+    assert_eq!((report.passed, failed(&report)), (1, vec![all[1].as_str()]));
+    assert_eq!(report.not_reached, all[2..]);
+}
+
+/// A launch that is refused, a result that is wrong every time, and one that is not always the same:
+/// the other cases are recorded.
+#[test]
+fn what_fails_alone_does_not_end_a_recording() {
+    let Some(mut driver) = gpu() else { return };
+    let before = Goldens::compiled_in().unwrap();
+    driver.lacks = Some("conform_ldmatrix");
+    let (goldens, report) =
+        record(&mut driver, some_cases(), &before, "today", &mut nobody).unwrap();
+    assert_eq!((report.passed, report.not_reached.len()), (3, 0), "{report}");
+    assert_eq!(failed(&report), ["ldmatrix_x1", "ldmatrix_x4_trans"]);
+    assert_eq!(goldens.of("ldmatrix_x1").unwrap(), before.of("ldmatrix_x1").unwrap());
+    assert!(goldens.of("bf16_bits").unwrap().is_recorded());
+
+    let record_with = |changes: OnItsWay| {
+        let mut driver = Counting { on_its_way: Some(changes), ..gpu().unwrap() };
+        let case = chosen(&["bf16_bits".to_string()], None).unwrap();
+        record(&mut driver, case, &before, "today", &mut nobody).unwrap()
+    };
+    let (goldens, report) = record_with(Box::new(|bytes| bytes[4] ^= 1));
+    assert!(report.failed[0].why.starts_with("1 of "), "{report}");
+    assert!(goldens.of("bf16_bits").unwrap().is_recorded(), "what a GPU does is what it does");
+    let mut odd = 0;
+    let (goldens, report) = record_with(Box::new(move |bytes| {
+        odd ^= 1;
+        bytes[4] ^= odd;
+    }));
+    assert!(report.failed[0].why.starts_with("two results in two runs: 1 of "), "{report}");
+    assert_eq!(goldens.of("bf16_bits").unwrap(), before.of("bf16_bits").unwrap());
+}
+
+/// The name of a case is there before it runs; a name that is none is refused.
+#[test]
+fn the_command_runs_the_cases_that_are_asked_for() {
+    if let Err(error) = host::present() {
+        println!("skipped: no simt: {error}");
+        return;
+    }
+    let run = |arguments: &[&str]| {
+        let command = ["conformance", "--device", "simt", "--json"];
+        isobath().args(command).args(arguments).output().unwrap()
+    };
+    let output = run(&["--case", "tanh_approx", "--case", "bf16_bits"]);
+    assert!(output.status.success(), "{output:?}");
+    let names = String::from_utf8(output.stderr).unwrap();
+    let mut names: Vec<&str> = names.lines().collect();
+    names.sort_unstable();
+    assert_eq!(names, ["bf16_bits", "tanh_approx"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["passed"], 2);
+    for wrong in [["--case", "no_such"], ["--from", "no_such"]] {
+        let output = run(&wrong);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("there is no case no_such"));
+    }
 }
 
 #[test]

@@ -1,16 +1,16 @@
 //! A driver between a test and simt: it counts what runs, notes what takes the machine's memory, can
-//! leave kernels out, and can watch that streams wait for each other.
+//! leave kernels out, can fail as a GPU does, and can watch that streams wait for each other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use isobath::Result;
 use isobath::cuda::host::Host;
 use isobath::cuda::{
     Allocation, Arguments, DevicePointer, Driver, EventId, GraphId, KernelId, KernelInfo, Launch,
     Properties, StreamId, TensorMap, TensorMapSpec,
 };
+use isobath::{Error, Result};
 
 use super::order::Order;
 
@@ -32,6 +32,12 @@ pub enum Taken {
     Stream,
 }
 
+/// "launch", "event", "elapsed" and "synchronize", in their order.
+pub type Calls = Rc<RefCell<Vec<&'static str>>>;
+
+/// Sees, and may change, what comes to the host.
+pub type OnItsWay = Box<dyn FnMut(&mut [u8])>;
+
 /// In the order in which it was taken.
 pub type TakenSoFar = Rc<RefCell<Vec<Taken>>>;
 
@@ -40,10 +46,16 @@ pub struct Counting {
     pub host: Host,
     pub counts: Counts,
     pub taken: TakenSoFar,
+    pub calls: Calls,
     /// Kernels whose names begin so are not in this build.
     pub lacks: Option<&'static str>,
     /// What the machine says of itself.
+    pub device: &'static str,
     pub properties: Properties,
+    /// This kernel faults; from then on nothing can be asked of the machine.
+    pub faults: Option<String>,
+    pub gone: bool,
+    pub on_its_way: Option<OnItsWay>,
     pub order: Option<Rc<RefCell<Order>>>,
     /// Launches that ran dependent, replayed ones included.
     pub dependent: Rc<Cell<u64>>,
@@ -51,21 +63,41 @@ pub struct Counting {
 
 impl Counting {
     pub fn new(host: Host) -> Self {
-        let properties = host.properties().clone();
+        let (device, properties) = (host.device(), host.properties().clone());
         let (counts, taken) = (Counts::default(), TakenSoFar::default());
         Counting {
             host,
             counts,
             taken,
+            calls: Calls::default(),
             lacks: None,
+            device,
             properties,
+            faults: None,
+            gone: false,
+            on_its_way: None,
             order: None,
             dependent: Rc::default(),
         }
     }
 
+    fn call(&self, what: &'static str) {
+        self.calls.borrow_mut().push(what);
+    }
+
     fn take(&self, what: Taken) {
         self.taken.borrow_mut().push(what);
+    }
+
+    fn is_there(&self) -> Result<()> {
+        match self.gone {
+            false => Ok(()),
+            true => Err(Error::Device {
+                device: self.device.to_string(),
+                what: "an illegal memory access was encountered".to_string(),
+                remedy: "start the program again".to_string(),
+            }),
+        }
     }
 
     fn count(&self, name: &str) {
@@ -81,9 +113,10 @@ impl Counting {
 
 #[rustfmt::skip]
 impl Driver for Counting {
-    fn device(&self) -> &'static str { self.host.device() }
+    fn device(&self) -> &'static str { self.device }
     fn properties(&self) -> &Properties { &self.properties }
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
+        self.is_there()?;
         self.take(Taken::Buffer { label: label.to_string(), bytes });
         let buffer = self.host.allocate(label, bytes)?;
         self.watch(|order| order.allocated(buffer));
@@ -113,7 +146,10 @@ impl Driver for Counting {
     }
     fn overlap(&mut self, on: bool) { self.host.overlap(on) }
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
-        self.count(&self.kernel_info(launch.kernel)?.name);
+        let name = self.kernel_info(launch.kernel)?.name.clone();
+        self.count(&name);
+        self.call("launch");
+        self.gone |= self.faults == Some(name);
         self.watch(|order| order.launched(launch.stream, arguments));
         let launched = self.host.launch(launch, arguments);
         self.dependent.set(self.host.dependent_launches());
@@ -127,7 +163,9 @@ impl Driver for Counting {
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()> {
         self.count("copy and wait");
         self.watch(|order| order.copied(stream, Some(from), None, to.len() as u64, true));
-        self.host.to_host(stream, from, to)
+        self.host.to_host(stream, from, to)?;
+        self.on_its_way.iter_mut().for_each(|changes| changes(to));
+        Ok(())
     }
     fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]> {
         self.watch(|order| order.touched_by_host(at, bytes));
@@ -154,6 +192,7 @@ impl Driver for Counting {
         self.host.new_event()
     }
     fn record(&mut self, event: EventId, stream: StreamId) -> Result<()> {
+        self.call("event");
         self.watch(|order| order.recorded(event, stream));
         self.host.record(event, stream)
     }
@@ -162,13 +201,18 @@ impl Driver for Counting {
         self.host.wait(stream, event)
     }
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64> {
+        self.call("elapsed");
         self.host.elapsed_ms(from, to)
     }
     fn await_event(&mut self, event: EventId) -> Result<()> {
         self.watch(|order| order.awaited(event));
         self.host.await_event(event)
     }
-    fn synchronize(&mut self) -> Result<()> { self.host.synchronize() }
+    fn synchronize(&mut self) -> Result<()> {
+        self.call("synchronize");
+        self.is_there()?;
+        self.host.synchronize()
+    }
     fn begin_capture(&mut self, stream: StreamId) -> Result<()> { self.host.begin_capture(stream) }
     fn end_capture(&mut self, stream: StreamId) -> Result<GraphId> {
         self.take(Taken::Graph);

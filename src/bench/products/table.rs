@@ -123,13 +123,13 @@ struct Timed {
     burst: Vec<f64>,
 }
 
-/// `progress`: told after each burst, with how many products there are.
+/// `progress`: told of each burst.
 ///
 /// Errors: those of the machine and of the launches; sizes that cannot be timed; an unknown preset.
 pub fn table(
     driver: &mut dyn Driver,
     request: &ProductsRequest,
-    mut progress: impl FnMut(usize, usize),
+    mut progress: impl FnMut(&str),
 ) -> Result<TableReport> {
     let started = Instant::now();
     let mut not_reached = request.wanted(driver)?;
@@ -140,6 +140,8 @@ pub fn table(
     let arena = Arena::new(driver, dtype, products)?;
     let limit = request.seconds.unwrap_or(if on_cpu(driver) { 0.0 } else { SECONDS });
     let late = |share: f64| limit > 0.0 && started.elapsed().as_secs_f64() > share * limit;
+    let peaks = Peaks::of(&driver.properties().name);
+    let peak = peaks.map(|it| it.flops_per_second(dtype));
     let mut stopwatch = Stopwatch::default();
     let mut timed: Vec<Timed> = vec![];
     while !not_reached.is_empty() && (timed.is_empty() || !late(BURST_SHARE)) {
@@ -149,8 +151,11 @@ pub fn table(
         let plans = arena.plans(driver, &kernels, choice, sizes)?;
         let burst = stopwatch.burst(driver, &plans, request.samples)?;
         let tuned = kernels.is_tuned(layout, Output::plain(layout), sizes);
+        let speed = Speed::new(burst.clone(), cost(&choice, dtype, sizes).flops, peak);
+        let [m, n, k] = sizes;
+        let reached = timed.len() + 1;
+        progress(&format!("{reached:>3}/{count} {layout} {m:>6} {n:>6} {k:>6} {choice} {speed}"));
         timed.push(Timed { product, choice, tuned, plans, burst });
-        progress(timed.len(), count);
     }
 
     let slot = |it: &Timed| {
@@ -172,8 +177,6 @@ pub fn table(
     driver.synchronize()?;
     drop(pass);
 
-    let peaks = Peaks::of(&driver.properties().name);
-    let peak = peaks.map(|it| it.flops_per_second(dtype));
     let rows: Vec<TableRow> = timed
         .into_iter()
         .zip(sustained)

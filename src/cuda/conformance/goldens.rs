@@ -52,6 +52,15 @@ impl Goldens {
         Self::parse(text, Path::new("tests/goldens").join(FILE).as_path())
     }
 
+    /// Those that an earlier run wrote into this folder, or of this build. Errors: damage.
+    pub fn of_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join(FILE);
+        if !path.exists() {
+            return Self::compiled_in();
+        }
+        Self::parse(&std::fs::read_to_string(&path).map_err(Error::io("read", &path))?, &path)
+    }
+
     /// `path` is for messages. Errors: no such JSON, a name twice.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let broken = |what: String| Error::Data {

@@ -5,7 +5,8 @@
 //! not after the CPU machine. The [`Goldens`], committed and compiled in, are what every machine
 //! must give; each says whether a GPU recorded it or the formula wrote it.
 //!
-//! [`replay`] runs all cases on a machine and compares; [`record`] makes a GPU's goldens.
+//! [`replay`] runs cases on a machine and compares; [`record`] makes a GPU's goldens. A kernel that
+//! faults takes a GPU's context with it: both then stop, and the report has the rest.
 
 mod copies;
 mod goldens;
@@ -16,12 +17,13 @@ mod warp;
 pub use goldens::{Golden, Goldens, utc_date};
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::{
-    Allocation, Arguments, Driver, Fill, L2Promotion, Launch, StreamId, Swizzle, TensorMapSpec,
-    TensorType,
+    Allocation, Arguments, Driver, Fill, L2Promotion, Launch, Properties, StreamId, Swizzle,
+    TensorMapSpec, TensorType,
 };
 use crate::error::{Error, Result};
 use crate::random::Philox;
@@ -85,6 +87,23 @@ pub enum Tolerance {
 /// All cases, in the order of the kernel files.
 pub fn cases() -> Vec<Case> {
     [warp::cases(), matrices::cases(), copies::cases(), tensors::cases()].concat()
+}
+
+/// Those of these names, or all; of them, that one and what stands behind it. Errors: no such case.
+pub fn chosen(names: &[String], from: Option<&str>) -> Result<Vec<Case>> {
+    let mut all = cases();
+    for name in names.iter().map(String::as_str).chain(from) {
+        if !all.iter().any(|case| case.name == name) {
+            return Err(Error::Usage {
+                what: format!("there is no case {name}"),
+                remedy: "`isobath conformance` names each case before it runs".to_string(),
+            });
+        }
+    }
+    let first = all.iter().position(|case| from == Some(case.name.as_str())).unwrap_or(0);
+    all.drain(..first);
+    all.retain(|case| names.is_empty() || names.contains(&case.name));
+    Ok(all)
 }
 
 // ------------------------------------------------------------------ running
@@ -262,7 +281,7 @@ impl fmt::Display for Mismatch {
 
 // ------------------------------------------------------------------ replaying and recording
 
-/// What a machine did with all cases.
+/// What a machine did with the cases.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// "cuda" or "simt"
@@ -273,6 +292,8 @@ pub struct Report {
     pub failed: Vec<Failure>,
     /// Cases whose instructions this machine lacks.
     pub skipped: Vec<String>,
+    /// Cases behind one that took the machine with it: the rest, for another process.
+    pub not_reached: Vec<String>,
     /// Goldens that a GPU recorded, and that a formula wrote, of the cases that ran.
     pub against_recorded: usize,
     pub against_formula: usize,
@@ -289,96 +310,143 @@ pub struct Failure {
     pub golden: String,
 }
 
-/// Runs every case that this machine can run and compares it with its golden.
+/// The case that is about to run, the goldens as they are then, and what all cases before it did.
+pub type Progress<'a> = &'a mut dyn FnMut(&Case, &Goldens, &Report);
+
+/// Runs those of the cases that this machine can run and compares each with its golden.
 ///
-/// A case that fails does not end the replay. Errors: a case without a golden.
-pub fn replay(driver: &mut dyn Driver, goldens: &Goldens) -> Result<Report> {
-    let mut report = Report::of(driver);
-    let capability = driver.properties().compute_capability;
-    for case in cases() {
-        if !case.runs_on(capability) {
-            report.skipped.push(case.name);
+/// A case that fails does not end the replay, unless the machine fails with it. Errors: a case
+/// without a golden.
+pub fn replay(
+    driver: &mut dyn Driver,
+    cases: Vec<Case>,
+    goldens: &Goldens,
+    progress: Progress,
+) -> Result<Report> {
+    let mut report = Report::of(driver, &cases);
+    for case in cases {
+        let golden = goldens.of(&case.name)?;
+        if !report.begins(driver, &case) {
             continue;
         }
-        let golden = goldens.of(&case.name)?;
+        progress(&case, goldens, &report);
         if golden.is_recorded() {
             report.against_recorded += 1;
         } else {
             report.against_formula += 1;
         }
-        let (why, mismatch) = match case.run(driver) {
-            Ok(found) => match case.compare(&golden.out, &found) {
-                Ok(()) => {
-                    report.passed += 1;
-                    continue;
-                }
-                Err(mismatch) => (mismatch.to_string(), Some(mismatch)),
-            },
-            Err(error) => (error.to_string(), None),
-        };
-        let golden = golden.source.clone();
-        report.failed.push(Failure { case: case.name, why, mismatch, golden });
+        let found = case.run(driver).map_err(|error| error.to_string());
+        report.compare(&case, golden, &found);
+        if found.is_err() && driver.synchronize().is_err() {
+            break;
+        }
     }
     Ok(report)
 }
 
-/// Runs every case on a GPU and keeps what came out as the golden, marked with the GPU, its driver
-/// and `date`; cases that it cannot run keep the golden of `before`.
+/// Runs the cases on a GPU and keeps what came out as the golden, marked with the GPU, its driver
+/// and `date`. What it cannot run, what fails and what gives two results in two runs keeps the
+/// golden of `before`.
 ///
-/// The report compares with the formulas: a case in `failed` is recorded too, and one of formula,
-/// kernel and device/ is wrong. Errors: not a GPU; a launch that fails; a case that gives two
-/// results in two runs.
-pub fn record(driver: &mut dyn Driver, before: &Goldens, date: &str) -> Result<(Goldens, Report)> {
+/// The report compares with the formulas: a case in `failed` that ran is recorded too, and one of
+/// formula, kernel and device/ is wrong. Errors: not a GPU.
+pub fn record(
+    driver: &mut dyn Driver,
+    cases: Vec<Case>,
+    before: &Goldens,
+    date: &str,
+    progress: Progress,
+) -> Result<(Goldens, Report)> {
     if driver.device() != "cuda" {
         return Err(Error::Usage {
             what: format!("goldens are recorded on a GPU, not on {}", driver.device()),
             remedy: "use --device cuda, or --formulas to write those of the formulas".to_string(),
         });
     }
-    let mut report = Report::of(driver);
-    let properties = driver.properties().clone();
-    let source = format!("{}, CUDA driver {}, {date}", properties.name, properties.driver_version);
-    let mut goldens = Goldens::default();
-    for case in cases() {
-        if !case.runs_on(properties.compute_capability) {
-            goldens.insert(&case.name, before.of(&case.name)?.clone());
-            report.skipped.push(case.name);
+    let mut report = Report::of(driver, &cases);
+    let Properties { name, driver_version, .. } = driver.properties();
+    let source = format!("{name}, CUDA driver {driver_version}, {date}");
+    let mut goldens = before.clone();
+    for case in cases {
+        if !report.begins(driver, &case) {
             continue;
         }
-        let [out, again] = [case.run(driver)?, case.run(driver)?];
-        if out != again {
-            return Err(Error::Device {
-                device: driver.device().to_string(),
-                what: format!("case {} gave two results in two runs", case.name),
-                remedy: "a golden cannot depend on luck: correct the kernel".to_string(),
-            });
-        }
+        progress(&case, &goldens, &report);
         report.against_formula += 1;
-        match case.compare(&case.expected, &out) {
-            Ok(()) => report.passed += 1,
-            Err(mismatch) => report.failed.push(Failure {
-                case: case.name.clone(),
-                why: mismatch.to_string(),
-                mismatch: Some(mismatch),
-                golden: Golden::FORMULA.to_string(),
-            }),
+        let formula = Golden { source: Golden::FORMULA.to_string(), out: case.expected.clone() };
+        let found = case.run_twice(driver);
+        report.compare(&case, &formula, &found);
+        match found {
+            Ok(out) => goldens.insert(&case.name, Golden { source: source.clone(), out }),
+            Err(_) if driver.synchronize().is_err() => break,
+            Err(_) => {}
         }
-        goldens.insert(&case.name, Golden { source: source.clone(), out });
     }
     Ok((goldens, report))
 }
 
+impl Case {
+    /// Errors, in words: those of the driver; a golden cannot depend on luck.
+    fn run_twice(&self, driver: &mut dyn Driver) -> std::result::Result<Vec<u32>, String> {
+        let mut run = || self.run(driver).map_err(|error| error.to_string());
+        let (out, again) = (run()?, run()?);
+        match self.compare(&out, &again) {
+            _ if out == again => Ok(out),
+            Err(mismatch) => Err(format!("two results in two runs: {mismatch}")),
+            Ok(()) => Err("two results in two runs, both within the tolerance".to_string()),
+        }
+    }
+}
+
 impl Report {
-    fn of(driver: &dyn Driver) -> Self {
+    /// Nothing has run.
+    fn of(driver: &dyn Driver, cases: &[Case]) -> Self {
         Report {
             device: driver.device().to_string(),
             name: driver.properties().name.clone(),
             passed: 0,
             failed: vec![],
             skipped: vec![],
+            not_reached: cases.iter().map(|case| case.name.clone()).collect(),
             against_recorded: 0,
             against_formula: 0,
         }
+    }
+
+    /// The next case; whether this machine has it.
+    fn begins(&mut self, driver: &dyn Driver, case: &Case) -> bool {
+        self.not_reached.retain(|name| *name != case.name);
+        let runs = case.runs_on(driver.properties().compute_capability);
+        if !runs {
+            self.skipped.push(case.name.clone());
+        }
+        runs
+    }
+
+    fn compare(
+        &mut self,
+        case: &Case,
+        golden: &Golden,
+        found: &std::result::Result<Vec<u32>, String>,
+    ) {
+        match found.as_ref().map(|found| case.compare(&golden.out, found)) {
+            Ok(Ok(())) => self.passed += 1,
+            Ok(Err(mismatch)) => {
+                self.fails(case, mismatch.to_string(), Some(mismatch), &golden.source);
+            }
+            Err(why) => self.fails(case, why.clone(), None, &golden.source),
+        }
+    }
+
+    /// What it was asked for has no end: nothing else can be asked of this machine.
+    pub fn hangs(&mut self, case: &Case, limit: Duration) {
+        let why = format!("did not end within {} s", limit.as_secs());
+        self.fails(case, why, None, Golden::FORMULA);
+    }
+
+    fn fails(&mut self, case: &Case, why: String, mismatch: Option<Mismatch>, golden: &str) {
+        let (case, golden) = (case.name.clone(), golden.to_string());
+        self.failed.push(Failure { case, why, mismatch, golden });
     }
 }
 
@@ -394,7 +462,9 @@ impl fmt::Display for Report {
              recorded goldens, {against_formula} against formulas",
             failed.len(),
             skipped.len(),
-        )
+        )?;
+        let Some(next) = self.not_reached.first() else { return Ok(()) };
+        write!(f, "; {} not reached: go on with --from {next}", self.not_reached.len())
     }
 }
 
