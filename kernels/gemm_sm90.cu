@@ -11,10 +11,11 @@
 // tn. The tensor maps (src/cuda/gemm/sm90.rs) have 128-byte swizzles and boxes of 64 columns,
 // innermost first: {64, TILE} for a factor whose rows lie along K, half as high for B of a pair of
 // blocks and of two halves; {64, 64} for one whose rows lie along M or N, for out, and for the
-// addend and the gate and up that are read. Tails cost nothing but work: TMA fills what lies
-// outside with zeros and does not store it. One rounding, at the end. Where gate and up lie side by
-// side, [M,2,N], maps have three dimensions, so that a box that leaves one does not enter the
-// other. The addend may be out itself.
+// addend and the gate and up that are read. Where a tile has 96 columns of gate and of up, out and
+// product are stored in boxes {32, 64} with 64-byte swizzles. Tails cost nothing but work: TMA
+// fills what lies outside with zeros and does not store it. One rounding, at the end. Where gate
+// and up lie side by side, [M,2,N], maps have three dimensions, so that a box that leaves one does
+// not enter the other. The addend may be out itself.
 //
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
@@ -37,7 +38,7 @@ constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int MMA_M = 64, MMA_K = 16;  // of one wgmma
 constexpr int TILE_K = 64;             // 128 bytes: the span of the swizzle
 constexpr int SPAN = 128;
-constexpr int BLOCK_BYTES = 64 * SPAN;  // 64 rows of 64 values: of a box, and of a store tile
+constexpr int BLOCK_BYTES = 64 * SPAN;  // of a box of 64 rows and 64 columns
 constexpr int STORES = 2;               // store tiles of a consumer: one is written, one is read
 // Tile rows that are visited together: so many rows of A and about as many of B stay in the L2
 // cache while the multiprocessors go through them.
@@ -63,6 +64,9 @@ struct Kind {
   static constexpr int ACCUMULATORS = BLOCKS * TILE_N / 2;  // of a thread
   static constexpr int PARTS = ACCUMULATORS / 32;           // of 64 x 64, of a consumer's rows
   static_assert(PARTS % STORES == 0);  // a tile begins with the first store tile
+  // Columns of a store tile: of a result; or, where those of the tile are no multiple of that, of
+  // gate, up and product.
+  static constexpr int STORED = COLUMNS % 64 == 0 ? 64 : 3 * 32;
   // Consumers' warps that read a stage.
   static constexpr int READERS = (SHARED_TILES ? CONSUMERS : 1) * WARPGROUP / 32;
 };
@@ -258,35 +262,46 @@ DEVICE Place place_of(int i, int row, int column) {
 }
 
 // ---------------------------------------------------------------- epilogues
-// How a consumer writes bf16: 64 x 64 values at a time, through its store tiles. In shared memory,
-// as Work is.
+// How a consumer writes bf16: 64 rows of 64 or 96 columns at a time, through its store tiles. In
+// shared memory, as Work is.
 struct Outbox {
   uint8_t* tiles;
   int barrier;  // of the consumer's threads
 };
+// Columns of the boxes of a store tile, which lie one behind the other. Of eight rows of a box the
+// same 16 bytes, which stmatrix writes at once, take each of the 32 banks once, whether rows are of
+// 128 bytes or of 64.
+template <int COLUMNS>
+constexpr int BOX = COLUMNS % 64 == 0 ? 64 : 32;
+// Of a store tile or box of so many columns.
+template <int COLUMNS>
+constexpr int STORE_BYTES = 64 * COLUMNS * int(sizeof(bf16));
 // The thread's place for 16 columns in a swizzled store tile; as ldmatrix and stmatrix have them,
 // its values are those of the accumulators.
+template <int COLUMNS = 64>
 DEVICE uint8_t* place_in(uint8_t* tile, int group) {
+  constexpr int BOX_SPAN = BOX<COLUMNS> * int(sizeof(bf16)), GROUPS = BOX<COLUMNS> / 16;
+  static_assert(COLUMNS % BOX<COLUMNS> == 0);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) % WARPGROUP / 32;
-  const int row = warp * 16 + lane % 16, column = group * 16 + lane / 16 * 8;
-  const uint32_t offset = row * SPAN + column * int(sizeof(bf16));
-  return tile + swizzle<SPAN>(offset);
+  const int row = warp * 16 + lane % 16, column = group % GROUPS * 16 + lane / 16 * 8;
+  const uint32_t offset = row * BOX_SPAN + column * int(sizeof(bf16));
+  return tile + group / GROUPS * STORE_BYTES<BOX<COLUMNS>> + swizzle<BOX_SPAN>(offset);
 }
-// 64 x 64 values, the `index`th of a tile's, of which there is an even number. fill(group,
-// quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one thread then
-// calls store(store tile).
-template <class Fill, class Store>
+// 64 rows of so many columns, the `index`th of a tile's, of which there is an even number.
+// fill(group, quarters) packs the thread's 8 of 16 columns, in the order of the accumulators; one
+// thread then calls store(store tile).
+template <int COLUMNS = 64, class Fill, class Store>
 DEVICE void send(const Outbox& out, int index, const Fill& fill, const Store& store) {
   const bool storing = threadIdx.x % WARPGROUP == 0;
-  uint8_t* const tile = out.tiles + index % STORES * BLOCK_BYTES;
+  uint8_t* const tile = out.tiles + index % STORES * STORE_BYTES<COLUMNS>;
   // The store before has left this tile; the last one may still read the other.
   if (storing) bulk_wait_read<STORES - 1>();
   barrier_sync(out.barrier, WARPGROUP);
 #pragma unroll
-  for (int group = 0; group < 4; ++group) {
+  for (int group = 0; group < COLUMNS / 16; ++group) {
     uint32_t quarters[4];
     fill(group, quarters);
-    stmatrix_x4(place_in(tile, group), quarters);
+    stmatrix_x4(place_in<COLUMNS>(tile, group), quarters);
   }
   fence_proxy_async();
   barrier_sync(out.barrier, WARPGROUP);
@@ -386,40 +401,44 @@ struct Gated {
 template <class K>
 DEVICE void write(const Gated& to, Accumulators<K>& accumulators, const Outbox& out, int row,
                   int column) {
-  static_assert(K::TILE_N % 128 == 0 && K::BLOCKS * (K::TILE_N / 128) * 3 % STORES == 0);
+  // Gate, up and product: a store tile has 64 columns of one of them, or 32 of each.
+  constexpr int RESULTS = 3, WIDTH = BOX<K::STORED>, HELD = K::STORED / WIDTH;
+  constexpr int ACROSS = K::COLUMNS / WIDTH, GROUPS = WIDTH / 16;
+  static_assert(RESULTS % HELD == 0 && K::BLOCKS * ACROSS * RESULTS / HELD % STORES == 0);
 #pragma unroll
   for (int block = 0; block < K::BLOCKS; ++block) {
 #pragma unroll
-    for (int part = 0; part < K::TILE_N / 128; ++part) {
-      const int at_row = row + block * MMA_M, at_column = column + part * 64;
-      const float* const gates = &accumulators[block][part * 32];
-      const float* const ups = gates + K::TILE_N / 4;
+    for (int part = 0; part < ACROSS; ++part) {
+      const int at_row = row + block * MMA_M, at_column = column + part * WIDTH;
       const bool inside = at_row < to.m && at_column < to.n;
-      const int sent = 3 * (block * (K::TILE_N / 128) + part);
-      send(
-          out, sent,
-          [&](int group, uint32_t(&quarters)[4]) { pack_eight(gates + group * 8, quarters); },
-          [&](const uint8_t* tile) {
-            if (inside) tma_store_3d(to.map_out, tile, at_column, 0, at_row);
-          });
-      send(
-          out, sent + 1,
-          [&](int group, uint32_t(&quarters)[4]) { pack_eight(ups + group * 8, quarters); },
-          [&](const uint8_t* tile) {
-            if (inside) tma_store_3d(to.map_out, tile, at_column, 1, at_row);
-          });
-      const auto fill = [&](int group, uint32_t(&quarters)[4]) {
-        uint32_t gate[4], up[4];
-        pack_eight(gates + group * 8, gate);
-        pack_eight(ups + group * 8, up);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          quarters[i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
-                                  swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
-      };
-      send(out, sent + 2, fill, [&](const uint8_t* tile) {
-        if (inside) tma_store_2d(to.map_product, tile, at_column, at_row);
-      });
+      for (int first = 0; first < RESULTS; first += HELD) {
+        const int sent = ((block * ACROSS + part) * RESULTS + first) / HELD;
+        const auto fill = [&](int group, uint32_t(&quarters)[4]) {
+          const int result = first + group / GROUPS;
+          const float* const gates = &accumulators[block][part * (WIDTH / 2) + group % GROUPS * 8];
+          const float* const ups = gates + K::COLUMNS / 2;
+          if (result < 2) return pack_eight(result == 0 ? gates : ups, quarters);
+          uint32_t gate[4], up[4];
+          pack_eight(gates, gate);
+          pack_eight(ups, up);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            quarters[i] = pack_bf16(swiglu<bf16>(low_float(gate[i]), low_float(up[i])),
+                                    swiglu<bf16>(high_float(gate[i]), high_float(up[i])));
+        };
+        send<K::STORED>(out, sent, fill, [&](const uint8_t* tile) {
+          if (!inside) return;
+#pragma unroll
+          for (int box = 0; box < HELD; ++box) {
+            const uint8_t* const values = tile + box * STORE_BYTES<WIDTH>;
+            if (first + box < 2)
+              tma_store_3d(to.map_out, values, at_column, first + box, at_row);
+            else
+              tma_store_2d(to.map_product, values, at_column, at_row);
+          }
+        });
+      }
     }
   }
 }
@@ -671,8 +690,9 @@ template <class K, class Epilogue>
 DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, int m, int n, int k,
                                const Epilogue& epilogue) {
   constexpr bool READS = Epilogue::TILES_READ > 0;
-  constexpr int BUFFERS = CONSUMERS * STORES, TILES = READS ? Epilogue::TILES_READ : 1;
-  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS x TILES tiles
+  constexpr int BUFFERS = CONSUMERS * STORES;
+  constexpr int BUFFER_BYTES = READS ? Epilogue::TILES_READ * BLOCK_BYTES : STORE_BYTES<K::STORED>;
+  SHARED_DYNAMIC(ring);  // STAGES stages, then BUFFERS buffers
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
   SHARED(uint64_t, order, CONSUMERS);
@@ -685,7 +705,7 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
     uint8_t* const tiles = ring + K::STAGES * K::STAGE_BYTES;
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
       const int first = consumer * STORES;
-      const Outbox out = {tiles + TILES * first * BLOCK_BYTES, 1 + consumer};
+      const Outbox out = {tiles + first * BUFFER_BYTES, 1 + consumer};
       exchanges[consumer] = {out, loaded + first, written + first};
     }
     for (int buffer = 0; READS && buffer < BUFFERS; ++buffer) {
@@ -811,6 +831,7 @@ ROTARY_KERNEL(128, 256, 4, true)
 ROTARY_KERNEL(128, 192, 4, false)
 ROTARY_KERNEL(128, 128, 6, false)
 SWIGLU_KERNEL(128, 256, 4, true)
+SWIGLU_KERNEL(128, 192, 4, false)
 SWIGLU_KERNEL(128, 128, 6, false)
 SWIGLU_GRADIENT_KERNEL(128, 256, 3, true)
 SWIGLU_GRADIENT_KERNEL(128, 192, 4, false)

@@ -189,7 +189,7 @@ impl Kernels {
             Kernels::Norm => run_norm(driver, &NORMS),
             Kernels::Loss => run_loss(driver, &LOSSES),
             Kernels::GemmSm90 => run_gemm_sm90(driver, &PRODUCTS),
-            Kernels::GemmGradient => run_gradient(driver, 192, &GRADIENTS),
+            Kernels::GemmGradient => run_swiglu(driver, Layout::Nn, 192, &GRADIENTS),
             Kernels::GemmMma => run_gemm_mma(driver),
             Kernels::AttentionForward => run_attention_forward(driver),
             Kernels::AttentionBackward => {
@@ -402,7 +402,7 @@ const MORE_PRODUCTS: [ProductCase; 6] = [
     (Layout::Nn, 128, 1, 1, 64, 72, 64, false),
     (Layout::Tn, 128, 1, 1, 136, 264, 72, false),
     (Layout::Tn, 256, 1, 2, 136, 264, 328, false),
-    (Layout::Tn, 128, 2, 1, 264, 200, 136, false),
+    (Layout::Tn, 128, 2, 1, 136, 200, 136, false),
 ];
 
 fn run_gemm_sm90(
@@ -444,30 +444,39 @@ fn run_gemm_sm90(
 /// block, with tails, and a pair of blocks.
 const GRADIENTS: [[usize; 4]; 2] = [[1, 300, 584, 72], [2, 130, 264, 328]];
 const MORE_GRADIENTS: [[usize; 4]; 2] = [[1, 250, 712, 136], [2, 136, 264, 72]];
+/// The same of gate and up.
+const GATED: [[usize; 4]; 2] = [[1, 300, 296, 72], [2, 130, 128, 328]];
 
-/// `columns`: of the tile.
-fn run_gradient(
+/// SwiGLU behind an NT product, its gradient behind an NN one. `columns`: of the tile.
+fn run_swiglu(
     driver: &mut dyn Driver,
+    layout: Layout,
     columns: usize,
     cases: &[[usize; 4]],
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90))?;
     for &[cluster, m, n, k] in cases {
+        let halves_of_b = if layout == Layout::Nt { 2 } else { 1 };
         let a = upload(driver, "a", Dtype::Bf16, &normals(1, m * k));
-        let b = upload(driver, "b", Dtype::Bf16, &normals(2, n * k));
+        let b = upload(driver, "b", Dtype::Bf16, &normals(2, halves_of_b * n * k));
         let gate_up = upload(driver, "gate and up", Dtype::Bf16, &normals(3, 2 * m * n));
         let out = unwritten(driver, "out", Dtype::Bf16, 2 * m * n);
-        let output = Output::SwiGluGradient { gate_up: gate_up.address };
+        let gated = unwritten(driver, "product", Dtype::Bf16, m * n);
+        let output = match layout {
+            Layout::Nt => Output::SwiGlu { product: gated.address },
+            _ => Output::SwiGluGradient { gate_up: gate_up.address },
+        };
         let (a_at, b_at, out_at) = (a.address, b.address, out.address);
-        let layout = Layout::Nn;
         let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
         let mut variants = gemm.variants_for(layout, output);
         let variant = variants.find(|it| it.columns == columns).unwrap();
         let choice = Choice { cluster, ..Choice::whole(variant) };
         gemm.plan_with(driver, choice, &product)?.launch(driver, StreamId::MAIN)?;
-        bytes(&download(driver, Dtype::Bf16, out), &mut all);
-        for buffer in [a, b, gate_up, out] {
+        for found in [out, gated] {
+            bytes(&download(driver, Dtype::Bf16, found), &mut all);
+        }
+        for buffer in [a, b, gate_up, out, gated] {
             driver.release(buffer)?;
         }
     }
@@ -858,7 +867,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the store tile is written without its swizzle",
-        &[("swizzle<SPAN>(offset)", "offset")],
+        &[("swizzle<BOX_SPAN>(offset)", "offset")],
         WRONG,
     ),
     planted(
@@ -897,7 +906,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the consumers share one barrier",
-        &[("BLOCK_BYTES, 1 + consumer};", "BLOCK_BYTES, 1};")],
+        &[("STORE_BYTES<K::STORED>, 1 + consumer};", "STORE_BYTES<K::STORED>, 1};")],
         &["data race on shared memory"],
     ),
     planted(
@@ -1549,8 +1558,11 @@ fn random_schedules_of_the_true_kernels_are_clean() {
         let mut bits = kernels.run(driver)?;
         let more = match kernels {
             Kernels::Norm => run_norm(driver, &MORE_NORMS),
-            Kernels::GemmSm90 => run_gemm_sm90(driver, &MORE_PRODUCTS),
-            Kernels::GemmGradient => run_gradient(driver, 128, &MORE_GRADIENTS),
+            Kernels::GemmSm90 => run_gemm_sm90(driver, &MORE_PRODUCTS).and_then(|products| {
+                let gated = run_swiglu(driver, Layout::Nt, 96, &GATED)?;
+                Ok([products, gated].concat())
+            }),
+            Kernels::GemmGradient => run_swiglu(driver, Layout::Nn, 128, &MORE_GRADIENTS),
             Kernels::GemmMma => gemm_mma(driver, 128, 64, 96).map(|(exact, found)| {
                 assert_eq!(exact, found);
                 vec![]

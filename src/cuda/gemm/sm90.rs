@@ -10,8 +10,9 @@ use crate::cuda::{
 use crate::error::Result;
 
 const ROWS: usize = 128;
-/// Of the ring's stages, and columns of every box.
+/// Of the ring's stages, and columns of every box that is loaded.
 const DEPTH: usize = 64;
+/// Two for each consumer, of 64 columns.
 const STORE_TILES_BYTES: usize = 2 * 2 * 64 * 64 * BF16_BYTES;
 const BF16_BYTES: usize = 2;
 
@@ -24,7 +25,7 @@ const STORE_EPILOGUE: f64 = 143.0;
 const ADD_EPILOGUE: f64 = 570.0;
 const ADD_TURN: f64 = 220.0;
 
-pub(super) const VARIANTS: [Variant; 17] = [
+pub(super) const VARIANTS: [Variant; 18] = [
     shared(Layout::Nt, PLAIN, "gemm_sm90_nt_128x256", 4),
     in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x192", 192, 4),
     in_turn(Layout::Nt, PLAIN, "gemm_sm90_nt_128x128", 128, 6),
@@ -38,6 +39,7 @@ pub(super) const VARIANTS: [Variant; 17] = [
     in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x192", 192, 4),
     in_turn(Layout::Nt, Epilogue::Rotary, "gemm_sm90_nt_rotary_128x128", 128, 6),
     shared(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x256", 4),
+    in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x192", 192, 4),
     in_turn(Layout::Nt, Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x128", 128, 6),
     shared(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x256", 3),
     in_turn(Layout::Nn, Epilogue::SwiGlu, "gemm_sm90_nn_swiglu_128x192", 192, 4),
@@ -82,6 +84,10 @@ const fn variant(
     let (store_tiles_bytes, written, turn) = match (layout, epilogue) {
         // A buffer holds gate and up.
         (Layout::Nn, Epilogue::SwiGlu) => (2 * STORE_TILES_BYTES, STORE_EPILOGUE, None),
+        // 32 columns of gate, of up and of the product are those of one and a half.
+        (Layout::Nt, Epilogue::SwiGlu) if stored_columns(width / 2) == 32 => {
+            (3 * STORE_TILES_BYTES / 2, STORE_EPILOGUE, None)
+        }
         (Layout::Nt | Layout::Nn, _) => (STORE_TILES_BYTES, STORE_EPILOGUE, None),
         (Layout::Tn, _) => (0, ADD_EPILOGUE, Some(ADD_TURN)),
     };
@@ -111,6 +117,11 @@ const fn variant(
     }
 }
 
+/// Of a box in which a tile of so many columns is stored.
+const fn stored_columns(columns: usize) -> usize {
+    if columns.is_multiple_of(64) { 64 } else { 32 }
+}
+
 /// Of a product that was checked. Errors: matrices that leave their buffers.
 pub(super) fn arguments(
     driver: &mut dyn Driver,
@@ -134,9 +145,9 @@ pub(super) fn arguments(
         (Layout::Nn | Layout::Tn, _) => across_k(driver, b, [n, k])?,
     };
     // Gate and up, side by side in each row.
-    let side_by_side = |driver: &mut dyn Driver, address| {
+    let side_by_side = |driver: &mut dyn Driver, address, columns: usize| {
         let row_bytes = [n, 2 * n].map(|elements| (elements * BF16_BYTES) as u64);
-        halves(driver, address, [n, 2, m], row_bytes, [DEPTH as u32, 1, DEPTH as u32])
+        halves(driver, address, [n, 2, m], row_bytes, [columns as u32, 1, 64])
     };
     let (m_n_k, arguments) =
         ([m, n, k].map(|size| size as i32), Arguments::new().with(map_a).with(map_b));
@@ -155,13 +166,14 @@ pub(super) fn arguments(
                 .with(head_dim as i32)
         }
         Output::SwiGlu { product } => {
-            let map_out = side_by_side(driver, out)?;
-            let map_product = across_k(driver, product, [n, m])?;
+            let columns = stored_columns(variant.columns);
+            let map_out = side_by_side(driver, out, columns)?;
+            let map_product = matrix(driver, product, [n, m], [columns as u32, 64])?;
             sized(arguments.with(map_out).with(map_product))
         }
         Output::SwiGluGradient { gate_up } => {
-            let map_out = side_by_side(driver, out)?;
-            let map_gates = side_by_side(driver, gate_up)?;
+            let map_out = side_by_side(driver, out, 64)?;
+            let map_gates = side_by_side(driver, gate_up, 64)?;
             sized(arguments.with(map_out).with(map_gates))
         }
     })
@@ -200,7 +212,7 @@ fn matrix(
         &dimensions.map(|size| size as u64),
         &row_bytes,
         &box_dimensions,
-        Swizzle::Bytes128,
+        swizzle(box_dimensions[0]),
     ))
 }
 
@@ -218,8 +230,13 @@ fn halves(
         dimensions: &dimensions.map(|size| size as u64),
         stride_bytes: &stride_bytes,
         box_dimensions: &box_dimensions,
-        swizzle: Swizzle::Bytes128,
+        swizzle: swizzle(box_dimensions[0]),
         l2_promotion: L2Promotion::Bytes256,
         fill: Fill::Zeros,
     })
+}
+
+/// As wide as a box's rows.
+fn swizzle(columns: u32) -> Swizzle {
+    if columns == 32 { Swizzle::Bytes64 } else { Swizzle::Bytes128 }
 }
