@@ -906,7 +906,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "the consumers share one barrier",
-        &[("STORE_BYTES<K::STORED>, 1 + consumer};", "STORE_BYTES<K::STORED>, 1};")],
+        &[("first * BUFFER_BYTES, 1 + consumer};", "first * BUFFER_BYTES, 1};")],
         &["data race on shared memory"],
     ),
     planted(
