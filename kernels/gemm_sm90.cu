@@ -20,7 +20,7 @@
 // A block of three warpgroups keeps its multiprocessor to itself and takes one tile after the
 // other. The producer (one thread) loads A and B into a ring of stages, which runs on across tiles.
 // Two consumers either share a tile, half of its rows each, or take tiles in turn, each a whole one
-// of half the size, so that one writes its tile while the other multiplies.
+// of fewer columns, so that one writes its tile while the other multiplies.
 //
 // Two blocks may be launched as a cluster. They take tiles one below the other, and each loads half
 // of B's tile for both.
@@ -504,7 +504,7 @@ DEVICE void consume(const uint8_t* ring, uint64_t* full, uint64_t* empty, uint64
 
 // Of one consumer. Both barriers have a phase for each use of a buffer.
 struct Exchange {
-  Outbox out;         // its tiles: STORES x TILES_READ
+  Outbox out;         // its tiles: STORES buffers, each of TILES_READ, or one where nothing is read
   uint64_t* loaded;   // STORES: by the mover's copies
   uint64_t* written;  // STORES: by every warp of the consumer
 };
@@ -770,8 +770,8 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
 }
 
 // ---------------------------------------------------------------- kernels
-// As many stages as 227 KiB hold beside the store tiles, of which tn has none and nn_swiglu twice
-// as many.
+// As many stages as 227 KiB hold beside the store tiles, of which tn has none, nn_swiglu twice as
+// many and nt_swiglu's of 192 half as many again.
 #define STORE_KERNEL(name, b, tile_m, tile_n, stages, shared)                                      \
   KERNEL(gemm_sm90_##name##_##tile_m##x##tile_n, THREADS, 1)                                       \
   (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,               \

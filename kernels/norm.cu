@@ -209,8 +209,8 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
     for (int j = 0; j < VALUES<T>; ++j) d_gains[i][j] = 0;
 
   for (int row = first_row; row < rows; row += row_step) {
-    // As they came: unpacked they would take twice the registers. All that a row reads is under way at
-    // once.
+    // As they came: unpacked they would take twice the registers. All that a row reads is under
+    // way at once.
     uint4 held_inp[VECTORS], held_d_out[VECTORS], held_before[VECTORS];
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {

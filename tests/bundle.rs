@@ -168,6 +168,10 @@ fn a_bundle_goes_on_after_failures() {
     assert!(said("bench-step.log").ends_with("overlap \n"));
     assert!(said("bench-step-without-overlap.log").ends_with("overlap 0\n"));
 
+    // The line for the rest does the same.
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("run --part 2 --device simt --seconds "), "{said}");
+
     // Results are never overwritten.
     let (output, _) = run(folder.path(), &["--device", "simt"]);
     assert_eq!(output.status.code(), Some(2));

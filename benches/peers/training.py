@@ -85,8 +85,10 @@ class Isobath(Side):
         try:
             report = kernels.run_isobath(args.program, "step", args.device, extra)
         except ValueError as error:
-            if any(words in str(error) for words in NO_ROOM):
-                raise NoMemory(str(error)) from None
+            # Behind the rows that were timed before.
+            why = [line for line in str(error).splitlines() if any(it in line for it in NO_ROOM)]
+            if why:
+                raise NoMemory(why[0]) from None
             raise
         [row] = report["rows"]
         row["tokens_per_step"] = args.rows * row["sizes"]["S"]

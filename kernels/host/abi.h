@@ -39,8 +39,9 @@ struct SimtFault;  // owned by the caller
 // The i-th kernel of the build, or null behind the last.
 const SimtKernelInfo* simt_kernel(uint32_t index);
 
-// The launch keeps the rules that both machines share (src/cuda/driver/launch.rs); `arguments[i]` points
-// to the i-th argument's value, one for each parameter. 0: done; 1: `*fault` says what went wrong.
+// The launch keeps the rules that both machines share (src/cuda/driver/launch.rs); `arguments[i]`
+// points to the i-th argument's value, one for each parameter. 0: done; 1: `*fault` says what went
+// wrong.
 int simt_launch(const char* kernel, const SimtLaunch*, void* const* arguments, const SimtOptions*,
                 SimtFault** fault);
 // English, several lines; code addresses stand as "\x01<hex>\x02" for the caller to resolve.
@@ -53,8 +54,8 @@ void* simt_allocate(uint64_t bytes, const char* label);
 // 0: done, 1: not the start of a buffer.
 int simt_free(void* address);
 // Writes the 128 bytes of a tensor map. All rules of cuTensorMapEncodeTiled hold
-// (src/cuda/driver/tensor_map.rs has them); `data_type` is a CUtensorMapDataType, dimensions are innermost
-// first, and there is one stride fewer. swizzle_bytes 0: none.
+// (src/cuda/driver/tensor_map.rs has them); `data_type` is a CUtensorMapDataType, dimensions are
+// innermost first, and there is one stride fewer. swizzle_bytes 0: none.
 void simt_tensor_map(void* map, uint32_t data_type, uint32_t element_bytes, uint32_t rank,
                      void* address, const uint64_t* dimensions, const uint64_t* stride_bytes,
                      const uint32_t* box, uint32_t swizzle_bytes, uint32_t nan_fill);

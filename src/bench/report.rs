@@ -133,9 +133,7 @@ impl Row {
             }
         }
     }
-}
 
-impl Row {
     /// `what`, `shape`: the widths of these columns.
     fn write(&self, f: &mut fmt::Formatter<'_>, what: usize, shape: usize) -> fmt::Result {
         let (scaled, unit) = scaled(self.per_second, self.work.unit);

@@ -5,19 +5,21 @@
 
 use std::path::PathBuf;
 use std::process;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use isobath::config::DeviceKind;
-use isobath::cuda::conformance::{Case, Goldens, Report, chosen, record, replay, utc_date};
+use isobath::cuda::conformance::{
+    Case, Golden, Goldens, Report, Watch, chosen, record, replay, utc_date,
+};
 use isobath::cuda::{host, open};
 
 use super::output;
 
 /// Of one case, the loading of all kernels and a sanitizer included.
 const LIMIT: Duration = Duration::from_secs(15);
+/// What was recorded is on disk so often, whoever ends the process.
+const SAVED_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub struct ConformanceArgs {
@@ -50,11 +52,22 @@ pub fn run(args: ConformanceArgs) -> anyhow::Result<()> {
     let ending = Ending { record: args.record, json: args.json };
     let cases = chosen(&args.cases, args.from.as_deref())?;
     let mut driver = open(args.device, host::Options::from_env()?)?;
-    let watched = watch(ending.clone());
-    let mut progress = |case: &Case, goldens: &Goldens, report: &Report| {
+    let hung = ending.clone();
+    let watch = Watch::start(LIMIT, move |goldens, report| {
+        if let Err(error) = hung.finish(goldens, report) {
+            eprintln!("error: {error}");
+        }
+        process::exit(1);
+    });
+    let mut saved = Instant::now();
+    let mut progress = |case: &Case, golden: &Golden, goldens: &Goldens, report: &Report| {
         eprintln!("{}", case.name);
-        let under_way = (Instant::now(), case.clone(), goldens.clone(), report.clone());
-        *watched.lock().unwrap_or_else(PoisonError::into_inner) = Some(under_way);
+        watch.begins(case, golden, goldens, report);
+        if saved.elapsed() > SAVED_EVERY {
+            // At the end it is said why that cannot be.
+            let _ = ending.save(goldens);
+            saved = Instant::now();
+        }
     };
     let (goldens, report) = match &ending.record {
         Some(folder) => {
@@ -68,7 +81,7 @@ pub fn run(args: ConformanceArgs) -> anyhow::Result<()> {
             (goldens, report)
         }
     };
-    *watched.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    watch.ends();
     ending.finish(&goldens, &report)
 }
 
@@ -80,10 +93,12 @@ struct Ending {
 }
 
 impl Ending {
+    fn save(&self, goldens: &Goldens) -> isobath::Result<()> {
+        self.record.as_ref().map_or(Ok(()), |folder| goldens.save(folder))
+    }
+
     fn finish(&self, goldens: &Goldens, report: &Report) -> anyhow::Result<()> {
-        if let Some(folder) = &self.record {
-            goldens.save(folder)?;
-        }
+        self.save(goldens)?;
         if self.json {
             output::print_json(report)?;
         } else {
@@ -96,27 +111,4 @@ impl Ending {
         );
         Ok(())
     }
-}
-
-/// The case that runs, since when, and what is known.
-type UnderWay = Option<(Instant, Case, Goldens, Report)>;
-
-/// Ends the process when a case does not end: nobody can take a kernel off a GPU.
-fn watch(ending: Ending) -> Arc<Mutex<UnderWay>> {
-    let watched = Arc::new(Mutex::new(UnderWay::None));
-    let seen = Arc::clone(&watched);
-    thread::spawn(move || {
-        loop {
-            thread::sleep(LIMIT / 50);
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-            let hanging = seen.take_if(|(since, ..)| since.elapsed() > LIMIT);
-            let Some((_, case, goldens, mut report)) = hanging else { continue };
-            report.hangs(&case, LIMIT);
-            if let Err(error) = ending.finish(&goldens, &report) {
-                eprintln!("error: {error}");
-            }
-            process::exit(1);
-        }
-    });
-    watched
 }

@@ -46,14 +46,23 @@ impl Fused<View> {
     fn run_as_one(&self, backend: &mut impl Backend) -> Result<bool> {
         match *self {
             Fused::Forward(
-                [Op::Linear { inp, weight, .. }, Op::Rotary { heads, table, positions, qkv }],
+                [
+                    Op::Linear { inp, weight, residual: None, .. },
+                    Op::Rotary { heads, table, positions, qkv },
+                ],
             ) => backend.linear_rotary_forward(heads, inp, weight, table, positions, qkv),
-            Fused::Forward([Op::Linear { inp, weight, .. }, Op::SwiGlu { inp: gate_up, out }]) => {
-                backend.linear_swiglu_forward(inp, weight, gate_up, out)
-            }
+            Fused::Forward(
+                [Op::Linear { inp, weight, residual: None, .. }, Op::SwiGlu { inp: gate_up, out }],
+            ) => backend.linear_swiglu_forward(inp, weight, gate_up, out),
             Fused::Backward(
                 [
-                    Gradient::Linear { inp, weight, d_out, d_weight, .. },
+                    Gradient::Linear {
+                        inp,
+                        weight,
+                        d_out,
+                        d_weight,
+                        d_inp: Sink { accumulate: false, .. },
+                    },
                     Gradient::SwiGlu { inp: gate_up, d_out: d_inp, d_inp: d_gate_up },
                 ],
             ) => backend

@@ -52,17 +52,18 @@ impl Case {
         self.path(name)
     }
 
-    /// The line that says why it fails.
+    /// The line that says why it fails, with this exit status.
     pub fn fails_in(
         &self,
         name: &str,
         device: &str,
         sets: &[&str],
         variables: &[(&str, &str)],
+        code: i32,
     ) -> String {
         let output = self.run(name, device, sets, variables);
         let message = String::from_utf8(output.stderr).unwrap();
-        assert!(matches!(output.status.code(), Some(1 | 2)), "{message}");
+        assert_eq!(output.status.code(), Some(code), "{message}");
         message.lines().find(|line| line.starts_with("error: ")).unwrap_or(&message).to_string()
     }
 

@@ -1,12 +1,14 @@
 //! Every wrapper of kernels/: the goldens against the formulas, the machines against the goldens.
 
 use std::collections::BTreeSet;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use isobath::Error;
 use isobath::cuda::conformance::{
-    Case, Golden, Goldens, Mismatch, Needs, Report, Tolerance, cases, chosen, record, replay,
-    utc_date,
+    Case, Golden, Goldens, Mismatch, Needs, Report, Tolerance, Watch, cases, chosen, record,
+    replay, utc_date,
 };
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
@@ -15,7 +17,7 @@ use super::counting::{Counting, OnItsWay};
 use super::machines::on_every_machine_in_turn;
 use crate::support::{isobath, source};
 
-fn nobody(_: &Case, _: &Goldens, _: &Report) {}
+fn nobody(_: &Case, _: &Golden, _: &Goldens, _: &Report) {}
 
 /// Every launch on every machine and schedule; the bits are the same on all schedules of one.
 #[test]
@@ -232,7 +234,7 @@ fn recording_stops_at_a_fault_and_goes_on_in_another_process() {
     let all = names(&some_cases());
     driver.faults = Some(format!("conform_{}", all[2]));
     let mut told = vec![];
-    let mut progress = |case: &Case, goldens: &Goldens, report: &Report| {
+    let mut progress = |case: &Case, _: &Golden, goldens: &Goldens, report: &Report| {
         assert_eq!(report.passed, told.len());
         let recorded = goldens.iter().filter(|(_, golden)| golden.source.contains("today"));
         assert_eq!(recorded.count(), told.len());
@@ -244,7 +246,8 @@ fn recording_stops_at_a_fault_and_goes_on_in_another_process() {
     assert_eq!((report.passed, failed(&report)), (2, vec![all[2].as_str()]));
     assert!(report.failed[0].why.contains("illegal memory access"), "{report}");
     assert_eq!(report.not_reached, all[3..]);
-    assert!(report.to_string().ends_with(&format!("2 not reached: go on with --from {}", all[3])));
+    let hint = format!("2 not reached: go on with --from \"{}\"", all[3]);
+    assert!(report.to_string().ends_with(&hint), "{report}");
     let is_new = |goldens: &Goldens, name: &str| goldens.of(name).unwrap().source.contains("today");
     assert_eq!(all.iter().filter(|name| is_new(&goldens, name)).count(), 2);
     assert_eq!(goldens.of(&all[2]).unwrap(), before.of(&all[2]).unwrap());
@@ -261,6 +264,38 @@ fn recording_stops_at_a_fault_and_goes_on_in_another_process() {
     let missing: Vec<&String> = all.iter().filter(|name| !is_new(&goldens, name)).collect();
     assert_eq!(missing, [&all[2]]);
     assert_eq!(goldens.iter().count(), cases().len());
+}
+
+/// What is known of the cases before it is handed over, once; one that ends in time is nobody's business.
+#[test]
+fn a_case_that_does_not_end_is_a_failure_and_the_rest_is_not_reached() {
+    let Some(mut driver) = gpu() else { return };
+    let before = Goldens::compiled_in().unwrap();
+    let limit = Duration::from_millis(400);
+    let (send, hung) = mpsc::channel();
+    let watch = Watch::start(limit, move |goldens, report| {
+        send.send((goldens.clone(), report.clone())).unwrap();
+    });
+    let all = names(&some_cases());
+    let mut progress = |case: &Case, golden: &Golden, goldens: &Goldens, report: &Report| {
+        watch.begins(case, golden, goldens, report);
+        if case.name == all[1] {
+            thread::sleep(2 * limit);
+        }
+    };
+    record(&mut driver, some_cases(), &before, "today", &mut progress).unwrap();
+    watch.ends();
+    let (goldens, report) = hung.recv().unwrap();
+    assert_eq!((report.passed, failed(&report)), (1, vec![all[1].as_str()]));
+    let failure = &report.failed[0];
+    assert_eq!(
+        (failure.why.as_str(), failure.golden.as_str()),
+        ("did not end within 0.4 s", "formula")
+    );
+    assert_eq!((report.against_formula, report.not_reached), (2, all[2..].to_vec()));
+    assert!(goldens.of(&all[0]).unwrap().source.contains("today"));
+    assert!(!goldens.of(&all[1]).unwrap().source.contains("today"));
+    assert!(hung.recv().is_err(), "a second time");
 }
 
 #[test]

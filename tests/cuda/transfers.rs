@@ -234,7 +234,7 @@ fn a_loss_that_is_not_finite_is_found_a_step_later_and_named_by_its_own_step() {
     ];
     let [alone, ahead] = ["0", "1"].map(|ahead| {
         let name = format!("run-{ahead}");
-        let message = case.fails_in(&name, "simt", &sets, &[(AHEAD, ahead)]);
+        let message = case.fails_in(&name, "simt", &sets, &[(AHEAD, ahead)], 1);
         (message, steps(&case.path(&name)))
     });
     assert!(alone.0.starts_with("error: loss is NaN at step 2 (batch rows 2..4)"), "{}", alone.0);
@@ -249,7 +249,7 @@ fn a_damaged_shard_ends_a_run_behind_the_same_step() {
     let sets = ["dtype=f32", "train.steps=200", &shard];
     let [alone, ahead] = ["0", "1"].map(|ahead| {
         let name = format!("run-{ahead}");
-        let message = case.fails_in(&name, "simt", &sets, &[(AHEAD, ahead)]);
+        let message = case.fails_in(&name, "simt", &sets, &[(AHEAD, ahead)], 2);
         (message, metrics(&case.path(&name)))
     });
     assert!(alone.0.contains("block 3 of the shard is damaged"), "{}", alone.0);

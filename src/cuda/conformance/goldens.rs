@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::cases;
+use crate::durable::replace;
 use crate::error::{Error, Result};
 
 const FILE: &str = "conformance.json";
@@ -112,7 +113,7 @@ impl Goldens {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let path = folder.join(FILE);
         let text = self.to_text().map_err(Error::io("compress", &path))?;
-        std::fs::write(&path, text).map_err(Error::io("write", &path))
+        replace(&path, text.as_bytes())
     }
 
     fn to_text(&self) -> std::io::Result<String> {

@@ -13,8 +13,10 @@ mod goldens;
 mod matrices;
 mod tensors;
 mod warp;
+mod watch;
 
 pub use goldens::{Golden, Goldens, utc_date};
+pub use watch::Watch;
 
 use std::fmt;
 use std::time::Duration;
@@ -310,8 +312,9 @@ pub struct Failure {
     pub golden: String,
 }
 
-/// The case that is about to run, the goldens as they are then, and what all cases before it did.
-pub type Progress<'a> = &'a mut dyn FnMut(&Case, &Goldens, &Report);
+/// The case that is about to run, the golden that it is compared with, all goldens as they are then,
+/// and what all cases before it did.
+pub type Progress<'a> = &'a mut dyn FnMut(&Case, &Golden, &Goldens, &Report);
 
 /// Runs those of the cases that this machine can run and compares each with its golden.
 ///
@@ -329,12 +332,12 @@ pub fn replay(
         if !report.begins(driver, &case) {
             continue;
         }
-        progress(&case, goldens, &report);
         if golden.is_recorded() {
             report.against_recorded += 1;
         } else {
             report.against_formula += 1;
         }
+        progress(&case, golden, goldens, &report);
         let found = case.run(driver).map_err(|error| error.to_string());
         report.compare(&case, golden, &found);
         if found.is_err() && driver.synchronize().is_err() {
@@ -371,9 +374,9 @@ pub fn record(
         if !report.begins(driver, &case) {
             continue;
         }
-        progress(&case, &goldens, &report);
         report.against_formula += 1;
         let formula = Golden { source: Golden::FORMULA.to_string(), out: case.expected.clone() };
+        progress(&case, &formula, &goldens, &report);
         let found = case.run_twice(driver);
         report.compare(&case, &formula, &found);
         match found {
@@ -439,9 +442,9 @@ impl Report {
     }
 
     /// What it was asked for has no end: nothing else can be asked of this machine.
-    pub fn hangs(&mut self, case: &Case, limit: Duration) {
-        let why = format!("did not end within {} s", limit.as_secs());
-        self.fails(case, why, None, Golden::FORMULA);
+    fn hangs(&mut self, case: &Case, limit: Duration, golden: &str) {
+        let why = format!("did not end within {} s", limit.as_secs_f64());
+        self.fails(case, why, None, golden);
     }
 
     fn fails(&mut self, case: &Case, why: String, mismatch: Option<Mismatch>, golden: &str) {
@@ -464,7 +467,7 @@ impl fmt::Display for Report {
             skipped.len(),
         )?;
         let Some(next) = self.not_reached.first() else { return Ok(()) };
-        write!(f, "; {} not reached: go on with --from {next}", self.not_reached.len())
+        write!(f, "; {} not reached: go on with --from \"{next}\"", self.not_reached.len())
     }
 }
 

@@ -227,7 +227,7 @@ impl Nvidia {
         )
     }
 
-    /// Asks for dynamic shared memory, more of which than 48 KiB, static included, a kernel has to.
+    /// Asks for dynamic shared memory: above 48 KiB, with the static part, a kernel has to.
     fn allow_shared(&mut self, id: KernelId, bytes: u32) -> Result<()> {
         let device_error = {
             let kernel = self.find(id)?;
