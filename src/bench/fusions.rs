@@ -3,7 +3,7 @@
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
-use super::gemm::{LAYERS, Layer, ON_CPU};
+use super::layers::{LAYERS, Layer, ON_CPU};
 use super::report::{Row, TimedRows};
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::HeadSpec;

@@ -13,6 +13,7 @@ pub mod cost;
 mod fusions;
 mod gemm;
 mod launched;
+mod layers;
 mod loss;
 mod norm;
 mod prediction;

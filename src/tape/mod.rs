@@ -14,11 +14,12 @@ mod memory;
 mod op;
 mod program;
 mod recompute;
+mod step;
 
-pub use fused::Fused;
 pub use memory::{MemoryLine, MemoryPlan};
-pub use op::{Access, Gradient, Op, Residual, Step};
+pub use op::{Access, Gradient, Op, Residual};
 pub use program::{BoundProgram, Program, Purpose};
+pub use step::{Fused, Step};
 
 use crate::backend::{AttentionSpec, HeadSpec, LossSpec, NormSpec, ResidualSpec};
 use crate::config::NormKind;

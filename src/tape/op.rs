@@ -5,7 +5,6 @@
 //! access (`map`), one that runs it (`run`), and [`Op`] has one more in `differentiate.rs`; an op
 //! without a backward pass does not compile.
 
-use super::fused::Fused;
 use crate::backend::{
     AttentionSpec, Backend, GainGradient, HeadSpec, LossSpec, NormSpec, ResidualSpec, Sink,
 };
@@ -161,24 +160,6 @@ pub enum Gradient<H> {
     },
 }
 
-/// One step of a program.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Step<H> {
-    Forward(Op<H>),
-    Backward(Gradient<H>),
-    Fused(Fused<H>),
-    /// to = from
-    Copy {
-        from: H,
-        to: H,
-    },
-    /// to += from
-    Add {
-        from: H,
-        to: H,
-    },
-}
-
 use Access::{Read, Update, Write};
 
 impl<H: Copy> Sink<H> {
@@ -272,7 +253,7 @@ impl<H: Copy> Op<H> {
 }
 
 impl Op<View> {
-    fn run(&self, backend: &mut impl Backend) -> Result<()> {
+    pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
         match *self {
             Op::Embedding { tokens, table, out } => backend.embedding_forward(tokens, table, out),
             Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
@@ -398,7 +379,7 @@ impl<H: Copy> Gradient<H> {
 }
 
 impl Gradient<View> {
-    fn run(&self, backend: &mut impl Backend) -> Result<()> {
+    pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
         match *self {
             Gradient::Embedding { tokens, d_out, d_table } => {
                 backend.embedding_backward(tokens, d_out, d_table)
@@ -448,37 +429,6 @@ impl Gradient<View> {
             } => backend.cross_entropy_backward(
                 spec, inp, weight, targets, scale, logits, losses, d_inp, d_weight,
             ),
-        }
-    }
-}
-
-impl<H: Copy> Step<H> {
-    pub fn map<K>(self, f: &mut impl FnMut(H, Access) -> K) -> Step<K> {
-        match self {
-            Step::Forward(op) => Step::Forward(op.map(f)),
-            Step::Backward(gradient) => Step::Backward(gradient.map(f)),
-            Step::Fused(fused) => Step::Fused(fused.map(f)),
-            Step::Copy { from, to } => Step::Copy { from: f(from, Read), to: f(to, Write) },
-            Step::Add { from, to } => Step::Add { from: f(from, Read), to: f(to, Update) },
-        }
-    }
-
-    /// Every operand with its access.
-    pub fn operands(self) -> Vec<(H, Access)> {
-        let mut operands = Vec::new();
-        self.map(&mut |handle, access| operands.push((handle, access)));
-        operands
-    }
-}
-
-impl Step<View> {
-    pub fn run(&self, backend: &mut impl Backend) -> Result<()> {
-        match *self {
-            Step::Forward(op) => op.run(backend),
-            Step::Backward(gradient) => gradient.run(backend),
-            Step::Fused(fused) => fused.run(backend),
-            Step::Copy { from, to } => backend.copy(from, to),
-            Step::Add { from, to } => backend.add(from, to),
         }
     }
 }
