@@ -1,4 +1,4 @@
-// What the host machine offers to the program: the C interface that src/cuda/host.rs binds.
+// What the host machine offers to the program: the C interface that src/cuda/host/abi.rs binds.
 //
 // Every function may be called from any thread. A launch runs to its end before it returns.
 #pragma once

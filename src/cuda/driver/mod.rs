@@ -1,6 +1,6 @@
 //! What the CUDA backend asks of a machine: memory, kernels, launches, streams, events, graphs.
 //!
-//! [`Driver`] has two implementations, a GPU (nvidia/) and the CPU machine (host.rs). All rules
+//! [`Driver`] has two implementations, a GPU (nvidia/) and the CPU machine (host/). All rules
 //! that a launch, an argument list or a tensor map must keep stand here, once, and are checked
 //! before either machine sees them: what simt accepts, the GPU accepts. A driver owns what it
 //! allocates; addresses outside that are refused. Kernels are part of this program and trusted:

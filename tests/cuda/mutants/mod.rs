@@ -1,0 +1,252 @@
+//! Mutation tests of the CPU machine: real kernels with one thing broken must be found out.
+//!
+//! Two sets: planted bugs, each with what the machine has to say about it; and every line with a
+//! barrier, fence, wait, arrival, commit or swizzle, found by scanning the kernels, removed or
+//! altered in turn. Each mutant is compiled and runs in a process of its own (`child_mutant`): in
+//! race mode first, then plain under several schedules, until a fault or other bits than those of
+//! the true kernel give it away. At least 95% must be caught, and all that are not must stand in
+//! [`EQUIVALENT`](scan::EQUIVALENT) with a reason or fail the test.
+
+mod kernels;
+mod planted;
+mod scan;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use isobath::cuda::Driver;
+use isobath::cuda::gemm::Layout;
+use isobath::cuda::host::{Asynchronous, Host, Options, Order};
+
+use kernels::{
+    ALL, GATED, Kernels, MORE_GRADIENTS, MORE_NORMS, MORE_PRODUCTS, gemm_mma, run_gemm_sm90,
+    run_norm, run_swiglu,
+};
+
+use super::library;
+
+// ------------------------------------------------------------------ schedules
+
+/// One block after the other, and each takes as many rows and tiles as a small machine makes it.
+fn options(race: bool, order: Order, asynchronous: Asynchronous, seed: u64) -> Options {
+    let watchdog = Duration::from_secs(2);
+    let (workers, multiprocessors, dependent) = (1, 1, true);
+    Options { race, order, asynchronous, seed, workers, watchdog, multiprocessors, dependent }
+}
+
+/// How a machine for these kernels begins; it keeps its number of multiprocessors.
+fn first_options(kernels: Kernels) -> Options {
+    let multiprocessors = match kernels {
+        Kernels::GemmSm90 => 3,     // for as many splits
+        Kernels::GemmGradient => 2, // for a pair of blocks
+        _ => 1,
+    };
+    Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
+}
+
+/// What a mutant has to pass, the most telling first.
+fn schedules() -> Vec<Options> {
+    use Asynchronous::*;
+    use Order::*;
+    let mut all = vec![];
+    for race in [true, false] {
+        all.push(options(race, Fifo, Late, 0));
+        all.push(options(race, Lifo, Early, 0));
+        all.extend((1..=3).map(|seed| options(race, Random, Anytime, seed)));
+    }
+    all
+}
+
+// ------------------------------------------------------------------ a mutant and its process
+
+/// A kernel file with something changed.
+struct Mutant {
+    kernels: Kernels,
+    /// "kernels/gemm_sm90.cu:112 `wgmma_commit();`: removed"
+    name: String,
+    text: String,
+}
+
+/// What became of one.
+#[derive(Clone, Debug, PartialEq)]
+enum Verdict {
+    /// The machine's words.
+    Fault(String),
+    /// Other bits, and under which schedule.
+    Wrong(String),
+    NotCompiled(String),
+    /// Nothing was noticed, or the process died of it: the machine failed.
+    Survived,
+    Died(String),
+}
+
+const LIBRARY: &str = "ISOBATH_MUTANT_LIBRARY";
+const SUITE: &str = "ISOBATH_MUTANT_KERNELS";
+/// The bits of the true kernel: written if it is not there.
+const REFERENCE: &str = "ISOBATH_MUTANT_REFERENCE";
+const ANSWER: &str = "ISOBATH_MUTANT_ANSWER";
+
+#[test]
+#[ignore = "child process of other tests"]
+fn child_mutant() {
+    let (Ok(library), Ok(reference)) = (env::var(LIBRARY), env::var(REFERENCE)) else { return };
+    let kernels = Kernels::named(&env::var(SUITE).unwrap());
+    let (reference, answer) = (PathBuf::from(reference), PathBuf::from(env::var(ANSWER).unwrap()));
+    let mut host = Host::load(Path::new(&library), first_options(kernels)).unwrap();
+    for options in schedules() {
+        host.set_options(options);
+        let schedule = format!(
+            "{}{} {} {}",
+            if options.race { "race " } else { "" },
+            options.order,
+            options.asynchronous,
+            options.seed
+        );
+        match kernels.run(&mut host) {
+            Err(error) => return fs::write(answer, format!("fault\n{schedule}: {error}")).unwrap(),
+            Ok(bits) if !reference.exists() => fs::write(&reference, bits).unwrap(),
+            Ok(bits) if fs::read(&reference).unwrap() != bits => {
+                return fs::write(answer, format!("wrong\n{schedule}")).unwrap();
+            }
+            Ok(_) => {}
+        }
+    }
+    fs::write(answer, "survived\n").unwrap();
+}
+
+/// Compiles and runs one. `folder` also holds the references.
+fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
+    let name = format!("mutant{index}");
+    let compiled =
+        std::panic::catch_unwind(|| library::compile(folder, &name, &[(&name, &mutant.text)]));
+    let library = match compiled {
+        Ok(library) => library,
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+            return Verdict::NotCompiled(said);
+        }
+    };
+    let answer = folder.join(format!("{name}.answer"));
+    let mut child = Command::new(env::current_exe().unwrap());
+    child.args(["--exact", "cuda::mutants::child_mutant", "--ignored", "--nocapture"]);
+    child.env(LIBRARY, &library).env(SUITE, mutant.kernels.name()).env(ANSWER, &answer);
+    child.env(REFERENCE, folder.join(format!("{}.reference", mutant.kernels.name())));
+    child.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = child.spawn().unwrap();
+    let limit = Instant::now() + Duration::from_secs(120);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break Some(status);
+        }
+        if Instant::now() > limit {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            break None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    fs::remove_file(library).unwrap();
+    let text = match (status, fs::read_to_string(&answer)) {
+        (Some(_), Ok(text)) => text,
+        (status, _) => return Verdict::Died(format!("{status:?}")),
+    };
+    match text.split_once('\n').unwrap() {
+        ("fault", said) => Verdict::Fault(said.to_string()),
+        ("wrong", schedule) => Verdict::Wrong(schedule.to_string()),
+        _ => Verdict::Survived,
+    }
+}
+
+/// All of them, several at once, after the true kernels have written the references.
+fn judge_all(mutants: &[Mutant]) -> Vec<Verdict> {
+    let folder = tempfile::tempdir().unwrap();
+    let used = |kernels: &Kernels| mutants.iter().any(|it| it.kernels == *kernels);
+    for (index, kernels) in ALL.into_iter().filter(used).enumerate() {
+        let name = format!("{} unchanged", kernels.name());
+        let same = Mutant { kernels, name, text: kernels.text() };
+        let verdict = judge(folder.path(), index, &same);
+        assert_eq!(verdict, Verdict::Survived, "{}", same.name);
+    }
+    let verdicts: Vec<OnceLock<Verdict>> = mutants.iter().map(|_| OnceLock::new()).collect();
+    let next = AtomicUsize::new(0);
+    let lines = Mutex::new(());
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, |it| it.get()) {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(mutant) = mutants.get(index) else { break };
+                    let verdict = judge(folder.path(), ALL.len() + index, mutant);
+                    let line = lines.lock().unwrap();
+                    println!("{}: {verdict:?}", mutant.name);
+                    drop(line);
+                    verdicts[index].set(verdict).unwrap();
+                }
+            });
+        }
+    });
+    verdicts.into_iter().map(|verdict| verdict.into_inner().unwrap()).collect()
+}
+
+// ------------------------------------------------------------------ no false alarms
+
+/// The true kernels under 100 random schedules each, every access checked: the same bits each time.
+#[test]
+fn random_schedules_of_the_true_kernels_are_clean() {
+    if library::is_missing() {
+        return;
+    }
+    const SEEDS: u64 = 100;
+    let folder = tempfile::tempdir().unwrap();
+    let mma = Kernels::GemmMma;
+    let library = library::compile(folder.path(), mma.name(), &[(mma.name(), &mma.text())]);
+    let machines = [
+        (Kernels::Norm, Host::new(first_options(Kernels::Norm)).unwrap()),
+        (Kernels::GemmSm90, Host::new(first_options(Kernels::GemmSm90)).unwrap()),
+        (Kernels::GemmGradient, Host::new(first_options(Kernels::GemmGradient)).unwrap()),
+        (mma, Host::load(&library, first_options(mma)).unwrap()),
+    ];
+    let run = |kernels: Kernels, host: &mut Host| {
+        let driver: &mut dyn Driver = host;
+        let mut bits = kernels.run(driver)?;
+        let more = match kernels {
+            Kernels::Norm => run_norm(driver, &MORE_NORMS),
+            Kernels::GemmSm90 => run_gemm_sm90(driver, &MORE_PRODUCTS).and_then(|products| {
+                let gated = run_swiglu(driver, Layout::Nt, 96, &GATED)?;
+                Ok([products, gated].concat())
+            }),
+            Kernels::GemmGradient => run_swiglu(driver, Layout::Nn, 128, &MORE_GRADIENTS),
+            Kernels::GemmMma => gemm_mma(driver, 128, 64, 96).map(|(exact, found)| {
+                assert_eq!(exact, found);
+                vec![]
+            }),
+            Kernels::Loss
+            | Kernels::AttentionForward
+            | Kernels::AttentionBackward
+            | Kernels::AttentionOnePass
+            | Kernels::AttentionShort => Ok(vec![]),
+        };
+        bits.extend(more.map_err(|error| error.to_string())?);
+        Ok::<Vec<u8>, String>(bits)
+    };
+    thread::scope(|scope| {
+        for (kernels, mut host) in machines {
+            scope.spawn(move || {
+                let expected = run(kernels, &mut host).unwrap();
+                for seed in 0..SEEDS {
+                    // A thread of a busy machine may stand still for seconds.
+                    let watchdog = Duration::from_secs(20);
+                    let random = options(true, Order::Random, Asynchronous::Anytime, seed);
+                    let random = Options { watchdog, ..random };
+                    host.set_options(random);
+                    let found = run(kernels, &mut host).unwrap_or_else(|error| panic!("{error}"));
+                    assert!(found == expected, "{}: other bits, {random:?}", kernels.name());
+                }
+            });
+        }
+    });
+}
