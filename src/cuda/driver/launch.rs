@@ -66,6 +66,17 @@ const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
 /// Shared memory that the system takes for each resident block, from compute capability 8.0 on.
 pub const RESERVED_SHARED_BYTES: u32 = 1024;
 
+impl KernelInfo {
+    fn refused(&self, device: &str, what: String, remedy: &str) -> Result<()> {
+        Err(Error::Launch {
+            kernel: self.name.clone(),
+            device: device.to_string(),
+            what,
+            remedy: remedy.to_string(),
+        })
+    }
+}
+
 /// Whether this machine can run this launch of this kernel. Errors: the first rule that is broken.
 ///
 /// A cooperative launch that passes may still not fit: registers are the driver's to count.
@@ -75,14 +86,7 @@ pub fn check_launch(
     kernel: &KernelInfo,
     launch: &Launch,
 ) -> Result<()> {
-    let refuse = |what: String, remedy: &str| -> Result<()> {
-        Err(Error::Launch {
-            kernel: kernel.name.clone(),
-            device: device.to_string(),
-            what,
-            remedy: remedy.to_string(),
-        })
-    };
+    let refuse = |what: String, remedy: &str| kernel.refused(device, what, remedy);
     let Launch { grid, block, cluster, .. } = *launch;
     let count = |extents: [u32; 3]| extents.iter().map(|&n| u128::from(n)).product::<u128>();
     let extents = [("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)];
@@ -162,14 +166,7 @@ pub fn check_arguments(
     arguments: &Arguments,
     memory: &Ledger,
 ) -> Result<()> {
-    let refuse = |what: String, remedy: &str| -> Result<()> {
-        Err(Error::Launch {
-            kernel: kernel.name.clone(),
-            device: device.to_string(),
-            what,
-            remedy: remedy.to_string(),
-        })
-    };
+    let refuse = |what: String, remedy: &str| kernel.refused(device, what, remedy);
     if let Some(parameters) = &kernel.parameter_bytes {
         if parameters.len() != arguments.len() {
             return refuse(
