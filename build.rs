@@ -7,7 +7,8 @@
 //! For the crate: cfg(cuda_kernels), cfg(simt), OUT_DIR/kernels.rs (see src/cuda/binaries.rs). For
 //! its tests, where there is simt: ISOBATH_SIMT_MACHINE (the machine's static library),
 //! ISOBATH_SIMT_COMPILE (command and flags for a host kernel) and ISOBATH_SIMT_HOOKS (the flags of
-//! the race-checked variant), both separated by \x1f.
+//! the race-checked variant), both separated by \x1f; where there is nvcc: ISOBATH_PTX, the folder with
+//! the PTX of every file.
 //! What else it says is in build/commit.rs.
 //! ISOBATH_KERNEL_CACHE names a folder in which builds of several profiles share compiled kernels.
 //! A compiler that is installed after a build is seen after `touch build.rs`.

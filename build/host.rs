@@ -176,6 +176,6 @@ impl Compiler {
         command.args(&self.line[1..]).args(flags).arg("-c").arg(unit).arg("-o").arg(output);
         let key = [self.name.clone(), self.line[1..].join(" "), flags.join(" ")];
         let fingerprint = sources.fingerprint(file, &key);
-        Job { source, command, output: output.to_path_buf(), fingerprint }
+        Job { source, command, output: output.to_path_buf(), kept: None, fingerprint }
     }
 }

@@ -17,8 +17,25 @@ pub struct Job {
     pub command: Command,
     /// The file that the command writes.
     pub output: PathBuf,
-    /// Everything the output depends on; not where it lies.
+    /// A file that the command leaves on its way.
+    pub kept: Option<Kept>,
+    /// Everything the outputs depend on; not where they lie.
     pub fingerprint: u64,
+}
+
+/// One of the files that a command writes into a folder of its own, which is removed behind it.
+pub struct Kept {
+    pub folder: PathBuf,
+    /// The end of its name, and another one where there is none of the first.
+    pub ends: [String; 2],
+    pub output: PathBuf,
+}
+
+impl Job {
+    fn outputs(&self) -> Vec<PathBuf> {
+        let kept = self.kept.iter().map(|kept| kept.output.clone());
+        std::iter::once(self.output.clone()).chain(kept).collect()
+    }
 }
 
 /// Names the folder that builds share.
@@ -52,10 +69,11 @@ pub fn run(jobs: Vec<Job>) -> Result<Vec<String>, String> {
 }
 
 fn run_one(job: Job) -> Result<String, String> {
-    let Job { source, mut command, output, fingerprint } = job;
+    let outputs = job.outputs();
+    let Job { source, mut command, output, kept, fingerprint } = job;
     let (key, log) = (beside(&output, "key"), beside(&output, "log"));
     let fingerprint = format!("{fingerprint:016x}\n");
-    if output.exists()
+    if outputs.iter().all(|output| output.exists())
         && fs::read_to_string(&key).is_ok_and(|old| old == fingerprint)
         && let Ok(said) = fs::read_to_string(&log)
     {
@@ -63,12 +81,15 @@ fn run_one(job: Job) -> Result<String, String> {
     }
     // Without its key, an output that is only half written is made again.
     let _ = fs::remove_file(&key);
-    let shared = Shared::new(&output, &fingerprint)?;
-    let said = match shared.as_ref().and_then(|shared| shared.take(&output)) {
+    let shared = Shared::new(&fingerprint)?;
+    let said = match shared.as_ref().and_then(|shared| shared.take(&outputs)) {
         Some(said) => said,
         None => {
-            let said = compile(&source, &mut command)?;
-            shared.map_or(Ok(()), |shared| shared.give(&output, &said))?;
+            let said = match &kept {
+                Some(kept) => kept.around(|| compile(&source, &mut command))?,
+                None => compile(&source, &mut command)?,
+            };
+            shared.map_or(Ok(()), |shared| shared.give(&outputs, &said))?;
             said
         }
     };
@@ -89,41 +110,67 @@ fn compile(source: &str, command: &mut Command) -> Result<String, String> {
     }
 }
 
+impl Kept {
+    fn around(&self, compile: impl FnOnce() -> Result<String, String>) -> Result<String, String> {
+        let failed = |error| format!("{}: {error}", self.folder.display());
+        let _ = fs::remove_dir_all(&self.folder);
+        fs::create_dir_all(&self.folder).map_err(failed)?;
+        let said = compile()?;
+        let names = fs::read_dir(&self.folder).map_err(failed)?;
+        let files: Vec<PathBuf> = names.filter_map(|file| Some(file.ok()?.path())).collect();
+        let ends = |end: &str| files.iter().find(|file| file.to_string_lossy().ends_with(end));
+        let found = self.ends.iter().find_map(|end| ends(end)).ok_or_else(|| {
+            format!("{}: the compiler left no {} there", self.folder.display(), self.ends[0])
+        })?;
+        fs::rename(found, &self.output).map_err(failed)?;
+        fs::remove_dir_all(&self.folder).map_err(failed)?;
+        Ok(said)
+    }
+}
+
 fn write(path: &Path, text: &str) -> Result<(), String> {
     fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// An output, and what the compiler said of it, in the folder that builds share.
+/// What a job made, and what the compiler said, in the folder that builds share.
 struct Shared {
-    output: PathBuf,
-    log: PathBuf,
+    folder: PathBuf,
+    fingerprint: String,
 }
 
 impl Shared {
     /// None where nobody names a folder.
-    fn new(output: &Path, fingerprint: &str) -> Result<Option<Self>, String> {
+    fn new(fingerprint: &str) -> Result<Option<Self>, String> {
         let Some(folder) = env::var_os(CACHE).map(PathBuf::from) else { return Ok(None) };
         let failed = |error| format!("{CACHE}={}: {error}", folder.display());
         fs::create_dir_all(&folder).map_err(failed)?;
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let output = folder.join(format!("{}-{name}", fingerprint.trim_end()));
-        Ok(Some(Shared { log: beside(&output, "log"), output }))
+        Ok(Some(Shared { folder, fingerprint: fingerprint.trim_end().to_string() }))
     }
 
-    /// The log is there only when the output is whole.
-    fn take(&self, output: &Path) -> Option<String> {
-        let said = fs::read_to_string(&self.log).ok()?;
-        fs::copy(&self.output, output).ok()?;
+    fn place(&self, output: &Path) -> PathBuf {
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        self.folder.join(format!("{}-{name}", self.fingerprint))
+    }
+
+    /// The log, beside the first of them, is there only when all of them are whole.
+    fn take(&self, outputs: &[PathBuf]) -> Option<String> {
+        let said = fs::read_to_string(beside(&self.place(&outputs[0]), "log")).ok()?;
+        for output in outputs {
+            fs::copy(self.place(output), output).ok()?;
+        }
         Some(said)
     }
 
-    fn give(&self, output: &Path, said: &str) -> Result<(), String> {
-        let failed = |error| format!("{}: {error}", self.output.display());
-        // Renamed, so that another build never reads half of it.
-        let unfinished = beside(&self.output, &std::process::id().to_string());
-        fs::copy(output, &unfinished).map_err(failed)?;
-        fs::rename(&unfinished, &self.output).map_err(failed)?;
-        write(&self.log, said)
+    fn give(&self, outputs: &[PathBuf], said: &str) -> Result<(), String> {
+        for output in outputs {
+            let place = self.place(output);
+            let failed = |error| format!("{}: {error}", place.display());
+            // Renamed, so that another build never reads half of it.
+            let unfinished = beside(&place, &std::process::id().to_string());
+            fs::copy(output, &unfinished).map_err(failed)?;
+            fs::rename(&unfinished, &place).map_err(failed)?;
+        }
+        write(&beside(&self.place(&outputs[0]), "log"), said)
     }
 }
 

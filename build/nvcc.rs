@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-use crate::jobs::{self, Job};
+use crate::jobs::{self, Job, Kept};
 use crate::sources::Sources;
 use crate::{Stop, ptxas, warn};
 
@@ -62,26 +62,31 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
         let code = targets.iter().map(|(_, code)| code.as_str()).collect::<Vec<_>>().join(" ");
         let stem = kernel.file.stem.clone();
         let path = folder.join(format!("{stem}.fatbin"));
+        let kept = kept(&folder, &stem, &targets);
         let fatbin = Fatbin { stem, path, code };
         if targets.is_empty() {
             let text = architectures_text();
             warn(&format!("{} is for none of ISOBATH_ARCHITECTURES={text}", fatbin.source()));
             continue;
         }
-        let command = nvcc.command(root, &kernel.file.path, &targets, &fatbin.path);
-        let anywhere = nvcc.command(root, &kernel.file.path, &targets, Path::new("anywhere"));
+        let command = |output: &Path, kept: &Path| {
+            nvcc.command(root, &kernel.file.path, &targets, output, kept)
+        };
+        let anywhere = command(Path::new("anywhere"), Path::new("anywhere"));
         let mut key = vec![format!("{anywhere:?}"), nvcc.identity.clone()];
         key.extend(READ_BY_NVCC.map(|name| format!("{:?}", env::var_os(name))));
         jobs.push(Job {
             source: fatbin.source(),
-            command,
+            command: command(&fatbin.path, &kept.folder),
             output: fatbin.path.clone(),
+            kept: Some(kept),
             fingerprint: sources.fingerprint(&kernel.file, &key),
         });
         fatbins.push(fatbin);
     }
     let said = jobs::run(jobs).map_err(|message| refused(&message))?;
     judge(&fatbins, &said).map_err(Stop::Error)?;
+    println!("cargo::rustc-env=ISOBATH_PTX={}", folder.display());
     Ok(Built { nvcc: format!("{} at {}", nvcc.version, nvcc.path.display()), fatbins })
 }
 
@@ -163,6 +168,18 @@ fn targets(architectures: &[&str]) -> Vec<(String, String)> {
     machine.chain(ptx).collect()
 }
 
+/// The PTX from which the machine code of the newest architecture is made: tests run it.
+fn kept(folder: &Path, stem: &str, targets: &[(String, String)]) -> Kept {
+    let newest = targets.iter().rfind(|(_, code)| code.starts_with("sm_"));
+    let compute = newest.map_or("", |(compute, _)| compute.as_str());
+    Kept {
+        folder: folder.join(format!("{stem}.kept")),
+        // A file that is compiled for one architecture has no name of it.
+        ends: [format!("{stem}.{compute}.ptx"), format!("{stem}.ptx")],
+        output: folder.join(format!("{stem}.ptx")),
+    }
+}
+
 // ---------------------------------------------------------------- finding nvcc
 
 struct Nvcc {
@@ -180,6 +197,7 @@ impl Nvcc {
         file: &Path,
         targets: &[(String, String)],
         output: &Path,
+        kept: &Path,
     ) -> Command {
         let mut command = Command::new(&self.path);
         command.args(FLAGS).arg("-I").arg(root.join("kernels"));
@@ -189,6 +207,7 @@ impl Nvcc {
         for (compute, code) in targets {
             command.arg(format!("-gencode=arch={compute},code={code}"));
         }
+        command.arg("--keep").arg("--keep-dir").arg(kept);
         command.arg("-o").arg(output).arg(file);
         command
     }

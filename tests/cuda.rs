@@ -25,6 +25,7 @@ mod order;
 mod overlap;
 mod plain;
 mod pointwise;
+mod ptx;
 mod replay;
 mod residual;
 mod state;

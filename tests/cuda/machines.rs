@@ -1,7 +1,8 @@
 //! The machines that a kernel test runs on, and how exact a kernel must be.
 //!
-//! A machine that is not here is skipped with the reason, unless ISOBATH_TEST_MACHINES (simt, cuda,
-//! or both with a comma) asks for it: then it must be here, and the other one is left alone.
+//! A machine that is not here is skipped with the reason, unless ISOBATH_TEST_MACHINES (of simt, ptx and
+//! cuda those that it names, with commas) asks for it: then it must be here, and the others are left
+//! alone.
 
 use half::bf16;
 use isobath::backend::Backend;
@@ -12,10 +13,11 @@ use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{Allocation, Driver, host};
 use isobath::tensor::{Kind, Shape, View};
 
+use super::ptx::{self, Ptx};
 use crate::support::normals;
 
-/// Runs `test` on the CPU machine under several schedules, then with its race detector, and on a
-/// GPU. What it returns must be the same bits every time on one kind of machine. Each kernel must
+/// Runs `test` on the CPU machine under several schedules, then with its race detector; on the machine
+/// for PTX; and on a GPU. What it returns must be the same bits every time on one kind of machine. Each kernel must
 /// wait for the one in front of it, whether there is one or not.
 pub fn on_every_machine(test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
     on_every_machine_with(true, test);
@@ -39,6 +41,14 @@ fn on_every_machine_with(dependent: bool, mut test: impl FnMut(&mut dyn Driver) 
         }
         Err(error) => println!("skipped: no simt: {error}"),
     }
+    let mut first: Option<Vec<u8>> = None;
+    for seed in 0..2 {
+        on_ptx(seed, |driver| {
+            let found = test(driver);
+            let expected = first.get_or_insert_with(|| found.clone());
+            assert!(found == *expected, "PTX gives other bits under another schedule");
+        });
+    }
     on_gpu(|driver| {
         let first = test(driver);
         assert!(test(driver) == first, "the GPU gives other bits the second time");
@@ -51,7 +61,25 @@ pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
         Ok(()) => test(&mut Host::new(Options::default()).unwrap()),
         Err(error) => println!("skipped: no simt: {error}"),
     }
+    on_ptx(0, &mut test);
     on_gpu(test);
+}
+
+fn on_ptx(seed: u64, test: impl FnOnce(&mut dyn Driver)) {
+    if let Some(mut machine) = ptx_machine(seed) {
+        test(&mut machine);
+    }
+}
+
+/// Prints why there is none.
+pub fn ptx_machine(seed: u64) -> Option<Ptx> {
+    match asked_for("ptx", ptx::present()) {
+        Ok(()) => Some(Ptx::open(6, seed).unwrap()),
+        Err(why) => {
+            println!("skipped: no PTX: {why}");
+            None
+        }
+    }
 }
 
 fn on_gpu(mut test: impl FnMut(&mut dyn Driver)) {
@@ -70,7 +98,7 @@ pub fn has_simt() -> bool {
     simt_here().inspect_err(|why| println!("skipped: no simt: {why}")).is_ok()
 }
 
-/// The machines to be tested here, opened anew.
+/// The machines to be tested here that are fast enough for whole models, opened anew.
 pub fn machines() -> Vec<Box<dyn Driver>> {
     let mut all: Vec<Box<dyn Driver>> = vec![];
     if has_simt() {

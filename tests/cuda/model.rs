@@ -147,6 +147,24 @@ fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
     }
 }
 
+/// What nvcc makes of the kernels, interpreted: few steps, because that is slow.
+#[test]
+fn two_steps_on_ptx_are_those_of_the_cpu_and_as_exact_as_the_plain_formulas() {
+    const STEPS: u64 = 2;
+    let with = |dtype, layers| {
+        let config = config(dtype, Recompute::None);
+        Config { model: ModelConfig { layers, ..config.model }, ..config }
+    };
+    let (f32, bf16) = (with(Dtype::F32, 1), with(Dtype::Bf16, 2));
+    let open = |dtype| Some(Cuda::new(Box::new(ptx_machine(7)?), dtype, None).unwrap());
+    let (Some(in_f32), Some(in_bf16)) = (open(Dtype::F32), open(Dtype::Bf16)) else { return };
+    let expected = trained(&f32, STEPS, Cpu::<f32>::new());
+    check_parity(&f32, &expected, &trained(&f32, STEPS, in_f32));
+    let (exact, plain) =
+        (trained(&bf16, STEPS, Cpu::<f64>::new()), trained(&bf16, STEPS, Plain::default()));
+    check_bf16("ptx", &bf16, &trained(&bf16, STEPS, in_bf16), &plain, &exact);
+}
+
 fn check_bf16(what: &str, config: &Config, found: &Trained, plain: &Trained, exact: &Trained) {
     let largest = |losses: &[f64]| {
         let errors = losses.iter().zip(&exact.losses).map(|(a, b)| (a - b).abs() / b);

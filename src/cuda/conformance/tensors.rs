@@ -37,7 +37,7 @@ struct Tensor {
 }
 
 /// f32 without a swizzle: one box inside, others over the low edges, over the high edges, and
-/// outside.
+/// outside. No two neighbours among the second box's coordinates are equal.
 fn ranks() -> Vec<Tensor> {
     let tensor = |dimensions: &[usize], box_dimensions: &[usize], shots: &[&[i32]]| Tensor {
         suffix: "",
@@ -54,12 +54,18 @@ fn ranks() -> Vec<Tensor> {
         tensor(
             &[6, 3, 3, 3],
             &[4, 2, 2, 2],
-            &[&[1, 0, 1, 0], &[-2, -1, -1, -1], &[4, 2, 2, 2], &[0, 0, -2, 0]],
+            &[&[1, 0, 1, 0], &[-2, -1, 1, 0], &[-2, -1, -1, -1], &[4, 2, 2, 2], &[0, 0, -2, 0]],
         ),
         tensor(
             &[5, 3, 2, 3, 2],
             &[4, 2, 2, 2, 2],
-            &[&[0, 1, 0, 1, 0], &[-1, -1, -1, -1, -1], &[3, 2, 1, 2, 1], &[1, 1, 1, 1, -2]],
+            &[
+                &[0, 1, 0, 1, 0],
+                &[3, 2, 0, 1, -1],
+                &[-1, -1, -1, -1, -1],
+                &[3, 2, 1, 2, 1],
+                &[1, 1, 1, 1, -2],
+            ],
         ),
     ]
 }
@@ -200,7 +206,7 @@ impl Tensor {
         self.case("tma_load", inp, expected, false)
     }
 
-    /// The second box, which crosses the low edges, for the blocks of `ranks`.
+    /// The second box, which crosses an edge at coordinates that differ, for the blocks of `ranks`.
     fn multicast(&self, suffix: &str, ranks: u32) -> Case {
         let tensor = Inputs::of(&format!("multicast {:?}", self.dimensions)).words(self.words());
         let shot = &self.shots[1];

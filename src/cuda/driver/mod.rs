@@ -1,10 +1,10 @@
 //! What the CUDA backend asks of a machine: memory, kernels, launches, streams, events, graphs.
 //!
-//! [`Driver`] has two implementations, a GPU (nvidia/) and the CPU machine (host/). All rules
-//! that a launch, an argument list or a tensor map must keep stand here, once, and are checked
-//! before either machine sees them: what simt accepts, the GPU accepts. A driver owns what it
-//! allocates; addresses outside that are refused. Kernels are part of this program and trusted:
-//! a launch that passes these checks and still writes elsewhere is a bug that simt names.
+//! [`Driver`] has two implementations, a GPU (nvidia/) and the CPU machine (host/); the tests have one
+//! more, for PTX. All rules that a launch, an argument list or a tensor map must keep stand here, once,
+//! and are checked before any machine sees them: what simt accepts, the GPU accepts. A driver owns what
+//! it allocates; addresses outside that are refused. Kernels are part of this program and trusted: a
+//! launch that passes these checks and still writes elsewhere is a bug that simt names.
 
 mod arguments;
 mod capture;

@@ -3,12 +3,14 @@
 use super::DevicePointer;
 use crate::error::{Error, Result};
 
-/// A CUtensorMap of either machine, what a kernel takes as `const __grid_constant__ TensorMap`, and
+/// A CUtensorMap of a driver, what a kernel takes as `const __grid_constant__ TensorMap`, and
 /// the tensor that it was made for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TensorMap {
-    pub(in crate::cuda) opaque: [u64; 16],
-    pub(in crate::cuda) tensor: MappedTensor,
+    /// As the driver's own TMA reads it.
+    pub opaque: [u64; 16],
+    /// What [`Ledger::tensor`] gave for it.
+    pub tensor: MappedTensor,
 }
 
 /// Bytes of one buffer, which may be released meanwhile: see [`Ledger::has`].
