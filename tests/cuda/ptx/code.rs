@@ -31,6 +31,9 @@ impl Kernel {
 pub struct Instruction {
     pub guard: Option<Guard>,
     pub op: Op,
+    /// Its registers; those of the first operand, which an instruction with a result writes, come first.
+    pub registers: Vec<u32>,
+    pub first_operand: usize,
     /// For messages.
     pub text: String,
     pub place: String,
@@ -336,10 +339,17 @@ fn kernel(kernel: text::Kernel) -> Result<Kernel, String> {
     let instructions = kernel.statements.iter().map(|statement| {
         let decoded = Decoder { statement, symbols: &symbols, registers: &kernel.registers }.op();
         let text = format!("{} {:?}", statement.opcode, statement.operands);
+        let mut registers = vec![];
+        let mut operands = statement.operands.iter();
+        operands.by_ref().take(1).for_each(|it| it.registers(&mut registers));
+        let first_operand = registers.len();
+        operands.for_each(|it| it.registers(&mut registers));
         match decoded {
             Ok(op) => Ok(Instruction {
                 guard: statement.guard,
                 op,
+                registers,
+                first_operand,
                 text: statement.opcode.clone(),
                 place: statement.place.clone(),
             }),

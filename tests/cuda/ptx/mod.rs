@@ -10,7 +10,9 @@
 
 mod arithmetic;
 mod code;
+mod copies;
 mod cross;
+mod instructions;
 mod matrix;
 mod memory;
 mod run;

@@ -186,6 +186,26 @@ fn variable(text: &str) -> Option<Variable> {
     Some(Variable { name: name.to_string(), bytes: element * count, alignment })
 }
 
+impl Operand {
+    /// Adds the registers in it.
+    pub fn registers(&self, to: &mut Vec<u32>) {
+        match self {
+            Operand::Register(register) => to.push(*register),
+            Operand::Address(base, _) => base.registers(to),
+            Operand::Tensor(map, coordinates) => {
+                map.registers(to);
+                coordinates.iter().for_each(|it| it.registers(to));
+            }
+            Operand::Vector(all) => all.iter().for_each(|it| it.registers(to)),
+            Operand::Pair(value, predicate) => {
+                value.registers(to);
+                predicate.registers(to);
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Statement {
     fn variables(&self) -> Vec<&str> {
         fn of(operand: &Operand) -> Option<&str> {

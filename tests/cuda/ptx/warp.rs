@@ -64,6 +64,14 @@ impl<T> Default for Groups<T> {
 }
 
 impl<T> Groups<T> {
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty() && self.committed.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.committed.iter().flatten().chain(&self.open)
+    }
+
     pub fn commit(&mut self) {
         self.committed.push_back(std::mem::take(&mut self.open));
     }
@@ -107,6 +115,9 @@ pub struct Product {
     pub b: u64,
     pub operands: Operands,
     pub instruction: usize,
+    /// Accumulators, and A where it is in registers.
+    pub d: Vec<u32>,
+    pub in_a: Vec<u32>,
 }
 
 impl Warp {
