@@ -26,8 +26,8 @@ pub struct Job {
 /// One of the files that a command writes into a folder of its own, which is removed behind it.
 pub struct Kept {
     pub folder: PathBuf,
-    /// The end of its name, and another one where there is none of the first.
-    pub ends: [String; 2],
+    /// Its name: the first of these that is there.
+    pub names: [String; 2],
     pub output: PathBuf,
 }
 
@@ -115,16 +115,19 @@ impl Kept {
         let failed = |error| format!("{}: {error}", self.folder.display());
         let _ = fs::remove_dir_all(&self.folder);
         fs::create_dir_all(&self.folder).map_err(failed)?;
-        let said = compile()?;
-        let names = fs::read_dir(&self.folder).map_err(failed)?;
-        let files: Vec<PathBuf> = names.filter_map(|file| Some(file.ok()?.path())).collect();
-        let ends = |end: &str| files.iter().find(|file| file.to_string_lossy().ends_with(end));
-        let found = self.ends.iter().find_map(|end| ends(end)).ok_or_else(|| {
-            format!("{}: the compiler left no {} there", self.folder.display(), self.ends[0])
-        })?;
-        fs::rename(found, &self.output).map_err(failed)?;
+        let said = compile();
+        let mut places = self.names.iter().map(|name| self.folder.join(name));
+        let kept = match places.find(|place| place.exists()) {
+            _ if said.is_err() => Ok(()),
+            Some(place) => fs::rename(place, &self.output).map_err(failed),
+            None => Err(format!(
+                "{}: the compiler left no {} there",
+                self.folder.display(),
+                self.names[0]
+            )),
+        };
         fs::remove_dir_all(&self.folder).map_err(failed)?;
-        Ok(said)
+        kept.and(said)
     }
 }
 
@@ -162,15 +165,17 @@ impl Shared {
     }
 
     fn give(&self, outputs: &[PathBuf], said: &str) -> Result<(), String> {
-        for output in outputs {
-            let place = self.place(output);
+        // Renamed, so that another build never reads half of it.
+        let give = |place: &Path, write: &dyn Fn(&Path) -> std::io::Result<()>| {
             let failed = |error| format!("{}: {error}", place.display());
-            // Renamed, so that another build never reads half of it.
-            let unfinished = beside(&place, &std::process::id().to_string());
-            fs::copy(output, &unfinished).map_err(failed)?;
-            fs::rename(&unfinished, &place).map_err(failed)?;
+            let unfinished = beside(place, &std::process::id().to_string());
+            write(&unfinished).map_err(failed)?;
+            fs::rename(&unfinished, place).map_err(failed)
+        };
+        for output in outputs {
+            give(&self.place(output), &|to| fs::copy(output, to).map(|_| ()))?;
         }
-        write(&beside(&self.place(&outputs[0]), "log"), said)
+        give(&beside(&self.place(&outputs[0]), "log"), &|to| fs::write(to, said))
     }
 }
 

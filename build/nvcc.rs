@@ -62,13 +62,13 @@ pub fn build(root: &Path, out: &Path, sources: &Sources) -> Result<Built, Stop> 
         let code = targets.iter().map(|(_, code)| code.as_str()).collect::<Vec<_>>().join(" ");
         let stem = kernel.file.stem.clone();
         let path = folder.join(format!("{stem}.fatbin"));
-        let kept = kept(&folder, &stem, &targets);
         let fatbin = Fatbin { stem, path, code };
         if targets.is_empty() {
             let text = architectures_text();
             warn(&format!("{} is for none of ISOBATH_ARCHITECTURES={text}", fatbin.source()));
             continue;
         }
+        let kept = kept(&folder, &fatbin.stem, &targets);
         let command = |output: &Path, kept: &Path| {
             nvcc.command(root, &kernel.file.path, &targets, output, kept)
         };
@@ -170,12 +170,16 @@ fn targets(architectures: &[&str]) -> Vec<(String, String)> {
 
 /// The PTX from which the machine code of the newest architecture is made: tests run it.
 fn kept(folder: &Path, stem: &str, targets: &[(String, String)]) -> Kept {
-    let newest = targets.iter().rfind(|(_, code)| code.starts_with("sm_"));
-    let compute = newest.map_or("", |(compute, _)| compute.as_str());
+    let number = |compute: &str| -> u32 {
+        let digits = compute.trim_matches(|it: char| !it.is_ascii_digit());
+        digits.parse().unwrap_or_default()
+    };
+    let made = targets.iter().map(|(compute, _)| compute.as_str());
+    let compute = made.max_by_key(|compute| number(compute)).unwrap_or_default();
     Kept {
         folder: folder.join(format!("{stem}.kept")),
         // A file that is compiled for one architecture has no name of it.
-        ends: [format!("{stem}.{compute}.ptx"), format!("{stem}.ptx")],
+        names: [format!("{stem}.{compute}.ptx"), format!("{stem}.ptx")],
         output: folder.join(format!("{stem}.ptx")),
     }
 }

@@ -1,8 +1,8 @@
 //! The machines that a kernel test runs on, and how exact a kernel must be.
 //!
-//! A machine that is not here is skipped with the reason, unless ISOBATH_TEST_MACHINES (of simt, ptx and
-//! cuda those that it names, with commas) asks for it: then it must be here, and the others are left
-//! alone.
+//! A machine that is not here is skipped with the reason, unless ISOBATH_TEST_MACHINES (of simt,
+//! ptx and cuda those that it names, with commas) asks for it: then it must be here, and the others
+//! are left alone.
 
 use half::bf16;
 use isobath::backend::Backend;
@@ -16,9 +16,9 @@ use isobath::tensor::{Kind, Shape, View};
 use super::ptx::{self, Ptx};
 use crate::support::normals;
 
-/// Runs `test` on the CPU machine under several schedules, then with its race detector; on the machine
-/// for PTX; and on a GPU. What it returns must be the same bits every time on one kind of machine. Each kernel must
-/// wait for the one in front of it, whether there is one or not.
+/// Runs `test` on the CPU machine under several schedules, then with its race detector; on the
+/// machine for PTX; and on a GPU. What it returns must be the same bits every time on one kind of
+/// machine. Each kernel must wait for the one in front of it, whether there is one or not.
 pub fn on_every_machine(test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
     on_every_machine_with(true, test);
 }

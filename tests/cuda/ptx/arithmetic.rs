@@ -1,8 +1,8 @@
 //! What an instruction computes that reads registers and writes one: a function from bits to bits.
 //!
-//! A register holds 64 bits; a value of fewer lies in the lowest, with zeros above. Predicates are 0
-//! and 1. Source: PTX ISA 9.0, sections 9.7.1 to 9.7.9. Approximate instructions are rounded from f64
-//! here, so that they are a little better than a GPU's.
+//! A register holds 64 bits; a value of fewer lies in the lowest, with zeros above. Predicates are
+//! 0 and 1. Source: PTX ISA 9.0, sections 9.7.1 to 9.7.9. Approximate instructions are rounded from
+//! f64 here, so that they are a little better than a GPU's.
 
 use std::cmp::Ordering;
 
@@ -45,7 +45,8 @@ pub fn bf16(value: f32) -> u64 {
     u64::from((bits + 0x7fff + (bits >> 16 & 1)) >> 16)
 }
 
-/// The largest f32 that is not above a b + c.
+/// The largest f32 that is not above a b + c, where that is exact in f64, as in the exponential
+/// function, which alone asks for it.
 fn multiply_add_down(a: f32, b: f32, c: f32) -> f32 {
     let exact = f64::from(a) * f64::from(b) + f64::from(c);
     let nearest = exact as f32;

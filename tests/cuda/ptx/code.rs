@@ -1,12 +1,12 @@
 //! Statements as the machine runs them: what an opcode is, with its operands in their places.
 //!
-//! An opcode that is not known here, or an operand of another kind than it takes, is an error: nothing
-//! is left out in silence.
+//! An opcode that is not known here, or an operand of another kind than it takes, is an error:
+//! nothing is left out in silence.
 
 use std::collections::BTreeMap;
 
 use super::arithmetic::{Arithmetic, arithmetic};
-use super::memory::{PARAMETER_WINDOW, SHARED_WINDOW};
+use super::memory::{PARAMETER_WINDOW, RESERVED_SHARED_BYTES, SHARED_WINDOW, to_shared};
 use super::text::{self, Guard, Operand, Statement, Variable};
 
 pub struct Kernel {
@@ -31,7 +31,8 @@ impl Kernel {
 pub struct Instruction {
     pub guard: Option<Guard>,
     pub op: Op,
-    /// Its registers; those of the first operand, which an instruction with a result writes, come first.
+    /// Its registers; those of the first operand, which an instruction with a result writes, come
+    /// first.
     pub registers: Vec<u32>,
     pub first_operand: usize,
     /// For messages.
@@ -56,8 +57,10 @@ pub enum Space {
     /// Which one, the address says.
     Generic,
     Global,
-    /// An address of a block's own shared memory, or of one of its cluster.
+    /// Of the block itself.
     Shared,
+    /// Of any block of the cluster.
+    SharedOfCluster,
     Parameter,
 }
 
@@ -130,8 +133,8 @@ pub enum Op {
         from: Value,
         bits: u32,
     },
-    /// Sign-extended to `signed` bits, else with zeros above. `acquire`: perhaps in a loop until a value
-    /// is there.
+    /// Sign-extended to `signed` bits, else with zeros above. `acquire`: perhaps in a loop until a
+    /// value is there.
     Load {
         space: Space,
         bytes: u32,
@@ -158,7 +161,7 @@ pub enum Op {
         at: Address,
         values: Vec<Value>,
     },
-    MapToRank {
+    Mapa {
         to: u32,
         from: Value,
         rank: Value,
@@ -206,7 +209,7 @@ pub enum Op {
         at: Address,
         values: Vec<Value>,
     },
-    Multiply {
+    Mma {
         to: Vec<u32>,
         a: Vec<Value>,
         b: Vec<Value>,
@@ -221,23 +224,24 @@ pub enum Op {
     ClusterArrive,
     ClusterWait,
 
-    BarrierInit {
+    MbarrierInit {
         at: Address,
         count: Value,
     },
-    BarrierInvalidate {
+    MbarrierInvalidate {
         at: Address,
     },
     /// With bytes to expect first.
-    BarrierArrive {
+    MbarrierArrive {
+        space: Space,
         at: Address,
         expected: Option<Value>,
     },
-    BarrierExpect {
+    MbarrierExpect {
         at: Address,
         bytes: Value,
     },
-    BarrierTryWait {
+    MbarrierTryWait {
         to: u32,
         at: Address,
         parity: Value,
@@ -291,7 +295,7 @@ pub enum Op {
         read: bool,
     },
 
-    GroupMultiply {
+    Wgmma {
         d: Vec<u32>,
         n: usize,
         a: MatrixA,
@@ -299,17 +303,14 @@ pub enum Op {
         add: Value,
         transposed: [bool; 2],
     },
-    GroupFence,
-    GroupCommit,
-    GroupWait {
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait {
         groups: usize,
     },
     /// setmaxnreg: all warps of a warpgroup.
-    Registers,
+    SetMaxRegisters,
 }
-
-/// Everything of static shared memory lies behind what the system keeps for itself.
-const RESERVED_SHARED_BYTES: u32 = 1024;
 
 /// Errors name the kernel and the statement.
 pub fn kernels(text: &str) -> Result<Vec<Kernel>, String> {
@@ -397,7 +398,7 @@ impl Decoder<'_> {
                         return self.compute(Arithmetic::One(|a| a));
                     }
                     (true, _, true, _) => {
-                        return self.compute(Arithmetic::One(|a| a & 0xffff_ffff));
+                        return self.compute(Arithmetic::One(to_shared));
                     }
                     (false, _, true, _) => Arithmetic::One(|a| a | SHARED_WINDOW),
                     (false, _, _, true) => Arithmetic::One(|a| a | PARAMETER_WINDOW),
@@ -410,14 +411,14 @@ impl Decoder<'_> {
                 let (bytes, signed) = width(parts[parts.len() - 1])?;
                 let to = self.registers(0)?;
                 let signed = signed.then(|| self.registers[to[0] as usize]);
-                let (space, acquire) = (self.space(&parts, at.base)?, has("acquire"));
+                let (space, acquire) = (self.space(&parts)?, has("acquire"));
                 Ok(Op::Load { space, bytes, signed, to, at, acquire })
             }
             ("st", _) => {
                 let at = self.address(0)?;
                 let (bytes, _) = width(parts[parts.len() - 1])?;
                 let values = self.values(1)?;
-                Ok(Op::Store { space: self.space(&parts, at.base)?, bytes, at, values })
+                Ok(Op::Store { space: self.space(&parts)?, bytes, at, values })
             }
             ("red", _) if opcode == "red.relaxed.gpu.global.add.v2.f32" => {
                 Ok(Op::ReduceAdd { at: self.address(0)?, values: self.values(1)? })
@@ -434,15 +435,13 @@ impl Decoder<'_> {
                 let at = self.address(1)?;
                 let first = self.value(2)?;
                 let second = if count > 3 { self.value(3)? } else { Value::Constant(0) };
-                let space = self.space(&parts, at.base)?;
+                let space = self.space(&parts)?;
                 let to = self.register_or_nothing(0)?;
                 Ok(Op::Atomic { space, which, to, at, values: [first, second] })
             }
-            ("mapa", _) => Ok(Op::MapToRank {
-                to: self.register(0)?,
-                from: self.value(1)?,
-                rank: self.value(2)?,
-            }),
+            ("mapa", _) => {
+                Ok(Op::Mapa { to: self.register(0)?, from: self.value(1)?, rank: self.value(2)? })
+            }
             ("bra", _) => match self.statement.operands.as_slice() {
                 [Operand::Target(target)] => Ok(Op::Branch { target: *target }),
                 _ => Err("no label".to_string()),
@@ -454,7 +453,7 @@ impl Decoder<'_> {
             ("membar", _) | ("fence", _) | ("prefetch", _) | ("griddepcontrol", _) => {
                 Ok(Op::Nothing)
             }
-            ("setmaxnreg", _) => Ok(Op::Registers),
+            ("setmaxnreg", _) => Ok(Op::SetMaxRegisters),
 
             ("shfl", "sync") => {
                 let which = match parts[2] {
@@ -485,10 +484,10 @@ impl Decoder<'_> {
                 Ok(Op::Vote { which, to, predicate, mask })
             }
             ("elect", "sync") => match self.operand(0)? {
-                Operand::Pair(_, leader) => {
+                Operand::Pair(lane, leader) if **lane == Operand::Nothing => {
                     Ok(Op::Elect { leader: self.register_of(leader)?, mask: self.value(1)? })
                 }
-                _ => Err("no predicate".to_string()),
+                _ => Err("only whether a thread is elected is known here".to_string()),
             },
             ("bar", "warp") => Ok(Op::WarpBarrier { mask: self.value(0)? }),
             ("ldmatrix", _) => Ok(Op::LoadMatrix {
@@ -504,7 +503,7 @@ impl Decoder<'_> {
                 values: self.values(1)?,
             }),
             ("mma", _) if opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" => {
-                Ok(Op::Multiply {
+                Ok(Op::Mma {
                     to: self.registers(0)?,
                     a: self.values(1)?,
                     b: self.values(2)?,
@@ -520,20 +519,25 @@ impl Decoder<'_> {
             ("barrier", "cluster") if has("wait") => Ok(Op::ClusterWait),
 
             ("mbarrier", "init") => {
-                Ok(Op::BarrierInit { at: self.address(0)?, count: self.value(1)? })
+                Ok(Op::MbarrierInit { at: self.address(0)?, count: self.value(1)? })
             }
-            ("mbarrier", "inval") => Ok(Op::BarrierInvalidate { at: self.address(0)? }),
+            ("mbarrier", "inval") => Ok(Op::MbarrierInvalidate { at: self.address(0)? }),
             ("mbarrier", "arrive") => {
-                if *self.operand(0)? != Operand::Nothing {
-                    return Err("a state is not kept here".to_string());
-                }
                 let expected = if has("expect_tx") { Some(self.value(2)?) } else { None };
-                Ok(Op::BarrierArrive { at: self.address(1)?, expected })
+                let operands = if expected.is_some() { 3 } else { 2 };
+                if *self.operand(0)? != Operand::Nothing || count != operands || has("noComplete") {
+                    return Err("one arrival, whose state is not kept, is known here".to_string());
+                }
+                Ok(Op::MbarrierArrive {
+                    space: self.space(&parts)?,
+                    at: self.address(1)?,
+                    expected,
+                })
             }
             ("mbarrier", "expect_tx") => {
-                Ok(Op::BarrierExpect { at: self.address(0)?, bytes: self.value(1)? })
+                Ok(Op::MbarrierExpect { at: self.address(0)?, bytes: self.value(1)? })
             }
-            ("mbarrier", "try_wait") if has("parity") => Ok(Op::BarrierTryWait {
+            ("mbarrier", "try_wait") if has("parity") => Ok(Op::MbarrierTryWait {
                 to: self.register(0)?,
                 at: self.address(1)?,
                 parity: self.value(2)?,
@@ -557,10 +561,10 @@ impl Decoder<'_> {
             ("cp", _) if has("tensor") => self.tensor_copy(&parts),
             ("cp", _) => self.bulk_copy(opcode, &parts),
 
-            ("wgmma", "mma_async") => self.group_multiply(&parts),
-            ("wgmma", "fence") => Ok(Op::GroupFence),
-            ("wgmma", "commit_group") => Ok(Op::GroupCommit),
-            ("wgmma", "wait_group") => Ok(Op::GroupWait { groups: self.constant(0)? as usize }),
+            ("wgmma", "mma_async") => self.wgmma(&parts),
+            ("wgmma", "fence") => Ok(Op::WgmmaFence),
+            ("wgmma", "commit_group") => Ok(Op::WgmmaCommit),
+            ("wgmma", "wait_group") => Ok(Op::WgmmaWait { groups: self.constant(0)? as usize }),
             _ => Err("this machine does not know the opcode".to_string()),
         }
     }
@@ -664,7 +668,7 @@ impl Decoder<'_> {
     }
 
     /// d, a, b, whether to add, scales of a and b, transpositions (of A only from shared memory).
-    fn group_multiply(&self, parts: &[&str]) -> Decoded<Op> {
+    fn wgmma(&self, parts: &[&str]) -> Decoded<Op> {
         if parts[2..4] != ["sync", "aligned"] || parts[5..] != ["f32", "bf16", "bf16"] {
             return Err("unknown".to_string());
         }
@@ -688,18 +692,19 @@ impl Decoder<'_> {
             true => [false, self.constant(6)? == 1],
             false => [self.constant(6)? == 1, self.constant(7)? == 1],
         };
-        Ok(Op::GroupMultiply { d, n, a, b: self.value(2)?, add: self.value(3)?, transposed })
+        Ok(Op::Wgmma { d, n, a, b: self.value(2)?, add: self.value(3)?, transposed })
     }
 
-    fn space(&self, parts: &[&str], base: Value) -> Decoded<Space> {
+    fn space(&self, parts: &[&str]) -> Decoded<Space> {
         let named = parts.iter().find_map(|part| match *part {
             "global" => Some(Space::Global),
-            "shared" | "shared::cta" | "shared::cluster" => Some(Space::Shared),
+            "shared" | "shared::cta" => Some(Space::Shared),
+            "shared::cluster" => Some(Space::SharedOfCluster),
             "param" => Some(Space::Parameter),
             _ => None,
         });
         if parts.contains(&"const") || parts.contains(&"local") {
-            return Err(format!("no such memory here ({base:?})"));
+            return Err("no such memory here".to_string());
         }
         Ok(named.unwrap_or(Space::Generic))
     }

@@ -2,9 +2,9 @@
 //! copies and TMA.
 
 use super::arithmetic::bf16;
-use super::code::{Address, Op, Reduce, Space};
+use super::code::{Address, Op, Reduce};
 use super::instructions::{address, coordinates_of};
-use super::memory::{Mbarrier, PARAMETER_WINDOW, aligned, shared_range};
+use super::memory::{Mbarrier, PARAMETER_WINDOW, aligned, range, shared_range};
 use super::run::{Load, Location, Result, Run, Source};
 use super::tensor::Map;
 use super::warp::{BulkStore, Copy, Target, Warp};
@@ -15,42 +15,46 @@ impl Run<'_> {
     /// False: a barrier that is not ready.
     pub fn alone(&mut self, warp: &mut Warp, op: &Op, lane: usize) -> Result<bool> {
         match op {
-            Op::BarrierInit { at, count } => {
-                let barrier = Mbarrier::new(warp.value(*count, lane))?.bits();
-                let at = self.locate(warp, Space::Shared, address(warp, at, lane))?;
-                self.put(at, &barrier.to_le_bytes())?;
+            Op::MbarrierInit { at, count } => {
+                let at = self.own_place(address(warp, at, lane))?;
+                if self.mbarrier(warp.block, at).is_ok() {
+                    return Err("there is an mbarrier already".to_string());
+                }
+                let barrier = Mbarrier::new(warp.value(*count, lane))?;
+                self.set_mbarrier(warp.block, at, barrier)?;
             }
-            Op::BarrierInvalidate { at } => {
-                let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
-                self.mbarrier(block, at)?;
-                self.put(Location::Shared(block, at), &[0xff; 8])?;
+            Op::MbarrierInvalidate { at } => {
+                let at = self.own_place(address(warp, at, lane))?;
+                self.mbarrier(warp.block, at)?;
+                self.put(Location::Shared(warp.block, at), &[0xff; 8])?;
             }
-            Op::BarrierArrive { at, expected } => {
-                let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
+            Op::MbarrierArrive { space, at, expected } => {
+                let at = self.locate(warp, *space, address(warp, at, lane))?;
+                let Location::Shared(block, at) = at else {
+                    return Err("an mbarrier that is not in shared memory".to_string());
+                };
                 let bytes = expected.map_or(0, |bytes| warp.value(bytes, lane) as i64);
                 let barrier = self.mbarrier(block, at)?.expect(bytes)?.arrive()?;
                 self.set_mbarrier(block, at, barrier)?;
             }
-            Op::BarrierExpect { at, bytes } => {
-                let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
-                let barrier = self.mbarrier(block, at)?.expect(warp.value(*bytes, lane) as i64)?;
-                self.set_mbarrier(block, at, barrier)?;
+            Op::MbarrierExpect { at, bytes } => {
+                let at = self.own_place(address(warp, at, lane))?;
+                let bytes = warp.value(*bytes, lane) as i64;
+                let barrier = self.mbarrier(warp.block, at)?.expect(bytes)?;
+                self.set_mbarrier(warp.block, at, barrier)?;
             }
-            Op::BarrierTryWait { to, at, parity } => {
-                let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
+            Op::MbarrierTryWait { to, at, parity } => {
+                let at = self.own_place(address(warp, at, lane))?;
                 let parity = warp.value(*parity, lane);
                 if parity > 1 {
                     return Err(format!("a parity of {parity}"));
                 }
-                let done = self.mbarrier(block, at)?.parity != parity;
+                let done = self.mbarrier(warp.block, at)?.parity != parity;
                 warp.set(*to, lane, u64::from(done));
                 return Ok(done);
             }
             Op::CopyAsync { to, from, bytes, of_source } => {
-                let (block, to) = self.shared_place(warp, address(warp, to, lane))?;
-                if block != warp.block {
-                    return Err("cp.async to another block".to_string());
-                }
+                let to = self.own_place(address(warp, to, lane))?;
                 let from = address(warp, from, lane);
                 aligned(from, *bytes)?;
                 aligned(u64::from(to), *bytes)?;
@@ -58,7 +62,12 @@ impl Run<'_> {
                 if of_source > *bytes {
                     return Err(format!("{of_source} of {bytes} bytes"));
                 }
-                warp.copies[lane].open.push(Copy { to, from, bytes: *bytes, of_source });
+                let copy = Copy { to, from, bytes: *bytes, of_source };
+                // It may be over at once, or at its wait.
+                match self.random.below(4) {
+                    0 => self.copy(warp.block, &copy)?,
+                    _ => warp.copies[lane].open.push(copy),
+                }
             }
             Op::CopyCommit => warp.copies[lane].commit(),
             Op::CopyWait { groups } => {
@@ -104,7 +113,7 @@ impl Run<'_> {
             Op::BulkToBlock { to, from, bytes, barrier } => {
                 let bytes = warp.value(*bytes, lane) as u32;
                 let (from, to) = (address(warp, from, lane), address(warp, to, lane));
-                let (source, from) = self.shared_place(warp, from)?;
+                let (source, from) = (warp.block, self.own_place(from)?);
                 let (block, to) = self.shared_place(warp, to)?;
                 let (of_barrier, barrier) =
                     self.shared_place(warp, address(warp, barrier, lane))?;
@@ -139,7 +148,7 @@ impl Run<'_> {
             }
             Op::TensorStore { map, coordinates, from, add } => {
                 let map = self.map(warp.value(*map, lane))?;
-                let at = self.shared_place(warp, address(warp, from, lane))?.1;
+                let at = self.own_place(address(warp, from, lane))?;
                 let chunks = map.chunks(&coordinates_of(warp, coordinates, lane), at)?;
                 if *add && map.element_bytes != 4 {
                     return Err("only fp32 is added here".to_string());
@@ -181,7 +190,7 @@ impl Run<'_> {
         }
         aligned(address, 64)?;
         let at = address as u32;
-        let bytes = &self.parameters[shared_range(self.parameters, at, 128)?];
+        let bytes = &self.parameters[range(self.parameters, at, 128)?];
         let mut words = [0; 16];
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
@@ -228,15 +237,15 @@ impl Run<'_> {
     ) -> Result<()> {
         aligned(u64::from(to), 16)?;
         aligned(u64::from(bytes), 16)?;
-        let text = format!("kernel {}, block {:?}", self.kernel.name, self.blocks[blocks[0]].index);
-        self.loads.push(Load { blocks, source, to, bytes, barrier, text });
+        self.loads.push(Load { blocks, source, to, bytes, barrier, place: self.place });
         Ok(())
     }
 
     pub fn end_load(&mut self, index: usize) -> Result<()> {
         let load = self.loads.swap_remove(index);
-        let named =
-            |why: String| format!("{}, a copy to {} of shared memory: {why}", load.text, load.to);
+        let begun = self.describe(load.place);
+        let (kernel, index) = (&self.kernel.name, self.blocks[load.blocks[0]].index);
+        let named = |why: String| format!("kernel {kernel}, block {index:?}, {begun}: {why}");
         self.progress = true;
         let mut values = vec![0; load.bytes as usize];
         match &load.source {
@@ -290,10 +299,7 @@ impl Run<'_> {
         bytes: u32,
         target: Target,
     ) -> Result<()> {
-        let (block, from) = self.shared_place(warp, address(warp, from, lane))?;
-        if block != warp.block {
-            return Err("a store from another block's shared memory".to_string());
-        }
+        let (block, from) = (warp.block, self.own_place(address(warp, from, lane))?);
         aligned(u64::from(from), 16)?;
         shared_range(&self.blocks[block].shared, from, bytes)?;
         warp.stores[lane].open.push(BulkStore { from, bytes, target, values: None });

@@ -1,5 +1,5 @@
-//! Matrices that go through tensor.rs into shared memory and through the descriptors of matrix.rs out
-//! of it.
+//! Matrices that go through tensor.rs into shared memory and through the descriptors of matrix.rs
+//! out of it.
 
 use super::matrix::{MatrixA, WgmmaShape, gather, multiply};
 use super::tensor::Map;

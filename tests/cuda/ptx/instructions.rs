@@ -1,11 +1,12 @@
-//! What each instruction does to a warp: registers, loads and stores, and what its threads do together.
+//! What each instruction does to a warp: registers, loads and stores, and what its threads do
+//! together.
 
 use super::arithmetic::Arithmetic;
 use super::code::{Address, Atomic, MatrixA as CodeA, Op, Shuffle, Space, Special, Value, Vote};
 use super::copies::add_flushed;
 use super::matrix::{self, MatrixA, WgmmaShape};
 use super::memory::{
-    self, PARAMETER_WINDOW, SHARED_WINDOW, aligned, rank_and_offset, shared_range,
+    self, PARAMETER_WINDOW, SHARED_WINDOW, aligned, range, rank_and_offset, shared_range, to_shared,
 };
 use super::run::{Location, Result, Run, Then};
 use super::warp::{LANES, Lanes, Product, Wait, Warp, lanes};
@@ -72,7 +73,7 @@ impl Run<'_> {
                     }
                 }
             }
-            Op::MapToRank { to, from, rank } => {
+            Op::Mapa { to, from, rank } => {
                 for lane in lanes(active) {
                     let rank = warp.value(*rank, lane);
                     let mapped = memory::of_rank(warp.value(*from, lane), rank);
@@ -98,7 +99,12 @@ impl Run<'_> {
                     let [a, b] = values.map(|value| warp.value(value, lane));
                     let new = match which {
                         Atomic::AddU32 => (old + a) as u32,
-                        Atomic::AddF32 => add_flushed(old as u32, a as u32),
+                        Atomic::AddF32 if matches!(at, Location::Global(_)) => {
+                            add_flushed(old as u32, a as u32)
+                        }
+                        Atomic::AddF32 => {
+                            (f32::from_bits(old as u32) + f32::from_bits(a as u32)).to_bits()
+                        }
                         Atomic::MaxU32 => old.max(a) as u32,
                         Atomic::Exchange => a as u32,
                         Atomic::CompareAndSwap if old == a => b as u32,
@@ -144,35 +150,37 @@ impl Run<'_> {
             // From here on, all threads of the warp run it together, or one of them.
             Op::LoadMatrix { .. }
             | Op::StoreMatrix { .. }
-            | Op::Multiply { .. }
+            | Op::Mma { .. }
             | Op::Barrier { .. }
             | Op::ClusterArrive
             | Op::ClusterWait
-            | Op::GroupMultiply { .. }
-            | Op::GroupFence
-            | Op::GroupCommit
-            | Op::GroupWait { .. }
-            | Op::Registers => {
+            | Op::Wgmma { .. }
+            | Op::WgmmaFence
+            | Op::WgmmaCommit
+            | Op::WgmmaWait { .. }
+            | Op::SetMaxRegisters => {
                 if mask != warp.live {
                     return Ok(Then::Held);
                 }
-                if active != mask {
+                let matrices = matches!(
+                    op,
+                    Op::LoadMatrix { .. }
+                        | Op::StoreMatrix { .. }
+                        | Op::Mma { .. }
+                        | Op::Wgmma { .. }
+                );
+                if active != mask || matrices && mask != u32::MAX {
                     return Err("only some of a warp's threads run it".to_string());
                 }
                 self.together(warp, op, place)?;
             }
             _ => {
+                let mut ready = true;
                 for lane in lanes(active) {
-                    if !self.alone(warp, op, lane)? {
-                        // A barrier is not ready: the loop around it, later.
-                        if active.count_ones() > 1 {
-                            // The other threads see the same or a later state.
-                            for lane in lanes(active).filter(|&it| it > lane) {
-                                self.alone(warp, op, lane)?;
-                            }
-                        }
-                        return Ok(Then::Yield);
-                    }
+                    ready &= self.alone(warp, op, lane)?;
+                }
+                if !ready {
+                    return Ok(Then::Yield);
                 }
             }
         }
@@ -201,19 +209,32 @@ impl Run<'_> {
     // -------------------------------------------------------------- loads and stores
 
     pub fn locate(&self, warp: &Warp, space: Space, address: u64) -> Result<Location> {
-        let in_shared = |address: u64| -> Result<Location> {
+        let in_cluster = |address: u64| -> Result<Location> {
             let (block, offset) = self.shared_place(warp, address)?;
             Ok(Location::Shared(block, offset))
         };
         match space {
             Space::Global => Ok(Location::Global(address)),
-            Space::Shared => in_shared(address),
+            Space::Shared => Ok(Location::Shared(warp.block, self.own_place(address)?)),
+            Space::SharedOfCluster => in_cluster(address),
             Space::Parameter => Ok(Location::Parameter(address as u32)),
-            Space::Generic if address & SHARED_WINDOW != 0 => in_shared(address),
+            Space::Generic if address & SHARED_WINDOW == SHARED_WINDOW => {
+                in_cluster(to_shared(address))
+            }
             Space::Generic if address & PARAMETER_WINDOW != 0 => {
                 Ok(Location::Parameter(address as u32))
             }
             Space::Generic => Ok(Location::Global(address)),
+        }
+    }
+
+    /// The offset of an address in the block's own shared memory. Errors: it names a block.
+    pub fn own_place(&self, address: u64) -> Result<u32> {
+        match rank_and_offset(address) {
+            (None, offset) => Ok(offset),
+            (Some(rank), _) => Err(format!(
+                "{address:#x} is of block {rank} of the cluster, or generic; not of the block itself"
+            )),
         }
     }
 
@@ -246,7 +267,7 @@ impl Run<'_> {
                 Ok(())
             }
             Location::Parameter(at) => {
-                to.copy_from_slice(&self.parameters[shared_range(self.parameters, at, bytes)?]);
+                to.copy_from_slice(&self.parameters[range(self.parameters, at, bytes)?]);
                 Ok(())
             }
         }
@@ -273,7 +294,7 @@ impl Run<'_> {
 
     #[allow(clippy::too_many_arguments, reason = "an instruction's fields")]
     fn load(
-        &self,
+        &mut self,
         warp: &mut Warp,
         space: Space,
         bytes: u32,
@@ -297,6 +318,8 @@ impl Run<'_> {
                     value = ((value << unused) as i64 >> unused) as u64;
                     value = value << (64 - bits) >> (64 - bits);
                 }
+                // Who polls for a value has got on when there is another one.
+                self.progress |= warp.value(Value::Register(to), lane) != value;
                 warp.set(to, lane, value);
             }
         }
@@ -331,7 +354,7 @@ impl Run<'_> {
             Op::LoadMatrix { count, transposed, to, at } => {
                 let mut rows = [[0; 16]; LANES];
                 for (lane, row) in rows.iter_mut().enumerate().take(8 * count) {
-                    let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
+                    let (block, at) = (warp.block, self.own_place(address(warp, at, lane))?);
                     self.read(Location::Shared(block, at), row)?;
                 }
                 let loaded = matrix::ldmatrix(*count, *transposed, &rows);
@@ -348,11 +371,11 @@ impl Run<'_> {
                 }
                 let rows = matrix::stmatrix(*count, *transposed, &registers);
                 for (lane, row) in rows.iter().enumerate().take(8 * count) {
-                    let (block, at) = self.shared_place(warp, address(warp, at, lane))?;
+                    let (block, at) = (warp.block, self.own_place(address(warp, at, lane))?);
                     self.put(Location::Shared(block, at), row)?;
                 }
             }
-            Op::Multiply { to, a, b, c } => {
+            Op::Mma { to, a, b, c } => {
                 let mut left = [[0; 4]; LANES];
                 let mut right = [[0; 2]; LANES];
                 let mut sums = [[0.0; 4]; LANES];
@@ -394,12 +417,16 @@ impl Run<'_> {
                     warp.wait = Wait::Nothing;
                 }
             }
-            Op::GroupMultiply { d, n, a, b, add, transposed } => {
-                self.group_multiply(warp, (d, *n), a, *b, *add, *transposed, place)?;
+            Op::Wgmma { d, n, a, b, add, transposed } => {
+                self.wgmma(warp, (d, *n), a, *b, *add, *transposed, place)?;
             }
-            Op::GroupFence | Op::Registers => {}
-            Op::GroupCommit => warp.products.commit(),
-            Op::GroupWait { groups } => {
+            Op::WgmmaFence | Op::SetMaxRegisters => self.of_group(warp, place, [0; 2])?,
+            Op::WgmmaCommit => {
+                self.of_group(warp, place, [0; 2])?;
+                warp.products.commit();
+            }
+            Op::WgmmaWait { groups } => {
+                self.of_group(warp, place, [0; 2])?;
                 for product in warp.products.older_than(*groups) {
                     let shared = &self.blocks[warp.block].shared;
                     let now = matrix::gather(&product.shape, &product.a, product.b, shared)?;
@@ -416,9 +443,16 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// All warps of a warpgroup come to `place` with these descriptors, in one order.
+    fn of_group(&mut self, warp: &Warp, place: usize, descriptors: [u64; 2]) -> Result<()> {
+        let number = warp.first_thread as usize / LANES;
+        let group = &mut self.blocks[warp.block].warpgroups[number / 4];
+        group.comes_to(number % 4, (place, descriptors))
+    }
+
     /// Each warp of a warpgroup computes its 16 rows.
     #[allow(clippy::too_many_arguments, reason = "an instruction's fields")]
-    fn group_multiply(
+    fn wgmma(
         &mut self,
         warp: &mut Warp,
         (d, n): (&[u32], usize),
@@ -452,6 +486,8 @@ impl Run<'_> {
         };
         let b = warp.uniform(b, u32::MAX)?;
         let add = warp.uniform(add, u32::MAX)? == 1;
+        let descriptor = if let MatrixA::Shared(a) = a { a } else { 0 };
+        self.of_group(warp, place, [descriptor, b])?;
         let operands = matrix::gather(&shape, &a, b, &self.blocks[warp.block].shared)?;
         let mut sums = vec![0.0; LANES * n / 2];
         for (index, &register) in d.iter().enumerate() {
@@ -479,8 +515,8 @@ pub fn coordinates_of(warp: &Warp, coordinates: &[Value], lane: usize) -> Vec<i3
     coordinates.iter().map(|&it| warp.value(it, lane) as i32).collect()
 }
 
-/// Of the threads `here`, those whose groups are here, too: each names its own. Errors: a thread that is
-/// not in its group.
+/// Of the threads `here`, those whose groups are here, too: each names its own. Errors: a thread
+/// that is not in its group.
 fn ready(warp: &Warp, members: &Lanes<u64>, here: u32) -> Result<u32> {
     let mut ready = 0;
     for lane in lanes(here) {
@@ -489,6 +525,9 @@ fn ready(warp: &Warp, members: &Lanes<u64>, here: u32) -> Result<u32> {
             return Err(format!("thread {lane} is not in its group {group:#x}"));
         }
         if group & warp.live & !here == 0 {
+            if lanes(group & here).any(|other| members[other] as u32 != group) {
+                return Err(format!("threads of group {group:#x} name different groups"));
+            }
             ready |= 1 << lane;
         }
     }

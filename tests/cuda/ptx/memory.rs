@@ -1,22 +1,28 @@
-//! What kernels can reach: buffers in global memory, a launch's parameters, and the shared memory of
-//! blocks. Every access is checked: it lies in one buffer, at a multiple of its size.
+//! What kernels can reach: buffers in global memory, a launch's parameters, and the shared memory
+//! of blocks. Every access is checked: it lies in one buffer, at a multiple of its size.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-/// Set in a generic address of shared memory, and in one of a parameter; neither is an address that a
-/// program has.
-pub const SHARED_WINDOW: u64 = 1 << 62;
+/// Set in a generic address of shared memory, and in one of a parameter; neither is an address that
+/// a program has. Bit 31 is there so that a generic address that was only cut to 32 bits is none.
+pub const SHARED_WINDOW: u64 = 1 << 62 | 1 << 31;
 pub const PARAMETER_WINDOW: u64 = 1 << 61;
 
-/// Bits of an address in a block's shared memory; above them the rank of a block in its cluster, plus
-/// one, or 0 for the block itself.
+/// Bits of an address in a block's shared memory; above them the rank of a block in its cluster,
+/// plus one, or 0 for the block itself.
 const OFFSET_BITS: u32 = 24;
+
+/// Of a generic address.
+pub fn to_shared(address: u64) -> u64 {
+    address & 0x7fff_ffff
+}
 
 /// The address of the same variable in block `rank`.
 pub fn of_rank(address: u64, rank: u64) -> u64 {
     let offset = (1 << OFFSET_BITS) - 1;
-    address & (!0xffff_ffff | offset) | (rank + 1) << OFFSET_BITS
+    address & (!0x7fff_ffff | offset) | (rank + 1) << OFFSET_BITS
 }
 
 /// The rank that a shared address names, and its offset there.
@@ -29,7 +35,7 @@ pub fn rank_and_offset(address: u64) -> (Option<usize>, u32) {
 #[derive(Default)]
 pub struct Global {
     /// Bytes and label by address.
-    buffers: BTreeMap<u64, (Box<[Unit]>, u64, String)>,
+    buffers: BTreeMap<u64, (*mut [Unit], u64, String)>,
     /// The buffer of the last access.
     last: Cell<(u64, u64)>,
 }
@@ -43,14 +49,18 @@ impl Global {
     /// Every byte is 0xff, which makes NaNs.
     pub fn allocate(&mut self, bytes: u64, label: &str) -> u64 {
         let units = vec![Unit([0xff; 256]); bytes.div_ceil(256) as usize].into_boxed_slice();
-        let address = units.as_ptr() as u64;
+        let units = Box::into_raw(units);
+        let address = units.cast::<u8>().expose_provenance() as u64;
         self.buffers.insert(address, (units, bytes, label.to_string()));
         address
     }
 
     pub fn free(&mut self, address: u64) {
         self.last.set((0, 0));
-        self.buffers.remove(&address);
+        if let Some((units, ..)) = self.buffers.remove(&address) {
+            // SAFETY: it came from `Box::into_raw` and is in no table any more.
+            drop(unsafe { Box::from_raw(units) });
+        }
     }
 
     fn check(&self, address: u64, bytes: usize) -> Result<(), String> {
@@ -74,15 +84,28 @@ impl Global {
     pub fn read(&self, address: u64, to: &mut [u8]) -> Result<(), String> {
         self.check(address, to.len())?;
         // SAFETY: the range lies in one of our buffers, which no reference points into.
-        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, to.as_mut_ptr(), to.len()) };
+        unsafe {
+            let from = std::ptr::with_exposed_provenance(address as usize);
+            std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
+        }
         Ok(())
     }
 
     pub fn write(&self, address: u64, from: &[u8]) -> Result<(), String> {
         self.check(address, from.len())?;
         // SAFETY: as above; the buffers belong to this machine and nobody else reads them now.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), address as *mut u8, from.len()) };
+        unsafe {
+            let to = std::ptr::with_exposed_provenance_mut(address as usize);
+            std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        }
         Ok(())
+    }
+}
+
+impl Drop for Global {
+    fn drop(&mut self) {
+        let addresses: Vec<u64> = self.buffers.keys().copied().collect();
+        addresses.into_iter().for_each(|address| self.free(address));
     }
 }
 
@@ -93,19 +116,30 @@ pub fn aligned(address: u64, bytes: u32) -> Result<(), String> {
     }
 }
 
-/// A range of shared memory. Errors: it lies outside.
-pub fn shared_range(shared: &[u8], at: u32, bytes: u32) -> Result<std::ops::Range<usize>, String> {
+/// What the system keeps for itself at the beginning of a block's shared memory.
+pub const RESERVED_SHARED_BYTES: u32 = 1024;
+
+/// A range of shared memory. Errors: it lies outside, or in what is the system's.
+pub fn shared_range(shared: &[u8], at: u32, bytes: u32) -> Result<Range<usize>, String> {
+    match at >= RESERVED_SHARED_BYTES {
+        true => range(shared, at, bytes),
+        false => Err(format!("{bytes} bytes at {at} of shared memory, which are the system's")),
+    }
+}
+
+/// A range of some memory. Errors: it lies outside.
+pub fn range(memory: &[u8], at: u32, bytes: u32) -> Result<Range<usize>, String> {
     let (from, to) = (at as usize, at as usize + bytes as usize);
-    match to <= shared.len() {
+    match to <= memory.len() {
         true => Ok(from..to),
-        false => Err(format!("{bytes} bytes at {at} of shared memory, which has {}", shared.len())),
+        false => Err(format!("{bytes} bytes at {at} of {}", memory.len())),
     }
 }
 
 // ------------------------------------------------------------------ barriers in shared memory
 
-/// An mbarrier object as it lies in shared memory (PTX ISA 9.0, section 9.7.13.15): our own form, with
-/// a mark so that bytes which are none are noticed.
+/// An mbarrier object as it lies in shared memory (PTX ISA 9.0, section 9.7.13.15): our own form,
+/// with a mark so that bytes which are none are noticed.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Mbarrier {
     /// Completed phases, modulo 2.

@@ -1,12 +1,15 @@
-//! A third machine for kernels: it runs the PTX that nvcc makes of them, on this CPU.
+//! A second machine for kernels without a GPU: it runs the PTX that nvcc makes of them, on this
+//! CPU.
 //!
-//! simt compiles the kernels with g++ and gives its own meaning to the wrappers of kernels/device. This
-//! machine reads what nvcc wrote for the GPU: the wrappers' inline assembly as it stands there, with
-//! its operands and their order, and everything else as the compiler has arranged it. It was written
-//! from the PTX ISA and knows nothing of kernels/host, so that both must be right, or wrong in the same
-//! way, for a test to pass on both. What comes behind PTX is not here: ptxas, time, the order of memory.
+//! simt compiles the kernels with g++ and gives its own meaning to the wrappers of kernels/device.
+//! This machine reads what nvcc wrote for the GPU: the wrappers' inline assembly as it stands
+//! there, with its operands and their order, and everything else as the compiler has arranged it.
+//! It was written from the PTX ISA and knows nothing of kernels/host, so that both must be right,
+//! or wrong in the same way, for a test to pass on both. What comes behind PTX is not here: ptxas,
+//! time, the order of memory.
 //!
-//! Streams are in order and work runs at once. Races within a block are left to simt's detector.
+//! Streams are in order and work runs at once; ids are trusted to be its own. Races within a block
+//! are left to simt's detector.
 
 mod arithmetic;
 mod code;
@@ -28,6 +31,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
+use isobath::cuda::binaries::FATBINS;
 use isobath::cuda::{
     Allocation, Arguments, Capture, DevicePointer, Driver, EventId, Fill, GraphId, KernelId,
     KernelInfo, Launch, Ledger, Properties, StreamId, TensorMap, TensorMapSpec, check_arguments,
@@ -85,17 +89,10 @@ fn absent(what: String) -> Error {
     Error::Device { device: DEVICE.to_string(), what, remedy }
 }
 
-pub fn texts(folder: &Path) -> std::io::Result<Texts> {
-    let mut texts = vec![];
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|it| it == "ptx") {
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            texts.push((stem, std::fs::read_to_string(&path)?));
-        }
-    }
-    texts.sort();
-    Ok(texts)
+/// Of every file that has a fatbin.
+fn texts(folder: &Path) -> std::io::Result<Texts> {
+    let read = |stem: &str| std::fs::read_to_string(folder.join(format!("{stem}.ptx")));
+    FATBINS.iter().map(|(stem, _)| Ok((stem.to_string(), read(stem)?))).collect()
 }
 
 pub struct Ptx {
@@ -117,7 +114,8 @@ pub struct Ptx {
 }
 
 impl Ptx {
-    /// For the kernels of this build. Every launch has a schedule of its own, that begins with `seed`.
+    /// For the kernels of this build. Every launch has a schedule of its own, that begins with
+    /// `seed`.
     pub fn open(multiprocessors: u32, seed: u64) -> Result<Self> {
         let texts = texts(folder()?).map_err(|error| absent(error.to_string()))?;
         Ok(Self::of(texts, multiprocessors, seed))
@@ -241,6 +239,9 @@ impl Driver for Ptx {
 
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation> {
         self.capture.forbid(DEVICE, "an allocation")?;
+        if bytes == 0 {
+            return Err(absent(format!("`{label}` has no bytes")));
+        }
         let address = DevicePointer(self.memory.allocate(bytes, label));
         let buffer = Allocation { address, bytes };
         self.ledger.add(buffer, label);

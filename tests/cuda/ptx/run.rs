@@ -1,13 +1,14 @@
 //! One launch: blocks, their warps, and what goes on behind their backs.
 //!
-//! Warps take turns at random, each for a random number of instructions. Of a warp's threads, those go
-//! on that are the farthest back in the program, all that are at one place together; instructions that
-//! a warp or a warpgroup shares wait for all their threads. Copies by TMA and bulk copies end at
-//! random, as late as the waits for them allow. Products of warpgroups are computed at once; when they
-//! are waited for, what they have read must still be there.
+//! Warps take turns at random, each for a random number of instructions. Of a warp's threads, those
+//! go on that are the farthest back in the program, all that are at one place together;
+//! instructions that a warp or a warpgroup shares wait for all their threads. Copies by TMA and
+//! bulk copies end at random, as late as the waits for them allow. Products of warpgroups are
+//! computed at once; when they are waited for, what they have read must still be there.
 //!
 //! A fault is a text that names kernel, block, threads, instruction and place.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::code::{Instruction, Kernel, Op, Value};
@@ -66,7 +67,7 @@ impl Random {
 #[derive(Clone, Copy, Default)]
 pub struct Named {
     pub arrived: u32,
-    /// 0: nobody has come.
+    /// That it is for; 0: all of the block. Of no meaning while nobody has come.
     pub threads: u32,
     pub round: u64,
 }
@@ -79,6 +80,41 @@ pub struct Block {
     pub shared: Vec<u8>,
     pub barriers: [Named; 16],
     pub live_warps: u32,
+    pub warpgroups: Vec<Warpgroup>,
+}
+
+/// What its four warps do together, each at its own time: instruction and descriptors of what some
+/// of them have come to and others have not.
+#[derive(Default)]
+pub struct Warpgroup {
+    open: VecDeque<Shared>,
+    /// Such instructions of each warp so far.
+    counts: [usize; 4],
+}
+
+type Shared = (usize, [u64; 2]);
+
+impl Warpgroup {
+    /// Errors: another warp of the group has done something else.
+    pub fn comes_to(&mut self, warp: usize, shared: Shared) -> Result<()> {
+        let least = self.counts.iter().min().copied().unwrap_or_default();
+        let ahead = self.counts[warp] - least;
+        match self.open.get(ahead) {
+            None => self.open.push_back(shared),
+            Some(other) if *other == shared => {}
+            Some(other) => {
+                return Err(format!(
+                    "a warp of the group has instruction and descriptors {other:x?}, another one \
+                     {shared:x?}"
+                ));
+            }
+        }
+        self.counts[warp] += 1;
+        if self.counts.iter().all(|&count| count > least) {
+            self.open.pop_front();
+        }
+        Ok(())
+    }
 }
 
 #[derive(Default)]
@@ -99,7 +135,8 @@ pub struct Load {
     pub to: u32,
     pub bytes: u32,
     pub barrier: u32,
-    pub text: String,
+    /// Of the instruction.
+    pub place: usize,
 }
 
 pub enum Source {
@@ -142,6 +179,10 @@ pub struct Run<'a> {
     pub progress: bool,
     /// Instructions so far.
     pub count: u64,
+    /// Of the instruction that runs.
+    pub place: usize,
+    /// Copies to shared memory end when nothing else goes on; else at any time.
+    pub late_loads: bool,
 }
 
 impl<'a> Run<'a> {
@@ -163,13 +204,17 @@ impl<'a> Run<'a> {
             warps: vec![],
             loads: vec![],
             late: vec![],
-            random,
             progress: false,
             count: 0,
+            place: 0,
+            late_loads: random.below(2) == 0,
+            random,
         };
         let threads: u32 = shape.block.iter().product();
-        let shared_bytes = kernel.static_shared_end.next_multiple_of(1024);
-        let shared_bytes = (shared_bytes + shape.dynamic_shared_bytes) as usize;
+        let shared_bytes = match shape.dynamic_shared_bytes {
+            0 => kernel.static_shared_end as usize,
+            bytes => (kernel.static_shared_end.next_multiple_of(1024) + bytes) as usize,
+        };
         let wide: Vec<u32> = (0..3).map(|axis| shape.grid[axis] / shape.cluster[axis]).collect();
         for number in clusters {
             let corner = [
@@ -201,6 +246,7 @@ impl<'a> Run<'a> {
                     shared: vec![0xff; shared_bytes],
                     barriers: [Named::default(); 16],
                     live_warps: threads.div_ceil(LANES as u32),
+                    warpgroups: (0..threads.div_ceil(128)).map(|_| Warpgroup::default()).collect(),
                 });
             }
         }
@@ -219,7 +265,7 @@ impl<'a> Run<'a> {
             }
             for &warp in &warps {
                 self.turn(warp)?;
-                if !self.loads.is_empty() && self.random.below(4) == 0 {
+                if !self.late_loads && !self.loads.is_empty() && self.random.below(4) == 0 {
                     let one = self.random.below(self.loads.len());
                     self.end_load(one)?;
                 }
@@ -230,12 +276,17 @@ impl<'a> Run<'a> {
             if idle > 0 && !self.loads.is_empty() {
                 let one = self.random.below(self.loads.len());
                 self.end_load(one)?;
+                idle = 0;
             } else if idle == 64 && !warps.is_empty() {
                 return Err(self.deadlock(&warps));
             }
         }
         if let Some(load) = self.loads.first() {
-            return Err(format!("{}: a copy that nobody has waited for", load.text));
+            return Err(format!(
+                "kernel {}: nobody has waited for {}",
+                self.kernel.name,
+                self.describe(load.place)
+            ));
         }
         while !self.late.is_empty() {
             let one = self.random.below(self.late.len());
@@ -249,7 +300,8 @@ impl<'a> Run<'a> {
         let mut text = format!("kernel {}: nothing goes on:", self.kernel.name);
         for &index in warps {
             let warp = &self.warps[index];
-            let place = warp.next().map_or("held".to_string(), |(place, _)| self.describe(place));
+            let place =
+                warp.next(false).map_or("held".to_string(), |(place, _)| self.describe(place));
             let block = self.blocks[warp.block].index;
             let (thread, wait) = (warp.first_thread, warp.wait);
             text.push_str(&format!(
@@ -259,7 +311,7 @@ impl<'a> Run<'a> {
         text
     }
 
-    fn describe(&self, place: usize) -> String {
+    pub fn describe(&self, place: usize) -> String {
         let instruction = self.kernel.instructions.get(place);
         instruction.map_or("the end".to_string(), |it| format!("{} at {}", it.text, it.place))
     }
@@ -291,7 +343,10 @@ impl<'a> Run<'a> {
             if warp.live == 0 {
                 return Ok(());
             }
-            let Some((place, mask)) = warp.next() else {
+            // A thread that polls must not keep those from going on that it polls for.
+            let last = warp.polled || !warp.is_together() && self.random.below(8) == 0;
+            warp.polled = false;
+            let Some((place, mask)) = warp.next(last) else {
                 let places: Vec<String> =
                     lanes(warp.live).map(|lane| self.describe(warp.place(lane))).collect();
                 return Err(format!(
@@ -301,6 +356,7 @@ impl<'a> Run<'a> {
                 ));
             };
             self.count += 1;
+            self.place = place;
             if self.count > self.shape.limit {
                 return Err(format!("kernel {}: it does not end", kernel.name));
             }
@@ -309,7 +365,7 @@ impl<'a> Run<'a> {
                 continue;
             };
             if !warp.products.is_empty() {
-                self.leaves_alone(warp, instruction)?;
+                self.check_products(warp, instruction)?;
             }
             let active = match instruction.guard {
                 None => mask,
@@ -337,6 +393,7 @@ impl<'a> Run<'a> {
                 Then::Held => warp.hold(mask),
                 Then::Yield => {
                     warp.go(mask, place + 1);
+                    warp.polled = true;
                     return Ok(());
                 }
             }
@@ -350,15 +407,13 @@ impl<'a> Run<'a> {
     }
 
     /// Errors: it reads or writes accumulators of products that are under way, other than to add to
-    /// them, or writes a register that one of these reads.
-    fn leaves_alone(&self, warp: &Warp, instruction: &Instruction) -> Result<()> {
-        if matches!(instruction.op, Op::GroupMultiply { .. }) {
-            return Ok(());
-        }
+    /// just these, or writes a register that one of the products reads.
+    fn check_products(&self, warp: &Warp, instruction: &Instruction) -> Result<()> {
         let (first, others) = instruction.registers.split_at(instruction.first_operand);
+        let adds = matches!(instruction.op, Op::Wgmma { .. });
         for product in warp.products.iter() {
             let touched = |them: &[u32], these: &[u32]| them.iter().any(|it| these.contains(it));
-            if touched(&product.d, first)
+            if touched(&product.d, first) && !(adds && first == product.d)
                 || touched(&product.d, others)
                 || touched(&product.in_a, first)
             {
@@ -399,6 +454,9 @@ impl<'a> Run<'a> {
         let block = &mut self.blocks[warp.block];
         let cluster = &mut self.clusters[block.cluster];
         cluster.live_threads -= mask.count_ones();
+        if warp.arrived == Some(cluster.round) {
+            cluster.arrived -= mask.count_ones();
+        }
         if warp.live == 0 {
             if !warp.products.is_empty() {
                 return Err(format!(
@@ -407,6 +465,12 @@ impl<'a> Run<'a> {
                 ));
             }
             block.live_warps -= 1;
+            if block.live_warps == 0 && block.warpgroups.iter().any(|it| !it.open.is_empty()) {
+                return Err(format!(
+                    "kernel {}: warps of a group have ended before what they share",
+                    self.kernel.name
+                ));
+            }
             for id in 0..16 {
                 self.barrier_completed(warp.block, id);
             }
@@ -415,7 +479,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    // -------------------------------------------------------------- barriers of blocks and clusters
+    // ---------------------------------------------------------- barriers of blocks and clusters
 
     /// `threads` 0: all of the block.
     pub fn arrive_at(
@@ -462,7 +526,7 @@ impl<'a> Run<'a> {
 
     pub fn cluster_completed(&mut self, cluster: usize) {
         let cluster = &mut self.clusters[cluster];
-        if cluster.arrived > 0 && cluster.arrived >= cluster.live_threads {
+        if cluster.arrived > 0 && cluster.arrived == cluster.live_threads {
             cluster.arrived = 0;
             cluster.round += 1;
             self.progress = true;

@@ -7,8 +7,8 @@ use isobath::cuda::conformance::{Case, cases};
 
 use super::{Ptx, code, folder, present, texts};
 
-/// Fences order memory, which is in one order here; hints do nothing anywhere; registers are as many as
-/// PTX names.
+/// Fences order memory, which is in one order here; hints do nothing anywhere; registers are as
+/// many as PTX names.
 const WITHOUT_EFFECT: [&str; 7] = [
     "fence.",
     "prefetch.",
@@ -19,23 +19,39 @@ const WITHOUT_EFFECT: [&str; 7] = [
     "nanosleep.",
 ];
 
+/// Changes that change nothing here, and why.
+const SURVIVORS: [(&str, &str); 8] = [
+    ("setp.ne.b32: left out", "the flag is false anyway: a product that overwrites"),
+    ("mov.u32: left out", "the rank of block 0"),
+    ("mbarrier.inval", "the kernel ends behind it"),
+    ("cp.async.bulk.wait_group", "stores end with the kernel, if not before"),
+    ("cp.async.bulk.commit_group", "the same"),
+    ("wgmma.commit_group", "the same"),
+    ("ld.acquire.gpu.u32: left out", "what it waits for has come"),
+    ("mbarrier.try_wait", "what it waits for has come"),
+];
+
 #[test]
 fn every_kernel_of_the_build_is_read() {
     if let Err(why) = present() {
         return println!("skipped: no PTX: {why}");
     }
-    let mut names = 0;
-    for (stem, text) in texts(folder().unwrap()).unwrap() {
-        let kernels = code::kernels(&text).unwrap_or_else(|why| panic!("{stem}.ptx: {why}"));
-        assert!(!kernels.is_empty(), "{stem}.ptx has no kernel");
-        names += kernels.len();
+    let files = texts(folder().unwrap()).unwrap();
+    for (stem, text) in &files {
+        let kernels = code::kernels(text).unwrap_or_else(|why| panic!("{stem}.ptx: {why}"));
+        let names: Vec<&str> = kernels.iter().map(|it| it.name.as_str()).collect();
+        let entries = text.split(".visible .entry ").skip(1);
+        let entries: Vec<&str> = entries.map(|it| it.split_once('(').unwrap().0).collect();
+        assert_eq!(names, entries, "{stem}.ptx");
+        assert!(kernels.iter().all(|it| !it.instructions.is_empty()), "{stem}.ptx");
     }
-    let gpu = isobath::cuda::binaries::FATBINS.len();
-    println!("{names} kernels of {gpu} files");
+    let names = files.iter().map(|(_, text)| text.matches(".visible .entry ").count());
+    assert!(names.sum::<usize>() > 300, "this build has hundreds of kernels");
 }
 
-/// Every instruction of a wrapper, in each kernel of conformance*.cu: left out, with two operands of one
-/// kind exchanged, or with another flag. Nearly all must change what a case gives, or be a fault.
+/// Every instruction of a wrapper, in each kernel of conformance*.cu: left out, with two operands
+/// of one kind exchanged, or with another flag. Nearly all must change what a case gives, or be a
+/// fault.
 #[test]
 fn a_changed_instruction_is_noticed() {
     if let Err(why) = present() {
@@ -49,8 +65,11 @@ fn a_changed_instruction_is_noticed() {
         for kernel in text.split(".visible .entry ").skip(1) {
             let name = kernel.split_once('(').unwrap().0;
             let cases: Vec<Case> = cases().into_iter().filter(|it| it.kernel == name).collect();
+            let unchanged = format!("{head}.visible .entry {kernel}");
+            assert!(!cases.iter().any(|case| differs(case, stem, &unchanged)), "{name}");
             for (what, changed) in changes(kernel) {
                 let text = format!("{head}.visible .entry {changed}");
+                code::kernels(&text).unwrap_or_else(|why| panic!("{name}, {what}: {why}"));
                 match cases.iter().any(|case| differs(case, stem, &text)) {
                     true => noticed += 1,
                     false => survivors.push(format!("{name}: {what}")),
@@ -59,9 +78,11 @@ fn a_changed_instruction_is_noticed() {
         }
     }
     let all = noticed + survivors.len();
-    println!("{noticed} of {all} changes are noticed; not so:\n  {}", survivors.join("\n  "));
-    assert!(all > 150, "only {all} changes");
-    assert!(noticed * 100 >= all * 95, "{noticed} of {all}");
+    println!("{noticed} of {all} changes are noticed");
+    assert!(all > 1500, "only {all} changes");
+    let known = |it: &String| SURVIVORS.iter().any(|(change, _)| it.contains(change));
+    let new: Vec<String> = survivors.into_iter().filter(|it| !known(it)).collect();
+    assert!(new.is_empty(), "not noticed:\n  {}", new.join("\n  "));
 }
 
 /// A fault, or a result that is not the case's.
@@ -75,8 +96,8 @@ fn differs(case: &Case, stem: &str, text: &str) -> bool {
     }
 }
 
-/// What is changed, and the kernel with it. Of the statements of inline assembly, the first with each
-/// opcode.
+/// What is changed, and the kernel with it. Of the statements of inline assembly, the first with
+/// each opcode.
 fn changes(kernel: &str) -> Vec<(String, String)> {
     let mut changes = vec![];
     let mut opcodes = BTreeSet::new();

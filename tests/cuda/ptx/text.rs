@@ -1,7 +1,8 @@
-//! PTX as text, taken apart: kernels, their variables, and statements with operands that are resolved.
+//! PTX as text, taken apart: kernels, their variables, and statements with operands that are
+//! resolved.
 //!
-//! Reads what nvcc writes, which is less than the language. Knows nothing of what an instruction does;
-//! anything else that it does not know is an error that names the line.
+//! Reads what nvcc writes, which is less than the language. Knows nothing of what an instruction
+//! does; anything else that it does not know is an error that names the line.
 
 use std::collections::BTreeMap;
 
@@ -93,8 +94,9 @@ pub fn kernels(text: &str) -> Result<Vec<Kernel>, String> {
                     break;
                 }
                 if let Some(bound) = line.strip_prefix(".maxntid ") {
-                    let first = bound.split(',').next().unwrap_or_default();
-                    max_threads = first.trim().parse().map_err(|_| wrong(number, line))?;
+                    let extents = bound.split(',').map(|it| it.trim().parse::<u32>());
+                    let extents: Result<Vec<u32>, _> = extents.collect();
+                    max_threads = extents.map_err(|_| wrong(number, line))?.iter().product();
                 }
             }
             let mut body = String::new();
@@ -225,8 +227,8 @@ struct Body {
     registers: Vec<u32>,
     shared: Vec<Variable>,
     statements: Vec<Statement>,
-    /// Of the blocks that are open, the innermost last: a name, or what is in front of a number, and
-    /// the first register.
+    /// Of the blocks that are open, the innermost last: a name, or what is in front of a number,
+    /// and the first register.
     scopes: Vec<BTreeMap<String, (u32, u32)>>,
     labels: BTreeMap<String, usize>,
 }
@@ -248,7 +250,9 @@ impl Body {
                 place = place_of(line, files);
                 behind
             } else if let Some((label, behind)) = label(rest) {
-                body.labels.insert(label.to_string(), body.statements.len());
+                if body.labels.insert(label.to_string(), body.statements.len()).is_some() {
+                    return Err(format!("label {label} stands twice"));
+                }
                 behind
             } else {
                 let (statement, behind) =

@@ -44,6 +44,8 @@ pub struct Warp {
     place: usize,
     places: Lanes<usize>,
     pub wait: Wait,
+    /// Its last turn ended at something that was not ready.
+    pub polled: bool,
     /// The round of the cluster's barrier at which it has arrived.
     pub arrived: Option<u64>,
     pub copies: Lanes<Groups<Copy>>,
@@ -133,6 +135,7 @@ impl Warp {
             place: 0,
             places: [0; LANES],
             wait: Wait::Nothing,
+            polled: false,
             arrived: None,
             copies: std::array::from_fn(|_| Groups::default()),
             stores: std::array::from_fn(|_| Groups::default()),
@@ -142,14 +145,19 @@ impl Warp {
 
     // -------------------------------------------------------------- places
 
-    /// The place that comes first in the program among those of threads that can run, and all
-    /// threads that are there. `None`: every thread is held.
-    pub fn next(&self) -> Option<(usize, u32)> {
+    /// The place that comes first in the program among those of threads that can run, or the last
+    /// of them, and all threads that are there. `None`: every thread is held.
+    pub fn next(&self, last: bool) -> Option<(usize, u32)> {
         if self.together {
             return (self.held != self.live).then_some((self.place, self.live));
         }
-        let place = lanes(self.live & !self.held).map(|lane| self.places[lane]).min()?;
+        let places = lanes(self.live & !self.held).map(|lane| self.places[lane]);
+        let place = if last { places.max() } else { places.min() }?;
         Some((place, self.at(place)))
+    }
+
+    pub fn is_together(&self) -> bool {
+        self.together
     }
 
     /// The live threads at this place.
@@ -180,7 +188,8 @@ impl Warp {
 
     pub fn leave(&mut self, mask: u32) {
         self.live &= !mask;
-        self.held &= !mask;
+        // Nobody waits for those that have returned: whoever was held tries again.
+        self.held = 0;
         if !self.together && self.live != 0 {
             self.join();
         }
