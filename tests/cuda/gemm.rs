@@ -752,8 +752,11 @@ fn a_matrix_that_leaves_its_buffer_is_refused() {
             return;
         }
         let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
-        let [a, b, out] =
-            ["first", "b", "out"].map(|label| unwritten(driver, label, Dtype::Bf16, 4096));
+        let [a, b, out, other] =
+            ["first", "b", "out", "other"].map(|label| unwritten(driver, label, Dtype::Bf16, 4096));
+        // Behind the end of A may lie another buffer: the result must not be there.
+        let behind = a.address.0..a.address.0 + 2 * a.bytes;
+        let out = if behind.contains(&out.address.0) { other } else { out };
         let (layout, a, b, out) = (Layout::Nt, a.address, b.address, out.address);
         let output = Output::Store { addend: None };
         let product = Product { layout, m: 128, n: 8, k: 64, a, b, out, output };

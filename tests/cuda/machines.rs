@@ -42,7 +42,7 @@ fn on_every_machine_with(dependent: bool, mut test: impl FnMut(&mut dyn Driver) 
         Err(error) => println!("skipped: no simt: {error}"),
     }
     let mut first: Option<Vec<u8>> = None;
-    for seed in 0..2 {
+    for seed in 0..ptx_schedules() {
         on_ptx(seed, |driver| {
             let found = test(driver);
             let expected = first.get_or_insert_with(|| found.clone());
@@ -63,6 +63,11 @@ pub fn on_each_machine(mut test: impl FnMut(&mut dyn Driver)) {
     }
     on_ptx(0, &mut test);
     on_gpu(test);
+}
+
+/// One, because the machine is slow; several where it is asked for by name.
+fn ptx_schedules() -> u64 {
+    if std::env::var_os("ISOBATH_TEST_MACHINES").is_some() { 3 } else { 1 }
 }
 
 fn on_ptx(seed: u64, test: impl FnOnce(&mut dyn Driver)) {
