@@ -285,10 +285,10 @@ fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
 const ROWS_AND_PRODUCTS: [Kernels; 4] =
     [Kernels::Norm, Kernels::Loss, Kernels::GemmSm90, Kernels::GemmMma];
 
-/// Each third of them, so that all tests end within minutes.
+/// A sample of them, so that all tests end within minutes.
 #[test]
-fn each_third_synchronisation_that_is_broken_is_caught() {
-    break_some(&ROWS_AND_PRODUCTS, 3, 20);
+fn each_fifth_synchronisation_that_is_broken_is_caught() {
+    break_some(&[&ROWS_AND_PRODUCTS[..], &[Kernels::GemmGradient]].concat(), 5, 15);
 }
 
 #[test]
@@ -298,6 +298,7 @@ fn every_synchronisation_that_is_broken_is_caught() {
 }
 
 #[test]
+#[ignore = "takes a minute: to be run when the gradient of SwiGLU in kernels/gemm_sm90.cu has changed"]
 fn every_synchronisation_of_the_gradient_that_is_broken_is_caught() {
     break_all(&[Kernels::GemmGradient], 15);
 }
