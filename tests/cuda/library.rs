@@ -17,12 +17,30 @@ pub fn is_missing() -> bool {
     true
 }
 
+/// How a kernel file is compiled: as it is, or with a call before each access, for race mode.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Variant {
+    Plain,
+    Hooked,
+}
+
 /// Compiles kernel files (name and text), plain and hooked, and links them with the whole machine
 /// to `folder`/`name`.so. Panics with the compiler's messages.
 ///
 /// A process can load two or three of these: each takes some of the little thread-local storage
 /// that the system keeps for libraries. Put what belongs together into one.
 pub fn compile(folder: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
+    compile_variants(folder, name, files, &[Variant::Plain, Variant::Hooked])
+}
+
+/// The same of these variants only: without `Hooked` the library has no race mode, without `Plain`
+/// nothing else.
+pub fn compile_variants(
+    folder: &Path,
+    name: &str,
+    files: &[(&str, &str)],
+    variants: &[Variant],
+) -> PathBuf {
     let variable = |value: Option<&'static str>| value.expect("only where nothing `is_missing`");
     let split = |value: &'static str| value.split('\x1f').collect::<Vec<_>>();
     let compiler = split(variable(option_env!("ISOBATH_SIMT_COMPILE")));
@@ -32,13 +50,19 @@ pub fn compile(folder: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
     for (file, text) in files {
         let at = |suffix: &str| folder.join(format!("{file}{suffix}"));
         fs::write(at(".cu"), text).unwrap();
-        let unit = format!("#include \"isobath.cuh\"\nnamespace {{\n#include \"{file}.cu\"\n}}\n");
+        let unit = format!(
+            "#include <cstdlib>\n#include \"isobath.cuh\"\nnamespace {{\n#include \"{file}.cu\"\n}}\n"
+        );
         fs::write(at(".cpp"), unit).unwrap();
-        for (variant, flags) in [(".plain.o", &[][..]), (".hooked.o", &hooks[..])] {
+        for variant in variants {
+            let (suffix, flags) = match variant {
+                Variant::Plain => (".plain.o", &[][..]),
+                Variant::Hooked => (".hooked.o", &hooks[..]),
+            };
             let mut command = Command::new(compiler[0]);
             command.args(&compiler[1..]).args(flags).current_dir(env!("CARGO_MANIFEST_DIR"));
-            run(command.arg("-c").arg(at(".cpp")).arg("-o").arg(at(variant)));
-            objects.push(at(variant));
+            run(command.arg("-c").arg(at(".cpp")).arg("-o").arg(at(suffix)));
+            objects.push(at(suffix));
         }
     }
     let library = folder.join(format!("{name}.so"));

@@ -2,10 +2,13 @@
 //!
 //! Two sets: planted bugs, each with what the machine has to say about it; and every line with a
 //! barrier, fence, wait, arrival, commit or swizzle, found by scanning the kernels, removed or
-//! altered in turn. Each mutant is compiled and runs in a process of its own (`child_mutant`): in
-//! race mode first, then plain under several schedules, until a fault or other bits than those of
-//! the true kernel give it away. At least 95% must be caught, and all that are not must stand in
+//! altered in turn. Each mutant runs in a process of its own (`child_mutant`): in race mode first,
+//! then plain under several schedules, until a fault or other bits than those of the true kernel
+//! give it away. At least 95% must be caught, and all that are not must stand in
 //! [`EQUIVALENT`](scan::EQUIVALENT) with a reason or fail the test.
+//!
+//! A planted bug is a text of its own. The mutants of a scan are one text, compiled once, in which
+//! each broken call asks `mutation()` whether it is the one to be broken.
 
 mod kernels;
 mod planted;
@@ -13,8 +16,8 @@ mod scan;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
@@ -27,7 +30,7 @@ use kernels::{
     run_norm, run_swiglu,
 };
 
-use super::library;
+use super::library::{self, Variant};
 
 // ------------------------------------------------------------------ schedules
 
@@ -48,27 +51,61 @@ fn first_options(kernels: Kernels) -> Options {
     Options { multiprocessors, ..options(true, Order::Fifo, Asynchronous::Late, 0) }
 }
 
-/// What a mutant has to pass, the most telling first.
-fn schedules() -> Vec<Options> {
+/// What a mutant compiled like this has to pass, the most telling first.
+fn schedules(variant: Variant) -> Vec<Options> {
     use Asynchronous::*;
     use Order::*;
-    let mut all = vec![];
-    for race in [true, false] {
-        all.push(options(race, Fifo, Late, 0));
-        all.push(options(race, Lifo, Early, 0));
-        all.extend((1..=3).map(|seed| options(race, Random, Anytime, seed)));
-    }
+    let race = variant == Variant::Hooked;
+    let mut all = vec![options(race, Fifo, Late, 0), options(race, Lifo, Early, 0)];
+    all.extend((1..=3).map(|seed| options(race, Random, Anytime, seed)));
     all
 }
 
 // ------------------------------------------------------------------ a mutant and its process
 
-/// A kernel file with something changed.
-struct Mutant {
+/// A kernel file with one thing changed, or with many of which `mutation()` chooses one.
+struct Source {
     kernels: Kernels,
+    text: String,
+    /// With hooks and plain, each compiled when it is first asked for: few mutants get to the second.
+    libraries: [OnceLock<Result<PathBuf, String>>; 2],
+}
+
+/// Of a text that asks for it: which of its changes to make, 0 for none. As its own indices to a
+/// thread, it is no access to memory.
+const MUTATION: &str = "static const int chosen_mutation = [] {\n\
+    const char* const chosen = getenv(\"ISOBATH_MUTANT_CHOICE\");\n\
+    return chosen ? atoi(chosen) : 0;\n\
+    }();\n\
+    __attribute__((const, noinline, no_sanitize(\"thread\"))) static int mutation() {\n\
+    return chosen_mutation;\n\
+    }\n\
+    #line 1\n";
+
+impl Source {
+    fn new(kernels: Kernels, text: String) -> Self {
+        Source { kernels, text, libraries: Default::default() }
+    }
+
+    /// In `folder`, or what the compiler said; `number` is of this source only.
+    fn library(&self, folder: &Path, number: usize, variant: Variant) -> &Result<PathBuf, String> {
+        self.libraries[variant as usize].get_or_init(|| {
+            let name = format!("source{number}_{variant:?}");
+            let files = [(name.as_str(), self.text.as_str())];
+            let compile = || library::compile_variants(folder, &name, &files, &[variant]);
+            std::panic::catch_unwind(compile)
+                .map_err(|panic| panic.downcast_ref::<String>().cloned().unwrap_or_default())
+        })
+    }
+}
+
+/// One change in a source.
+struct Mutant {
+    /// Where its source is among all.
+    source: usize,
+    choice: usize,
     /// "kernels/gemm_sm90.cu:112 `wgmma_commit();`: removed"
     name: String,
-    text: String,
 }
 
 /// What became of one.
@@ -86,6 +123,8 @@ enum Verdict {
 
 const LIBRARY: &str = "ISOBATH_MUTANT_LIBRARY";
 const SUITE: &str = "ISOBATH_MUTANT_KERNELS";
+const VARIANT: &str = "ISOBATH_MUTANT_VARIANT";
+const CHOICE: &str = "ISOBATH_MUTANT_CHOICE";
 /// The bits of the true kernel: written if it is not there.
 const REFERENCE: &str = "ISOBATH_MUTANT_REFERENCE";
 const ANSWER: &str = "ISOBATH_MUTANT_ANSWER";
@@ -95,9 +134,12 @@ const ANSWER: &str = "ISOBATH_MUTANT_ANSWER";
 fn child_mutant() {
     let (Ok(library), Ok(reference)) = (env::var(LIBRARY), env::var(REFERENCE)) else { return };
     let kernels = Kernels::named(&env::var(SUITE).unwrap());
+    let variants = [Variant::Plain, Variant::Hooked];
+    let variant = env::var(VARIANT).unwrap();
+    let variant = variants.into_iter().find(|it| format!("{it:?}") == variant).unwrap();
     let (reference, answer) = (PathBuf::from(reference), PathBuf::from(env::var(ANSWER).unwrap()));
     let mut host = Host::load(Path::new(&library), first_options(kernels)).unwrap();
-    for options in schedules() {
+    for options in schedules(variant) {
         host.set_options(options);
         let schedule = format!(
             "{}{} {} {}",
@@ -118,78 +160,96 @@ fn child_mutant() {
     fs::write(answer, "survived\n").unwrap();
 }
 
-/// Compiles and runs one. `folder` also holds the references.
-fn judge(folder: &Path, index: usize, mutant: &Mutant) -> Verdict {
-    let name = format!("mutant{index}");
-    let compiled =
-        std::panic::catch_unwind(|| library::compile(folder, &name, &[(&name, &mutant.text)]));
-    let library = match compiled {
-        Ok(library) => library,
-        Err(panic) => {
-            let said = panic.downcast_ref::<String>().cloned().unwrap_or_default();
-            return Verdict::NotCompiled(said);
+/// Sources, and the folder for what is compiled of them and for the references.
+struct Court<'a> {
+    folder: tempfile::TempDir,
+    sources: &'a [Source],
+}
+
+impl Court<'_> {
+    /// Runs one, in race mode and then, if that finds nothing, without.
+    fn judge(&self, mutant: &Mutant) -> Verdict {
+        let source = &self.sources[mutant.source];
+        for variant in [Variant::Hooked, Variant::Plain] {
+            let verdict = match source.library(self.folder.path(), mutant.source, variant) {
+                Err(said) => Verdict::NotCompiled(said.clone()),
+                Ok(library) => self.run(mutant, source.kernels, variant, library),
+            };
+            if verdict != Verdict::Survived {
+                return verdict;
+            }
         }
-    };
-    let answer = folder.join(format!("{name}.answer"));
-    let mut child = Command::new(env::current_exe().unwrap());
-    child.args(["--exact", "cuda::mutants::child_mutant", "--ignored", "--nocapture"]);
-    child.env(LIBRARY, &library).env(SUITE, mutant.kernels.name()).env(ANSWER, &answer);
-    child.env(REFERENCE, folder.join(format!("{}.reference", mutant.kernels.name())));
-    child.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = child.spawn().unwrap();
-    let limit = Instant::now() + Duration::from_secs(120);
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break Some(status);
+        Verdict::Survived
+    }
+
+    fn run(&self, mutant: &Mutant, kernels: Kernels, variant: Variant, library: &Path) -> Verdict {
+        let at = |name: String| self.folder.path().join(name);
+        let answer = at(format!("{}_{}.answer", mutant.source, mutant.choice));
+        let mut child = Command::new(env::current_exe().unwrap());
+        child.args(["--exact", "cuda::mutants::child_mutant", "--ignored", "--nocapture"]);
+        child.env(LIBRARY, library).env(SUITE, kernels.name()).env(ANSWER, &answer);
+        child.env(VARIANT, format!("{variant:?}")).env(CHOICE, mutant.choice.to_string());
+        child.env(REFERENCE, at(format!("{}.reference", kernels.name())));
+        child.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = child.spawn().unwrap();
+        let limit = Instant::now() + Duration::from_secs(120);
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if Instant::now() > limit {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let text = match (status, fs::read_to_string(&answer)) {
+            (Some(_), Ok(text)) => text,
+            (status, _) => return Verdict::Died(format!("{status:?}")),
+        };
+        fs::remove_file(&answer).unwrap();
+        match text.split_once('\n').unwrap() {
+            ("fault", said) => Verdict::Fault(said.to_string()),
+            ("wrong", schedule) => Verdict::Wrong(schedule.to_string()),
+            _ => Verdict::Survived,
         }
-        if Instant::now() > limit {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            break None;
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
-    fs::remove_file(library).unwrap();
-    let text = match (status, fs::read_to_string(&answer)) {
-        (Some(_), Ok(text)) => text,
-        (status, _) => return Verdict::Died(format!("{status:?}")),
-    };
-    match text.split_once('\n').unwrap() {
-        ("fault", said) => Verdict::Fault(said.to_string()),
-        ("wrong", schedule) => Verdict::Wrong(schedule.to_string()),
-        _ => Verdict::Survived,
+    }
+
+    /// Several at once.
+    fn judge_each(&self, mutants: &[Mutant]) -> Vec<Verdict> {
+        let verdicts: Vec<OnceLock<Verdict>> = mutants.iter().map(|_| OnceLock::new()).collect();
+        let next = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(1, |it| it.get()) {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(mutant) = mutants.get(index) else { break };
+                        let verdict = self.judge(mutant);
+                        println!("{}: {verdict:?}", mutant.name);
+                        verdicts[index].set(verdict).unwrap();
+                    }
+                });
+            }
+        });
+        verdicts.into_iter().map(|verdict| verdict.into_inner().unwrap()).collect()
     }
 }
 
-/// All of them, several at once, after the true kernels have written the references.
-fn judge_all(mutants: &[Mutant]) -> Vec<Verdict> {
-    let folder = tempfile::tempdir().unwrap();
-    let used = |kernels: &Kernels| mutants.iter().any(|it| it.kernels == *kernels);
-    for (index, kernels) in ALL.into_iter().filter(used).enumerate() {
-        let name = format!("{} unchanged", kernels.name());
-        let same = Mutant { kernels, name, text: kernels.text() };
-        let verdict = judge(folder.path(), index, &same);
-        assert_eq!(verdict, Verdict::Survived, "{}", same.name);
+/// The verdict on each mutant, after the true kernels, in these sources without a choice, have
+/// survived and written the references.
+fn judge_all(sources: &[Source], true_sources: &[usize], mutants: &[Mutant]) -> Vec<Verdict> {
+    let court = Court { folder: tempfile::tempdir().unwrap(), sources };
+    let unchanged = |&source: &usize| {
+        let name = format!("{} unchanged", sources[source].kernels.name());
+        Mutant { source, choice: 0, name }
+    };
+    let unchanged: Vec<Mutant> = true_sources.iter().map(unchanged).collect();
+    for (mutant, verdict) in unchanged.iter().zip(court.judge_each(&unchanged)) {
+        assert_eq!(verdict, Verdict::Survived, "{}", mutant.name);
     }
-    let verdicts: Vec<OnceLock<Verdict>> = mutants.iter().map(|_| OnceLock::new()).collect();
-    let next = AtomicUsize::new(0);
-    let lines = Mutex::new(());
-    thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, |it| it.get()) {
-            scope.spawn(|| {
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(mutant) = mutants.get(index) else { break };
-                    let verdict = judge(folder.path(), ALL.len() + index, mutant);
-                    let line = lines.lock().unwrap();
-                    println!("{}: {verdict:?}", mutant.name);
-                    drop(line);
-                    verdicts[index].set(verdict).unwrap();
-                }
-            });
-        }
-    });
-    verdicts.into_iter().map(|verdict| verdict.into_inner().unwrap()).collect()
+    court.judge_each(mutants)
 }
 
 // ------------------------------------------------------------------ no false alarms

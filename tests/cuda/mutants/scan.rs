@@ -2,7 +2,7 @@
 
 use super::super::library;
 use super::kernels::Kernels;
-use super::{Mutant, Verdict, judge_all};
+use super::{MUTATION, Mutant, Source, Verdict, judge_all};
 
 /// A call in a kernel file that is worth breaking: its name with "(" or "<" behind it.
 const BREAKABLE: &[&str] = &[
@@ -48,6 +48,13 @@ struct Call<'a> {
     arguments: Vec<&'a str>,
     start: usize,
     end: usize,
+}
+
+impl Call<'_> {
+    /// Whether it has one; the others are `void`.
+    fn is_value(&self) -> bool {
+        matches!(self.name, "swizzle" | "elect_one" | "load_acquire")
+    }
 }
 
 /// The text from an opening bracket to the one that closes it, and what is behind.
@@ -266,20 +273,37 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
     ),
 ];
 
-fn mutants_of(kernels: Kernels) -> Vec<(Mutant, String, &'static str)> {
+/// A change in a scanned source: its mutant, the line, and the alteration.
+struct Change {
+    mutant: Mutant,
+    line: String,
+    what: &'static str,
+}
+
+/// The source with every alteration of every call in it, and what they are; it will be the
+/// `source`th.
+fn scanned(kernels: Kernels, source: usize) -> (Source, Vec<Change>) {
     let text = kernels.text();
-    let mut all = vec![];
+    let (mut all, mut changes, mut behind) = (MUTATION.to_string(), vec![], 0);
     for call in calls(&text).iter().filter(|call| kernels.breaks(&text, call.start)) {
+        assert!(behind <= call.start, "a breakable call in another one's arguments");
         let number = text[..call.start].lines().count();
-        let line = text.lines().nth(number.max(1) - 1).unwrap().trim().to_string();
-        let changed = |(_, it): &(&str, String)| *it != text[call.start..call.end];
-        for (what, replacement) in alterations(call).into_iter().filter(changed) {
-            let mutated = format!("{}{replacement}{}", &text[..call.start], &text[call.end..]);
+        let line = text.lines().nth(number.max(1) - 1).unwrap().trim();
+        let original = &text[call.start..call.end];
+        let of_type = if call.is_value() { "" } else { "(void)" };
+        let mut choices = String::new();
+        for (what, other) in alterations(call).into_iter().filter(|(_, it)| it != original) {
+            let choice = changes.len() + 1;
             let name = format!("{}.cu:{number} `{line}`: {} {what}", kernels.name(), call.name);
-            all.push((Mutant { kernels, name, text: mutated }, line.clone(), what));
+            let mutant = Mutant { source, choice, name };
+            changes.push(Change { mutant, line: line.to_string(), what });
+            choices += &format!("mutation() == {choice} ? {of_type}({other}) : ");
         }
+        all += &format!("{}({choices}{of_type}{original})", &text[behind..call.start]);
+        behind = call.end;
     }
-    all
+    all += &text[behind..];
+    (Source::new(kernels, all), changes)
 }
 
 const ROWS_AND_PRODUCTS: [Kernels; 4] =
@@ -330,20 +354,23 @@ fn break_some(suites: &[Kernels], step: usize, least: usize) {
     if library::is_missing() {
         return;
     }
-    let (mut mutants, mut keys) = (vec![], vec![]);
+    let (mut sources, mut changes) = (vec![], vec![]);
     for &kernels in suites {
-        for (mutant, line, what) in mutants_of(kernels) {
-            mutants.push(mutant);
-            keys.push((kernels, line, what));
-        }
+        let (source, in_it) = scanned(kernels, sources.len());
+        sources.push(source);
+        changes.extend(in_it.into_iter().map(|change| (kernels, change)));
     }
+    let key = |(kernels, change): &(Kernels, Change)| (*kernels, change.line.clone(), change.what);
+    let keys: Vec<_> = changes.iter().map(key).collect();
     for (kernels, line, what, _) in EQUIVALENT.iter().filter(|it| suites.contains(&it.0)) {
         let known = keys.iter().any(|key| key.0 == *kernels && key.1 == *line && key.2 == *what);
         assert!(known, "no mutant `{what}` of `{line}`: remove it from EQUIVALENT");
     }
+    let mutants: Vec<Mutant> = changes.into_iter().map(|(_, change)| change.mutant).collect();
     let mutants: Vec<Mutant> = mutants.into_iter().step_by(step).collect();
     let keys: Vec<_> = keys.into_iter().step_by(step).collect();
-    let verdicts = judge_all(&mutants);
+    let true_sources: Vec<usize> = (0..sources.len()).collect();
+    let verdicts = judge_all(&sources, &true_sources, &mutants);
     let (mut faults, mut wrong, mut survivors) = (0, 0, vec![]);
     let mut equivalent = 0;
     for ((mutant, (kernels, line, what)), verdict) in mutants.iter().zip(&keys).zip(&verdicts) {
