@@ -8,10 +8,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::{env, fs};
 
 use isobath::cuda::binaries::{ARCHITECTURES, CODE, FATBINS, NVCC, fatbin};
 use isobath::version::Program;
+use rayon::prelude::*;
 
 #[path = "../build/ptxas.rs"]
 mod ptxas;
@@ -222,7 +224,26 @@ fn disassembler() -> Option<PathBuf> {
     None
 }
 
-/// `architecture` is such as "sm_90a".
+/// The machine code of every kernel file for every architecture ("sm_90a"), read once for all tests.
+fn machine_code(tools: &Path) -> impl Iterator<Item = (&'static str, &'static str, &'static Code)> {
+    static ALL: OnceLock<Vec<(&str, &str, Code)>> = OnceLock::new();
+    let all = ALL.get_or_init(|| {
+        let machine = |targets: &'static str| targets.split(' ').filter(|it| it.starts_with("sm_"));
+        let files: Vec<(&str, &str)> = CODE
+            .iter()
+            .flat_map(|&(stem, targets)| machine(targets).map(move |target| (stem, target)))
+            .collect();
+        let one = |&(stem, target): &_| (stem, target, disassemble(tools, stem, target));
+        files.par_iter().map(one).collect()
+    });
+    all.iter().map(|(stem, architecture, code)| (*stem, *architecture, code))
+}
+
+fn machine_code_of(tools: &Path, stem: &str, architecture: &str) -> &'static Code {
+    let found = machine_code(tools).find(|it| (it.0, it.1) == (stem, architecture));
+    found.unwrap_or_else(|| panic!("this build has no {stem} for {architecture}")).2
+}
+
 fn disassemble(tools: &Path, stem: &str, architecture: &str) -> Code {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join(format!("{stem}.fatbin"));
@@ -262,12 +283,9 @@ fn opcodes_are_read_behind_predicates_and_local_memory_is_seen() {
 fn no_kernel_uses_local_memory_in_machine_code() {
     let Some(tools) = disassembler() else { return };
     assert!(!CODE.is_empty());
-    for (stem, targets) in CODE {
-        for architecture in targets.split(' ').filter(|target| target.starts_with("sm_")) {
-            let code = disassemble(&tools, stem, architecture);
-            let local = in_local_memory(&code);
-            assert!(local.is_empty(), "{stem} for {architecture}: LDL or STL in {local:?}");
-        }
+    for (stem, architecture, code) in machine_code(&tools) {
+        let local = in_local_memory(code);
+        assert!(local.is_empty(), "{stem} for {architecture}: LDL or STL in {local:?}");
     }
 }
 
@@ -317,12 +335,12 @@ fn early_accesses_are_found_in_machine_code() {
 fn every_kernel_waits_for_the_one_in_front_before_it_touches_global_memory() {
     let Some(tools) = disassembler() else { return };
     let mut checked = 0;
-    for (stem, targets) in CODE.iter().filter(|(stem, _)| !stem.starts_with("conformance")) {
-        if !targets.split(' ').any(|target| target == "sm_90a") {
+    for (stem, architecture, code) in machine_code(&tools) {
+        if architecture != "sm_90a" || stem.starts_with("conformance") {
             continue;
         }
-        for (name, code) in disassemble(&tools, stem, "sm_90a") {
-            let wrong = waits_too_late(&code);
+        for (name, code) in code {
+            let wrong = waits_too_late(code);
             assert!(wrong.is_none(), "{stem}: {name}: {}", wrong.unwrap_or_default());
             checked += 1;
         }
@@ -333,8 +351,8 @@ fn every_kernel_waits_for_the_one_in_front_before_it_touches_global_memory() {
 #[test]
 fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     let Some(tools) = disassembler() else { return };
-    let code = disassemble(&tools, "gemm_sm90", "sm_90a");
-    for (name, code) in &code {
+    let code = machine_code_of(&tools, "gemm_sm90", "sm_90a");
+    for (name, code) in code {
         for mnemonic in ["HGMMA", "UTMALDG"] {
             assert!(has(code, mnemonic), "{name} has no {mnemonic}");
         }
@@ -353,9 +371,9 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
 #[test]
 fn the_hopper_attention_computes_exponents_while_it_multiplies() {
     let Some(tools) = disassembler() else { return };
-    let code = disassemble(&tools, "attention_sm90", "sm_90a");
+    let code = machine_code_of(&tools, "attention_sm90", "sm_90a");
     assert_eq!(code.len(), 18, "three passes, five head dims; forward of three in two forms");
-    for (name, code) in &code {
+    for (name, code) in code {
         for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
             assert!(has(code, mnemonic), "{name} has no {mnemonic}");
         }
@@ -379,7 +397,7 @@ fn the_hopper_attention_computes_exponents_while_it_multiplies() {
 #[test]
 fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
     let Some(tools) = disassembler() else { return };
-    let code = disassemble(&tools, "attention_backward_sm90", "sm_90a");
+    let code = machine_code_of(&tools, "attention_backward_sm90", "sm_90a");
     assert_eq!(code.len(), 2 * 3, "a kernel and the one before it, for three head dims");
     for (name, code) in code.iter().filter(|(name, _)| name.contains("_backward_")) {
         for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "UBLKCP"] {
@@ -399,9 +417,9 @@ fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
 #[test]
 fn the_hopper_backward_pass_over_short_rows_reads_and_computes_while_it_multiplies() {
     let Some(tools) = disassembler() else { return };
-    let code = disassemble(&tools, "attention_backward_short_sm90", "sm_90a");
+    let code = machine_code_of(&tools, "attention_backward_short_sm90", "sm_90a");
     assert_eq!(code.len(), 3, "three head dims");
-    for (name, code) in &code {
+    for (name, code) in code {
         for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG"] {
             assert!(has(code, mnemonic), "{name} has no {mnemonic}");
         }
@@ -422,7 +440,7 @@ fn the_hopper_backward_pass_over_short_rows_reads_and_computes_while_it_multipli
 fn the_mma_gemm_copies_16_bytes_and_reads_four_matrices_at_once() {
     let Some(tools) = disassembler() else { return };
     for architecture in ["sm_80", "sm_90a"] {
-        for (name, code) in disassemble(&tools, "gemm_sm80", architecture) {
+        for (name, code) in machine_code_of(&tools, "gemm_sm80", architecture) {
             let what = format!("{name} for {architecture}");
             let all = |mnemonic: &str| -> Vec<&String> {
                 let of = |opcode: &&String| opcode.split('.').next() == Some(mnemonic);

@@ -85,20 +85,14 @@ impl Matrices {
     fn products(&self, epilogue: Epilogue) -> (Vec<f64>, Vec<f64>) {
         let &Matrices { m, n, k, ref a, ref b, ref added, .. } = self;
         let dtype = self.result(epilogue);
-        let mut exact = vec![0.0; m * n];
-        let mut plain = vec![0.0; m * n];
         let narrow = |values: &[f64]| values.iter().map(|&it| it as f32).collect::<Vec<f32>>();
-        let (a32, b32) = (narrow(a), narrow(b));
+        let mut exact = row_by_row([m, n, k], a, b);
+        let sums = row_by_row([m, n, k], &narrow(a), &narrow(b));
+        let mut plain = vec![0.0; m * n];
         for (i, (exact, plain)) in exact.iter_mut().zip(&mut plain).enumerate() {
-            let (row, column) = (i / n * k, i % n * k);
             let added = if epilogue == Epilogue::Store { 0.0 } else { added[i] };
-            let mut sum = 0.0f32;
-            for at in 0..k {
-                *exact += a[row + at] * b[column + at];
-                sum += a32[row + at] * b32[column + at];
-            }
             *exact += added;
-            *plain = rounded(dtype, f64::from(sum + added as f32));
+            *plain = rounded(dtype, f64::from(sums[i] + added as f32));
         }
         (exact, plain)
     }
@@ -107,6 +101,24 @@ impl Matrices {
     fn result(&self, epilogue: Epilogue) -> Dtype {
         if epilogue == Epilogue::Accumulate { Dtype::F32 } else { self.dtype }
     }
+}
+
+/// The products of rows of `a` [m,k] with rows of `b` [n,k]; the sum of each is in the order of k.
+fn row_by_row<T>([m, n, k]: [usize; 3], a: &[T], b: &[T]) -> Vec<T>
+where
+    T: Copy + Default + std::ops::Mul<Output = T> + std::ops::AddAssign,
+{
+    // Along columns, so that the compiler takes many sums at once.
+    let columns: Vec<T> = (0..k * n).map(|i| b[i % n * k + i / n]).collect();
+    let mut all = vec![T::default(); m * n];
+    for (sums, a) in all.chunks_exact_mut(n).zip(a.chunks_exact(k)) {
+        for (&factor, others) in a.iter().zip(columns.chunks_exact(n)) {
+            for (sum, &other) in sums.iter_mut().zip(others) {
+                *sum += factor * other;
+            }
+        }
+    }
+    all
 }
 
 fn selected(row: usize, k: usize) -> usize {

@@ -149,8 +149,8 @@ fn step(config: &Config, trainer: &mut Trainer<Cuda>, step: u64) {
 fn look(config: &Config, trainer: &mut Trainer<Cuda>) {
     trainer.evaluate(Batch::new(config, 9).rows()).unwrap();
     let (decoder, backend) = trainer.decoder();
-    // A whole chunk, and tokens on their own.
-    let prompt: Vec<u32> = (0..decoder.room() as u32 - 1).map(|i| i % 50).collect();
+    // A whole chunk of a prompt, and tokens on their own.
+    let prompt: Vec<u32> = (0..64).map(|i| i % 50).collect();
     decoder.push(&prompt, backend).unwrap();
     decoder.clear();
     decoder.push(&[1, 2], backend).unwrap();

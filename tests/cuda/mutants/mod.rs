@@ -26,8 +26,8 @@ use isobath::cuda::gemm::Layout;
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
 
 use kernels::{
-    ALL, GATED, Kernels, MORE_GRADIENTS, MORE_NORMS, MORE_PRODUCTS, gemm_mma, run_gemm_sm90,
-    run_norm, run_swiglu,
+    GATED, Kernels, MORE_GRADIENTS, MORE_NORMS, MORE_PRODUCTS, gemm_mma, run_gemm_sm90, run_norm,
+    run_swiglu,
 };
 
 use super::library::{self, Variant};

@@ -423,11 +423,11 @@ impl Run<'_> {
             Op::WgmmaFence | Op::SetMaxRegisters => self.of_group(warp, place, [0; 2])?,
             Op::WgmmaCommit => {
                 self.of_group(warp, place, [0; 2])?;
-                warp.products.commit();
+                warp.commit_products();
             }
             Op::WgmmaWait { groups } => {
                 self.of_group(warp, place, [0; 2])?;
-                for product in warp.products.older_than(*groups) {
+                for product in warp.end_products(*groups) {
                     let shared = &self.blocks[warp.block].shared;
                     let now = matrix::gather(&product.shape, &product.a, product.b, shared)?;
                     if now != product.operands {
@@ -500,7 +500,7 @@ impl Run<'_> {
             warp.set_all(register, u32::MAX, &std::array::from_fn(bits));
         }
         let (d, instruction) = (d.to_vec(), place);
-        warp.products.open.push(Product { shape, a, b, operands, instruction, d, in_a });
+        warp.begin(Product { shape, a, b, operands, instruction, d, in_a });
         Ok(())
     }
 }

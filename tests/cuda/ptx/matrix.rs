@@ -385,19 +385,23 @@ pub fn multiply(
     assert_eq!(operands.a.len(), 64 * 16, "length of a");
     assert_eq!(operands.b.len(), 16 * n, "length of b");
     assert_eq!(d.len(), 32 * warps.len() * (n / 2), "length of d");
+    // With the widest vectors that the processor has.
+    pulp::Arch::new().dispatch(|| add_products(n, operands, warps, add, d));
+}
+
+#[inline(always)]
+fn add_products(n: usize, operands: &Operands, warps: Range<usize>, add: bool, d: &mut [f32]) {
     let value = |bits: &u16| f64::from(bf16_value(*bits));
-    let left: Vec<f64> = operands.a.iter().map(value).collect();
     let right: Vec<f64> = operands.b.iter().map(value).collect();
     for row in 16 * warps.start..16 * warps.end {
-        let factors = &left[row * 16..(row + 1) * 16];
+        let factors: [f64; 16] = std::array::from_fn(|k| value(&operands.a[row * 16 + k]));
         // The threads with elements of this row: four lanes of one warp.
         let first_thread = (row / 16 - warps.start) * 32 + row % 8 * 4;
         // Eight columns at a time, so that the sums stay in registers.
         for first_column in (0..n).step_by(8) {
             let mut sums = [0f64; 8];
-            for (k, factor) in factors.iter().enumerate() {
-                let others = &right[k * n + first_column..k * n + first_column + 8];
-                for (sum, other) in sums.iter_mut().zip(others) {
+            for (factor, others) in factors.iter().zip(right[first_column..].chunks(n)) {
+                for (sum, other) in sums.iter_mut().zip(&others[..8]) {
                     *sum += factor * other;
                 }
             }

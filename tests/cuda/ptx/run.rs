@@ -364,9 +364,7 @@ impl<'a> Run<'a> {
                 self.leave(warp, mask)?;
                 continue;
             };
-            if !warp.products.is_empty() {
-                self.check_products(warp, instruction)?;
-            }
+            self.check_products(warp, instruction)?;
             let active = match instruction.guard {
                 None => mask,
                 Some(guard) => {
@@ -411,7 +409,7 @@ impl<'a> Run<'a> {
     fn check_products(&self, warp: &Warp, instruction: &Instruction) -> Result<()> {
         let (first, others) = instruction.registers.split_at(instruction.first_operand);
         let adds = matches!(instruction.op, Op::Wgmma { .. });
-        for product in warp.products.iter() {
+        for product in warp.products_with(&instruction.registers) {
             let touched = |them: &[u32], these: &[u32]| them.iter().any(|it| these.contains(it));
             if touched(&product.d, first) && !(adds && first == product.d)
                 || touched(&product.d, others)
@@ -458,7 +456,7 @@ impl<'a> Run<'a> {
             cluster.arrived -= mask.count_ones();
         }
         if warp.live == 0 {
-            if !warp.products.is_empty() {
+            if warp.has_products() {
                 return Err(format!(
                     "kernel {}: a warp ends with products under way",
                     self.kernel.name

@@ -50,7 +50,9 @@ pub struct Warp {
     pub arrived: Option<u64>,
     pub copies: Lanes<Groups<Copy>>,
     pub stores: Lanes<Groups<BulkStore>>,
-    pub products: Groups<Product>,
+    products: Groups<Product>,
+    /// By register: whether one of `products` has it.
+    in_products: Vec<bool>,
 }
 
 /// What a thread has begun: not in a group yet, and in groups, the oldest first.
@@ -122,6 +124,12 @@ pub struct Product {
     pub in_a: Vec<u32>,
 }
 
+impl Product {
+    fn registers(&self) -> impl Iterator<Item = u32> {
+        self.d.iter().chain(&self.in_a).copied()
+    }
+}
+
 impl Warp {
     pub fn new(block: usize, first_thread: u32, threads: u32, registers: usize) -> Self {
         Warp {
@@ -140,7 +148,41 @@ impl Warp {
             copies: std::array::from_fn(|_| Groups::default()),
             stores: std::array::from_fn(|_| Groups::default()),
             products: Groups::default(),
+            in_products: vec![false; registers],
         }
+    }
+
+    // -------------------------------------------------------------- products
+
+    pub fn begin(&mut self, product: Product) {
+        product.registers().for_each(|register| self.in_products[register as usize] = true);
+        self.products.open.push(product);
+    }
+
+    pub fn commit_products(&mut self) {
+        self.products.commit();
+    }
+
+    /// All but those of the newest `left` groups, which end.
+    pub fn end_products(&mut self, left: usize) -> Vec<Product> {
+        let ended = self.products.older_than(left);
+        for register in ended.iter().flat_map(Product::registers) {
+            self.in_products[register as usize] = false;
+        }
+        for register in self.products.iter().flat_map(Product::registers) {
+            self.in_products[register as usize] = true;
+        }
+        ended
+    }
+
+    pub fn has_products(&self) -> bool {
+        !self.products.is_empty()
+    }
+
+    /// Those under way, if any has one of these registers.
+    pub fn products_with(&self, registers: &[u32]) -> impl Iterator<Item = &Product> {
+        let any = registers.iter().any(|&register| self.in_products[register as usize]);
+        any.then(|| self.products.iter()).into_iter().flatten()
     }
 
     // -------------------------------------------------------------- places
