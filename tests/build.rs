@@ -446,7 +446,7 @@ fn the_mma_gemm_copies_16_bytes_and_reads_four_matrices_at_once() {
                 let of = |opcode: &&String| opcode.split('.').next() == Some(mnemonic);
                 code.iter().filter(of).collect()
             };
-            assert!(has(&code, "HMMA"), "{what}");
+            assert!(has(code, "HMMA"), "{what}");
             let (copies, reads) = (all("LDGSTS"), all("LDSM"));
             assert!(!copies.is_empty() && copies.iter().all(|it| it.ends_with(".128")), "{what}");
             assert!(!reads.is_empty() && reads.iter().all(|it| it.ends_with(".4")), "{what}");

@@ -149,6 +149,7 @@ fn step(config: &Config, trainer: &mut Trainer<Cuda>, step: u64) {
 fn look(config: &Config, trainer: &mut Trainer<Cuda>) {
     trainer.evaluate(Batch::new(config, 9).rows()).unwrap();
     let (decoder, backend) = trainer.decoder();
+    decoder.clear();
     // A whole chunk of a prompt, and tokens on their own.
     let prompt: Vec<u32> = (0..64).map(|i| i % 50).collect();
     decoder.push(&prompt, backend).unwrap();
