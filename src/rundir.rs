@@ -42,6 +42,12 @@ const TEMPORARY: &str = ".tmp-";
 const DELETED: &str = ".deleted-";
 const REPLACED: &str = ".replaced-";
 
+/// Whether this file is what a run has written down of itself, and not one that it was started with.
+pub fn is_of_run(file: &Path) -> bool {
+    let folder = file.parent().unwrap_or(Path::new(""));
+    file.file_name().is_some_and(|name| name == CONFIG) && folder.join(METRICS).exists()
+}
+
 /// A run folder that this process alone writes to.
 #[derive(Debug)]
 pub struct RunDir {

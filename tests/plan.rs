@@ -9,7 +9,7 @@ use isobath::engine;
 use serde_json::Value;
 use tempfile::tempdir;
 
-use crate::support::isobath;
+use crate::support::{isobath, text_file, tiny_run};
 
 fn plan(arguments: &[&str]) -> Value {
     let output = isobath().arg("plan").args(arguments).arg("--json").output().unwrap();
@@ -252,6 +252,40 @@ fn a_plan_for_a_smaller_machine_says_that_nothing_fits() {
     assert_eq!(sum(&on_h100["levels"], |it| it["largest_micro_batch"].as_f64().unwrap()), 0.0);
     let shown = isobath().args(["plan", "--preset", "7b", "--device", "h100"]).output().unwrap();
     assert!(String::from_utf8(shown.stdout).unwrap().contains("not one row fits"));
+}
+
+/// `model` of the arguments counts for nothing: the folder's is trained.
+#[test]
+fn a_run_from_a_folder_is_planned_with_the_folders_model() {
+    let folder = tempdir().unwrap();
+    let text = text_file(folder.path(), 4000);
+    let first = folder.path().join("first");
+    let sets = ["train.steps=1", "model.layers=3", "train.sample_every=0"];
+    let trained = isobath().args(tiny_run(&text, &first, &sets)).output().unwrap();
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+
+    let from = format!("train.init_from={first:?}");
+    let sizes =
+        |report: &Value| ["vocab", "parameters", "flops_per_token"].map(|it| report[it].clone());
+    let sequence = ["--preset", "20m", "--device", "cpu", "--set", "data.sequence=32"];
+    let planned = plan(&[&sequence[..], &["--set", "dtype=f32", "--set", &from]].concat());
+    let saved = first.join("run.toml").display().to_string();
+    let of_first = isobath().args(["plan", &saved, "--json"]).output().unwrap();
+    assert_eq!(sizes(&planned), sizes(&serde_json::from_slice(&of_first.stdout).unwrap()));
+    assert_ne!(planned["parameters"], plan(&sequence)["parameters"]);
+
+    // A run that started from it needs it no longer.
+    let second = folder.path().join("second");
+    let sets = ["train.steps=1", "train.sample_every=0", "dtype=f32", &from];
+    let trained = isobath().args(tiny_run(&text, &second, &sets)).output().unwrap();
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    fs::remove_dir_all(&first).unwrap();
+    let saved = second.join("run.toml").display().to_string();
+    assert_eq!(sizes(&plan(&[&saved])), sizes(&planned));
+
+    let missing = isobath().args(["plan", "--set", "train.init_from=nowhere"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("nowhere"));
 }
 
 #[cfg(target_os = "linux")]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use isobath::config::{Config, DeviceKind};
+use isobath::rundir::is_of_run;
 
 /// All but the device.
 #[derive(Args, Clone, Debug)]
@@ -35,6 +36,13 @@ impl ValueArgs {
         let mut sets = self.sets.clone();
         sets.extend(device.map(|device| format!("device={device}")));
         Config::resolve(self.preset.as_deref(), self.file.as_deref(), &sets)
+    }
+
+    /// Whether they are those that a run has written down, with what it found in the folder that it
+    /// started from.
+    pub fn are_of_run(&self) -> bool {
+        let from_elsewhere = self.sets.iter().any(|set| set.starts_with("train.init_from"));
+        self.file.as_deref().is_some_and(is_of_run) && !from_elsewhere
     }
 }
 

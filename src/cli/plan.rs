@@ -1,5 +1,6 @@
 //! `isobath plan`: what a configuration costs, without data or device; on a machine that is named
-//! but not here, also how long it takes at least.
+//! but not here, also how long it takes at least. Of a run that starts from a folder, the folder's
+//! model is planned, as it would be trained.
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
@@ -7,6 +8,7 @@ use isobath::bench::MachinePlan;
 use isobath::config::DeviceKind;
 use isobath::cuda::peaks::{MACHINES, Peaks};
 use isobath::plan::PlanReport;
+use isobath::train::adopt_initial_model;
 use serde::Serialize;
 
 use super::config::ValueArgs;
@@ -37,7 +39,10 @@ pub fn run(args: PlanArgs) -> anyhow::Result<()> {
         Some(_) => Some(DeviceKind::Cuda.name()),
         None => args.device.as_deref(),
     };
-    let config = args.values.resolve(device)?;
+    let mut config = args.values.resolve(device)?;
+    if !args.values.are_of_run() {
+        adopt_initial_model(&mut config)?;
+    }
     match machine {
         Some(machine) => print(&args, &MachinePlan::new(&config, machine)?),
         None => print(&args, &PlanReport::new(&config)?),

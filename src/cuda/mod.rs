@@ -13,6 +13,7 @@ mod family;
 pub mod gemm;
 pub mod halves;
 pub mod host;
+mod immediate;
 pub mod loss;
 pub mod norm;
 pub mod nvidia;
@@ -29,6 +30,7 @@ mod transfers;
 pub use backend::Cuda;
 pub use driver::*;
 pub use family::Family;
+pub use immediate::{Immediate, Machine};
 pub use overlap::Overlap;
 
 use std::ffi::OsString;

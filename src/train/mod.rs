@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 pub use console::Console;
 pub use interrupt::Interrupt;
-use resolve::adopt_initial_model;
+pub use resolve::adopt_initial_model;
 use session::train_on;
 
 use crate::config::Config;

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::hf;
 
 /// With `train.init_from`, the folder decides the model and, if it has one, the tokenizer.
-pub(super) fn adopt_initial_model(config: &mut Config) -> Result<()> {
+///
+/// Errors: the folder is missing or no model; nothing names a tokenizer.
+pub fn adopt_initial_model(config: &mut Config) -> Result<()> {
     let Some(path) = &config.train.init_from else { return Ok(()) };
     let folder = model_folder(path)?;
     config.model = hf::model_config(&folder)?;

@@ -79,7 +79,7 @@ fn on_ptx(seed: u64, test: impl FnOnce(&mut dyn Driver)) {
 /// Prints why there is none.
 pub fn ptx_machine(seed: u64) -> Option<Ptx> {
     match asked_for("ptx", ptx::present()) {
-        Ok(()) => Some(Ptx::open(6, seed).unwrap()),
+        Ok(()) => Some(ptx::open(6, seed).unwrap()),
         Err(why) => {
             println!("skipped: no PTX: {why}");
             None

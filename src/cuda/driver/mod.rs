@@ -1,10 +1,11 @@
 //! What the CUDA backend asks of a machine: memory, kernels, launches, streams, events, graphs.
 //!
-//! [`Driver`] has two implementations, a GPU (nvidia/) and the CPU machine (host/); the tests have one
-//! more, for PTX. All rules that a launch, an argument list or a tensor map must keep stand here, once,
-//! and are checked before any machine sees them: what simt accepts, the GPU accepts. A driver owns what
-//! it allocates; addresses outside that are refused. Kernels are part of this program and trusted: a
-//! launch that passes these checks and still writes elsewhere is a bug that simt names.
+//! [`Driver`] has two implementations: a GPU (nvidia/), and immediate.rs for the machines of this
+//! process, which are the CPU machine (host/) and one for PTX in the tests. All rules that a launch,
+//! an argument list or a tensor map must keep stand here, once, and are checked before any machine
+//! sees them: what simt accepts, the GPU accepts. A driver owns what it allocates; addresses outside
+//! that are refused. Kernels are part of this program and trusted: a launch that passes these checks
+//! and still writes elsewhere is a bug that simt names.
 
 mod arguments;
 mod capture;
@@ -157,8 +158,8 @@ pub trait Driver {
     /// Whether launches from here on are dependent where that is allowed (see overlap.rs); at first
     /// they are not. All kernels must have the wait for it.
     fn overlap(&mut self, on: bool);
-    /// Errors: a rule of [`check_launch`] or [`check_arguments`]; on simt also whatever the
-    /// kernel did wrong.
+    /// Errors: a rule of [`check_launch`] or [`check_arguments`]; on machines of
+    /// this process also whatever the kernel did wrong.
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()>;
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()>;
@@ -254,7 +255,7 @@ pub(in crate::cuda) fn foreign(device: &str, what: &str) -> Error {
 }
 
 /// There is no kernel `name`; the nearest names that there are.
-pub fn no_such_kernel(device: &str, name: &str, names: &[String]) -> Error {
+pub(in crate::cuda) fn no_such_kernel(device: &str, name: &str, names: &[String]) -> Error {
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     Error::Device {
         device: device.to_string(),

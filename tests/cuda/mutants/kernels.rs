@@ -63,7 +63,7 @@ impl Kernels {
         ALL.into_iter().find(|it| it.name() == name).unwrap()
     }
 
-    /// The kernel file, with no more of its variants than the mutants run: they are compiled often.
+    /// The kernel file, with no more of its variants than the mutants run.
     pub(super) fn text(self) -> String {
         match self {
             Kernels::Norm => patched(

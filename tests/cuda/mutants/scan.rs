@@ -337,9 +337,16 @@ fn break_all(suites: &[Kernels], least: usize) {
     if library::is_missing() {
         return;
     }
-    let (mut sources, mut changes) = (vec![], vec![]);
+    // First the files as they are, whose bits those with a choice must give where none is made.
+    let unchanged = suites.iter().map(|&kernels| Source::new(kernels, kernels.text()));
+    let mut sources: Vec<Source> = unchanged.collect();
+    let true_sources: Vec<usize> = (0..sources.len()).collect();
+    let (mut mutants, mut changes) = (vec![], vec![]);
     for &kernels in suites {
-        let (source, in_it) = scanned(kernels, sources.len());
+        let source = sources.len();
+        let name = format!("{} with choices", kernels.name());
+        mutants.push(Mutant { source, choice: 0, name });
+        let (source, in_it) = scanned(kernels, source);
         sources.push(source);
         changes.extend(in_it.into_iter().map(|change| (kernels, change)));
     }
@@ -349,9 +356,11 @@ fn break_all(suites: &[Kernels], least: usize) {
         let known = keys.iter().any(|key| key.0 == *kernels && key.1 == *line && key.2 == *what);
         assert!(known, "no mutant `{what}` of `{line}`: remove it from EQUIVALENT");
     }
-    let mutants: Vec<Mutant> = changes.into_iter().map(|(_, change)| change.mutant).collect();
-    let true_sources: Vec<usize> = (0..sources.len()).collect();
-    let verdicts = judge_all(&sources, &true_sources, &mutants);
+    mutants.extend(changes.into_iter().map(|(_, change)| change.mutant));
+    let mut verdicts = judge_all(&sources, &true_sources, &mutants);
+    for (mutant, verdict) in mutants.drain(..suites.len()).zip(verdicts.drain(..suites.len())) {
+        assert_eq!(verdict, Verdict::Survived, "{}", mutant.name);
+    }
     let (mut faults, mut wrong, mut survivors) = (0, 0, vec![]);
     let mut equivalent = 0;
     for ((mutant, (kernels, line, what)), verdict) in mutants.iter().zip(&keys).zip(&verdicts) {

@@ -418,21 +418,12 @@ fn add_products(n: usize, operands: &Operands, warps: Range<usize>, add: bool, d
 #[cfg(test)]
 #[allow(clippy::needless_range_loop)]
 mod tests {
+    use super::super::run::Random;
     use super::*;
 
-    /// A small deterministic generator, so that the tests need no crate.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u32 {
-            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (self.0 >> 33) as u32
-        }
-
-        /// A bf16 that is a whole number from -8 to 8: sums of products stay exact.
-        fn small(&mut self) -> u16 {
-            whole(self.next() as i32 % 9 * if self.next() & 1 == 0 { 1 } else { -1 })
-        }
+    /// A bf16 that is a whole number from -8 to 8: sums of products stay exact.
+    fn small(random: &mut Random) -> u16 {
+        whole(random.below(17) as i32 - 8)
     }
 
     fn whole(value: i32) -> u16 {
@@ -488,9 +479,9 @@ mod tests {
         let mut left = [[0u16; 16]; 16];
         let mut right = [[0u16; 8]; 16];
         let mut start = [[0i64; 8]; 16];
-        left.iter_mut().flatten().for_each(|value| *value = random.small());
-        right.iter_mut().flatten().for_each(|value| *value = random.small());
-        start.iter_mut().flatten().for_each(|value| *value = i64::from(random.next() % 100));
+        left.iter_mut().flatten().for_each(|value| *value = small(&mut random));
+        right.iter_mut().flatten().for_each(|value| *value = small(&mut random));
+        start.iter_mut().flatten().for_each(|value| *value = random.below(100) as i64);
         let (mut a, mut b, mut c) = ([[0; 4]; 32], [[0; 2]; 32], [[0f32; 4]; 32]);
         for lane in 0..32 {
             for element in 0..8 {
@@ -558,7 +549,7 @@ mod tests {
     ];
 
     fn random_rows(random: &mut Random) -> [[u8; 16]; 32] {
-        std::array::from_fn(|_| std::array::from_fn(|_| random.next() as u8))
+        std::array::from_fn(|_| std::array::from_fn(|_| random.below(256) as u8))
     }
 
     #[test]
@@ -615,9 +606,9 @@ mod tests {
     fn ldmatrix_feeds_mma() {
         let mut random = Random(5);
         let left: [[u16; 16]; 16] =
-            std::array::from_fn(|_| std::array::from_fn(|_| random.small()));
+            std::array::from_fn(|_| std::array::from_fn(|_| small(&mut random)));
         let right: [[u16; 8]; 16] =
-            std::array::from_fn(|_| std::array::from_fn(|_| random.small()));
+            std::array::from_fn(|_| std::array::from_fn(|_| small(&mut random)));
         let bytes = |values: &[u16]| -> [u8; 16] {
             std::array::from_fn(|i| values[i / 2].to_le_bytes()[i % 2])
         };
@@ -801,8 +792,8 @@ mod tests {
     fn multiply_is_the_plain_product() {
         let mut random = Random(6);
         for n in [8, 16, 72, 192, 256] {
-            let a: Vec<u16> = (0..64 * 16).map(|_| random.small()).collect();
-            let b: Vec<u16> = (0..16 * n).map(|_| random.small()).collect();
+            let a: Vec<u16> = (0..64 * 16).map(|_| small(&mut random)).collect();
+            let b: Vec<u16> = (0..16 * n).map(|_| small(&mut random)).collect();
             let old: Vec<f32> = (0..64 * n).map(|i| (i % 97) as f32).collect();
             let operands = Operands { a: a.clone(), b: b.clone() };
             let shape = WgmmaShape { n, transposed_a: false, transposed_b: false };

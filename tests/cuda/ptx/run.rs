@@ -51,7 +51,7 @@ pub fn run(
 }
 
 /// SplitMix64.
-pub struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     pub fn below(&mut self, bound: usize) -> usize {

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use isobath::cuda::Driver;
 use isobath::cuda::conformance::{Case, cases};
 
-use super::{Ptx, code, folder, present, texts};
+use super::{code, folder, present, texts, with_texts};
 
 /// Fences order memory, which is in one order here; hints do nothing anywhere; registers are as
 /// many as PTX names.
@@ -88,9 +87,7 @@ fn a_changed_instruction_is_noticed() {
 /// A fault, or a result that is not the case's.
 fn differs(case: &Case, stem: &str, text: &str) -> bool {
     let texts = vec![(stem.to_string(), text.to_string())];
-    let mut machine = Ptx { limit: 1 << 18, ..Ptx::of(texts, 6, 0) };
-    let machine: &mut dyn Driver = &mut machine;
-    match case.run(machine) {
+    match case.run(&mut with_texts(texts, 6, 0, 1 << 18)) {
         Err(_) => true,
         Ok(found) => case.compare(&case.expected, &found).is_err(),
     }

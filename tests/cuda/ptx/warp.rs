@@ -181,7 +181,8 @@ impl Warp {
 
     /// Those under way, if any has one of these registers.
     pub fn products_with(&self, registers: &[u32]) -> impl Iterator<Item = &Product> {
-        let any = registers.iter().any(|&register| self.in_products[register as usize]);
+        let any = self.has_products()
+            && registers.iter().any(|&register| self.in_products[register as usize]);
         any.then(|| self.products.iter()).into_iter().flatten()
     }
 
