@@ -14,6 +14,7 @@ use isobath::cuda::{
 };
 
 use super::library;
+use super::machines::ptx_machine;
 use crate::support::normals;
 
 /// That it is an error, and that its text contains every part.
@@ -527,7 +528,8 @@ fn machines() -> Vec<Box<dyn Driver>> {
             None
         }
     });
-    here.collect()
+    let ptx = ptx_machine(0).map(|machine| Box::new(machine) as Box<dyn Driver>);
+    here.chain(ptx).collect()
 }
 
 fn f32s(seed: u64, count: usize) -> Vec<f32> {

@@ -1,4 +1,5 @@
-//! The driver whose machine is kernels/host: every kernel on this CPU, as device `simt`.
+//! The machine kernels/host behind the driver of immediate.rs: every kernel on this CPU, as device
+//! `simt`.
 //!
 //! Binds kernels/host/abi.h, either as it was linked into this program or from a shared library
 //! (a changed kernel linked with the machine). What a kernel does wrong has every place named by file

@@ -327,7 +327,7 @@ fn every_synchronisation_of_attention_in_one_pass_that_is_broken_is_caught() {
 }
 
 #[test]
-#[ignore = "takes half a minute: to be run when kernels/attention_backward_short_sm90.cu has changed"]
+#[ignore = "takes 10 s: to be run when kernels/attention_backward_short_sm90.cu has changed"]
 fn every_synchronisation_of_attention_to_short_rows_that_is_broken_is_caught() {
     break_all(&[Kernels::AttentionShort], 60);
 }

@@ -46,13 +46,15 @@ pub struct Global {
 struct Unit(#[allow(dead_code, reason = "read through addresses")] [u8; 256]);
 
 impl Global {
-    /// Every byte is 0xff, which makes NaNs.
-    pub fn allocate(&mut self, bytes: u64, label: &str) -> u64 {
-        let units = vec![Unit([0xff; 256]); bytes.div_ceil(256) as usize].into_boxed_slice();
-        let units = Box::into_raw(units);
+    /// Every byte is 0xff, which makes NaNs. `None`: there is no such memory.
+    pub fn allocate(&mut self, bytes: u64, label: &str) -> Option<u64> {
+        let (count, mut units) = (bytes.div_ceil(256) as usize, vec![]);
+        units.try_reserve_exact(count).ok()?;
+        units.resize(count, Unit([0xff; 256]));
+        let units = Box::into_raw(units.into_boxed_slice());
         let address = units.cast::<u8>().expose_provenance() as u64;
         self.buffers.insert(address, (units, bytes, label.to_string()));
-        address
+        Some(address)
     }
 
     pub fn free(&mut self, address: u64) {

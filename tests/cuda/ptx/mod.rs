@@ -138,9 +138,8 @@ unsafe impl Machine for Interpreter {
     const DEVICE: &'static str = DEVICE;
     const PROCESS_BYTES: u64 = 0;
 
-    /// Without memory the process ends: tests are small.
     fn allocate(&mut self, label: &str, bytes: u64) -> Option<u64> {
-        Some(self.memory.allocate(bytes, label))
+        self.memory.allocate(bytes, label)
     }
 
     fn free(&mut self, address: u64) {
