@@ -362,7 +362,7 @@ fn each_shape(
                 let epilogue = epilogues[(index + turn) % epilogues.len()];
                 let cluster = *variant.clusters().iter().cycle().nth(index / 2 + turn).unwrap();
                 let most = variant.most_splits(shape, cluster, multiprocessors);
-                let splits = if (index + turn) % 2 == 0 { most } else { 1 };
+                let splits = if (index + turn).is_multiple_of(2) { most } else { 1 };
                 test(driver, &gemm, dtype, Choice { variant, splits, cluster }, shape, epilogue);
             }
         }
@@ -489,7 +489,7 @@ fn blocks_go_from_tile_to_tile() {
     });
 }
 
-/// The same where what is behind two whole tiles of each block is one that all share.
+/// The same where behind two whole tiles of each block there are two that all share.
 #[test]
 fn splits_come_behind_whole_tiles() {
     on_every_machine(|driver| {
@@ -498,8 +498,10 @@ fn splits_come_behind_whole_tiles() {
         let multiprocessors = driver.properties().multiprocessors as usize;
         for variant in gemm.variants(Layout::Tn) {
             let [_, _, k] = several_tiles(variant, multiprocessors);
-            let shape = [2 * multiprocessors * variant.rows + 16, variant.columns - 8, k];
-            let [m, n, _] = shape;
+            // One tile more for each of a pair, both of which have rows of the result.
+            let m = (2 * multiprocessors + 1) * variant.rows + 16;
+            let shape = [m, variant.columns - 8, k];
+            let n = shape[1];
             let few = Matrices::ramp(Dtype::Bf16, [PERIOD, n, k]);
             let (exact, _) = few.products(Epilogue::Accumulate);
             let many = few.repeated(m);
@@ -826,10 +828,12 @@ impl Repeated {
 
     #[track_caller]
     fn assert_same(&self, first: &[Vec<u8>], found: &[Vec<u8>], launch: usize) {
-        for (first, found) in first.iter().zip(found).filter(|(first, found)| first != found) {
-            let at = first.iter().zip(found).position(|(a, b)| a != b);
-            panic!("{}: launch {launch} has other bits than the first, at byte {at:?}", self.name);
+        if first == found {
+            return;
         }
+        let (first, found) = (first.concat(), found.concat());
+        let at = first.iter().zip(&found).position(|(a, b)| a != b);
+        panic!("{}: launch {launch} has other bits than the first, at byte {at:?}", self.name);
     }
 
     fn release(self, driver: &mut dyn Driver) {
