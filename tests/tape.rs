@@ -563,6 +563,23 @@ fn a_product_joins_what_follows_it() {
     assert_eq!(fused(&ffn(false, true)), ["swiglu"], "two gradients make that of the product");
 }
 
+/// What a profiler shows as the backward pass: all gradients, the first of which is a fused one where
+/// a block ends with its FFN.
+#[test]
+fn the_backward_pass_of_a_block_begins_with_its_first_gradient() {
+    let model = small_model();
+    let table = ParameterTable::new(&model);
+    let BlockTape { tape, inp, out, .. } = record_block(&model, &table, 2, [2, 24]).unwrap();
+    let purpose = Purpose::VectorJacobian { out: Some(out), inp };
+    let program = Program::new(tape, purpose, &[out], |_| 4).unwrap();
+    let first = program.steps().iter().position(Step::is_backward).unwrap();
+    let (forward, backward) = program.steps().split_at(first);
+    let is_op = |step: &Step<_>| matches!(step, Step::Forward(_) | Step::Fused(Fused::Forward(_)));
+    assert!(forward.iter().all(is_op), "{forward:?}");
+    assert!(!backward.iter().any(is_op), "{backward:?}");
+    assert!(matches!(backward[0], Step::Fused(Fused::Backward(_))), "{:?}", backward[0]);
+}
+
 /// x = embedding; (sum, n) = norm of (x W^T + x); loss of n U^T + sum: the fused residual add, with
 /// readers of the sum besides the norm, as post-norm blocks have them.
 #[test]

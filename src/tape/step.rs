@@ -128,6 +128,17 @@ impl<H: Copy> Step<H> {
         }
     }
 
+    /// Whether it belongs to the backward pass wherever it stands. Ops run in either pass: again in the
+    /// backward pass, where their results were not kept.
+    pub fn is_backward(&self) -> bool {
+        match self {
+            Step::Forward(_) | Step::Fused(Fused::Forward(_)) => false,
+            Step::Backward(_) | Step::Fused(Fused::Backward(_)) => true,
+            // Of gradients.
+            Step::Copy { .. } | Step::Add { .. } => true,
+        }
+    }
+
     /// Every operand with its access.
     pub fn operands(self) -> Vec<(H, Access)> {
         let mut operands = Vec::new();
