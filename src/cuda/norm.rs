@@ -51,8 +51,6 @@ const GAIN_THREADS: u32 = 256;
 pub struct NormForward {
     /// [T,C]
     pub inp: DevicePointer,
-    /// Residual and sum = inp + residual, [T,C]; the sum is what is normalised.
-    pub residual: Option<(DevicePointer, DevicePointer)>,
     /// [C], f32
     pub gain: DevicePointer,
     /// [T,C]
@@ -66,7 +64,7 @@ pub struct NormForward {
 /// Addresses of [`Norm::backward`].
 #[derive(Clone, Copy, Debug)]
 pub struct NormBackward {
-    /// [T,C], what was normalised: the sum where there was a residual.
+    /// [T,C]
     pub inp: DevicePointer,
     /// [C], f32
     pub gain: DevicePointer,
@@ -183,12 +181,9 @@ impl Norm {
         args: &NormForward,
     ) -> Result<()> {
         let Some(counted_rows) = self.check(spec, rows, args.mean)? else { return Ok(()) };
-        let (residual, sum) = args.residual.unwrap_or_default();
         let arguments = Arguments::new()
             .with(args.inp)
-            .with(residual)
             .with(args.gain)
-            .with(sum)
             .with(args.out)
             .with(args.mean.unwrap_or_default())
             .with(args.rstd)
