@@ -103,7 +103,7 @@ impl Fused<View> {
                 positions,
                 d_qkv,
             ),
-            _ => Ok(false),
+            _ => unreachable!("nothing joins {self:?}"),
         }
     }
 }

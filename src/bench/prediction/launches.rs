@@ -182,7 +182,7 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             (dtype == Dtype::Bf16)
                 .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))])
         }
-        _ => None,
+        _ => unreachable!("nothing joins {fused:?}"),
     }
 }
 
