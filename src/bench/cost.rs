@@ -29,10 +29,7 @@ pub struct Cost {
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
+    dtype.bytes() as u64
 }
 
 /// Bytes of the statistics of a row.
