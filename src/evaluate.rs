@@ -118,7 +118,7 @@ pub(crate) fn window_tokens(
     }
     if batch.checked_mul(sequence).is_none_or(|tokens| tokens > MOST_TOKENS) {
         return Err(Error::Usage {
-            what: format!("{batch} windows of {sequence} tokens at one time"),
+            what: format!("{batch} windows of {sequence} tokens at once"),
             remedy: format!("give a smaller --batch: at most {MOST_TOKENS} tokens together"),
         });
     }

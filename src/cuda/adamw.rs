@@ -423,7 +423,7 @@ fn boundaries(
                 "adamw",
                 device,
                 format!(
-                    "the {what} {range:?} of {elements} elements, behind one that ends at {end}"
+                    "the {what} {range:?} of {elements} elements, after one that ends at {end}"
                 ),
                 "give ranges that ascend, do not overlap and end within the buffer",
             ));

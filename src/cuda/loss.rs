@@ -159,7 +159,7 @@ impl Loss {
                 "loss",
                 device,
                 format!("{classes} classes in rows of {columns} logits"),
-                format!("choose 1 to {columns} classes; the columns behind them are padding"),
+                format!("choose 1 to {columns} classes; the columns after them are padding"),
             ));
         }
         let mut kernel = |pass: &str| {

@@ -123,9 +123,9 @@ fn generate_on<B: Backend>(
     )?;
     show(&stream.finish()?);
     let stopped = if tokens.len() == request.tokens {
-        "as many as were asked for"
+        "token limit reached"
     } else if stopped_by_reader {
-        "the reader left"
+        "output closed"
     } else if decoder.room() == 0 {
         "the end of the model's longest sequence"
     } else {
