@@ -248,7 +248,7 @@ impl fmt::Display for GemmPrediction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "matrix products of a training step in bf16 on one {}: reckoned by the model that chooses \
+            "matrix products of a training step in bf16 on one {}: estimated by the model that chooses \
              kernels, **not timed** but where the last column has a time; what takes the longest \
              of a micro-batch first\n",
             self.machine
@@ -287,7 +287,7 @@ impl fmt::Display for GemmPrediction {
             "\nMB, GFLOP and us of one launch, ms of all that a micro-batch has; KiB of shared memory\n\
              geometric mean {:.1} % of {:.1} TFLOP/s ({}); a machine full of the fastest tiles is \
              taken to do {:.0} % of it\n\
-             no product is reckoned faster than its bytes at {:.1} TB/s ({})",
+             no product is estimated faster than its bytes at {:.1} TB/s ({})",
             100.0 * self.mean_share,
             self.flops_per_second / 1e12,
             self.source,
