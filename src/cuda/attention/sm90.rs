@@ -178,18 +178,21 @@ impl Kernels {
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// As [`Kernels::set_passes`] said, or as pays. Errors: as [`Kernels::forward`]; no memory for sums.
+    /// As [`Kernels::set_passes`] said, or as pays, and which passes these are. Errors: as
+    /// [`Kernels::forward`]; no memory for sums.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,
         sizes: Sizes,
         pass: &AttentionBackward,
-    ) -> Result<Vec<(Launch, Arguments)>> {
+    ) -> Result<(Passes, Vec<(Launch, Arguments)>)> {
         let multiprocessors = driver.properties().multiprocessors as usize;
         let documents = pass.forward.document_starts.is_some();
         let way = Way::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
         match (way, &self.short, &self.one_pass) {
-            (Way::Short, Some(kernels), _) => Ok(vec![kernels.backward(driver, sizes, pass)?]),
+            (Way::Short, Some(kernels), _) => {
+                Ok((Passes::Short, vec![kernels.backward(driver, sizes, pass)?]))
+            }
             (Way::One(teams), _, Some(kernels)) => {
                 let bytes = teams.scratch(self.heads, sizes).bytes;
                 let memory = match self.scratch.iter().find(|memory| memory.bytes >= bytes) {
@@ -201,9 +204,11 @@ impl Kernels {
                     }
                 };
                 let place = memory.address;
-                Ok(kernels.backward(driver, sizes, pass, teams, self.in_order, place)?.into())
+                let order = self.in_order;
+                let launches = kernels.backward(driver, sizes, pass, teams, order, place)?;
+                Ok((Passes::One, launches.into()))
             }
-            _ => Ok(self.backward_in_two(driver, sizes, pass)?.into()),
+            _ => Ok((Passes::Two, self.backward_in_two(driver, sizes, pass)?.into())),
         }
     }
 
