@@ -185,7 +185,7 @@ def attention(row, device):
 def norm(row, device):
     t, c = row["sizes"]["T"], row["sizes"]["C"]
     dtype = DTYPES[row["dtype"]]
-    layer, residual = has(row, "layer"), has(row, "residual")
+    layer = has(row, "layer")
     backward = row["op"] == "norm_backward"
 
     def normalise(inp, gain):
@@ -193,31 +193,23 @@ def norm(row, device):
             return F.layer_norm(inp, (c,), gain, None, EPS)
         return F.rms_norm(inp, (c,), gain, EPS)
 
-    def normalise_sum(inp, gain, residual):
-        total = inp + residual
-        return total, normalise(total, gain)
-
-    forward = normalise_sum if residual and not backward else normalise
     activations = dtype.itemsize * t * c
 
     def tensors():
         # The gain is in the type of the activations: PyTorch is faster so, and isobath's is f32.
-        tensors = [normal(t, c, dtype=dtype, device=device, grad=backward),
-                   normal(c, dtype=dtype, device=device, grad=backward)]
-        if forward is normalise_sum:
-            tensors.append(normal(t, c, dtype=dtype, device=device))
-        return tensors
+        return [normal(t, c, dtype=dtype, device=device, grad=backward),
+                normal(c, dtype=dtype, device=device, grad=backward)]
 
     def make(name, forward_function):
         if not backward:
-            bytes = activations * (4 if residual else 2)
-            return Twin(name, bytes, tensors, lambda copy: forward_function(*copy))
+            return Twin(name, 2 * activations, tensors, lambda copy: forward_function(*copy))
         record, launch = with_backward(forward_function)
         d_out = lambda: normal(t, c, dtype=dtype, device=device)
         return Twin(name, 3 * activations, lambda: record(tensors(), d_out()), launch)
 
     kind = "layer_norm" if layer else "rms_norm"
-    return [make(f"{kind}, eager", forward), make(f"{kind}, compiled", compiled(forward))]
+    return [make(f"{kind}, eager", normalise),
+            make(f"{kind}, compiled", compiled(normalise))]
 
 
 # ------------------------------------------------------------------ loss

@@ -35,7 +35,7 @@ pub struct Row {
     pub op: &'static str,
     pub dtype: Dtype,
     pub sizes: Sizes,
-    /// "norm_forward, bf16, rms, residual"; of a product, its kernel and type.
+    /// "norm_backward, bf16, rms, residual"; of a product, its kernel and type.
     pub what: String,
     /// The sizes in words: "T=8192 C=4096"
     pub shape: String,

@@ -25,16 +25,16 @@ pub struct BenchArgs {
     /// What to time: gemm, attention, norm, loss, adamw, step (a whole training step), or all
     #[arg(default_value = "all")]
     benchmark: Benchmark,
-    /// Measure nothing: the least that each kernel of a training step can take on an H200; of gemm,
-    /// what is reckoned for every product of the paper's models
+    /// Measure nothing: the least time of each kernel of a training step on an H200; gemm: the
+    /// estimate for every product of the paper's models
     #[arg(long)]
     predict: bool,
     /// gemm: every product of the paper's models with the kernel chosen for it, in a burst and
     /// sustained
     #[arg(long)]
     table: bool,
-    /// gemm: every kernel and number of splits for each of these products, the dearest products
-    /// first; what was fastest becomes src/cuda/gemm/tuned.toml
+    /// gemm: every kernel and number of splits for each of these products, most expensive first;
+    /// what was fastest becomes src/cuda/gemm/tuned.toml
     #[arg(long)]
     tune: bool,
     /// gemm: the products that lines on stdin name (nt 4096,2048,1024), one JSON row a line, for a
@@ -75,16 +75,16 @@ pub struct BenchArgs {
     /// adamw: elements N [default: 2^28; on simt 2^18]
     #[arg(long)]
     elements: Option<NonZeroUsize>,
-    /// step, --predict, --table, --tune: model and batch (see `isobath info`); of products may be
-    /// repeated [default: a 1B model with grouped heads, 8 x 2048 tokens; products: the paper's
+    /// step, --predict, --table, --tune: model and batch (see `isobath info`); for products may
+    /// be repeated [default: a 1B model with grouped heads, 8 x 2048 tokens; products: the paper's
     /// models; on simt a tiny one]
     #[arg(long = "preset", value_name = "NAME")]
     presets: Vec<String>,
-    /// step, --predict, --table, --tune: a value above those of the preset, for instance train.micro_batch=4; may be
-    /// repeated
+    /// step, --predict, --table, --tune: a value that overrides the preset's, for instance
+    /// train.micro_batch=4; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
-    /// Measurements, of which the median counts [default: 30; of --table what 50 ms hold, of --tune
+    /// Measurements; the median is reported [default: 30; for --table what 50 ms hold, for --tune
     /// 20; on simt 3, or 1]
     #[arg(long)]
     samples: Option<NonZeroUsize>,
@@ -94,7 +94,7 @@ pub struct BenchArgs {
     /// --tune: where to write what was fastest
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// --table, --stdin: choose as this file of --tune says, not as the one that is compiled in
+    /// --table, --stdin: choose kernels by this file from --tune instead of the built-in one
     #[arg(long, value_name = "FILE")]
     choices: Option<PathBuf>,
     #[command(flatten)]
@@ -129,13 +129,13 @@ impl BenchArgs {
         };
         if let Some((other, ..)) = other {
             return Err(Error::Usage {
-                what: format!("{flag} and {other} are two things to do"),
+                what: format!("{flag} and {other} exclude each other"),
                 remedy: "leave one of them out".to_string(),
             });
         }
         if mode != Mode::Predict && self.benchmark != Benchmark::Gemm {
             return Err(Error::Usage {
-                what: format!("{flag} is of gemm"),
+                what: format!("{flag} applies only to gemm"),
                 remedy: format!("run `isobath bench gemm {flag}`"),
             });
         }
@@ -165,7 +165,7 @@ impl BenchArgs {
             || self.simt.is_given();
         if mode == Mode::Predict && measured {
             return Err(Error::Usage {
-                what: "--predict measures nothing and asks no device".to_string(),
+                what: "--predict measures nothing and uses no device".to_string(),
                 remedy:
                     "leave out --device, --samples, what is simt's and any benchmark but gemm; \
                          or --predict"
@@ -181,7 +181,7 @@ impl BenchArgs {
         if let Some((flag, _, of)) = flags.iter().find(|(_, given, of)| *given && !looked_at(of)) {
             let names: Vec<&str> = of.iter().map(|benchmark| benchmark.name()).collect();
             return Err(Error::Usage {
-                what: format!("{flag} is of {}", names.join(" and ")),
+                what: format!("{flag} applies only to {}", names.join(" and ")),
                 remedy: format!("leave it out, or run `isobath bench {}`", names[0]),
             });
         }
@@ -199,14 +199,14 @@ impl BenchArgs {
             of_modes.iter().find(|(_, given, of, _)| *given && !of.contains(&mode))
         {
             return Err(Error::Usage {
-                what: format!("{flag} is of {names}"),
+                what: format!("{flag} applies only to {names}"),
                 remedy: format!("leave it out, or run `isobath bench gemm` with {names}"),
             });
         }
         let several = self.presets.len() > 1;
         if several && (self.benchmark != Benchmark::Gemm || mode == Mode::Time) {
             return Err(Error::Usage {
-                what: "a training step is of one preset".to_string(),
+                what: "a training step takes one preset".to_string(),
                 remedy: "give --preset once".to_string(),
             });
         }

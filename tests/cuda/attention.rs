@@ -625,7 +625,8 @@ fn passes_are_chosen_by_what_is_reckoned() {
     assert_eq!(launched(32, 1, 1024, false), one);
     assert_eq!(launched(64, 1, 900, false), one);
     assert_eq!(launched(32, 1, 1024, true), two, "documents");
-    assert_eq!(launched(32, 1, 896, false), two, "too short");
+    assert_eq!(launched(32, 1, 512, false), one);
+    assert_eq!(launched(32, 1, 384, false), two, "too short");
     assert_eq!(launched(48, 1, 1024, false), two, "no kernel");
     // On four multiprocessors.
     assert_eq!(launched(64, 4, 256, false), short);

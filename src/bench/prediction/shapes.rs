@@ -188,7 +188,7 @@ impl fmt::Display for GemmPrediction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "matrix products of a training step in bf16 on one {}: reckoned by the model that chooses \
+            "matrix products of a training step in bf16 on one {}: estimated by the model that chooses \
              kernels, **not timed**; the least share of the peak first\n",
             self.machine
         )?;

@@ -148,7 +148,8 @@ impl Attention {
         let device = driver.device();
         let HeadSpec { heads: count, kv_heads, head_dim } = heads;
         if count == 0 || kv_heads == 0 || !count.is_multiple_of(kv_heads) {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("{count} heads share {kv_heads} KV heads"),
                 "choose model.heads as a multiple of model.kv_heads, at least one of each"
@@ -157,7 +158,8 @@ impl Attention {
         }
         if !HEAD_DIMS.contains(&head_dim) {
             let dims = HEAD_DIMS.map(|it| it.to_string()).join(", ");
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("no kernel for a head dim of {head_dim}; there are {dims}"),
                 "choose model.hidden and model.heads so that model.hidden / model.heads is one of \
@@ -167,10 +169,11 @@ impl Attention {
         }
         // The kernels count the columns of a token with an i32.
         if i32::try_from(heads.qkv_columns()).is_err() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("a token has {} columns of q, k and v", heads.qkv_columns()),
-                "choose a smaller model.hidden".to_string(),
+                "choose a smaller model.hidden",
             ));
         }
         let families = Family::chosen(device, driver.properties(), dtype, choice)?;
@@ -194,7 +197,8 @@ impl Attention {
         if can {
             return Ok(self);
         }
-        Err(refusal(
+        Err(Error::launch(
+            "attention",
             self.device,
             format!("no backward pass as Passes::{passes:?} for {:?}", self.heads),
             "choose Passes::Two; the others are for bf16 on compute capability 9.0, One with head \
@@ -263,7 +267,8 @@ impl Attention {
     ) -> Result<AttentionPlan> {
         let AttentionBackward { forward: AttentionForward { spec, qkv, out, .. }, .. } = *pass;
         if pass.angles.is_some() && !self.rotates_back() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 "these kernels do not rotate gradients back".to_string(),
                 "ask Attention::rotates_back first, and rotate them by a kernel of their own"
@@ -311,20 +316,22 @@ impl Attention {
             return Ok(());
         }
         if tokens > cache_rows {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{tokens} new tokens, but a cache of {cache_rows} rows"),
-                "use a shorter prompt, or a model with a larger model.max_sequence".to_string(),
+                "use a shorter prompt, or a model with a larger model.max_sequence",
             ));
         }
         let blocks = tokens.checked_mul(self.heads.heads).and_then(|it| i32::try_from(it).ok());
         // A thread's last step, 64 keys behind the last row, stays within an i32.
         let rows = i32::try_from(cache_rows).ok().filter(|&rows| rows <= i32::MAX - 64);
         let (Some(blocks), Some(rows)) = (blocks, rows) else {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{tokens} tokens of {} heads, {cache_rows} rows", self.heads.heads),
-                "give the prompt in parts; an i32 has to count blocks and rows".to_string(),
+                "give the prompt in parts; an i32 has to count blocks and rows",
             ));
         };
         self.check_alignment(&[("qkv", qkv), ("keys", keys), ("values", values)])?;
@@ -347,10 +354,11 @@ impl Attention {
     fn check_alignment(&self, matrices: &[(&str, DevicePointer)]) -> Result<()> {
         match matrices.iter().find(|(_, address)| !address.0.is_multiple_of(16)) {
             None => Ok(()),
-            Some((name, address)) => Err(refusal(
+            Some((name, address)) => Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{name} begins at {:#x}, no multiple of 16", address.0),
-                "begin it at a multiple of 16 bytes in its buffer".to_string(),
+                "begin it at a multiple of 16 bytes in its buffer",
             )),
         }
     }
@@ -359,10 +367,11 @@ impl Attention {
     fn check(&self, spec: AttentionSpec) -> Result<Option<Sizes>> {
         let AttentionSpec { heads, batch, sequence } = spec;
         if heads != self.heads {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{heads:?} given to the kernels for {:?}", self.heads),
-                "make an Attention for these heads".to_string(),
+                "make an Attention for these heads",
             ));
         }
         if batch == 0 || sequence == 0 {
@@ -373,7 +382,8 @@ impl Attention {
         let items = sequence.div_ceil(32).checked_mul(heads.heads);
         let items = items.and_then(|it| it.checked_mul(batch)).filter(|&it| it <= most_items);
         if items.is_none() || sequence > tiled::MAX_SEQUENCE {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{batch} sequences of {sequence} tokens with {} heads", heads.heads),
                 format!(
@@ -401,8 +411,4 @@ fn scale_log2(heads: HeadSpec) -> f64 {
 struct Sizes {
     batch: usize,
     sequence: usize,
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "attention".to_string(), device: device.to_string(), what, remedy }
 }

@@ -24,7 +24,7 @@ const DELTA_THREADS: u64 = 256;
 const MOST_ACTIVE_BYTES: usize = 32 << 20;
 const MOST_SUMS_BYTES: usize = 256 << 20;
 /// See [`Teams::pay`].
-const LEAST_KEY_TILES: usize = 8;
+const LEAST_KEY_TILES: usize = 4;
 /// A turn counts heads in 16 bits, and tiles of keys in 16.
 const MOST_COUNT: usize = (1 << 16) - 1;
 
@@ -88,8 +88,8 @@ impl Teams {
     }
 
     /// Reckoned, as long as no GPU has timed it: whether five products for each step of the longest
-    /// block are less than the seven of two passes, whose blocks all take as long. Below 8 tiles of
-    /// keys the one warp that makes d_q of complete sums would be what everybody waits for; with
+    /// block are less than the seven of two passes, whose blocks all take as long. Below 4 tiles of
+    /// keys the two warps that make d_q of complete sums would be what everybody waits for; with
     /// documents, too, as each of them is short.
     fn pay(&self, multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> bool {
         let key_tiles = sizes.sequence.div_ceil(KEYS);

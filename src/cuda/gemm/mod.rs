@@ -301,16 +301,18 @@ impl Gemm {
         let best = choose(self.variants_for(layout, output), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             if self.of_layout(layout).next().is_some() {
-                return refusal(
+                return Error::launch(
+                    "gemm",
                     self.device,
                     format!("no kernel of the layout {layout} ends with {}", output.name()),
-                    "ask Gemm::fuses first, and launch the parts one after the other".to_string(),
+                    "ask Gemm::fuses first, and launch the parts one after the other",
                 );
             }
             let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
             let other = families.filter(|it| it.variants().iter().any(|it| it.layout == layout));
             let names: Vec<&str> = other.map(Family::name).collect();
-            refusal(
+            Error::launch(
+                "gemm",
                 self.device,
                 format!("the chosen family has no kernel for the layout {layout}"),
                 format!("choose {}, or leave the choice of the family open", names.join(" or ")),
@@ -343,17 +345,19 @@ impl Gemm {
         self.check(variant, product)?;
         let sizes = [product.m, product.n, product.k];
         choice.check(sizes, self.multiprocessors).map_err(|what| {
-            refusal(
+            Error::launch(
+                "gemm",
                 self.device,
                 what,
-                "choose splits and clusters that Choice::check allows".to_string(),
+                "choose splits and clusters that Choice::check allows",
             )
         })?;
         let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
-            return Err(refusal(
+            return Err(Error::launch(
+                "gemm",
                 self.device,
                 format!("{} is not among the kernels chosen for this machine", variant.kernel),
-                "give one of Gemm::variants_for".to_string(),
+                "give one of Gemm::variants_for",
             ));
         };
         let tiles = variant.tiles_of_clusters(product.m, product.n, cluster);
@@ -374,10 +378,11 @@ impl Gemm {
     }
 
     fn empty(&self, product: &Product) -> Error {
-        refusal(
+        Error::launch(
+            "gemm",
             self.device,
             format!("{} is empty", product.name()),
-            "launch nothing for an empty product; an empty sum is zero".to_string(),
+            "launch nothing for an empty product; an empty sum is zero",
         )
     }
 
@@ -390,7 +395,7 @@ impl Gemm {
         };
         let name = product.name();
         let refuse = |what: String, remedy: &str| -> Result<()> {
-            Err(refusal(self.device, format!("{name}{what}"), remedy.to_string()))
+            Err(Error::launch("gemm", self.device, format!("{name}{what}"), remedy))
         };
         if variant.layout != layout {
             return refuse(format!(": {} is for another layout", variant.kernel), "choose another");
@@ -426,7 +431,7 @@ impl Gemm {
         if [m, n, k].contains(&0) {
             return Err(self.empty(product));
         }
-        let element = element_bytes(self.dtype);
+        let element = self.dtype.bytes();
         let multiple = ALIGNMENT / element;
         if [shape_a[1], shape_b[1], n].iter().any(|columns| columns % multiple != 0) {
             return refuse(
@@ -531,13 +536,6 @@ pub const TURNS_BYTES: u64 = 2 * 4 * 1024;
 /// Bytes that addresses and rows are multiples of.
 const ALIGNMENT: usize = 16;
 
-fn element_bytes(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
-}
-
 /// Those of gemm_sm80.cu and gemm_f32.cu, which fuse nothing but an addend.
 fn arguments(product: &Product) -> Arguments {
     let &Product { m, n, k, a, b, out, output, .. } = product;
@@ -547,8 +545,4 @@ fn arguments(product: &Product) -> Arguments {
         _ => arguments,
     };
     arguments.with(m as i32).with(n as i32).with(k as i32)
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "gemm".to_string(), device: device.to_string(), what, remedy }
 }
