@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::sensors::Sensors;
-use crate::tensor::{BufferId, Kind, Shape, View};
+use crate::tensor::{BufferId, Kind, View};
 
 /// Where an activation gradient goes, and whether something is there already.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -114,11 +114,7 @@ pub struct FlatBuffers {
 impl FlatBuffers {
     /// A range of elements of every buffer; the norm and the copies of vectors stay those of the whole.
     pub fn part(&self, range: &Range<usize>, element_bytes: impl Fn(Kind) -> usize) -> Self {
-        let part = |view: View| View {
-            offset: view.offset + range.start * element_bytes(view.kind),
-            shape: Shape::new(&[range.len()]),
-            ..view
-        };
+        let part = |view: View| view.part(range, element_bytes(view.kind));
         FlatBuffers {
             parameters: part(self.parameters),
             working: self.working.map(part),
@@ -236,14 +232,24 @@ pub trait Backend {
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
 
+    /// Bytes of [`Backend::available_bytes`] that it will take for itself besides buffers, estimated.
+    fn reserve_bytes(&self) -> usize {
+        0
+    }
+
     /// Bytes of the buffers that were allocated so far; `None` where they are not counted.
     fn allocated_bytes(&self) -> Option<u64> {
         None
     }
 
-    /// The most bytes of the device's memory that were taken since it was opened, with whatever is
-    /// no buffer; `None` where the device does not tell.
+    /// The most bytes that this process had at one time, with whatever is no buffer; `None` where the
+    /// device does not tell.
     fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Bytes of a memory of the device's own that nobody has taken now; `None` where it has none.
+    fn own_free_bytes(&self) -> Option<u64> {
         None
     }
 
@@ -261,6 +267,12 @@ pub trait Backend {
     /// `documents`: within documents.
     fn attention_scratch_bytes(&self, _spec: AttentionSpec, _documents: bool) -> usize {
         0
+    }
+
+    /// Whether [`Backend::linear_swiglu_backward`] computes both at once, whatever the shapes: then its
+    /// d_inp needs no memory.
+    fn fuses_swiglu_backward(&self) -> bool {
+        false
     }
 
     /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
@@ -383,8 +395,6 @@ pub trait Backend {
     fn read_halves(&mut self, upper: View, _lower: View, _values: &mut [f32]) -> Result<()> {
         unreachable!("{} has no f32 in halves: {}", self.name(), upper.shape)
     }
-    /// The views themselves, if they are f32 in host memory.
-    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]>;
     fn zero(&mut self, view: View) -> Result<()>;
     /// to = from
     fn copy(&mut self, from: View, to: View) -> Result<()>;

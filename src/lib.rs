@@ -21,6 +21,7 @@ pub mod engine;
 pub mod error;
 pub mod evaluate;
 pub mod figure;
+pub mod flat;
 pub mod generate;
 pub mod hf;
 pub mod host_memory;

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::backend::{VectorCopy, transfer_bytes};
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
+use crate::cuda::GPU_RESERVE_BYTES;
 use crate::cuda::adamw::AdamW;
 use crate::cuda::attention::backward_scratch_bytes;
 use crate::cuda::gemm::TURNS_BYTES;
@@ -106,7 +107,13 @@ pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
         AdamW::device_bytes(decay, vectors) as usize
     };
     let transfers = &transfer_bytes;
-    let device = DeviceBytes { opened, attention: &attention, optimizer: &optimizer, transfers };
+    let device = DeviceBytes {
+        opened,
+        reserve: GPU_RESERVE_BYTES as usize,
+        attention: &attention,
+        optimizer: &optimizer,
+        transfers,
+    };
     Ok(plan.with_device_bytes(config, &device))
 }
 

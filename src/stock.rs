@@ -107,13 +107,8 @@ pub fn write(request: &Request) -> Result<Written> {
     let smaller_table = ParameterTable::new(&smaller);
     let parameters = without_layers(&table, &parameters, &kept, &smaller_table);
     let tokenizer = tokenizer_files(&folder)?;
-    let export = Export {
-        config: &smaller,
-        table: &smaller_table,
-        parameters: &parameters,
-        tokenizer: &tokenizer,
-        dtype: *dtype,
-    };
+    let export =
+        Export { config: &smaller, table: &smaller_table, tokenizer: &tokenizer, dtype: *dtype };
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
     let parent = parent.unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
@@ -121,7 +116,7 @@ pub fn write(request: &Request) -> Result<Written> {
         .prefix(".unfinished-")
         .tempdir_in(parent)
         .map_err(Error::io("create a folder in", parent))?;
-    let files = export.write(temporary.path())?;
+    let files = export.write(temporary.path(), &parameters[..])?;
     fs::rename(temporary.path(), out).map_err(Error::io("create", out))?;
     let _ = temporary.keep(); // it has its name now
     sync_folder(parent)?;

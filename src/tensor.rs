@@ -4,6 +4,7 @@
 //! resolved once, when the memory plan is made, and is then plain data.
 
 use std::fmt;
+use std::ops::Range;
 
 /// A target that is not to be predicted: padding, or the position after a document's end.
 pub const IGNORE_INDEX: i32 = -100;
@@ -86,4 +87,15 @@ pub struct View {
     pub offset: usize,
     pub kind: Kind,
     pub shape: Shape,
+}
+
+impl View {
+    /// The elements of a flat buffer's `range`.
+    pub fn part(self, range: &Range<usize>, element_bytes: usize) -> Self {
+        View {
+            offset: self.offset + range.start * element_bytes,
+            shape: Shape::new(&[range.len()]),
+            ..self
+        }
+    }
 }

@@ -55,6 +55,11 @@ impl Meter {
         (!self.window.is_empty()).then(|| sum(0) / sum(1))
     }
 
+    /// Whether the next step counts.
+    pub fn is_warm(&self) -> bool {
+        self.seen >= WARM_UP_STEPS
+    }
+
     /// `None` where no step counts.
     pub fn steady(&self) -> Option<Steady> {
         if self.rates.is_empty() {
@@ -183,16 +188,21 @@ pub struct MemoryUse {
     pub planned: u64,
     /// In buffers; the table without what the program itself takes.
     pub allocated: Option<u64>,
-    /// At most, of everything: on a GPU with graphs and the kernels' code, in host memory with the
-    /// program.
+    /// The most that the process had at one time, the program included: of host memory. No GPU keeps
+    /// count of it.
     pub peak: Option<u64>,
+    /// Of a GPU's memory, what nobody had taken behind the steps that do not count, and at the end:
+    /// equal where a run takes no memory while it trains and no other program uses the GPU.
+    pub free_after_warm_up: Option<u64>,
+    pub free_at_end: Option<u64>,
 }
 
 impl MemoryUse {
-    /// Of a program that has run on this backend.
-    pub fn of(planned: u64, backend: &impl Backend) -> Self {
+    /// Of a program that has run on this backend, at its end.
+    pub fn of(planned: u64, free_after_warm_up: Option<u64>, backend: &impl Backend) -> Self {
         let (allocated, peak) = (backend.allocated_bytes(), backend.peak_bytes());
-        MemoryUse { planned, allocated, peak }
+        let free_at_end = backend.own_free_bytes();
+        MemoryUse { planned, allocated, peak, free_after_warm_up, free_at_end }
     }
 }
 
@@ -253,12 +263,16 @@ impl fmt::Display for Throughput {
 impl fmt::Display for MemoryUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;
-        let MemoryUse { planned, allocated, peak } = *self;
+        let MemoryUse { planned, allocated, peak, free_after_warm_up, free_at_end } = *self;
         write!(f, "memory: {:.1} MiB planned", mib(planned))?;
         for (what, bytes) in [("in buffers", allocated), ("taken at most", peak)] {
             if let Some(bytes) = bytes {
                 write!(f, ", {:.1} {what}", mib(bytes))?;
             }
+        }
+        if let (Some(warm), Some(end)) = (free_after_warm_up, free_at_end) {
+            let (warm, end) = (mib(warm), mib(end));
+            write!(f, "; {warm:.1} MiB of the GPU free behind the warm-up, {end:.1} at the end")?;
         }
         Ok(())
     }

@@ -42,7 +42,7 @@ fn loaded(config: &ModelConfig, parameters: &[f32]) -> (TempDir, LoadedModel) {
     let table = &ParameterTable::new(config);
     let tokenizer = &small_tokenizer();
     let dtype = ExportDtype::F32;
-    Export { config, table, parameters, tokenizer, dtype }.write(folder.path()).unwrap();
+    Export { config, table, tokenizer, dtype }.write(folder.path(), parameters).unwrap();
     let model = LoadedModel::open(folder.path()).unwrap();
     (folder, model)
 }

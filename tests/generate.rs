@@ -180,7 +180,8 @@ fn export(folder: &Path) {
     let json = Tokenizer::bytes().unwrap().json().to_string();
     let tokenizer = TokenizerFiles { json, bos: None, eos: Some(256) };
     let (config, table, parameters, tokenizer) = (&config, &table, &parameters[..], &tokenizer);
-    Export { config, table, parameters, tokenizer, dtype: ExportDtype::F32 }.write(folder).unwrap();
+    let dtype = ExportDtype::F32;
+    Export { config, table, tokenizer, dtype }.write(folder, parameters).unwrap();
 }
 
 #[test]

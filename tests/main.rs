@@ -16,6 +16,7 @@ mod evaluate;
 mod figure;
 mod generate;
 mod hf;
+mod host_memory;
 mod model;
 mod optim;
 mod peers;

@@ -22,9 +22,8 @@ fn folder_of(config: &ModelConfig, folder: &Path) -> (ParameterTable, Vec<f32>) 
     let tokenizer = TokenizerFiles { json, bos: Some(3), eos: Some(256) };
     fs::create_dir_all(folder).unwrap();
     let dtype = ExportDtype::F32;
-    let export =
-        Export { config, table: &table, parameters: &parameters, tokenizer: &tokenizer, dtype };
-    export.write(folder).unwrap();
+    let export = Export { config, table: &table, tokenizer: &tokenizer, dtype };
+    export.write(folder, &parameters[..]).unwrap();
     (table, parameters)
 }
 

@@ -123,7 +123,13 @@ fn session() -> Throughput {
         last_step: 11,
         utilisation: Utilisation::of(steady.tokens_per_second, &cost),
         steady,
-        memory: MemoryUse { planned: 3 << 20, allocated: Some(2 << 20), peak: Some(5 << 20) },
+        memory: MemoryUse {
+            planned: 3 << 20,
+            allocated: Some(2 << 20),
+            peak: Some(5 << 20),
+            free_after_warm_up: Some(7 << 20),
+            free_at_end: Some(6 << 20),
+        },
         conditions: Conditions::of(&readings),
     }
 }
@@ -136,7 +142,8 @@ fn a_summary_says_all_of_it_and_survives_json() {
         "156 tokens/s: median of 8 steps after the first 3; half of them 111 to 425, the slowest 111",
         "the last quarter 60.0% slower than the first",
         "31.1% MFU = tokens/s x 2000000 FLOPs per token (6*N) / 0.0e12, the dense peak",
-        "memory: 3.0 MiB planned, 2.0 in buffers, 5.0 taken at most",
+        "memory: 3.0 MiB planned, 2.0 in buffers, 5.0 taken at most; 7.0 MiB of the GPU free behind \
+         the warm-up, 6.0 at the end",
         "while it trained, 2 readings; SM clock 1840 MHz (1700 to 1980); power 700 W (700 to 700); \
          SW_POWER_CAP in 50%",
     ] {

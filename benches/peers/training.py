@@ -32,7 +32,7 @@ from kernels import Skip
 HERE = Path(__file__).resolve().parent
 # step.py's exit status, and what isobath says.
 OUT_OF_MEMORY = 3
-NO_ROOM = "the plan needs", "no memory for"
+NO_ROOM = "the plan needs", "no memory for", "CUDA_ERROR_OUT_OF_MEMORY"
 COMPILE = ["default", "max-autotune", "max-autotune-no-cudagraphs", "none"]
 # Of --seconds, those in which micro-batches are tried.
 SEARCH_SHARE = 0.5

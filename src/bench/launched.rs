@@ -127,7 +127,9 @@ impl Driver for WithEvents {
     fn release(&mut self, buffer: Allocation) -> Result<()> { self.driver.release(buffer) }
     fn process_bytes(&self) -> u64 { self.driver.process_bytes() }
     fn free_bytes(&self) -> Result<u64> { self.driver.free_bytes() }
+    fn reserve_bytes(&self) -> u64 { self.driver.reserve_bytes() }
     fn peak_bytes(&self) -> Option<u64> { self.driver.peak_bytes() }
+    fn own_free_bytes(&self) -> Option<u64> { self.driver.own_free_bytes() }
     fn sensors(&self) -> Option<Sensors> { self.driver.sensors() }
     fn kernel(&mut self, name: &str) -> Result<KernelId> { self.driver.kernel(name) }
     fn kernel_info(&self, kernel: KernelId) -> Result<&KernelInfo> {

@@ -110,6 +110,9 @@ pub(super) fn row(
         let event = steps.driver().new_event()?;
         steps.driver().record(event, StreamId::MAIN)?;
         events.push(event);
+        if step == WARM_UP {
+            steps.free_after_warm_up = steps.driver().own_free_bytes();
+        }
         monitor.iter().for_each(|monitor| monitor.training(true));
     }
     steps.wait()?;
@@ -171,6 +174,7 @@ struct Steps<'a> {
     config: &'a Config,
     ids: Vec<i32>,
     planned: u64,
+    free_after_warm_up: Option<u64>,
     /// Enqueued.
     done: u64,
     /// The last one, as long as nobody has waited for it.
@@ -192,7 +196,8 @@ impl<'a> Steps<'a> {
         let mut trainer = Trainer::new(plan, config, backend)?;
         trainer.set_parameters(parameters)?;
         let ids = integers_below(1, config.model.vocab, config.tokens_per_step() as usize + 1);
-        Ok(Steps { trainer, config, ids, planned, done: 0, under_way: None })
+        let free_after_warm_up = None;
+        Ok(Steps { trainer, config, ids, planned, free_after_warm_up, done: 0, under_way: None })
     }
 
     fn driver(&mut self) -> &mut dyn Driver {
@@ -200,7 +205,7 @@ impl<'a> Steps<'a> {
     }
 
     fn memory(&mut self) -> MemoryUse {
-        MemoryUse::of(self.planned, self.trainer.device().0)
+        MemoryUse::of(self.planned, self.free_after_warm_up, self.trainer.device().0)
     }
 
     /// Enqueues a step and waits for the one before, or for this one, as training does. Errors: its loss

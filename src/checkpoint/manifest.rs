@@ -9,8 +9,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{TRAINER, TRAINER_TENSORS};
+use super::{MANIFEST, TRAINER, TRAINER_TENSORS, not_json};
 use crate::durable::{Fingerprint, hexadecimal};
+use crate::error::Result;
 use crate::hf;
 
 const VERSION: u32 = 1;
@@ -35,10 +36,10 @@ impl Manifest {
         Manifest { version: VERSION, step, files, sha256 }
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
-        let mut json = serde_json::to_vec_pretty(self).unwrap_or_default(); // maps and numbers
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        let mut json = serde_json::to_vec_pretty(self).map_err(|e| not_json(MANIFEST, e))?;
         json.push(b'\n');
-        json
+        Ok(json)
     }
 
     /// The error says what is wrong, without the path.
@@ -52,7 +53,7 @@ impl Manifest {
         let manifest: Manifest =
             serde_json::from_slice(bytes).map_err(|e| format!("cannot be read: {e}"))?;
         let expected = digest(manifest.version, manifest.step, &manifest.files);
-        if manifest.sha256 != expected || manifest.bytes() != bytes {
+        if manifest.sha256 != expected || manifest.bytes().ok().as_deref() != Some(bytes) {
             return Err("does not have its own hash".to_string());
         }
         for name in manifest.files.keys() {

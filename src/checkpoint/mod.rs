@@ -2,7 +2,8 @@
 //!
 //! [`save`] writes a snapshot so that at every instant the run has its earlier checkpoints or
 //! those and the new one: temporary folder, every file synced and hashed on the way, the manifest
-//! last, one rename. [`latest`] finds the newest folder whose manifest holds; state can only be
+//! last, one rename. The flat buffers are read in chunks, wherever they lie: saving takes the same
+//! host memory, whatever the model. [`latest`] finds the newest folder whose manifest holds; state can only be
 //! loaded from a [`Verified`], which only verification makes. [`retain`] deletes old ones.
 //!
 //! ```text
@@ -23,12 +24,14 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::config::Config;
+use crate::data::loader::LoaderState;
 use crate::durable::{Fingerprint, hexadecimal, remove_if_present, write_new};
 use crate::error::{Error, Result};
+use crate::flat::{Elements, FlatBuffer, ReadFlat, Reader, chunks, with_two_readers};
 use crate::hf::{Export, ExportDtype, TokenizerFiles};
+use crate::metrics::StepRecord;
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{RunDir, checkpoint_folder};
-use crate::tensor::Shape;
 use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
 
 use manifest::Manifest;
@@ -39,8 +42,6 @@ pub const TRAINER_TENSORS: &str = "trainer.safetensors";
 pub const TRAINER: &str = "trainer.json";
 pub const MANIFEST: &str = "MANIFEST.json";
 
-/// Tensors of trainer.safetensors, in file order.
-const FLAT: [&str; 3] = ["parameters", "moment1", "moment2"];
 const TRAINER_FORMAT: u32 = 1;
 
 /// What the training loop knows besides the flat buffers.
@@ -55,27 +56,23 @@ pub struct TrainerState {
     pub tokens: u64,
     /// Seed of every random stream; together with counters such as `step` it is all their state.
     pub seed: u64,
-    /// Where the data loader stands, in its own words.
-    pub loader: Value,
+    /// Where the data loader stands.
+    pub loader: LoaderState,
     /// Wall time spent training, over all processes of this run.
     pub elapsed_seconds: f64,
     /// Lowest validation loss so far.
     pub best_valid_loss: Option<f64>,
-    /// Whatever else the loop wants back; `null` if nothing.
-    pub extra: Value,
+    /// The line of the last step, if its evaluation or sample was interrupted: it is written when
+    /// they are made up for.
+    #[serde(rename = "extra")]
+    pub owed: Option<StepRecord>,
 }
 
-/// A moment of a training run; borrows everything.
+/// A moment of a training run, without its flat buffers; borrows everything.
 #[derive(Clone, Copy)]
 pub struct Snapshot<'a> {
     pub config: &'a Config,
     pub table: &'a ParameterTable,
-    /// Master weights, [table.stored_elements()].
-    pub parameters: &'a [f32],
-    /// First moment, as `parameters`.
-    pub moment1: &'a [f32],
-    /// Second moment, as `parameters`.
-    pub moment2: &'a [f32],
     pub state: &'a TrainerState,
     pub tokenizer: &'a TokenizerFiles,
     /// Type of model.safetensors; the trainer's own state is always f32.
@@ -94,19 +91,17 @@ struct TrainerFile {
     state: TrainerState,
 }
 
-/// Writes a checkpoint and returns its folder, which is then durable. If anything fails, the
-/// temporary folder is removed and the earlier checkpoints are as they were.
-pub fn save(run: &RunDir, snapshot: &Snapshot) -> Result<PathBuf> {
-    for buffer in [snapshot.parameters, snapshot.moment1, snapshot.moment2] {
-        check_length(buffer, snapshot.table)?;
-    }
+/// Writes a checkpoint and returns its folder, which is then durable; `read` gives the flat buffers,
+/// of the table's stored elements each. If anything fails, the temporary folder is removed and the
+/// earlier checkpoints are as they were.
+pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<PathBuf> {
     let step = snapshot.state.step;
     let trainer = TrainerFile::of(snapshot)?;
     let needed_bytes = snapshot.export().bytes()?
         + file_bytes(Path::new(TRAINER_TENSORS), &flat_entries(snapshot.table))?
         + trainer.len() as u64;
     let saved = run.temporary_checkpoint(step).and_then(|temporary| {
-        let saved = write_files(&temporary, snapshot, &trainer)
+        let saved = write_files(&temporary, snapshot, &trainer, read)
             .and_then(|()| run.publish_checkpoint(&temporary, step));
         if saved.is_err() {
             let _ = remove_if_present(&temporary); // the first error is the one to report
@@ -120,31 +115,46 @@ pub fn save(run: &RunDir, snapshot: &Snapshot) -> Result<PathBuf> {
     })
 }
 
-fn write_files(folder: &Path, snapshot: &Snapshot, trainer: &[u8]) -> Result<()> {
+fn write_files(
+    folder: &Path,
+    snapshot: &Snapshot,
+    trainer: &[u8],
+    read: &mut ReadFlat,
+) -> Result<()> {
+    let (export, tensors) = (snapshot.export(), folder.join(TRAINER_TENSORS));
     // hashing one file while the other is synced hides most of it
-    let (files, tensors) = rayon::join(
-        || snapshot.export().write(folder),
-        || write_flat(&folder.join(TRAINER_TENSORS), snapshot),
-    );
+    let (files, tensors) = with_two_readers(
+        read,
+        |parameters| export.write(folder, parameters),
+        |reader| write_flat(&tensors, snapshot.table, reader),
+    )?;
     let mut files = files?;
     files.push((TRAINER_TENSORS.to_string(), tensors?));
     files.push((TRAINER.to_string(), write_new(&folder.join(TRAINER), trainer)?));
     let manifest = Manifest::new(snapshot.state.step, files);
-    write_new(&folder.join(MANIFEST), &manifest.bytes()).map(|_| ())
+    write_new(&folder.join(MANIFEST), &manifest.bytes()?).map(|_| ())
 }
 
-fn write_flat(path: &Path, snapshot: &Snapshot) -> Result<Fingerprint> {
-    let mut file = TensorWriter::create(path, &flat_entries(snapshot.table))?;
-    for buffer in [snapshot.parameters, snapshot.moment1, snapshot.moment2] {
-        file.write_f32(buffer)?;
+fn write_flat(path: &Path, table: &ParameterTable, mut reader: Reader) -> Result<Fingerprint> {
+    let mut file = TensorWriter::create(path, &flat_entries(table))?;
+    for buffer in FlatBuffer::ALL {
+        reader.buffer = buffer;
+        for chunk in chunks(table.stored_elements()) {
+            file.write_f32(reader.get(chunk)?)?;
+        }
     }
+    drop(reader); // nothing is read while the file is synced
     file.finish()
 }
 
+/// In file order.
 fn flat_entries(table: &ParameterTable) -> Vec<Entry> {
     let shape = vec![table.stored_elements()];
-    FLAT.map(|name| Entry { name: name.to_string(), dtype: Dtype::F32, shape: shape.clone() })
-        .to_vec()
+    let entry = |buffer: FlatBuffer| {
+        let name = buffer.name().to_string();
+        Entry { name, dtype: Dtype::F32, shape: shape.clone() }
+    };
+    FlatBuffer::ALL.map(entry).to_vec()
 }
 
 impl Snapshot<'_> {
@@ -152,7 +162,6 @@ impl Snapshot<'_> {
         Export {
             config: &self.config.model,
             table: self.table,
-            parameters: self.parameters,
             tokenizer: self.tokenizer,
             dtype: self.dtype,
         }
@@ -171,11 +180,15 @@ impl TrainerFile {
                 state: snapshot.state.clone(),
             })
         });
-        bytes.map_err(|e| Error::Checkpoint {
-            path: TRAINER.into(),
-            what: format!("cannot be written as JSON: {e}"),
-            remedy: "check the configuration for paths that are not UTF-8".into(),
-        })
+        bytes.map_err(|error| not_json(TRAINER, error))
+    }
+}
+
+fn not_json(file: &str, error: serde_json::Error) -> Error {
+    Error::Checkpoint {
+        path: file.into(),
+        what: format!("cannot be written as JSON: {error}"),
+        remedy: "check the configuration for paths that are not UTF-8".into(),
     }
 }
 
@@ -189,16 +202,4 @@ fn layout(table: &ParameterTable) -> String {
     }
     hash.update(format!("{}", table.stored_elements()));
     hexadecimal(hash)
-}
-
-fn check_length(buffer: &[f32], table: &ParameterTable) -> Result<()> {
-    match buffer.len() == table.stored_elements() {
-        true => Ok(()),
-        false => Err(Error::Shape {
-            op: "checkpoint",
-            what: "a flat buffer",
-            found: Shape::new(&[buffer.len()]),
-            expected: Shape::new(&[table.stored_elements()]),
-        }),
-    }
 }

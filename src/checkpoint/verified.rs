@@ -11,9 +11,10 @@ use serde_json::Value;
 
 use super::layout;
 use super::manifest::Manifest;
-use super::{FLAT, MANIFEST, TRAINER, TRAINER_FORMAT, TRAINER_TENSORS, TrainerFile, TrainerState};
+use super::{MANIFEST, TRAINER, TRAINER_FORMAT, TRAINER_TENSORS, TrainerFile, TrainerState};
 use crate::durable::Fingerprint;
 use crate::error::{Error, Result};
+use crate::flat::{FlatBuffer, chunks};
 use crate::hf;
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{CHECKPOINTS, checkpoint_folder, checkpoint_steps};
@@ -129,29 +130,36 @@ impl Verified {
 
     /// Loads the state into new buffers. The table must be laid out as when the state was saved.
     pub fn load_trainer(&self, table: &ParameterTable) -> Result<Restored> {
-        let mut buffers = Vec::with_capacity(FLAT.len());
-        let state = self.load_each(table, |buffer| {
-            buffers.push(buffer.to_vec());
+        let mut restored = Restored {
+            parameters: Vec::with_capacity(table.stored_elements()),
+            moment1: Vec::with_capacity(table.stored_elements()),
+            moment2: Vec::with_capacity(table.stored_elements()),
+            state: self.trainer_file()?.state,
+        };
+        self.load_each(table, |buffer, _, values| {
+            let into = match buffer {
+                FlatBuffer::Parameters => &mut restored.parameters,
+                FlatBuffer::Moment1 => &mut restored.moment1,
+                FlatBuffer::Moment2 => &mut restored.moment2,
+            };
+            into.extend_from_slice(values);
             Ok(())
         })?;
-        let (moment2, moment1) = (buffers.pop(), buffers.pop());
-        let [parameters, moment1, moment2] =
-            [buffers.pop(), moment1, moment2].map(Option::unwrap_or_default);
-        Ok(Restored { parameters, moment1, moment2, state })
+        Ok(restored)
     }
 
-    /// Gives parameters, moment1 and moment2 to `take`, one after the other: only one of them is
-    /// in memory at a time.
+    /// Gives every element to `take`, a chunk after the other, with the place of its first one: only
+    /// a chunk is in memory at a time.
     pub fn load_each(
         &self,
         table: &ParameterTable,
-        mut take: impl FnMut(&[f32]) -> Result<()>,
+        mut take: impl FnMut(FlatBuffer, usize, &[f32]) -> Result<()>,
     ) -> Result<TrainerState> {
         let trainer = self.trainer_file()?;
         let file = TensorReader::open(&self.folder.join(TRAINER_TENSORS))?;
         let elements = table.stored_elements();
-        let fits = FLAT.iter().all(|name| {
-            let info = file.info(name);
+        let fits = FlatBuffer::ALL.iter().all(|buffer| {
+            let info = file.info(buffer.name());
             info.is_some_and(|info| info.dtype == Dtype::F32 && info.shape == [elements])
         });
         if trainer.layout != layout(table) || !fits {
@@ -163,10 +171,13 @@ impl Verified {
                     .to_string(),
             });
         }
-        let mut buffer = vec![0.0; elements];
-        for name in FLAT {
-            file.read(name, 0, &mut buffer)?;
-            take(&buffer)?;
+        let mut values = Vec::new();
+        for buffer in FlatBuffer::ALL {
+            for chunk in chunks(elements) {
+                values.resize(chunk.len(), 0.0);
+                file.read(buffer.name(), chunk.start, &mut values)?;
+                take(buffer, chunk.start, &values)?;
+            }
         }
         Ok(trainer.state)
     }

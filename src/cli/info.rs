@@ -1,6 +1,7 @@
 //! `isobath info`: this build, the devices it can use here, and what it brings along.
 
 use std::fmt;
+use std::path::Path;
 use std::thread;
 
 use clap::Args;
@@ -9,6 +10,7 @@ use isobath::config::{DeviceKind, preset_names};
 use isobath::cuda::binaries::{ARCHITECTURES, CODE, CXX, FATBINS, NVCC};
 use isobath::cuda::nvidia::{self, Nvidia};
 use isobath::cuda::{self, Driver, Properties};
+use isobath::host_memory::{self, HostMemory};
 use isobath::version::Program;
 use serde::Serialize;
 
@@ -84,6 +86,7 @@ struct Cpu {
     /// Threads that this process may run at once.
     cores: Option<usize>,
     vector_extensions: Vec<&'static str>,
+    /// Of this process, where a control group limits it.
     memory_bytes: Option<u64>,
     free_memory_bytes: Option<u64>,
 }
@@ -193,30 +196,16 @@ impl Gpu {
 
 impl Cpu {
     fn find() -> Self {
+        let memory = HostMemory::now();
         Cpu {
             available: true,
-            model: kernel_field("/proc/cpuinfo", "model name"),
+            model: host_memory::field(Path::new("/proc/cpuinfo"), "model name"),
             cores: thread::available_parallelism().ok().map(usize::from),
             vector_extensions: vector_extensions(),
-            memory_bytes: memory("MemTotal"),
-            free_memory_bytes: memory("MemAvailable"),
+            memory_bytes: memory.total,
+            free_memory_bytes: memory.available,
         }
     }
-}
-
-/// The first `name : value` line of a file of the Linux kernel; `None` on other systems.
-fn kernel_field(path: &str, name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let mut fields = text.lines().filter_map(|line| line.split_once(':'));
-    let (_, value) = fields.find(|(field, _)| field.trim() == name)?;
-    Some(value.trim().to_string())
-}
-
-/// Bytes, from a line such as "MemTotal:  16384 kB".
-fn memory(field: &str) -> Option<u64> {
-    let text = kernel_field("/proc/meminfo", field)?;
-    let kibibytes: u64 = text.strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1 << 10)
 }
 
 /// Found at run time, not at compile time.

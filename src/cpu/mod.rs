@@ -58,12 +58,6 @@ impl<T: Float> Cpu<T> {
     }
 }
 
-/// The slice itself if T is f32.
-fn same_type<T: Float>(values: &[T]) -> Option<&[f32]> {
-    let same = std::any::TypeId::of::<T>() == std::any::TypeId::of::<f32>();
-    same.then(|| bytemuck::cast_slice(values))
-}
-
 /// No indices, where `view` begins.
 fn nothing_at(view: View) -> View {
     View { kind: Kind::Index, shape: Shape::new(&[0]), ..view }
@@ -119,12 +113,6 @@ impl<T: Float> Backend for Cpu<T> {
         assert_eq!(from.len(), values.len(), "read: a view of {}", view.shape);
         values.iter_mut().zip(from).for_each(|(value, from)| *value = from.to_f64() as f32);
         Ok(())
-    }
-
-    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]> {
-        let ([], values) = self.memory.borrow::<T, 0, 3>([], views);
-        let [Some(a), Some(b), Some(c)] = values.map(same_type) else { return None };
-        Some([a, b, c])
     }
 
     fn zero(&mut self, view: View) -> Result<()> {

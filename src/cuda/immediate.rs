@@ -11,7 +11,7 @@ use std::time::Instant;
 use super::driver::*;
 use super::overlap::Overlap;
 use crate::error::Result;
-use crate::host_memory;
+use crate::host_memory::{self, HostMemory};
 
 /// Runs kernels on this CPU.
 ///
@@ -71,7 +71,7 @@ impl<M: Machine> Immediate<M> {
             name: name.to_string(),
             compute_capability: (9, 0),
             multiprocessors,
-            memory_bytes: host_memory::total_bytes(),
+            memory_bytes: HostMemory::now().total.unwrap_or(0),
             l2_bytes: 0,
             shared_bytes_per_block: 232_448,
             shared_bytes_per_multiprocessor: 233_472,

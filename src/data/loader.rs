@@ -86,8 +86,8 @@ pub struct LoaderState {
     /// Rows handed out since the beginning, over all epochs.
     pub row: u64,
     pub rows_per_epoch: u64,
-    pub sequence: u64,
     pub seed: u64,
+    pub sequence: u64,
     /// [`TokenSource::identity`], or the examples'.
     pub source: u64,
 }

@@ -44,6 +44,7 @@ pub(super) struct LossInputs {
 }
 
 impl LossProgram {
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         config: &ModelConfig,
         table: &ParameterTable,
@@ -52,6 +53,7 @@ impl LossProgram {
         z_loss: f64,
         purpose: Purpose,
         element_bytes: impl Fn(Kind) -> usize,
+        fuses_swiglu_backward: bool,
     ) -> Result<Self> {
         let logits = held_logits(&element_bytes);
         let LossTape { tape, tokens, targets, scale, rotary, document_starts, losses } =
@@ -67,7 +69,8 @@ impl LossProgram {
             sequence,
             classes: config.vocab,
         };
-        let program = Program::new(tape, purpose, &[losses], element_bytes)?;
+        let kept = [losses];
+        let program = Program::fused(tape, purpose, &kept, element_bytes, fuses_swiglu_backward)?;
         Ok(LossProgram { program, inputs })
     }
 

@@ -5,6 +5,8 @@
 //! the copy lacks ([`Master::Split`]); then vectors, which are read in f32, have a copy in f32. The
 //! optimizer writes all of them.
 
+use std::ops::Range;
+
 use crate::backend::Backend;
 use crate::config::Master;
 use crate::error::Result;
@@ -117,35 +119,57 @@ impl Parameters {
         backend: &mut impl Backend,
     ) -> Result<Self> {
         let parameters = Self::allocate(table, Master::F32, backend)?;
-        parameters.write(table, values, backend)?;
+        parameters.write(table, 0, values, backend)?;
         Ok(parameters)
     }
 
-    /// Replaces every parameter.
+    /// Replaces the parameters of `values`, which are stored elements from `first` on.
     pub(super) fn write(
         &self,
         table: &ParameterTable,
+        first: usize,
         values: &[f32],
         backend: &mut impl Backend,
     ) -> Result<()> {
+        let written = first..first + values.len();
+        let master = Self::part(self.master, &written, backend);
         let Some(upper) = self.halves() else {
-            backend.write(self.master, values)?;
-            return self.working.map_or(Ok(()), |working| backend.round(self.master, working));
+            backend.write(master, values)?;
+            let working = self.working.map(|working| Self::part(working, &written, backend));
+            return working.map_or(Ok(()), |working| backend.round(master, working));
         };
-        backend.write_halves(upper, self.master, values)?;
+        backend.write_halves(Self::part(upper, &written, backend), master, values)?;
         let vectors = table.entries().iter().filter(|parameter| parameter.vector.is_some());
         for vector in vectors {
-            backend.write(self.view(vector, Kind::Statistic), &values[vector.range()])?;
+            let Range { start, end } = vector.range();
+            let common = start.max(written.start)..end.min(written.end);
+            if !common.is_empty() {
+                let inside = common.start - start..common.end - start;
+                let view = self.view(vector, Kind::Statistic);
+                let view = Self::part(view, &inside, backend);
+                backend.write(view, &values[common.start - first..common.end - first])?;
+            }
         }
         Ok(())
     }
 
-    /// Every parameter as it would be stored in f32.
-    pub(super) fn read(&self, values: &mut [f32], backend: &mut impl Backend) -> Result<()> {
+    /// Stored elements from `first` on, as they would be stored in f32.
+    pub(super) fn read(
+        &self,
+        first: usize,
+        values: &mut [f32],
+        backend: &mut impl Backend,
+    ) -> Result<()> {
+        let range = first..first + values.len();
+        let master = Self::part(self.master, &range, backend);
         match self.halves() {
-            Some(upper) => backend.read_halves(upper, self.master, values),
-            None => backend.read(self.master, values),
+            Some(upper) => backend.read_halves(Self::part(upper, &range, backend), master, values),
+            None => backend.read(master, values),
         }
+    }
+
+    fn part(view: View, range: &Range<usize>, backend: &impl Backend) -> View {
+        view.part(range, backend.element_bytes(view.kind))
     }
 
     /// The upper halves, if the master is lower ones.

@@ -42,6 +42,7 @@ pub struct Plan {
     /// Allocated by the backend when it was opened.
     opened_bytes: usize,
     process_bytes: usize,
+    reserve_bytes: usize,
 }
 
 type OptimizerBytes<'a> = dyn Fn(&[Range<usize>], &[VectorCopy]) -> usize + 'a;
@@ -54,6 +55,8 @@ pub struct DeviceBytes<'a> {
     pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
     /// [`Backend::optimizer_bytes`]
     pub optimizer: &'a OptimizerBytes<'a>,
+    /// [`Backend::reserve_bytes`]
+    pub reserve: usize,
     /// [`Backend::transfer_bytes`]
     pub transfers: &'a dyn Fn(usize, usize) -> usize,
 }
@@ -83,6 +86,8 @@ pub struct MemoryTable {
     pub scratch: u64,
     /// What the program itself takes of the device's memory, as measured.
     pub process: u64,
+    /// What a GPU's driver will take besides buffers: graphs, kernels' code, rounding. Estimated.
+    pub reserve: u64,
     pub total: u64,
     /// Both moments, where they lie in host memory: not in the total.
     pub host_moments: u64,
@@ -95,7 +100,8 @@ pub struct MemoryTable {
 impl Plan {
     /// For training on `backend`.
     pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
-        let plan = Self::sized(config, |kind| backend.element_bytes(kind))?;
+        let fuses = backend.fuses_swiglu_backward();
+        let plan = Self::sized(config, |kind| backend.element_bytes(kind), fuses)?;
         let process_bytes = backend.process_bytes(plan.largest_matrix());
         let moment_element_bytes = backend.element_bytes(optim::moment_kind(&config.optimizer));
         let passage = offload_bytes(backend.offload_chunk(), moment_element_bytes);
@@ -104,6 +110,7 @@ impl Plan {
             config,
             &DeviceBytes {
                 opened: backend.scratch_bytes(),
+                reserve: backend.reserve_bytes(),
                 attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
                 optimizer: &|decay, vectors| backend.optimizer_bytes(decay, vectors),
                 transfers: &|sent, read| backend.transfer_bytes(sent, read),
@@ -121,31 +128,46 @@ impl Plan {
         let attention_bytes = (device.attention)(spec, config.data.packs_documents());
         let [sent, read] = Batches::transfers(self.step_tokens);
         let transfer_bytes = (device.transfers)(sent, read);
-        let opened_bytes = device.opened;
-        Plan { optimizer_bytes, attention_bytes, opened_bytes, transfer_bytes, ..self }
+        let (opened_bytes, reserve_bytes) = (device.opened, device.reserve);
+        Plan {
+            optimizer_bytes,
+            attention_bytes,
+            opened_bytes,
+            reserve_bytes,
+            transfer_bytes,
+            ..self
+        }
     }
 
-    /// For training on a device that need not be here, without what it allocates besides.
+    /// For training on a GPU of compute capability 9.0 that need not be here, without what it
+    /// allocates besides.
     pub fn without_device(config: &Config) -> Result<Self> {
         let activation = match config.dtype {
             Dtype::F32 => 4,
             Dtype::Bf16 => 2,
         };
-        Self::sized(config, |kind| match kind {
+        let element_bytes = |kind| match kind {
             Kind::Activation => activation,
             Kind::Bf16 | Kind::LowerHalf => 2,
             Kind::Statistic | Kind::Index => 4,
-        })
+        };
+        // As the products of that capability do it, which are for bf16.
+        Self::sized(config, element_bytes, config.dtype == Dtype::Bf16)
     }
 
-    fn sized(config: &Config, element_bytes: impl Fn(Kind) -> usize) -> Result<Self> {
+    fn sized(
+        config: &Config,
+        element_bytes: impl Fn(Kind) -> usize,
+        fuses_swiglu_backward: bool,
+    ) -> Result<Self> {
         let table = ParameterTable::new(&config.model);
         let (batch, sequence) = (config.train.micro_batch, config.data.sequence);
         let size = [batch, sequence];
         let documents = config.data.packs_documents();
         let program = |purpose, z_loss| {
             let (model, bytes) = (&config.model, &element_bytes);
-            LossProgram::new(model, &table, size, documents, z_loss, purpose, bytes)
+            let fuses = fuses_swiglu_backward;
+            LossProgram::new(model, &table, size, documents, z_loss, purpose, bytes, fuses)
         };
         let training =
             program(Purpose::Training { recompute: config.train.recompute }, config.train.z_loss)?;
@@ -179,6 +201,7 @@ impl Plan {
             attention_bytes: 0,
             opened_bytes: 0,
             process_bytes: 0,
+            reserve_bytes: 0,
         })
     }
 
@@ -209,8 +232,9 @@ impl Plan {
         let (on_device, on_host) = self.offload_bytes.map_or((both, 0), |bytes| (bytes, both));
         let moments = (on_device + self.norm_bytes + self.optimizer_bytes) as u64;
         let scratch = (self.opened_bytes + self.attention_bytes) as u64;
-        let process = self.process_bytes as u64;
+        let (process, reserve) = (self.process_bytes as u64, self.reserve_bytes as u64);
         let flat_buffers = parameters + working_copy + flat + moments;
+        let besides = batches + sampling + scratch + process + reserve;
         MemoryTable {
             parameters,
             working_copy,
@@ -221,7 +245,8 @@ impl Plan {
             sampling,
             scratch,
             process,
-            total: flat_buffers + activations + batches + sampling + scratch + process,
+            reserve,
+            total: flat_buffers + activations + besides,
             host_moments: on_host as u64,
             host_transfers: self.transfer_bytes as u64,
             tensors: self.training.memory_lines().to_vec(),
@@ -296,6 +321,7 @@ impl fmt::Display for MemoryTable {
             ("sampling", self.sampling),
             ("scratch", self.scratch),
             ("process", self.process),
+            ("graphs and code (estimated)", self.reserve),
         ];
         for (name, bytes) in rest.into_iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "{name:<30}{:>22.1}", mib(bytes))?;

@@ -1,6 +1,5 @@
 //! Training steps: forward and backward over micro-batches, the update, evaluation in between.
 
-use std::borrow::Cow;
 use std::ffi::CStr;
 
 use super::batches::{Batches, BatchesRead};
@@ -12,6 +11,7 @@ use super::{Parameters, Rows, flat_view, sum};
 use crate::backend::{Backend, FlatBuffers};
 use crate::config::{Config, ModelConfig, OptimizerConfig};
 use crate::error::{Error, Result};
+use crate::flat::FlatBuffer;
 use crate::model::parameters::ParameterTable;
 use crate::optim::{self, LayerSampling, UpdateGroup, UpdateTime};
 use crate::tape::External;
@@ -189,47 +189,62 @@ impl<B: Backend> Trainer<B> {
 
     /// Replaces parameters and both moments; each of the table's stored elements.
     pub fn set_state(&mut self, parameters: &[f32], m1: &[f32], m2: &[f32]) -> Result<()> {
-        self.set_parameters(parameters)?;
-        self.backend.write(self.flat.moment1, m1)?;
-        self.backend.write(self.flat.moment2, m2)
-    }
-
-    /// Parameters and the two moments, in this order, for [`Trainer::set_buffer`].
-    pub fn state_buffers(&self) -> [View; 3] {
-        [self.flat.parameters, self.flat.moment1, self.flat.moment2]
-    }
-
-    /// Replaces one of [`Trainer::state_buffers`].
-    pub fn set_buffer(&mut self, buffer: View, values: &[f32]) -> Result<()> {
-        match buffer == self.flat.parameters {
-            true => self.set_parameters(values),
-            false => self.backend.write(buffer, values),
-        }
+        let values = [parameters, m1, m2];
+        let mut all = FlatBuffer::ALL.into_iter().zip(values);
+        all.try_for_each(|(buffer, values)| self.write_flat(buffer, 0, values))
     }
 
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
-        self.parameters.write(&self.table, parameters, &mut self.backend)
+        self.write_flat(FlatBuffer::Parameters, 0, parameters)
     }
 
-    /// Parameters and the two moments: borrowed where they lie in host memory, else copied out.
-    pub fn state(&mut self) -> Result<[Cow<'_, [f32]>; 3]> {
-        let views = self.state_buffers();
-        if self.backend.host_values(views).is_none() {
-            let mut read = |view| Ok(Cow::Owned(self.read_buffer(view)?));
-            return Ok([read(views[0])?, read(views[1])?, read(views[2])?]);
+    /// Parameters and the two moments, copied out whole: for comparisons. A checkpoint reads them
+    /// piece by piece.
+    pub fn state(&mut self) -> Result<[Vec<f32>; 3]> {
+        let mut state = [(); 3].map(|()| vec![0.0; self.table.stored_elements()]);
+        for (buffer, values) in FlatBuffer::ALL.into_iter().zip(&mut state) {
+            self.read_flat(buffer, 0, values)?;
         }
-        let values = self.backend.host_values(views).expect("it was there just now");
-        Ok(values.map(Cow::Borrowed))
+        Ok(state)
     }
 
-    /// One of [`Trainer::state_buffers`], copied out.
-    fn read_buffer(&mut self, buffer: View) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; buffer.shape.elements()];
-        match buffer == self.flat.parameters {
-            true => self.parameters.read(&mut values, &mut self.backend)?,
-            false => self.backend.read(buffer, &mut values)?,
+    /// Replaces elements of a buffer, from `first` on.
+    pub fn write_flat(&mut self, buffer: FlatBuffer, first: usize, values: &[f32]) -> Result<()> {
+        match self.moment(buffer) {
+            None => self.parameters.write(&self.table, first, values, &mut self.backend),
+            Some(moment) => {
+                let part = self.part(moment, first, values.len());
+                self.backend.write(part, values)
+            }
         }
-        Ok(values)
+    }
+
+    /// Copies elements of a buffer out, from `first` on.
+    pub fn read_flat(
+        &mut self,
+        buffer: FlatBuffer,
+        first: usize,
+        values: &mut [f32],
+    ) -> Result<()> {
+        match self.moment(buffer) {
+            None => self.parameters.read(first, values, &mut self.backend),
+            Some(moment) => {
+                let part = self.part(moment, first, values.len());
+                self.backend.read(part, values)
+            }
+        }
+    }
+
+    fn moment(&self, buffer: FlatBuffer) -> Option<View> {
+        match buffer {
+            FlatBuffer::Parameters => None,
+            FlatBuffer::Moment1 => Some(self.flat.moment1),
+            FlatBuffer::Moment2 => Some(self.flat.moment2),
+        }
+    }
+
+    fn part(&self, view: View, first: usize, elements: usize) -> View {
+        view.part(&(first..first + elements), self.backend.element_bytes(view.kind))
     }
 
     /// The losses [T] of the last micro-batch, on the device.

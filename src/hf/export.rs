@@ -1,6 +1,6 @@
 //! Writes a Hugging Face folder from a flat parameter buffer.
 //!
-//! Tensors are streamed row by row; padding stays behind. A gain is written as
+//! Tensors are read and written some rows at a time; padding stays behind. A gain is written as
 //! `w / (depth as f32).sqrt()`, the expression by which the network itself gets its effective
 //! gain, so stock LLaMA computes with the same bits. The folder must exist; every file is on disk
 //! when [`Export::write`] returns, and the caller makes the folder's names durable.
@@ -15,6 +15,7 @@ use super::{TokenizerFiles, folder_config};
 use crate::config::ModelConfig;
 use crate::durable::{Fingerprint, write_new};
 use crate::error::{Error, Result};
+use crate::flat::{CHUNK_ELEMENTS, Elements};
 use crate::model::parameters::{HfTensor, Parameter, ParameterTable, RowScale};
 use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
 
@@ -33,20 +34,23 @@ pub enum ExportDtype {
 pub struct Export<'a> {
     pub config: &'a ModelConfig,
     pub table: &'a ParameterTable,
-    /// [table.stored_elements()]
-    pub parameters: &'a [f32],
     pub tokenizer: &'a TokenizerFiles,
     pub dtype: ExportDtype,
 }
 
 impl Export<'_> {
-    /// Writes the files and tells their names and fingerprints.
-    pub fn write(&self, folder: &Path) -> Result<Vec<(String, Fingerprint)>> {
+    /// Writes the files and tells their names and fingerprints; `parameters` has the table's
+    /// stored elements.
+    pub fn write(
+        &self,
+        folder: &Path,
+        parameters: impl Elements,
+    ) -> Result<Vec<(String, Fingerprint)>> {
         let mut written = Vec::new();
         for (name, contents) in self.small_files()? {
             written.push((name.to_string(), write_new(&folder.join(name), &contents)?));
         }
-        written.push((MODEL.to_string(), self.write_model(&folder.join(MODEL))?));
+        written.push((MODEL.to_string(), self.write_model(&folder.join(MODEL), parameters)?));
         Ok(written)
     }
 
@@ -97,32 +101,39 @@ impl Export<'_> {
         self.tensors().map(|(_, tensor)| entry(tensor)).collect()
     }
 
-    fn write_model(&self, path: &Path) -> Result<Fingerprint> {
+    fn write_model(&self, path: &Path, mut parameters: impl Elements) -> Result<Fingerprint> {
         let mut file = TensorWriter::create(path, &self.entries())?;
         let (mut folded, mut rounded) = (Vec::new(), Vec::new()); // one row each, reused
         for (parameter, tensor) in self.tensors() {
+            let scales = self.row_scales(parameter, &mut parameters)?;
             let stored_columns = parameter.stored.columns();
             let (rows, columns) = (tensor.shape.rows(), tensor.shape.columns());
-            for row in tensor.first_row..tensor.first_row + rows {
-                let start = parameter.offset + row * stored_columns;
-                let mut values = &self.parameters[start..start + columns];
-                folded.clear();
-                if parameter.depth != 1 {
-                    let scale = (parameter.depth as f32).sqrt();
-                    folded.extend(values.iter().map(|w| w / scale));
-                } else if let Some(scale) = parameter.row_scale {
-                    let scale = self.row_scale(scale, row);
-                    folded.extend(values.iter().map(|w| w * scale));
-                }
-                if !folded.is_empty() {
-                    values = &folded;
-                }
-                match self.dtype {
-                    ExportDtype::F32 => file.write_f32(values)?,
-                    ExportDtype::Bf16 => {
-                        rounded.clear();
-                        rounded.extend(values.iter().map(|w| bf16::from_f32(*w)));
-                        file.write_bf16(&rounded)?;
+            let end_row = tensor.first_row + rows;
+            let rows_at_one_time = (CHUNK_ELEMENTS / stored_columns).max(1);
+            for first_row in (tensor.first_row..end_row).step_by(rows_at_one_time) {
+                let rows = first_row..end_row.min(first_row + rows_at_one_time);
+                let start = parameter.offset + rows.start * stored_columns;
+                let chunk = parameters.get(start..start + rows.len() * stored_columns)?;
+                for (row, values) in rows.zip(chunk.chunks_exact(stored_columns)) {
+                    let mut values = &values[..columns];
+                    folded.clear();
+                    if parameter.depth != 1 {
+                        let scale = (parameter.depth as f32).sqrt();
+                        folded.extend(values.iter().map(|w| w / scale));
+                    } else if let Some(scales) = &scales {
+                        let scale = scales.of(row);
+                        folded.extend(values.iter().map(|w| w * scale));
+                    }
+                    if !folded.is_empty() {
+                        values = &folded;
+                    }
+                    match self.dtype {
+                        ExportDtype::F32 => file.write_f32(values)?,
+                        ExportDtype::Bf16 => {
+                            rounded.clear();
+                            rounded.extend(values.iter().map(|w| bf16::from_f32(*w)));
+                            file.write_bf16(&rounded)?;
+                        }
                     }
                 }
             }
@@ -130,12 +141,36 @@ impl Export<'_> {
         file.finish()
     }
 
-    /// What row `row` of a projection out of a branch is multiplied by.
-    fn row_scale(&self, scale: RowScale, row: usize) -> f32 {
-        let learnt = scale.parameter.map_or(1.0, |id| {
-            let values = &self.parameters[self.table.get(id).range()];
-            values[if values.len() == 1 { 0 } else { row }]
-        });
-        scale.constant as f32 * learnt
+    /// What the rows of a projection out of a branch are multiplied by.
+    fn row_scales(
+        &self,
+        parameter: &Parameter,
+        parameters: &mut impl Elements,
+    ) -> Result<Option<RowScales>> {
+        let Some(RowScale { constant, parameter: gain }) = parameter.row_scale else {
+            return Ok(None);
+        };
+        let learnt = match gain {
+            None => Vec::new(),
+            Some(id) => parameters.get(self.table.get(id).range())?.to_vec(),
+        };
+        Ok(Some(RowScales { constant: constant as f32, learnt }))
+    }
+}
+
+struct RowScales {
+    constant: f32,
+    /// One for each row, one for all, or none.
+    learnt: Vec<f32>,
+}
+
+impl RowScales {
+    fn of(&self, row: usize) -> f32 {
+        self.constant
+            * match self.learnt[..] {
+                [] => 1.0,
+                [all] => all,
+                ref each => each[row],
+            }
     }
 }

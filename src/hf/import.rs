@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::{CONFIG, INDEX, MODEL, folder_config};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::parameters::{Init, ParameterTable};
+use crate::model::parameters::{Init, Parameter, ParameterTable};
 use crate::model::placement;
 use crate::tensor::Shape;
 use crate::tensor_file::{Dtype, TensorReader};
@@ -207,31 +207,52 @@ pub fn fill(model: &HfModel, table: &ParameterTable, parameters: &mut [f32]) -> 
             expected: Shape::new(&[table.stored_elements()]),
         });
     }
-    model.check(table)?;
     parameters.fill(0.0);
+    fill_each(model, table, |parameter, values| {
+        parameters[parameter.range()].copy_from_slice(values);
+        Ok(())
+    })
+}
+
+/// As [`fill`], but one parameter after the other is given to `take`: only one is in memory at a time.
+pub fn fill_each(
+    model: &HfModel,
+    table: &ParameterTable,
+    mut take: impl FnMut(&Parameter, &[f32]) -> Result<()>,
+) -> Result<()> {
+    model.check(table)?;
+    let mut values = Vec::new();
     for parameter in table.entries() {
-        for tensor in &parameter.tensors {
-            let Some(file) = model.file(&tensor.name) else { continue };
-            let stored_columns = parameter.stored.columns();
-            let (rows, columns) = (tensor.shape.rows(), tensor.shape.columns());
-            let start = parameter.offset + tensor.first_row * stored_columns;
-            if columns == stored_columns {
-                file.read(&tensor.name, 0, &mut parameters[start..start + rows * columns])?;
-            } else {
-                for row in 0..rows {
-                    let start = start + row * stored_columns;
-                    let out = &mut parameters[start..start + columns];
-                    file.read(&tensor.name, row * columns, out)?;
-                }
+        values.clear();
+        values.resize(parameter.stored.elements(), 0.0);
+        fill_one(model, parameter, &mut values)?;
+        take(parameter, &values)?;
+    }
+    Ok(())
+}
+
+/// `values` are zeros.
+fn fill_one(model: &HfModel, parameter: &Parameter, values: &mut [f32]) -> Result<()> {
+    for tensor in &parameter.tensors {
+        let Some(file) = model.file(&tensor.name) else { continue };
+        let stored_columns = parameter.stored.columns();
+        let (rows, columns) = (tensor.shape.rows(), tensor.shape.columns());
+        let start = tensor.first_row * stored_columns;
+        if columns == stored_columns {
+            file.read(&tensor.name, 0, &mut values[start..start + rows * columns])?;
+        } else {
+            for row in 0..rows {
+                let start = start + row * stored_columns;
+                file.read(&tensor.name, row * columns, &mut values[start..start + columns])?;
             }
         }
-        if let (true, Init::Constant(value)) = (parameter.tensors.is_empty(), parameter.init) {
-            parameters[parameter.range()].fill(value as f32); // folded into others by the export
-        }
-        if parameter.depth != 1 {
-            let scale = (parameter.depth as f32).sqrt();
-            parameters[parameter.range()].iter_mut().for_each(|gain| *gain *= scale);
-        }
+    }
+    if let (true, Init::Constant(value)) = (parameter.tensors.is_empty(), parameter.init) {
+        values.fill(value as f32); // folded into others by the export
+    }
+    if parameter.depth != 1 {
+        let scale = (parameter.depth as f32).sqrt();
+        values.iter_mut().for_each(|gain| *gain *= scale);
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ mod tokenizer;
 
 pub use export::{Export, ExportDtype};
 pub use folder_config::{model_config, not_stock, trained_placement};
-pub use import::{HfModel, fill, load, load_for_inference};
+pub use import::{HfModel, fill, fill_each, load, load_for_inference};
 pub use tokenizer::TokenizerFiles;
 
 pub const CONFIG: &str = "config.json";

@@ -3,6 +3,8 @@
 //! [`fuse`] finds them in a finished list of steps, so neither recording nor the backward rules know
 //! of them.
 
+use std::collections::HashSet;
+
 use super::ValueId;
 use super::op::{Gradient, Op};
 use super::step::{Fused, Step};
@@ -22,6 +24,18 @@ pub(super) fn fuse(steps: Vec<Step<ValueId>>, kept: &[ValueId]) -> Vec<Step<Valu
         }
     }
     all
+}
+
+/// Gradients between SwiGLU's and that of the linear layer behind it: no other step knows of them, and
+/// a device that computes both at once does not, either.
+pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
+    let between = |step: &Step<ValueId>| match *step {
+        Step::Fused(Fused::Backward([Gradient::Linear { d_inp, .. }, Gradient::SwiGlu { .. }])) => {
+            Some(d_inp.to)
+        }
+        _ => None,
+    };
+    steps.iter().filter_map(between).collect()
 }
 
 /// The two as one, of those that [`Backend`](crate::backend::Backend) has a method for; `read_once`: by no

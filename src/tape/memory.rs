@@ -4,7 +4,7 @@
 //! share memory. Larger values are placed first, each at the lowest offset that is free for its
 //! whole life.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
@@ -45,18 +45,20 @@ struct Placed {
 }
 
 impl MemoryPlan {
-    /// `kept` values, and inputs, live to the end.
+    /// `kept` values, and inputs, live to the end; those that are `spared` nowhere.
     pub(super) fn new(
         steps: &[Step<ValueId>],
         values: &[Value],
         kept: &[ValueId],
+        spared: &HashSet<ValueId>,
         element_bytes: impl Fn(Kind) -> usize,
     ) -> Self {
         let end = steps.len();
         let mut lives: BTreeMap<ValueId, (usize, usize)> = BTreeMap::new();
         for (at, step) in steps.iter().enumerate() {
             for (id, _) in step.operands() {
-                if !matches!(values[id.0].role, Role::External(_)) {
+                let outside = matches!(values[id.0].role, Role::External(_));
+                if !outside && !spared.contains(&id) {
                     lives.entry(id).or_insert((at, at)).1 = at;
                 }
             }

@@ -1,13 +1,15 @@
 //! A program: steps whose memory is planned, and, once bound, whose operands are views.
 
+use std::collections::HashSet;
+
 use super::differentiate::{Gradients, inference_steps, training_steps, vector_jacobian_steps};
-use super::fused::fuse;
+use super::fused::{fuse, scratch_of_pairs};
 use super::memory::MemoryPlan;
 use super::{External, Role, Step, Tape, Value, ValueId};
 use crate::backend::Backend;
 use crate::config::Recompute;
 use crate::error::{Error, Result};
-use crate::tensor::{BufferId, Kind, View};
+use crate::tensor::{BufferId, Kind, Shape, View};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Purpose {
@@ -45,10 +47,22 @@ pub struct BoundProgram {
 impl Program {
     /// `kept`: activations that the caller reads after a run.
     pub fn new(
+        tape: Tape,
+        purpose: Purpose,
+        kept: &[ValueId],
+        element_bytes: impl Fn(Kind) -> usize,
+    ) -> Result<Self> {
+        Self::fused(tape, purpose, kept, element_bytes, false)
+    }
+
+    /// For a device that does more at once: `swiglu_backward` as [`Backend::fuses_swiglu_backward`],
+    /// which spares memory.
+    pub fn fused(
         mut tape: Tape,
         purpose: Purpose,
         kept: &[ValueId],
         element_bytes: impl Fn(Kind) -> usize,
+        swiglu_backward: bool,
     ) -> Result<Self> {
         let (steps, gradients) = match purpose {
             Purpose::Inference => (inference_steps(&tape), Vec::new()),
@@ -62,7 +76,8 @@ impl Program {
         let read = gradients.iter().map(|(_, gradient)| gradient);
         let kept: Vec<ValueId> = kept.iter().chain(read).copied().collect();
         let steps = fuse(steps, &kept);
-        let memory = MemoryPlan::new(&steps, &tape.values, &kept, element_bytes);
+        let spared = if swiglu_backward { scratch_of_pairs(&steps) } else { HashSet::new() };
+        let memory = MemoryPlan::new(&steps, &tape.values, &kept, &spared, element_bytes);
         Ok(Program { tape, steps, gradients, memory })
     }
 
@@ -102,7 +117,10 @@ impl Program {
             (_, Some(offset)) => {
                 View { buffer: arena, offset, kind: value.kind, shape: value.shape }
             }
-            (_, None) => unreachable!("{} has no step and so no memory", value.name),
+            // Spared, see [`Fused::run`].
+            (_, None) => {
+                View { buffer: arena, offset: 0, kind: value.kind, shape: Shape::new(&[0]) }
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::op::{Access, Gradient, Op};
 use crate::backend::{Backend, Sink};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::View;
 
 /// One step of a program.
@@ -46,9 +46,29 @@ impl<H: Copy> Fused<H> {
 
 impl Fused<View> {
     pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
-        match self.run_as_one(backend)? {
-            true => Ok(()),
+        if self.run_as_one(backend)? {
+            return Ok(());
+        }
+        match self.needs_one_kernel() {
             false => self.parts().iter().try_for_each(|part| part.run(backend)),
+            true => Err(Error::Device {
+                device: backend.name().to_string(),
+                what:
+                    "it was planned to compute SwiGLU's gradient with the product in front of it, \
+                       and cannot"
+                        .to_string(),
+                remedy: "plan for the device that trains".to_string(),
+            }),
+        }
+    }
+
+    /// Whether what the first leaves to the second has no memory.
+    fn needs_one_kernel(&self) -> bool {
+        match self {
+            Fused::Backward([Gradient::Linear { d_inp, .. }, Gradient::SwiGlu { .. }]) => {
+                d_inp.to.shape.elements() == 0
+            }
+            _ => false,
         }
     }
 

@@ -17,6 +17,7 @@ pub struct Pace {
     cost: TokenCost,
     /// By the memory table.
     planned_bytes: u64,
+    free_after_warm_up: Option<u64>,
 }
 
 /// Of one step.
@@ -30,7 +31,7 @@ impl Pace {
     pub fn new(cost: TokenCost, planned_bytes: u64, sensors: Option<Sensors>) -> Self {
         let monitor = sensors.map(|sensors| Monitor::start(sensors, READINGS_EVERY));
         let (clock, meter) = (Clock::new(Instant::now()), Meter::default());
-        Pace { clock, meter, monitor, cost, planned_bytes }
+        Pace { clock, meter, monitor, cost, planned_bytes, free_after_warm_up: None }
     }
 
     /// A step is to be enqueued, and none is under way.
@@ -40,12 +41,15 @@ impl Pace {
     }
 
     /// A step of so many positions is over; `another`: the next one is under way.
-    pub fn step_ends(&mut self, tokens: u64, another: bool) -> StepRate {
+    pub fn step_ends(&mut self, tokens: u64, another: bool, device: &impl Backend) -> StepRate {
         let seconds = self.clock.step_ends(Instant::now());
         if !another {
             self.read_sensors(false);
         }
         self.meter.add(tokens, seconds);
+        if self.meter.is_warm() && self.free_after_warm_up.is_none() {
+            self.free_after_warm_up = device.own_free_bytes();
+        }
         let tokens_per_second = tokens as f64 / seconds;
         let mfu = Utilisation::of(tokens_per_second, &self.cost).map(|used| used.mfu);
         StepRate { tokens_per_second, mfu }
@@ -80,7 +84,7 @@ impl Pace {
             last_step,
             utilisation: Utilisation::of(steady.tokens_per_second, &self.cost),
             steady,
-            memory: MemoryUse::of(self.planned_bytes, device),
+            memory: MemoryUse::of(self.planned_bytes, self.free_after_warm_up, device),
             conditions,
         })
     }

@@ -58,8 +58,8 @@ pub(super) fn resolve_epochs(config: &mut Config, rows: u64, console: &Console) 
 /// Refuses to continue with another model, with rows formed in another way, or with other layers at
 /// rest.
 pub(super) fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
-    let (saved, now) = (verified.config()?, serde_json::to_value(config).unwrap_or_default());
-    let default = serde_json::to_value(Config::preset(DEFAULT_PRESET)?).unwrap_or_default();
+    let (saved, now) = (verified.config()?, as_json(config)?);
+    let default = as_json(&Config::preset(DEFAULT_PRESET)?)?;
     let keys = [
         ("model", None),
         ("data", Some("format")),
@@ -82,4 +82,11 @@ pub(super) fn check_same_model(verified: &Verified, config: &Config) -> Result<(
         }
     }
     Ok(())
+}
+
+fn as_json(config: &Config) -> Result<serde_json::Value> {
+    serde_json::to_value(config).map_err(|error| Error::Config {
+        what: format!("it cannot be compared with that of the checkpoint: {error}"),
+        remedy: "check it for paths that are not UTF-8".to_string(),
+    })
 }

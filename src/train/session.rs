@@ -69,7 +69,7 @@ pub fn train_on<B: Backend>(
     let machine = backend.machine();
     let pace = Pace::new(token_cost, plan.memory().total, backend.sensors());
     let mut trainer = Trainer::new(plan, &config, backend)?;
-    let Start { state, loader, owed, saved } = match resume {
+    let Start { state, loader, saved } = match resume {
         true => restore(&mut trainer, &directory, &config, &material, loader, console)?,
         false => begin(&mut trainer, &config, loader)?,
     };
@@ -86,7 +86,6 @@ pub fn train_on<B: Backend>(
         material,
         state,
         interrupt,
-        owed,
         saved,
         pace,
         ahead: None,
@@ -105,12 +104,10 @@ struct Session<B> {
     loader: Prefetch,
     metrics: MetricsLog,
     samples: MetricsLog,
+    /// The first thing that a resumed run does is what it owes.
     state: TrainerState,
     prompt: Vec<u32>,
     interrupt: Interrupt,
-    /// The line of a step whose evaluation or sample was interrupted: written when they are made
-    /// up for, which is the first thing that a resumed run does. Kept in [`TrainerState::extra`].
-    owed: Option<StepRecord>,
     /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
     pace: Pace,
@@ -122,8 +119,11 @@ struct Session<B> {
 /// A step that is under way.
 struct Step {
     under_way: StepUnderWay,
-    /// All that is known without its outcome.
-    record: StepRecord,
+    /// From 1.
+    step: u64,
+    /// Positions trained on so far, those of this step included.
+    tokens: u64,
+    lr: f64,
     /// Of the loader.
     rows: Range<u64>,
 }
@@ -148,7 +148,7 @@ impl<B: Backend> Session<B> {
             }
             self.pace.run_goes_on();
         }
-        let interrupted = self.owed.is_some() || self.state.step < steps;
+        let interrupted = self.state.owed.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
         let throughput = self.pace.finish(first_step, self.state.step, self.trainer.device().0);
         if let Some(throughput) = &throughput {
@@ -179,14 +179,14 @@ impl<B: Backend> Session<B> {
         let step = match self.ahead.take() {
             Some(step) => step,
             None if self.interrupt.asked() => return Ok(None),
-            None if self.owed.is_some() => return Ok(self.owed.take()),
+            None if self.state.owed.is_some() => return Ok(self.state.owed.take()),
             None if self.state.step == self.config.train.steps => return Ok(None),
             None => {
                 self.pace.step_begins();
                 self.enqueue()?
             }
         };
-        let goes_on = self.trainer.steps_ahead() && !self.pauses_behind(step.record.step);
+        let goes_on = self.trainer.steps_ahead() && !self.pauses_behind(step.step);
         let ahead = if goes_on { self.enqueue().map(Some) } else { Ok(None) };
         let (ahead, failed) = match ahead {
             Ok(ahead) => (ahead, None),
@@ -223,7 +223,7 @@ impl<B: Backend> Session<B> {
         {
             let most = if last { 0 } else { self.config.train.eval_tokens };
             let Some(evaluation) = self.evaluate(most)? else {
-                self.owed = Some(record);
+                self.state.owed = Some(record);
                 return Ok((None, None));
             };
             console.evaluation(record.step, &evaluation);
@@ -236,7 +236,7 @@ impl<B: Backend> Session<B> {
             sample = self.sample(record.step)?;
             match &sample {
                 None => {
-                    self.owed = Some(record);
+                    self.state.owed = Some(record);
                     return Ok((None, None));
                 }
                 Some(text) if !last => {
@@ -261,16 +261,18 @@ impl<B: Backend> Session<B> {
     /// Errors: a loss or gradient that is not finite, with which nothing was updated if it was the
     /// gradient. The step behind it may have run; no checkpoint knows of either.
     fn finish(&mut self, step: Step) -> Result<StepRecord> {
-        let Step { under_way, record, rows } = step;
+        let Step { under_way, step, tokens, lr, rows } = step;
         let outcome = self.trainer.outcome(under_way)?;
-        check_finite(&outcome, record.step, rows)?;
+        check_finite(&outcome, step, rows)?;
         if self.ahead.is_none() {
             self.trainer.wait()?;
         }
-        let rate = self.pace.step_ends(self.positions(), self.ahead.is_some());
-        let (loss, grad_norm) = (outcome.loss, outcome.grad_norm);
+        let (positions, another) = (self.positions(), self.ahead.is_some());
+        let rate = self.pace.step_ends(positions, another, self.trainer.device().0);
+        let StepOutcome { loss, grad_norm, .. } = outcome;
         let StepRate { tokens_per_second, mfu } = rate;
-        Ok(StepRecord { loss, grad_norm, tokens_per_second, mfu, ..record })
+        let evaluation = None;
+        Ok(StepRecord { step, tokens, loss, grad_norm, lr, tokens_per_second, mfu, evaluation })
     }
 
     /// One optimizer step, for [`Session::finish`] to wait for.
@@ -293,17 +295,7 @@ impl<B: Backend> Session<B> {
         self.state.step = step;
         self.state.updates += 1;
         self.state.tokens += self.positions();
-        let record = StepRecord {
-            step,
-            tokens: self.state.tokens,
-            loss: f64::NAN,
-            grad_norm: f64::NAN,
-            lr,
-            tokens_per_second: f64::NAN,
-            mfu: None,
-            evaluation: None,
-        };
-        Ok(Step { under_way, record, rows: first_row..end_row })
+        Ok(Step { under_way, step, tokens: self.state.tokens, lr, rows: first_row..end_row })
     }
 
     /// The loss on held-out text, of which there is some; none if somebody asked to stop meanwhile.
@@ -356,26 +348,24 @@ impl<B: Backend> Session<B> {
             return Ok(folder.clone());
         }
         self.metrics.sync()?;
-        self.state.loader = serde_json::to_value(self.loader.state()).unwrap_or_default();
-        self.state.extra = serde_json::to_value(self.owed).unwrap_or_default();
+        self.state.loader = self.loader.state();
         let tokenizer = TokenizerFiles {
             json: self.material.tokenizer().json().to_string(),
             bos: None,
             eos: self.material.tokenizer().end_of_text(),
         };
         let table = self.trainer.table().clone();
-        let [parameters, moment1, moment2] = self.trainer.state()?;
         let snapshot = Snapshot {
             config: &self.config,
             table: &table,
-            parameters: &parameters,
-            moment1: &moment1,
-            moment2: &moment2,
             state: &self.state,
             tokenizer: &tokenizer,
             dtype: ExportDtype::F32,
         };
-        let folder = checkpoint::save(&self.directory, &snapshot)?;
+        let trainer = &mut self.trainer;
+        let folder = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {
+            trainer.read_flat(buffer, first, values)
+        })?;
         checkpoint::retain(&self.directory, &self.config.checkpoint)?;
         self.saved = Some((self.state.step, folder.clone()));
         Ok(folder)

@@ -7,21 +7,20 @@ use super::resolve::check_same_model;
 use crate::backend::Backend;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::Config;
-use crate::data::loader::{Loader, LoaderOptions, LoaderState};
+use crate::data::loader::{Loader, LoaderOptions};
 use crate::data::material::Material;
 use crate::engine::Trainer;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::flat::FlatBuffer;
 use crate::hf;
-use crate::metrics::StepRecord;
-use crate::model::init::initial_parameters;
+use crate::model::init;
+use crate::model::parameters::Parameter;
 use crate::rundir::RunDir;
 
 /// Where a process takes the run up.
 pub(super) struct Start {
     pub state: TrainerState,
     pub loader: Loader,
-    /// See [`super::Session::owed`].
-    pub owed: Option<StepRecord>,
     /// The checkpoint that holds this state already.
     pub saved: Option<(u64, PathBuf)>,
 }
@@ -32,26 +31,33 @@ pub(super) fn begin<B: Backend>(
     config: &Config,
     loader: Loader,
 ) -> Result<Start> {
-    let parameters = match &config.train.init_from {
-        None => initial_parameters(trainer.table(), config.seed),
-        Some(folder) => {
-            let mut parameters = vec![0.0; trainer.table().stored_elements()];
-            hf::fill(&hf::load(folder)?, trainer.table(), &mut parameters)?;
-            parameters
-        }
+    let table = trainer.table().clone();
+    // Buffers begin as zeros, which what lies between parameters stays.
+    let mut write = |parameter: &Parameter, values: &[f32]| {
+        trainer.write_flat(FlatBuffer::Parameters, parameter.offset, values)
     };
-    trainer.set_parameters(&parameters)?;
+    match &config.train.init_from {
+        Some(folder) => hf::fill_each(&hf::load(folder)?, &table, write)?,
+        None => {
+            let mut values = Vec::new();
+            for parameter in table.entries() {
+                values.resize(parameter.stored.elements(), 0.0);
+                init::draw(parameter, config.seed, &mut values);
+                write(parameter, &values)?;
+            }
+        }
+    }
     let state = TrainerState {
         step: 0,
         updates: 0,
         tokens: 0,
         seed: config.seed,
-        loader: serde_json::Value::Null,
+        loader: loader.state(),
         elapsed_seconds: 0.0,
         best_valid_loss: None,
-        extra: serde_json::Value::Null,
+        owed: None,
     };
-    Ok(Start { state, loader, owed: None, saved: None })
+    Ok(Start { state, loader, saved: None })
 }
 
 /// The newest checkpoint that holds; metrics behind it are cut off.
@@ -77,23 +83,13 @@ pub(super) fn restore<B: Backend>(
     };
     check_same_model(&verified, config)?;
     let table = trainer.table().clone();
-    let mut buffers = trainer.state_buffers().into_iter();
-    let state = verified.load_each(&table, |values| match buffers.next() {
-        Some(buffer) => trainer.set_buffer(buffer, values),
-        None => Ok(()),
-    })?;
-    let position: LoaderState =
-        serde_json::from_value(state.loader.clone()).map_err(|error| Error::Checkpoint {
-            path: verified.folder().to_path_buf(),
-            what: format!("the loader's position cannot be read: {error}"),
-            remedy: "resume with the version of isobath that wrote it".to_string(),
-        })?;
-    let loader = material.loader(loader_options(config), Some(&position))?;
+    let state = verified
+        .load_each(&table, |buffer, first, values| trainer.write_flat(buffer, first, values))?;
+    let loader = material.loader(loader_options(config), Some(&state.loader))?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming behind step {}", state.step));
-    let owed: Option<StepRecord> = serde_json::from_value(state.extra.clone()).unwrap_or(None);
-    let saved = owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
-    Ok(Start { state, loader, owed, saved })
+    let saved = state.owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
+    Ok(Start { state, loader, saved })
 }
 
 pub(super) fn loader_options(config: &Config) -> LoaderOptions {

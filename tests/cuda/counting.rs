@@ -55,6 +55,8 @@ pub struct Counting {
     /// This kernel faults; from then on nothing can be asked of the machine.
     pub faults: Option<String>,
     pub gone: bool,
+    /// So many bytes are free, of which the driver takes so many for itself.
+    pub memory: Option<[u64; 2]>,
     pub on_its_way: Option<OnItsWay>,
     pub order: Option<Rc<RefCell<Order>>>,
     /// Launches that ran dependent, replayed ones included.
@@ -79,6 +81,7 @@ impl Counting {
             properties,
             faults: None,
             gone: false,
+            memory: None,
             on_its_way: None,
             order: None,
             dependent: Rc::default(),
@@ -136,7 +139,10 @@ impl Driver for Counting {
     }
     fn allocated_bytes(&self) -> u64 { self.host.allocated_bytes() }
     fn release(&mut self, buffer: Allocation) -> Result<()> { self.host.release(buffer) }
-    fn free_bytes(&self) -> Result<u64> { self.host.free_bytes() }
+    fn free_bytes(&self) -> Result<u64> {
+        self.memory.map_or_else(|| self.host.free_bytes(), |[free, _]| Ok(free))
+    }
+    fn reserve_bytes(&self) -> u64 { self.memory.map_or(0, |[_, reserve]| reserve) }
     fn kernel(&mut self, name: &str) -> Result<KernelId> {
         self.take(Taken::Kernel(name.to_string()));
         match self.lacks {

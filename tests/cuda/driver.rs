@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 
+use cudarc::driver::sys::CUresult;
 use isobath::Error;
 use isobath::config::DeviceKind;
 use isobath::cuda::host::{Asynchronous, Host, Options, Order};
@@ -443,6 +444,16 @@ fn a_gpu_or_driver_that_is_too_old_is_refused() {
     let parts = ["no GPU 2: 2 can be seen", "CUDA_VISIBLE_DEVICES"];
     assert_refused(nvidia::check_index(2, 2), &parts);
     assert_refused(nvidia::check_index(0, 0), &["no GPU 0: 0 can be seen"]);
+}
+
+#[test]
+fn no_memory_has_the_same_remedy_wherever_it_is_noticed() {
+    let remedy = |error| nvidia::remedy_of(error, "update the driver");
+    let of_memory = remedy(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    for part in ["train.micro_batch", "train.recompute", "optimizer.offload"] {
+        assert!(of_memory.contains(part), "{part} is not in {of_memory}");
+    }
+    assert_eq!(remedy(CUresult::CUDA_ERROR_INVALID_IMAGE), "update the driver");
 }
 
 #[test]

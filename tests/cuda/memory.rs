@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use isobath::backend::Backend;
 use isobath::config::{Attention, Config, DeviceKind, Dtype, Master, ModelConfig, Recompute};
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Cuda, Driver};
-use isobath::engine::{Plan, Rows, Trainer};
+use isobath::cuda::{Cuda, Driver, Family, GPU_RESERVE_BYTES};
+use isobath::engine::{MemoryTable, Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::optim;
 use isobath::plan::{PlanReport, plan_of_gpu};
@@ -101,7 +102,9 @@ type Table = BTreeMap<String, u64>;
 fn planned(table: &impl serde::Serialize) -> Table {
     let mut rows = serde_json::to_value(table).unwrap();
     let rows = rows.as_object_mut().unwrap();
-    ["total", "process", "tensors"].iter().for_each(|name| drop(rows.remove(*name).unwrap()));
+    ["total", "process", "reserve", "tensors"]
+        .iter()
+        .for_each(|name| drop(rows.remove(*name).unwrap()));
     let bytes = rows.iter().map(|(name, bytes)| (name.clone(), bytes.as_u64().unwrap()));
     bytes.filter(|(_, bytes)| *bytes > 0).collect()
 }
@@ -196,6 +199,57 @@ fn the_plan_is_what_was_allocated_and_nothing_is_once_a_trainer_is_made() {
     }
 }
 
+/// What a GPU's driver takes for itself is a row of the one table, which training and `isobath plan` hold
+/// against what is free.
+#[test]
+fn a_plan_leaves_room_for_what_the_driver_takes() {
+    if !has_simt() {
+        return;
+    }
+    let config = config(Dtype::Bf16);
+    let train_with = |free: u64| {
+        let memory = Some([free, GPU_RESERVE_BYTES]);
+        let host = Host::new(Options::default()).unwrap();
+        let driver = Box::new(Counting { memory, ..Counting::new(host) });
+        let backend = Cuda::new(driver, config.dtype, None).unwrap();
+        let plan = Plan::new(&config, &backend).unwrap();
+        let memory = plan.memory();
+        // What was allocated when it was opened is in the table, and no longer free.
+        (memory.total - backend.scratch_bytes() as u64, Trainer::new(plan, &config, backend).err())
+    };
+    let (needed, refused) = train_with(0);
+    assert!(needed > GPU_RESERVE_BYTES, "{needed}");
+    assert_eq!(planned_for_gpu(&config).reserve, GPU_RESERVE_BYTES);
+    let message = refused.unwrap().to_string();
+    for part in ["graphs and code (estimated)", "512.0", "lower train.micro_batch", "offload"] {
+        assert!(message.contains(part), "{part} is not in: {message}");
+    }
+    assert!(train_with(needed - 1).1.is_some() && train_with(needed).1.is_none());
+}
+
+fn planned_for_gpu(config: &Config) -> MemoryTable {
+    plan_of_gpu(config, 132).unwrap().memory()
+}
+
+/// A plan that counts on a device to compute SwiGLU's gradient at once has no memory to do it twice.
+#[test]
+fn a_plan_for_fused_gradients_is_refused_where_they_are_not_fused() {
+    if !has_simt() {
+        return;
+    }
+    let config = config(Dtype::Bf16);
+    let new = |family| {
+        let host = Box::new(Host::new(Options::default()).unwrap());
+        Cuda::new(host, config.dtype, Some(family)).unwrap()
+    };
+    let [plan, larger] =
+        [Family::Sm90, Family::Sm80].map(|it| Plan::new(&config, &new(it)).unwrap());
+    assert!(plan.memory().activations < larger.memory().activations);
+    let refused = Trainer::new(plan, &config, new(Family::Sm80)).err().unwrap().to_string();
+    assert!(refused.contains("plan for the device that trains"), "{refused}");
+    Trainer::new(larger, &config, new(Family::Sm80)).unwrap();
+}
+
 /// The same on every machine, without a look at each allocation; a GPU also says whether a graph or
 /// a kernel's code took any of its memory.
 #[test]
@@ -216,7 +270,7 @@ fn no_memory_is_taken_behind_the_first_step() {
             (driver.allocated_bytes(), free)
         };
         let first = seen(&mut trainer);
-        assert_eq!(first.0, memory.total - memory.process);
+        assert_eq!(first.0, memory.total - memory.process - memory.reserve);
         for at in 2..=3 {
             look(&config, &mut trainer);
             step(&config, &mut trainer, at);
@@ -239,7 +293,7 @@ fn a_session_allocates_what_its_table_says() {
     config.train.eval_every = 2;
     let run = Run { config, folder: folder.path().join("run"), resume: false };
     let outcome = train(run, Interrupt::none(), &mut Console::quiet()).unwrap();
-    let MemoryUse { planned, allocated, peak } = outcome.throughput.unwrap().memory;
+    let MemoryUse { planned, allocated, peak, .. } = outcome.throughput.unwrap().memory;
     let process = Host::new(Options::default()).unwrap().process_bytes();
     assert_eq!(allocated, Some(planned - process));
     assert!(peak.is_none_or(|peak| peak > allocated.unwrap()), "{peak:?}");

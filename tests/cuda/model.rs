@@ -95,7 +95,7 @@ fn trained<B: Backend>(config: &Config, steps: u64, backend: B) -> Trained {
         let lr = optim::learning_rate(&config.optimizer, step, config.train.steps);
         trainer.update(&config.optimizer, step, lr).unwrap();
     }
-    let [parameters, ..] = trainer.state().unwrap().map(|values| values.into_owned());
+    let [parameters, ..] = trainer.state().unwrap();
     Trained { losses, gradients, grad_norm, parameters }
 }
 
@@ -441,7 +441,7 @@ fn fine_tuned<B: Backend>(config: &Config, backend: B) -> ([Vec<f32>; 3], Vec<f6
         losses.push(trainer.accumulate(std::iter::once(rows)).unwrap().loss);
         trainer.update(&config.optimizer, update, 1e-3).unwrap();
     }
-    (trainer.state().unwrap().map(|values| values.into_owned()), losses)
+    (trainer.state().unwrap(), losses)
 }
 
 #[test]

@@ -140,9 +140,6 @@ impl Backend for Plain {
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()> {
         self.cpu.read(view, values)
     }
-    fn host_values(&mut self, views: [View; 3]) -> Option<[&[f32]; 3]> {
-        self.cpu.host_values(views)
-    }
     fn zero(&mut self, view: View) -> Result<()> {
         self.cpu.zero(view)
     }

@@ -240,7 +240,7 @@ fn evaluations_samples_and_a_resumption_in_between_change_no_bit() {
                 }
             }
             if let Some(backend) = second.take_if(|_| at == 5) {
-                let [parameters, m1, m2] = trainer.state().unwrap().map(|it| it.into_owned());
+                let [parameters, m1, m2] = trainer.state().unwrap();
                 trainer = self::trainer(&config, backend);
                 trainer.set_state(&parameters, &m1, &m2).unwrap();
             }

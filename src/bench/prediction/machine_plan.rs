@@ -12,10 +12,10 @@ use crate::cuda::peaks::Peaks;
 use crate::error::Result;
 use crate::plan::{PlanReport, plan_of_gpu};
 
-/// For the driver's context and the kernels' code, which lie in device memory, too. Assumed, not
-/// measured.
-const RESERVED_BYTES: u64 = 1 << 30;
-const RESERVED_SOURCE: &str = "1 GiB for the driver's context and kernels: assumed, not measured";
+/// For the driver's context, which is there before a run looks at what is free. What the driver takes
+/// behind that is a row of the plan. Assumed, not measured.
+const RESERVED_BYTES: u64 = 512 << 20;
+const RESERVED_SOURCE: &str = "512 MiB for the driver's context: assumed, not measured";
 
 #[derive(Serialize, Clone, Debug)]
 pub struct MachinePlan {
@@ -68,6 +68,8 @@ pub struct Fit {
     pub milliseconds: Vec<f64>,
     /// Rows of the largest micro-batch that fits; 0: none does.
     pub largest_micro_batch: usize,
+    /// With that one, at most, under each roof; empty where none fits.
+    pub most_tokens_per_second: Vec<f64>,
 }
 
 impl MachinePlan {
@@ -131,10 +133,19 @@ impl StateFormat {
 impl Fit {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
         let prediction = Prediction::on(config, machine)?;
+        let largest_micro_batch = largest_micro_batch(config, machine, usable_bytes)?;
+        let mut most_tokens_per_second = Vec::new();
+        if largest_micro_batch > 0 {
+            let mut config = config.clone();
+            config.train.micro_batch = largest_micro_batch;
+            let roofs = Prediction::on(&config, machine)?.roofs;
+            most_tokens_per_second.extend(roofs.iter().map(|roof| roof.tokens_per_second));
+        }
         Ok(Fit {
             total_bytes: plan_of_gpu(config, machine.multiprocessors)?.memory().total,
             milliseconds: prediction.roofs.iter().map(|roof| roof.milliseconds).collect(),
-            largest_micro_batch: largest_micro_batch(config, machine, usable_bytes)?,
+            largest_micro_batch,
+            most_tokens_per_second,
         })
     }
 
@@ -145,7 +156,13 @@ impl Fit {
         }
         match self.largest_micro_batch {
             0 => writeln!(f, "  not one row fits"),
-            rows => writeln!(f, "  {rows} x {sequence} tokens"),
+            rows => {
+                write!(f, "  {:<19}", format!("{rows} x {sequence} tokens"))?;
+                for most in &self.most_tokens_per_second {
+                    write!(f, " {most:>19.0}")?;
+                }
+                writeln!(f)
+            }
         }
     }
 }
@@ -190,11 +207,16 @@ impl fmt::Display for MachinePlan {
         self.predicted.write_families(f)?;
         writeln!(f)?;
         self.predicted.write_roofs(f)?;
-        let roofs = || roofs.iter().map(|roof| format!(" {:>13}", format!("ms, {}", roof.name)));
-        let columns: String = roofs().collect();
+        let columns: String =
+            roofs.iter().map(|roof| format!(" {:>13}", format!("ms, {}", roof.name))).collect();
+        let most: String = roofs
+            .iter()
+            .map(|roof| format!(" {:>19}", format!("tokens/s, {}", roof.name)))
+            .collect();
+        let most = format!("{:<19}{most}", "largest micro-batch");
         writeln!(
             f,
-            "\n{:<15} {:>15} {:>13}{columns}  largest micro-batch",
+            "\n{:<15} {:>15} {:>13}{columns}  {most}",
             "train.recompute", "activations MiB", "together MiB"
         )?;
         for level in &self.levels {
@@ -204,7 +226,7 @@ impl fmt::Display for MachinePlan {
         if !self.formats.is_empty() {
             writeln!(
                 f,
-                "\n{:<17}{:<8}{:<8}{:>17}{:>14}{columns}  largest micro-batch",
+                "\n{:<17}{:<8}{:<8}{:>17}{:>14}{columns}  {most}",
                 "optimizer.master", "moments", "offload", "bytes a parameter", "together MiB"
             )?;
         }
@@ -217,7 +239,8 @@ impl fmt::Display for MachinePlan {
         }
         writeln!(
             f,
-            "largest micro-batch: in {:.1} MiB of memory ({}; without {})",
+            "largest micro-batch: in {:.1} MiB of memory ({}; without {}); tokens/s: with that one, \
+             an upper bound, under each roof",
             mib(self.usable_bytes),
             self.memory_source,
             self.reserved_source

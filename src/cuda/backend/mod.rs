@@ -213,12 +213,20 @@ impl Backend for Cuda {
         self.driver.process_bytes() as usize
     }
 
+    fn reserve_bytes(&self) -> usize {
+        self.driver.reserve_bytes() as usize
+    }
+
     fn allocated_bytes(&self) -> Option<u64> {
         Some(self.driver.allocated_bytes())
     }
 
     fn peak_bytes(&self) -> Option<u64> {
         self.driver.peak_bytes()
+    }
+
+    fn own_free_bytes(&self) -> Option<u64> {
+        self.driver.own_free_bytes()
     }
 
     fn sensors(&self) -> Option<Sensors> {
@@ -239,6 +247,11 @@ impl Backend for Cuda {
             }
             _ => 0,
         }
+    }
+
+    fn fuses_swiglu_backward(&self) -> bool {
+        let output = Output::SwiGluGradient { gate_up: DevicePointer::NULL };
+        self.layers.gemm.fuses(Layout::Nn, output)
     }
 
     fn begin_preparation(&mut self) -> bool {
@@ -413,10 +426,6 @@ impl Backend for Cuda {
             at = at.map(|it| it.offset(2 * values.len() as u64));
         }
         Ok(())
-    }
-
-    fn host_values(&mut self, _: [View; 3]) -> Option<[&[f32]; 3]> {
-        None
     }
 
     fn zero(&mut self, view: View) -> Result<()> {

@@ -128,11 +128,20 @@ pub trait Driver {
     fn process_bytes(&self) -> u64 {
         0
     }
+    /// Bytes that the driver itself will take of [`Driver::free_bytes`] besides buffers; estimated.
+    fn reserve_bytes(&self) -> u64 {
+        0
+    }
     /// Bytes that can still be allocated.
     fn free_bytes(&self) -> Result<u64>;
-    /// The most bytes of this machine's memory that were taken since it was opened, buffers and all
-    /// else; `None` where that is not known.
+    /// The most bytes that the process had at one time, buffers and all else; `None` where nobody
+    /// keeps count of that.
     fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Bytes of a memory of the machine's own that nobody has taken now; `None` where it is the host's,
+    /// of which other programs take and give back all the time.
+    fn own_free_bytes(&self) -> Option<u64> {
         None
     }
     /// `None` where there are none to read.
@@ -223,7 +232,16 @@ impl dyn Driver + '_ {
     }
 }
 
+/// [`Driver::reserve_bytes`] of every GPU, in plans, too: graphs, kernels' code that is loaded when it is
+/// first asked for, and what allocations are rounded up to (2 MiB each). Estimated, not measured.
+pub const GPU_RESERVE_BYTES: u64 = 512 << 20;
+
 // ------------------------------------------------------------------ errors of both machines
+
+/// What makes a training run smaller on the device, and leaves it the same.
+pub const MEMORY_REMEDY: &str = "lower train.micro_batch (and raise train.grad_accumulation by as \
+                                 much), raise train.recompute, set optimizer.offload to true, or \
+                                 end what else uses the device's memory";
 
 pub(in crate::cuda) fn no_memory(device: &str, label: &str, bytes: u64, free: u64) -> Error {
     let what = match bytes {
@@ -232,7 +250,7 @@ pub(in crate::cuda) fn no_memory(device: &str, label: &str, bytes: u64, free: u6
     };
     let remedy = match bytes {
         0 => "allocate at least one byte",
-        _ => "use a smaller batch or model, or end what else uses the device's memory",
+        _ => MEMORY_REMEDY,
     };
     Error::Device { device: device.to_string(), what, remedy: remedy.to_string() }
 }

@@ -20,6 +20,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
 
+pub use errors::remedy_of;
 use errors::{is_kernel_fault, text_of};
 use functions::{attributes_of, info_of, load_whole, names_in};
 pub use pending::{Pending, suspects};
@@ -91,8 +92,6 @@ pub struct Nvidia {
     unusable: Vec<&'static str>,
     pending: Pending,
     memory: Ledger,
-    /// Bytes, before anything was allocated.
-    free_at_first: u64,
     capture: Capture,
     captured: Captured,
     overlap: Overlap,
@@ -129,7 +128,6 @@ impl Nvidia {
             unusable: vec![],
             pending: Pending::default(),
             memory: Ledger::default(),
-            free_at_first: 0,
             capture: Capture::default(),
             captured: Captured::default(),
             overlap: Overlap::default(),
@@ -144,7 +142,6 @@ impl Nvidia {
             driver.load(file, fatbin)?;
         }
         driver.names.sort();
-        driver.free_at_first = driver.free_bytes()?;
         Ok(driver)
     }
 
@@ -178,7 +175,10 @@ impl Nvidia {
                 self.properties.driver_version,
                 text_of(error)
             ),
-            "update the driver, or build with an nvcc that is not newer than it",
+            remedy_of(
+                error.0,
+                "update the driver, or build with an nvcc that is not newer than it",
+            ),
         )
     }
 
@@ -201,7 +201,8 @@ impl Nvidia {
     /// What an error of the driver means: mostly that a kernel that was launched before failed.
     fn failed(&self, error: DriverError) -> Error {
         if !is_kernel_fault(error.0) || self.pending.is_empty() {
-            return absent(text_of(error), "see dmesg and nvidia-smi; start the program again");
+            let remedy = "see dmesg and nvidia-smi; start the program again";
+            return absent(text_of(error), remedy_of(error.0, remedy));
         }
         let pending = self.pending.latest_first().filter_map(|kernel| self.find(kernel).ok());
         let (kernel, hint) = suspects(pending.map(|kernel| kernel.info.name.as_str()));
@@ -223,7 +224,7 @@ impl Nvidia {
         }
         absent(
             format!("cannot record a graph: {}", text_of(error)),
-            format!("set {GRAPHS}=0 to launch kernel by kernel, and report it"),
+            remedy_of(error.0, format!("set {GRAPHS}=0 to launch kernel by kernel, and report it")),
         )
     }
 
@@ -267,7 +268,7 @@ impl Nvidia {
             kernel: self.find(kernel).map(|it| it.info.name.clone()).unwrap_or_default(),
             device: DEVICE.to_string(),
             what: text_of(error),
-            remedy: remedy.to_string(),
+            remedy: remedy_of(error.0, remedy),
         }
     }
 }
@@ -369,10 +370,12 @@ impl Driver for Nvidia {
         Ok(free as u64)
     }
 
-    /// What has gone from the free memory, now: nothing is given back while a run trains. Other
-    /// processes' memory is in it where they share the GPU.
-    fn peak_bytes(&self) -> Option<u64> {
-        Some(self.free_at_first.saturating_sub(self.free_bytes().ok()?))
+    fn reserve_bytes(&self) -> u64 {
+        GPU_RESERVE_BYTES
+    }
+
+    fn own_free_bytes(&self) -> Option<u64> {
+        self.free_bytes().ok()
     }
 
     fn sensors(&self) -> Option<Sensors> {
