@@ -119,7 +119,7 @@ impl Ops<'_> {
         let [gain, d_gain, rstd] = [self.tensor(&[c])?, self.tensor(&[c])?, self.tensor(&[t])?];
         let partial = self.tensor(&[t.div_ceil(NORM_PARTIAL_ROWS), c])?;
         self.time(group, "norm forward", floats(2 * t * c), |cpu| {
-            cpu.norm_forward(spec, inp, None, gain, out, None, rstd)
+            cpu.norm_forward(spec, inp, gain, out, None, rstd)
         });
         let sink = Sink { to: d_inp, accumulate: false };
         self.time(group, "norm backward", floats(3 * t * c), |cpu| {

@@ -197,7 +197,7 @@ impl Kernels {
         let rstd = driver.upload("rstd", &vec![1.0f32; rows])?.address;
         let partials = (4 * norm.partials(rows) * columns) as u64;
         let partial = driver.allocate("partial", partials)?.address;
-        let forward = NormForward { inp, residual: None, gain, out, mean: None, rstd };
+        let forward = NormForward { inp, gain, out, mean: None, rstd };
         let accumulate = false;
         let backward =
             NormBackward { inp, gain, mean: None, rstd, d_out, partial, d_inp, accumulate, d_gain };

@@ -12,9 +12,9 @@
 // among them, the last ones first. To a tile of queries its diagonal adds first, then each tile of
 // keys in front of it: as all blocks of a team walk from their diagonals at the same speed, that is
 // the order in which they come, and nobody waits long. `turns` hold that order, whatever the speed:
-// the same bits each time. When a tile is complete, a warp with nothing else to do makes d_q of it
-// and gives its place to the team's next head. If the order is not asked for, the diagonal is still
-// first, and the others add when they come.
+// the same bits each time. When a tile is complete, one of two warps that do nothing else makes d_q
+// of it and gives its place to the team's next head. If the order is not asked for, the diagonal is
+// still first, and the others add when they come.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -25,10 +25,11 @@ constexpr int KEYS = T::ROWS, QUERIES = 64;
 constexpr int QUERY_TILES = KEYS / QUERIES;  // in a tile of keys
 template <int D>
 constexpr int STAGES = D <= 64 ? 3 : 2;
-// Whether d_v is multiplied while dS is computed; P takes registers until then.
+// d_v is multiplied while dS is computed, by P as it was rounded for that product where there are
+// no registers to keep it in fp32.
 template <int D>
-constexpr bool D_V_AHEAD = D <= 64;
-// One warp of the producer's computes, so that it needs more than in the other kernels.
+constexpr bool D_SCORES_OF_ROUNDED = D > 64;
+// Two warps of the producer's compute, so that it needs more than in the other kernels.
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 // dS [keys,queries] of an item and a tile of queries.
 constexpr int D_SCORES_BYTES = TILE_BYTES<QUERIES, KEYS>;
@@ -40,7 +41,8 @@ constexpr int SUMS = QUERIES * D;
 // In shared memory: in registers it would cost each role what it needs for other things.
 struct Work {
   int heads, kv_heads, group;  // of one sequence; query heads for one of k and v
-  int units;                   // heads of k and v of all sequences
+  int sequence;
+  int units;  // heads of k and v of all sequences
   int key_tiles, query_tiles;
   int team, member;       // blocks that share a head, and which one this is
   int first_unit, teams;  // a team's units are `teams` apart
@@ -60,6 +62,7 @@ DEVICE Work work_of(int batch, int sequence, int heads, int kv_heads, int team, 
   return {heads,
           kv_heads,
           group,
+          sequence,
           batch * kv_heads,
           key_tiles,
           query_tiles,
@@ -96,17 +99,14 @@ DEVICE void each_item(const Work& work, const Finish& finish) {
 // What a turn is when so many tiles of keys have been added for the round's head; 0: free for it.
 DEVICE uint32_t turn_of(uint32_t round, int added) { return round << 16 | uint32_t(added); }
 
-// By one thread: until the place is in this state, with all that was done before.
-DEVICE void await_turn(const uint32_t* turn, uint32_t state) {
-  while (load_acquire(turn) != state) __nanosleep(32);
+// By one thread: whether the place is in this state, with all that was done before; with
+// `at_least_one` in any after the diagonal, which stores where the others add.
+DEVICE bool is_turn(const uint32_t* turn, uint32_t state, bool at_least_one = false) {
+  const uint32_t now = load_acquire(turn);
+  return at_least_one ? now >> 16 == state >> 16 && now % (1 << 16) > 0 : now == state;
 }
-// The same until the diagonal has come for the round's head: it stores, the others add.
-DEVICE void await_first(const uint32_t* turn, uint32_t round) {
-  while (true) {
-    const uint32_t state = load_acquire(turn);
-    if (state >> 16 == round && state % (1 << 16) > 0) return;
-    __nanosleep(32);
-  }
+DEVICE void await_turn(const uint32_t* turn, uint32_t state, bool at_least_one = false) {
+  while (!is_turn(turn, state, at_least_one)) __nanosleep(32);
 }
 
 // d_q of the place's tile, by one warp: the accumulators of each of a consumer's warps hold 16
@@ -118,14 +118,21 @@ DEVICE void finish_tile(const float* sums, bf16* d_q,  // both of the tile's fir
                         float scale) {
   constexpr int EIGHTS = D / 2 / 8;
   const int lane = int(threadIdx.x) % 32, row_in_eight = lane / 4;
+  // Of this lane's rows, asked for at once: each would cost a round trip of its own.
+  int upper = 0, lower = 0;
+  if (angles.table) {
+    upper = positions[min(lane, rows - 1)];
+    lower = positions[min(lane + 32, rows - 1)];
+  }
 #pragma unroll 1
   for (int eight = 0; eight < QUERIES / 8; ++eight) {
     const int row = eight * 8 + row_in_eight;
-    if (row >= rows) return;
+    const int position = __shfl_sync(0xffffffffu, eight < 4 ? upper : lower, row % 32);
+    if (row >= rows) continue;
     const float* const own = sums + eight / 2 * EIGHTS * 128 + lane * 4 + eight % 2 * 2;
     bf16* const to = d_q + row * row_stride + first_column();
     const float* of_row = nullptr;
-    if (angles.table) of_row = angles.table + size_t(positions[row]) * D + first_column();
+    if (angles.table) of_row = angles.table + size_t(position) * D + first_column();
 #pragma unroll 4
     for (int n = 0; n < EIGHTS; ++n) {
       const float2 x = *reinterpret_cast<const float2*>(own + n * 128);
@@ -140,6 +147,38 @@ DEVICE void finish_tile(const float* sums, bf16* d_q,  // both of the tile's fir
       *reinterpret_cast<uint32_t*>(to + 8 * n + D / 2) = pack_bf16(
           (y.x * cosines.x - x.x * sines.x) * scale, (y.y * cosines.y - x.y * sines.y) * scale);
     }
+  }
+}
+
+// A consumer's 64 keys, or their values, as A of its products: for a whole item in registers, where
+// they have room. An A and a B of 64 columns from shared memory take all of its bandwidth.
+template <int D>
+constexpr bool HELD = D <= 64;
+template <int D>
+struct Held {
+  uint32_t parts[HELD<D> ? D / MMA_K : 1][4];
+};
+template <int D>
+DEVICE void hold(Held<D>& held, const uint8_t* own) {
+  if constexpr (HELD<D>) {
+    const int lane = int(threadIdx.x) % 32, row = warp_of_block() % 4 * WARP_ROWS + lane % 16;
+#pragma unroll
+    for (int k = 0; k < D / MMA_K; ++k) {
+      const int column = k * MMA_K + lane / 16 * 8;
+      const uint32_t offset = row * SPAN<D> + column * int(sizeof(bf16));
+      ldmatrix_x4(held.parts[k], own + swizzle<SPAN<D>>(offset));
+    }
+  }
+}
+template <int D>
+DEVICE void multiply_own(float (&scores)[QUERIES / 2], const Held<D>& held, const uint8_t* own,
+                         const uint8_t* rows) {
+  if constexpr (HELD<D>) {
+#pragma unroll
+    for (int k = 0; k < D; k += MMA_K)
+      wgmma<QUERIES>(scores, held.parts[k / MMA_K], along<D, QUERIES>(rows, k), k > 0);
+  } else {
+    multiply_rows<D, KEYS, QUERIES>(scores, own, rows);
   }
 }
 
@@ -194,63 +233,82 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     // Tiles of queries from the diagonal on, for one query head after the other.
     const auto each_step = [&](const Unit& unit, int key_tile, const auto& finish) {
-      const Documents documents = documents_of(document_starts, unit.b, sequence);
+      const Documents documents = documents_of(document_starts, unit.b, work.sequence);
       const int first = key_tile * KEYS;
       const Tiles tiles = queries_seeing(documents, first, first + KEYS, QUERIES);
       for (int head = unit.kv_head * work.group; head < (unit.kv_head + 1) * work.group; ++head)
         for (int tile = tiles.first; tile < tiles.end; ++tile) finish(documents, head, tile);
     };
-    const int warp = warp_of_block();
-    if (warp == 0 && elect_one()) {
+    const int warp = warp_of_block(), lane = int(threadIdx.x) % 32;
+    if (warp == 0) {
+      const bool loads = elect_one();
       each_item(work, [&](const Unit& unit, int key_tile) {
         const int first = key_tile * KEYS;
         const int k_head = work.heads + unit.kv_head, v_head = k_head + work.kv_heads;
-        mbarrier_wait(&own[1], item_at.parity ^ 1);  // the first round passes at once
-        mbarrier_arrive_expect_tx(&own[0], 2 * OWN_BYTES);
-        load_tile<D, KEYS>(keys, qkv, &own[0], k_head, first, unit.b);
-        load_tile<D, KEYS>(values, qkv, &own[0], v_head, first, unit.b);
+        if (loads) {
+          mbarrier_wait(&own[1], item_at.parity ^ 1);  // the first round passes at once
+          mbarrier_arrive_expect_tx(&own[0], 2 * OWN_BYTES);
+          load_tile<D, KEYS>(keys, qkv, &own[0], k_head, first, unit.b);
+          load_tile<D, KEYS>(values, qkv, &own[0], v_head, first, unit.b);
+        }
         advance(item_at);
-        each_step(unit, key_tile, [&](Documents, int head, int tile) {
+        each_step(unit, key_tile, [&](Documents documents, int head, int tile) {
           uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
           uint64_t* const loaded = &full[at.stage];
           mbarrier_wait(&empty[at.stage], at.parity ^ 1);
-          mbarrier_arrive_expect_tx(loaded, 2 * QUERY_BYTES);
-          load_tile<D, QUERIES>(queries, qkv, loaded, head, tile * QUERIES, unit.b);
-          load_tile<D, QUERIES>(queries + QUERY_BYTES, d_out, loaded, head, tile * QUERIES, unit.b);
-          advance(at);
-        });
-      });
-    } else if (warp == 1) {
-      each_item(work, [&](const Unit& unit, int key_tile) {
-        each_step(unit, key_tile, [&](Documents documents, int head, int tile) {
-          const size_t statistics = (size_t(unit.b) * work.heads + head) * sequence;
-          mbarrier_wait(&empty[at.stage], at.parity ^ 1);
-#pragma unroll 1
-          for (int i = int(threadIdx.x) % 32; i < QUERIES; i += 32) {
+          if (loads) {
+            mbarrier_arrive_expect_tx(loaded, 2 * QUERY_BYTES);
+            load_tile<D, QUERIES>(queries, qkv, loaded, head, tile * QUERIES, unit.b);
+            load_tile<D, QUERIES>(queries + QUERY_BYTES, d_out, loaded, head, tile * QUERIES,
+                                  unit.b);
+          }
+          const size_t statistics = (size_t(unit.b) * work.heads + head) * work.sequence;
+#pragma unroll
+          for (int i = lane; i < QUERIES; i += 32) {
             const int query = tile * QUERIES + i, to = at.stage * QUERIES + i;
-            const bool exists = query < sequence;
-            // No probability behind the end of the sequence.
+            const bool exists = query < work.sequence;
+            // No probability after the end of the sequence.
             reinterpret_cast<float*>(lses_log2)[to] =
                 exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
             reinterpret_cast<float*>(deltas)[to] = exists ? delta[statistics + query] : 0;
             starts[to] = start_of(documents, query);
           }
-          mbarrier_arrive(&full[at.stage]);
+          mbarrier_arrive(loaded);
           advance(at);
         });
       });
     } else if (warp == 2 && elect_one()) {
+      // A part is complete long after it was sent. So its turn is passed on after the next part,
+      // or before anything else is waited for.
+      uint32_t* sent_turn = nullptr;
+      uint32_t next_state = 0;
+      const auto pass_on = [&] {
+        fence_proxy_async_global();
+        if (work.in_order) {
+          store_release(sent_turn, next_state);
+        } else {
+          __threadfence();
+          atomicAdd(sent_turn, 1u);
+        }
+        sent_turn = nullptr;
+      };
       each_item(work, [&](const Unit& unit, int key_tile) {
         each_step(unit, key_tile, [&](Documents, int head, int tile) {
           const int member = head - unit.kv_head * work.group,
                     added = tile / QUERY_TILES - key_tile;
           const int place = work.first_place + member * work.query_tiles + tile;
           float* const sum = sums + size_t(place) * SUMS<D>;
+          uint32_t* const turn = &turns[place];
+          const uint32_t state = turn_of(unit.round, added);
+          const bool any_order = !work.in_order && added > 0;
+          if (!is_turn(turn, state, any_order)) {
+            if (sent_turn) {
+              bulk_wait<0>();
+              pass_on();
+            }
+            await_turn(turn, state, any_order);
+          }
           mbarrier_wait(&sent[0], part_at.parity);
-          if (work.in_order || added == 0)
-            await_turn(&turns[place], turn_of(unit.round, added));
-          else
-            await_first(&turns[place], unit.round);
           fence_proxy_async_global();
           if (added == 0)
             bulk_store(sum, part, SUMS_BYTES);
@@ -260,32 +318,34 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
           bulk_wait_read<0>();
           mbarrier_arrive(&sent[1]);
           advance(part_at);
-          bulk_wait<0>();
-          if (work.in_order) {
-            store_release(&turns[place], turn_of(unit.round, added + 1));
-          } else {
-            __threadfence();
-            atomicAdd(&turns[place], 1u);
+          if (sent_turn) {
+            bulk_wait<1>();
+            pass_on();
           }
+          sent_turn = turn;
+          next_state = state + 1;
         });
+        bulk_wait<0>();
+        pass_on();
       });
-    } else if (warp == 3) {
+    } else if (warp % 2 == 1) {
+      const int finishers = 2 * work.team, finisher = 2 * work.member + warp / 2;
       each_unit(work, [&](const Unit& unit) {
-        const Documents documents = documents_of(document_starts, unit.b, sequence);
-        for (int i = work.member; i < work.group * work.query_tiles; i += work.team) {
+        const Documents documents = documents_of(document_starts, unit.b, work.sequence);
+        for (int i = finisher; i < work.group * work.query_tiles; i += finishers) {
           const int tile = i % work.query_tiles, first = tile * QUERIES;
           const int head = unit.kv_head * work.group + i / work.query_tiles;
           const int added = tile / QUERY_TILES - start_of(documents, first) / KEYS + 1;
           uint32_t* const turn = &turns[work.first_place + i];
-          if (threadIdx.x % 32 == 0) await_turn(turn, turn_of(unit.round, added));
+          if (lane == 0) await_turn(turn, turn_of(unit.round, added));
           __syncwarp();
-          const size_t token = size_t(unit.b) * sequence + first;
+          const size_t token = size_t(unit.b) * work.sequence + first;
           const size_t stride = size_t(work.heads + 2 * work.kv_heads) * D;
           finish_tile<D>(sums + size_t(work.first_place + i) * SUMS<D>,
-                         d_qkv + token * stride + head * D, stride, sequence - first, angles,
+                         d_qkv + token * stride + head * D, stride, work.sequence - first, angles,
                          angles.positions + token, scale);
           __syncwarp();
-          if (threadIdx.x % 32 == 0) store_release(turn, turn_of(unit.round + 1, 0));
+          if (lane == 0) store_release(turn, turn_of(unit.round + 1, 0));
         }
       });
     }
@@ -320,10 +380,11 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
     float d_k[D / 2], d_v[D / 2], d_q[HALF / 2];
     uint32_t weights[QUERIES / MMA_K][4], d_weights[QUERIES / MMA_K][4];
     int tile = tiles.first, d_scores_tile = 0;
+    Held<D> held_keys, held_values;
     const auto multiply_scores = [&] {
       mbarrier_wait(&full[at.stage], at.parity);
       wgmma_fence();
-      multiply_rows<D, KEYS, QUERIES>(scores, own_keys, stages + at.stage * 2 * QUERY_BYTES);
+      multiply_own<D>(scores, held_keys, own_keys, stages + at.stage * 2 * QUERY_BYTES);
       wgmma_commit();
     };
     // From scores to dS in shared memory, and products for d_v and d_k.
@@ -332,7 +393,7 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       const uint8_t* const d_outs = queries + QUERY_BYTES;
       const int first_statistic = at.stage * QUERIES + first_column();
       wgmma_fence();  // the one of the scores is enough, but not for ptxas, behind a loop
-      multiply_rows<D, KEYS, QUERIES>(d_scores, own_values, d_outs);
+      multiply_own<D>(d_scores, held_values, own_values, d_outs);
       wgmma_commit();
       const int first_query = tile * QUERIES;
       if (first_query < own_first + MMA_M - 1 ||
@@ -345,29 +406,41 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
             scores[i] = MINUS_INFINITY;
         }
       }
+      // d_v by halves: its first products run under the second half's exponents.
+      constexpr int HALVES = 2, VALUES = QUERIES / 2 / HALVES;
 #pragma unroll
-      for (int i = 0; i < QUERIES / 2; i += 4) {
-        const float2 lse = lses_log2[(first_statistic + i / 4 * 8) / 2];
+      for (int half = 0; half < HALVES; ++half) {
+        const int begin = half * VALUES, end = begin + VALUES;
 #pragma unroll
-        for (int j = i; j < i + 4; ++j)
-          scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
-      }
-      round_weights<QUERIES>(weights, scores);
-      if constexpr (D_V_AHEAD<D>) {
+        for (int i = begin; i < end; i += 4) {
+          const float2 lse = lses_log2[(first_statistic + i / 4 * 8) / 2];
+#pragma unroll
+          for (int j = i; j < i + 4; ++j)
+            scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
+          weights[i / 8][i / 4 % 2 * 2] = pack_bf16(scores[i], scores[i + 1]);
+          weights[i / 8][i / 4 % 2 * 2 + 1] = pack_bf16(scores[i + 2], scores[i + 3]);
+        }
         wgmma_fence();
-        add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, add);
+#pragma unroll
+        for (int k = 2 * begin; k < 2 * end; k += MMA_K)
+          wgmma<D, 1>(d_v, weights[k / MMA_K], across<D, QUERIES>(d_outs, k), add || k > 0);
         wgmma_commit();
       }
       // The part of the step before has left its place. Here because ptxas would otherwise wait for
       // dP above the exponents: it moves little over a loop.
       mbarrier_wait(&sent[1], part_at.parity ^ 1);
-      wgmma_wait<D_V_AHEAD<D> ? 1 : 0>();
+      wgmma_wait<HALVES>();
 #pragma unroll
       for (int i = 0; i < QUERIES / 2; i += 4) {
         const float2 row_sums = deltas[(first_statistic + i / 4 * 8) / 2];
 #pragma unroll
-        for (int j = i; j < i + 4; ++j)
-          d_scores[j] = scores[j] * (d_scores[j] - (j % 2 ? row_sums.y : row_sums.x));
+        for (int j = i; j < i + 4; ++j) {
+          const uint32_t rounded = weights[j / 8][j % 8 / 2];
+          const float p = !D_SCORES_OF_ROUNDED<D> ? scores[j]
+                          : j % 2                 ? high_float(rounded)
+                                                  : low_float(rounded);
+          d_scores[j] = p * (d_scores[j] - (j % 2 ? row_sums.y : row_sums.x));
+        }
       }
       round_weights<QUERIES>(d_weights, d_scores);
       // Nobody reads this one of the two tiles any more: the other consumer had waited for its last
@@ -378,7 +451,6 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         stmatrix_x4(d_scores_tiles + d_scores_tile + (in_d_scores ^ i * 32), d_weights[i]);
       fence_proxy_async();
       wgmma_fence();
-      if constexpr (!D_V_AHEAD<D>) add_weighted_rows<D, QUERIES>(d_v, weights, d_outs, add);
       add_weighted_rows<D, QUERIES>(d_k, d_weights, queries, add);
       wgmma_commit();
       barrier_sync(1, T::CONSUMERS * WARPGROUP);
@@ -402,6 +474,8 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
 
     mbarrier_wait(&own[0], item_at.parity);
     advance(item_at);
+    hold<D>(held_keys, own_keys);
+    hold<D>(held_values, own_values);
     multiply_scores();
     wgmma_wait<0>();
     for (int left = steps; left > 0; --left) {

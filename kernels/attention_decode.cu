@@ -1,7 +1,7 @@
 // Attention of new tokens of one sequence to a cache of keys and values, for generation: bf16 and
 // fp32, forward only.
 //
-// Contract: src/cuda/attention.rs launches; nothing is allocated. qkv [T,(H+2K)D] of the new
+// Contract: src/cuda/attention/mod.rs launches; nothing is allocated. qkv [T,(H+2K)D] of the new
 // tokens, token t at positions[t] = positions[0] + t; their k and v are written to these rows of
 // keys and values [P,KD], and token t attends to all rows up to its own; out [T,HD]. Positions that
 // do not ascend by 1 or lie outside of the cache end the kernel with a trap. Sums are fp32, in a

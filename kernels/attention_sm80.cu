@@ -1,10 +1,10 @@
 // Causal attention with grouped KV heads in bf16, forward and backward, on mma.sync: any GPU from
 // sm_80, and the oracle of what comes later.
 //
-// Contract: src/cuda/attention.rs launches; nothing is allocated. q, k and v are read where the
-// fused projection put them, qkv [T,(H+2K)D] with T = B S; out, d_out [T,HD]; log_sum_exp (natural)
-// and delta [B,H,S] fp32; d_qkv, like qkv, is written entirely. Addresses are multiples of 16
-// bytes. Softmax, sums and statistics are fp32; P and dS are rounded to bf16 where they are
+// Contract: src/cuda/attention/tiled.rs launches; nothing is allocated. q, k and v are read where
+// the fused projection put them, qkv [T,(H+2K)D] with T = B S; out, d_out [T,HD]; log_sum_exp
+// (natural) and delta [B,H,S] fp32; d_qkv, like qkv, is written entirely. Addresses are multiples
+// of 16 bytes. Softmax, sums and statistics are fp32; P and dS are rounded to bf16 where they are
 // multiplied. No atomics, every sum has a fixed order. The kernels named `documents` read
 // document_starts [B,S] besides: query i of a row sees keys document_starts[i] to i, and tiles
 // that this hides are not computed either.

@@ -1,6 +1,6 @@
 // One tiny kernel per wrapper that every GPU from sm_80 on has; conformance.cu holds the rest.
 //
-// src/cuda/conformance.rs runs each with inputs it knows, on a GPU and on the CPU machine, and
+// src/cuda/conformance/mod.rs runs each with inputs it knows, on a GPU and on the CPU machine, and
 // compares `out` with the golden output. So a kernel passes raw registers and raw bytes through
 // its one instruction: what they mean as matrices stands in the Rust formulas only. Nothing here
 // depends on which thread comes first.

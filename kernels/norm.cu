@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm (no bias) with a depth scale and a fused residual, forward and backward.
+// RMSNorm and LayerNorm (no bias) with a depth scale, forward and backward.
 //
 // Contract: src/cuda/norm.rs launches; nothing is allocated. Activations are bf16 or f32 (type T),
 // gains and statistics fp32, all rows 16-byte aligned. `mean` null: RMSNorm, else LayerNorm.
@@ -80,12 +80,10 @@ DEVICE float4 to_float4(const float* values) {
 }
 
 // ---------------------------------------------------------------- forward
-// sum = inp + residual (where there is one); out = (sum - mean) rstd gain_effective
+// out = (inp - mean) rstd gain_effective
 template <class T, int THREADS, int VECTORS>
 DEVICE void norm_forward(const T* inp,       // [rows,C]
-                         const T* residual,  // [rows,C] or null
                          const float* gain,  // [C]
-                         T* sum,             // [rows,C], null without a residual
                          T* out,             // [rows,C]
                          float* mean,        // [rows], null: RMSNorm
                          float* rstd,        // [rows]
@@ -112,22 +110,6 @@ DEVICE void norm_forward(const T* inp,       // [rows,C]
     for (int i = 0; i < VECTORS; ++i) {
       const int at = thread + i * THREADS;
       held[i] = at < vectors ? row_of(inp, row, columns)[at] : make_uint4(0, 0, 0, 0);
-    }
-    if (residual) {
-      // Rounded before it is normalised: backward and the next residual see this sum.
-#pragma unroll
-      for (int i = 0; i < VECTORS; ++i) {
-        const int at = thread + i * THREADS;
-        if (at < vectors) {
-          float values[VALUES<T>], added[VALUES<T>];
-          unpack(held[i], values);
-          unpack(row_of(residual, row, columns)[at], added);
-#pragma unroll
-          for (int j = 0; j < VALUES<T>; ++j) values[j] += added[j];
-          held[i] = pack(values);
-          row_of(sum, row, columns)[at] = held[i];
-        }
-      }
     }
 
     float centre = 0;
@@ -183,7 +165,7 @@ DEVICE void norm_forward(const T* inp,       // [rows,C]
 //   d_inp (+)= rstd (g - mean(g) - x mean(g x)), without mean(g) for RMSNorm;
 //   partial[block] = sum of d_out x over the block's rows.
 template <class T, int THREADS, int VECTORS>
-DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
+DEVICE void norm_backward(const T* inp,       // [rows,C]
                           const float* gain,  // [C]
                           const float* mean,  // [rows], null: RMSNorm
                           const float* rstd,  // [rows]
@@ -306,10 +288,10 @@ DEVICE void norm_backward(const T* inp,       // [rows,C], what was normalised
 // registers on one block and leaves too few loads in flight.
 #define NORM_KERNELS(type, threads, vectors, forward_blocks, backward_blocks)                      \
   KERNEL(norm_forward_##type##_##threads##x##vectors, Place<threads>::BLOCK, forward_blocks)       \
-  (const type* inp, const type* residual, const float* gain, type* sum, type* out, float* mean,    \
-   float* rstd, int rows, int columns, float eps, float sqrt_depth) {                              \
-    norm_forward<type, threads, vectors>(inp, residual, gain, sum, out, mean, rstd, rows, columns, \
-                                         eps, sqrt_depth);                                         \
+  (const type* inp, const float* gain, type* out, float* mean, float* rstd, int rows, int columns, \
+   float eps, float sqrt_depth) {                                                                  \
+    norm_forward<type, threads, vectors>(inp, gain, out, mean, rstd, rows, columns, eps,           \
+                                         sqrt_depth);                                              \
   }                                                                                                \
   EXPORT_KERNEL(norm_forward_##type##_##threads##x##vectors)                                       \
   KERNEL(norm_backward_##type##_##threads##x##vectors, Place<threads>::BLOCK, backward_blocks)     \

@@ -229,18 +229,3 @@ KERNEL(cast_to_bf16, THREADS, 8)(const float* from, bf16* to, uint64_t elements)
   if (rest < elements) to[rest] = bf16{uint16_t(rounded_parameter(from[rest]) >> 16)};
 }
 EXPORT_KERNEL(cast_to_bf16)
-
-KERNEL(cast_to_f32, THREADS, 8)(const bf16* from, float* to, uint64_t elements) {
-  begin_after_previous();
-  const uint64_t vectors = elements / VALUES<bf16>;
-  for (uint64_t at = first_thread(); at < vectors; at += thread_step()) {
-    float values[VALUES<bf16>];
-    unpack(reinterpret_cast<const uint4*>(from)[at], values);
-    float4* const four = reinterpret_cast<float4*>(to) + 2 * at;
-    four[0] = make_float4(values[0], values[1], values[2], values[3]);
-    four[1] = make_float4(values[4], values[5], values[6], values[7]);
-  }
-  const uint64_t rest = vectors * VALUES<bf16> + first_thread();
-  if (rest < elements) to[rest] = to_float(from[rest]);
-}
-EXPORT_KERNEL(cast_to_f32)

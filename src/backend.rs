@@ -408,21 +408,18 @@ pub trait Backend {
     /// d_table[tokens[t]] += d_out[t]
     fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()>;
 
-    /// sum = inp + residual (where there is one); out = normalise(sum) * (gain / sqrt(depth)).
-    /// inp, sum, out [T,C]; gain [C]; rstd [T], and mean [T] for LayerNorm, are kept for backward.
-    #[allow(clippy::too_many_arguments)]
+    /// out = normalise(inp) * (gain / sqrt(depth)). inp, out [T,C]; gain [C]; rstd [T], and mean [T]
+    /// for LayerNorm, are kept for backward.
     fn norm_forward(
         &mut self,
         spec: NormSpec,
         inp: View,
-        residual: Option<(View, View)>,
         gain: View,
         out: View,
         mean: Option<View>,
         rstd: View,
     ) -> Result<()>;
-    /// `inp` is what was normalised (the sum where there was a residual). partial
-    /// [ceil(T/NORM_PARTIAL_ROWS), C] is scratch; d_gain += its column sums / sqrt(depth).
+    /// partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch; d_gain += its column sums / sqrt(depth).
     #[allow(clippy::too_many_arguments)]
     fn norm_backward(
         &mut self,

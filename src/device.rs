@@ -62,3 +62,21 @@ pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
     let backend = Cuda::new(cuda::open(kind, host::Options::from_env()?)?, dtype, None)?;
     Ok(backend.with_switches(switches))
 }
+
+/// `work` on the backend of a device that computes in `dtype`; compiled once for each backend. Returns
+/// early where there is none.
+macro_rules! on_device {
+    ($device:expr, $dtype:expr, |$backend:ident| $work:expr) => {
+        match $device {
+            $crate::device::Device::Cpu => {
+                let $backend = $crate::cpu::Cpu::<f32>::new();
+                $work
+            }
+            device @ ($crate::device::Device::Cuda | $crate::device::Device::Simt) => {
+                let $backend = $crate::device::open_kernels(device.kind(), $dtype)?;
+                $work
+            }
+        }
+    };
+}
+pub(crate) use on_device;

@@ -98,6 +98,16 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
+    /// A launch that a launch layer refuses.
+    pub fn launch(kernel: &str, device: &str, what: String, remedy: impl Into<String>) -> Self {
+        Error::Launch {
+            kernel: kernel.to_string(),
+            device: device.to_string(),
+            what,
+            remedy: remedy.into(),
+        }
+    }
+
     /// What a launch layer refuses before anything has run is not a kernel that went wrong: what was
     /// asked for cannot be done on this device.
     pub fn before_running(self) -> Self {

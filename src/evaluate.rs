@@ -13,11 +13,10 @@ use tempfile::TempDir;
 use crate::config::{
     Attention, DataConfig, DeviceKind, Dtype, Format, ModelConfig, Rows as RowKind,
 };
-use crate::cpu::Cpu;
 use crate::data::corpus::Corpus;
 use crate::data::source::TokenSource;
 use crate::data::windows::Windows;
-use crate::device::{Device, open_kernels};
+use crate::device::{Device, on_device};
 use crate::engine::{Evaluator, Rows};
 use crate::error::{Error, Result};
 use crate::hf;
@@ -69,13 +68,8 @@ pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Rep
     let text = Text::open(&model, &request.data, &request.field)?;
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
-    match device {
-        Device::Cpu => evaluate_on(Cpu::<f32>::new(), request, &model, &text.tokens, progress),
-        Device::Cuda | Device::Simt => {
-            let backend = open_kernels(device.kind(), dtype)?;
-            evaluate_on(backend, request, &model, &text.tokens, progress)
-        }
-    }
+    let tokens = &text.tokens;
+    on_device!(device, dtype, |backend| evaluate_on(backend, request, &model, tokens, progress))
 }
 
 /// A text in a model's own tokens.
@@ -124,7 +118,7 @@ pub(crate) fn window_tokens(
     }
     if batch.checked_mul(sequence).is_none_or(|tokens| tokens > MOST_TOKENS) {
         return Err(Error::Usage {
-            what: format!("{batch} windows of {sequence} tokens at one time"),
+            what: format!("{batch} windows of {sequence} tokens at once"),
             remedy: format!("give a smaller --batch: at most {MOST_TOKENS} tokens together"),
         });
     }

@@ -53,11 +53,6 @@ impl Philox {
         self.uniform_pair(index / 2)[(index % 2) as usize]
     }
 
-    /// The `index`-th uniform number in [0, 1), 24 random bits; four come from one block.
-    pub fn uniform_f32(&self, index: u64) -> f32 {
-        (self.at(index / 4)[(index % 4) as usize] >> 8) as f32 * 2f32.powi(-24)
-    }
-
     /// The `index`-th standard normal number; two come from one block (Box and Muller, 1958).
     pub fn normal(&self, index: u64) -> f64 {
         self.normal_pair(index / 2)[(index % 2) as usize]

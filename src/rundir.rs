@@ -192,11 +192,6 @@ impl RunDir {
         replace(&self.path.join(CONFIG), toml.as_bytes())
     }
 
-    pub fn read_config(&self) -> Result<String> {
-        let path = self.path.join(CONFIG);
-        fs::read_to_string(&path).map_err(Error::io("read", path))
-    }
-
     /// An empty folder without a valid name, for [`RunDir::publish_checkpoint`].
     pub(crate) fn temporary_checkpoint(&self, step: u64) -> Result<PathBuf> {
         let checkpoints = self.checkpoints();

@@ -237,7 +237,7 @@ impl fmt::Display for Throughput {
         } = &self.steady;
         write!(
             f,
-            "{tokens_per_second:.0} tokens/s: median of {counted_steps} steps behind the first \
+            "{tokens_per_second:.0} tokens/s: median of {counted_steps} steps after the first \
              {warm_up_steps}; half of them {:.0} to {:.0}, the slowest {slowest:.0}",
             middle_half[0], middle_half[1]
         )?;

@@ -34,6 +34,11 @@ fn files_of_kernels(extension: &str) -> Vec<PathBuf> {
     files
 }
 
+fn files_under(folder: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files_under(&path) } else { vec![path] }).collect()
+}
+
 // ---------------------------------------------------------------- the rules of a kernel file
 
 /// Lines that a kernel file must not have, and the include that it must. `shared`: what several
@@ -109,6 +114,42 @@ fn a_planted_condition_asm_or_include_is_found() {
         assert!(broken[0].starts_with("line 5: "), "{planted}: {broken:?}");
     }
     assert_eq!(broken_rules("int x;\n", &shared).len(), 1);
+}
+
+/// Files that comments of a text name, and that are none of `known`: a path from the root or from
+/// kernels/, or a name alone, wherever the file lies.
+fn unknown_files(text: &str, known: &[String]) -> Vec<String> {
+    let comments = text.lines().filter_map(|line| Some(line.split_once("//")?.1));
+    let words =
+        comments.flat_map(|it| it.split(|c: char| !c.is_alphanumeric() && !"_./-".contains(c)));
+    let names = words.map(|word| word.trim_end_matches('.')).filter(|word| {
+        let extension = Path::new(word).extension().and_then(|it| it.to_str());
+        extension.is_some_and(|it| ["cu", "cuh", "cpp", "h", "md", "rs"].contains(&it))
+    });
+    let is_known = |name: &str| {
+        let end = format!("/{name}");
+        known.iter().any(|path| match name.split('/').next() {
+            Some("src" | "tests" | "docs" | "build" | "kernels") => path == name,
+            _ => path == name || path.ends_with(&end),
+        })
+    };
+    names.filter(|name| !is_known(name)).map(str::to_string).collect()
+}
+
+#[test]
+fn comments_of_kernels_name_files_that_exist() {
+    let folders = ["build", "docs", "kernels", "src", "tests"].map(|name| root().join(name));
+    let all = folders.iter().flat_map(|folder| files_under(folder));
+    let relative = |path: PathBuf| path.strip_prefix(root()).unwrap().to_str().unwrap().to_string();
+    let mut known: Vec<String> = all.map(relative).collect();
+    known.push("build.rs".to_string());
+    for path in known.iter().filter(|path| path.starts_with("kernels/")) {
+        let unknown = unknown_files(&fs::read_to_string(root().join(path)).unwrap(), &known);
+        assert!(unknown.is_empty(), "{path} names {unknown:?}");
+    }
+    let text =
+        "int x;  // as src/cuda/norm.rs, norm.rs, src/norm.rs and kernels/norm.rs say.\n// none.cu";
+    assert_eq!(unknown_files(text, &known), ["src/norm.rs", "kernels/norm.rs", "none.cu"]);
 }
 
 // ---------------------------------------------------------------- the words of ptxas

@@ -71,47 +71,41 @@ fn check(
     assert_close(what, &found, &numeric, TOLERANCE);
 }
 
-fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize, with_residual: bool) {
+fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize) {
     let cpu = &mut Cpu::<f64>::new();
     let spec = NormSpec { kind, eps: 1e-6, depth };
-    let (inp, residual) = (filled(cpu, &[t, c], 1), filled(cpu, &[t, c], 2));
-    let gain = filled(cpu, &[c], 3);
-    let (sum, out) = (view(cpu, &[t, c]), view(cpu, &[t, c]));
+    let (inp, gain) = (filled(cpu, &[t, c], 1), filled(cpu, &[c], 3));
+    let out = view(cpu, &[t, c]);
     let (rstd, mean) = (view(cpu, &[t]), view(cpu, &[t]));
     let mean = (kind == NormKind::Layer).then_some(mean);
     let d_out = filled(cpu, &[t, c], 4);
     let partial = view(cpu, &[t.div_ceil(NORM_PARTIAL_ROWS), c]);
     let (d_inp, d_gain) = (view(cpu, &[t, c]), view(cpu, &[c]));
-    let add = with_residual.then_some((residual, sum));
     let mut forward = |cpu: &mut Cpu<f64>| {
-        cpu.norm_forward(spec, inp, add, gain, out, mean, rstd).unwrap();
+        cpu.norm_forward(spec, inp, gain, out, mean, rstd).unwrap();
     };
     forward(cpu);
     let sink = Sink { to: d_inp, accumulate: false };
-    let normalised = if with_residual { sum } else { inp };
-    cpu.norm_backward(spec, normalised, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
-    let name = format!("{kind:?} [{t},{c}] depth {depth} residual {with_residual}");
+    cpu.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
+    let name = format!("{kind:?} [{t},{c}] depth {depth}");
     let outs = [(out, d_out)];
     check(&format!("{name} d_inp"), cpu, inp, d_inp, &outs, &mut forward);
     check(&format!("{name} d_gain"), cpu, gain, d_gain, &outs, &mut forward);
-    if with_residual {
-        check(&format!("{name} d_residual"), cpu, residual, d_inp, &outs, &mut forward);
-    }
     // A second backward pass adds where it is told to; the differences left other statistics.
     forward(cpu);
     let once = values(cpu, d_inp);
     let sink = Sink { to: d_inp, accumulate: true };
-    cpu.norm_backward(spec, normalised, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
+    cpu.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
     let twice: Vec<f64> = once.iter().map(|d| 2.0 * d).collect();
     assert_close("accumulated d_inp", &values(cpu, d_inp), &twice, 1e-12);
 }
 
 #[test]
 fn norm_gradients() {
-    norm_case(NormKind::Rms, 5, 7, 1, false);
-    norm_case(NormKind::Rms, 66, 17, 3, true);
-    norm_case(NormKind::Layer, 5, 7, 2, false);
-    norm_case(NormKind::Layer, 65, 33, 1, true);
+    norm_case(NormKind::Rms, 5, 7, 1);
+    norm_case(NormKind::Rms, 66, 17, 3);
+    norm_case(NormKind::Layer, 5, 7, 2);
+    norm_case(NormKind::Layer, 65, 33, 1);
 }
 
 /// `gains`: 0 for none, 1, or C.
@@ -162,8 +156,8 @@ fn norm_multiplies_by_the_rounded_effective_gain() {
     cpu.write(folded, &divided).unwrap();
     let (scaled, stock, rstd) = (view(cpu, &[t, c]), view(cpu, &[t, c]), view(cpu, &[t]));
     let spec = |depth| NormSpec { kind: NormKind::Rms, eps: 1e-6, depth };
-    cpu.norm_forward(spec(3), inp, None, gain, scaled, None, rstd).unwrap();
-    cpu.norm_forward(spec(1), inp, None, folded, stock, None, rstd).unwrap();
+    cpu.norm_forward(spec(3), inp, gain, scaled, None, rstd).unwrap();
+    cpu.norm_forward(spec(1), inp, folded, stock, None, rstd).unwrap();
     assert_eq!(cpu.values(scaled).to_vec(), cpu.values(stock).to_vec());
 }
 

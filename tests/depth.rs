@@ -828,7 +828,7 @@ fn weights_that_are_not_finite_are_named_and_so_is_what_overflows() {
     written(f32::MAX);
     let (code, _, message) = case.depth(&folder, &["--json"]);
     assert_eq!(code, Some(2));
-    assert!(message.contains("not finite any more behind layer 2"), "{message}");
+    assert!(message.contains("no longer finite after layer 2"), "{message}");
 }
 
 #[test]

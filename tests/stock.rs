@@ -120,7 +120,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     folder_of(&ModelConfig { placement: Placement::Sandwich, ..lns() }, &sandwich);
     let error = write(&request(sandwich, "1", out.clone())).unwrap_err();
     assert_eq!(error.exit_code(), 2);
-    for part in ["placement \"sandwich\"", "a norm behind a branch", "isobath eval"] {
+    for part in ["placement \"sandwich\"", "a norm after a branch", "isobath eval"] {
         assert!(error.to_string().contains(part), "no {part:?} in {error}");
     }
     fs::create_dir(&out).unwrap();

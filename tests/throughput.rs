@@ -139,7 +139,7 @@ fn a_summary_says_all_of_it_and_survives_json() {
     let session = session();
     let shown = session.to_string();
     for part in [
-        "156 tokens/s: median of 8 steps behind the first 3; half of them 111 to 425, the slowest 111",
+        "156 tokens/s: median of 8 steps after the first 3; half of them 111 to 425, the slowest 111",
         "the last quarter 60.0% slower than the first",
         "31.1% MFU = tokens/s x 2000000 FLOPs per token (6*N) / 0.0e12, the dense peak",
         "memory: 3.0 MiB planned, 2.0 in buffers, 5.0 taken at most; 7.0 MiB of the GPU free behind \

@@ -224,7 +224,7 @@ fn a_signal_ends_the_step_and_saves_and_the_run_goes_on_as_if_nothing_had_been()
         let (code, message) = running.end();
         assert_eq!(code, Some(0), "{message}");
         let again = format!("continue with --resume --out {}", out.display());
-        assert!(message.contains("stopped behind step") && message.contains(&again), "{message}");
+        assert!(message.contains("stopped after step") && message.contains(&again), "{message}");
 
         let step = latest(&out).unwrap().verified.unwrap().step();
         assert_eq!(lines(&out) as u64, step, "the metrics end with the saved step");
@@ -250,7 +250,7 @@ fn an_interrupted_evaluation_is_made_up_for() {
     running.signal("-INT");
     let (code, message) = running.end();
     assert_eq!(code, Some(0), "{message}");
-    assert!(message.contains("stopped behind step 1 of 1"), "{message}");
+    assert!(message.contains("stopped after step 1 of 1"), "{message}");
     assert_eq!(lines(&out), 0, "the step's line waits for its evaluation");
     assert_eq!(latest(&out).unwrap().verified.unwrap().step(), 1);
 
@@ -392,7 +392,7 @@ fn a_person_is_told_how_fast_it_is_behind_the_first_steps() {
     let last = step("step 8/8: loss ");
     assert!(last.ends_with(", 0 s left") && last.contains(" tokens/s, "), "{message}");
     for part in [
-        " tokens/s: median of 5 steps behind the first 3; half of them ",
+        " tokens/s: median of 5 steps after the first 3; half of them ",
         "memory: ",
         " MiB planned, ",
         "throughput  ",

@@ -29,10 +29,7 @@ pub struct Cost {
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
+    dtype.bytes() as u64
 }
 
 /// Bytes of the statistics of a row.
@@ -168,19 +165,13 @@ impl Cost {
         }
     }
 
-    pub fn norm_forward(norm: NormKind, dtype: Dtype, [t, c]: [usize; 2], residual: bool) -> Self {
-        let (tensors, detail, formula) = match residual {
-            false => (2, "", "inp and out [T,C]; gain [C]; statistics [T]"),
-            true => {
-                let formula = "inp, residual, sum and out [T,C]; gain [C]; statistics [T]";
-                (4, ", residual", formula)
-            }
-        };
-        let bytes = tensors * element_bytes(dtype) * product(&[t, c])
+    pub fn norm_forward(norm: NormKind, dtype: Dtype, [t, c]: [usize; 2]) -> Self {
+        let bytes = 2 * element_bytes(dtype) * product(&[t, c])
             + 4 * c as u64
             + statistics(norm) * t as u64;
-        let sizes = Sizes::Norm { t, c, norm, residual };
-        Cost::moving("norm_forward", &format!(", {norm}{detail}"), dtype, sizes, bytes, formula)
+        let sizes = Sizes::Norm { t, c, norm, residual: false };
+        let formula = "inp and out [T,C]; gain [C]; statistics [T]";
+        Cost::moving("norm_forward", &format!(", {norm}"), dtype, sizes, bytes, formula)
     }
 
     /// `partials`: rows of partial sums; `residual`: d_inp, the gradient of the residual stream, is
@@ -280,6 +271,22 @@ impl Cost {
                             half of it causal: 5 B H S^2 D; whatever a kernel does twice does not \
                             count",
             ..Cost::moving("attention_backward", "", dtype, sizes, bytes, formula)
+        }
+    }
+
+    /// One behind the other.
+    pub fn attention(spec: AttentionSpec, dtype: Dtype) -> Self {
+        let [forward, backward] =
+            [Cost::attention_forward(spec, dtype), Cost::attention_backward(spec, dtype)];
+        Cost {
+            op: "attention",
+            what: format!("attention, {dtype}"),
+            bytes: forward.bytes + backward.bytes,
+            bytes_formula: "those of attention_forward and of attention_backward",
+            flops: forward.flops + backward.flops,
+            flops_formula: "2 products forward and 5 backward, half of each causal: 7 B H S^2 D; \
+                            whatever a kernel does twice does not count",
+            ..backward
         }
     }
 

@@ -1,4 +1,5 @@
-//! RMSNorm and LayerNorm with a depth scale, forward and backward, without and with the residual.
+//! RMSNorm and LayerNorm with a depth scale, forward and backward, without and with
+//! the gradient of the residual stream to add to.
 
 use super::Request;
 use super::cost::{Cost, element_bytes};
@@ -16,8 +17,7 @@ const EPS: f64 = 1e-6;
 
 struct Buffers {
     inp: DevicePointer,
-    residual: DevicePointer,
-    sum: DevicePointer,
+    d_out: DevicePointer,
     gain: DevicePointer,
     out: DevicePointer,
     mean: Option<DevicePointer>,
@@ -46,10 +46,9 @@ pub(super) fn rows(
 
     let activation = rows as u64 * columns as u64 * element_bytes(dtype);
     let (row_sums, gains) = (4 * rows as u64, 4 * columns as u64);
-    let allocated = 4 * activation + 2 * row_sums + (partials as u64 + 2) * gains;
+    let allocated = 3 * activation + 2 * row_sums + (partials as u64 + 2) * gains;
     let copies = Copies::new(driver, 2 * activation, allocated, |buffers| {
         Ok(Buffers {
-            sum: buffers.zeros("sum", activation)?,
             out: buffers.zeros("out", activation)?,
             mean: match norm {
                 NormKind::Layer => Some(buffers.zeros("mean", row_sums)?),
@@ -58,26 +57,21 @@ pub(super) fn rows(
             rstd: buffers.zeros("rstd", row_sums)?,
             partial: buffers.zeros("partial", partials as u64 * gains)?,
             inp: buffers.normals("inp", dtype, rows * columns)?,
-            residual: buffers.normals("residual", dtype, rows * columns)?,
+            d_out: buffers.normals("d_out", dtype, rows * columns)?,
             gain: buffers.normals("gain", Dtype::F32, columns)?,
             d_gain: buffers.normals("d_gain", Dtype::F32, columns)?,
         })
     })?;
 
-    for with_residual in [false, true] {
-        let timing = copies.time(driver, samples, |driver, it| {
-            let residual = with_residual.then_some((it.residual, it.sum));
-            let Buffers { inp, gain, out, mean, rstd, .. } = *it;
-            let args = NormForward { inp, residual, gain, out, mean, rstd };
-            kernels.forward(driver, StreamId::MAIN, spec, rows, &args)
-        })?;
-        let cost = Cost::norm_forward(norm, dtype, [rows, columns], with_residual);
-        table.push(Row::new(cost, &timing));
-    }
+    let timing = copies.time(driver, samples, |driver, it| {
+        let Buffers { inp, gain, out, mean, rstd, .. } = *it;
+        let args = NormForward { inp, gain, out, mean, rstd };
+        kernels.forward(driver, StreamId::MAIN, spec, rows, &args)
+    })?;
+    table.push(Row::new(Cost::norm_forward(norm, dtype, [rows, columns]), &timing));
     for accumulate in [false, true] {
         let timing = copies.time(driver, samples, |driver, it| {
-            let Buffers { inp, gain, mean, rstd, partial, d_gain, .. } = *it;
-            let (d_out, d_inp) = (it.residual, it.out);
+            let Buffers { inp, gain, out: d_inp, mean, rstd, d_out, partial, d_gain } = *it;
             let args =
                 NormBackward { inp, gain, mean, rstd, d_out, partial, d_inp, accumulate, d_gain };
             kernels.backward(driver, StreamId::MAIN, spec, rows, &args)

@@ -37,7 +37,7 @@ pub enum Sizes {
         k: usize,
         d: usize,
     },
-    /// `residual`: added on the way in; backward, the gradient is added to the stream's.
+    /// `residual`, backward: the gradient is added to that of the residual stream.
     Norm {
         t: usize,
         c: usize,

@@ -13,10 +13,10 @@ pub struct ValueArgs {
     /// Configuration file
     #[arg(value_name = "RUN.toml")]
     pub file: Option<PathBuf>,
-    /// Values below those of the file: demo, or a model of the paper (see `isobath info`)
+    /// Base values, which the file overrides: demo, or a model of the paper (see `isobath info`)
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
-    /// A value above those of the file, for instance model.layers=12; may be repeated
+    /// A value that overrides the file, for instance model.layers=12; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
 }

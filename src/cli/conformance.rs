@@ -26,14 +26,14 @@ pub struct ConformanceArgs {
     /// cuda or simt; auto is a GPU if there is one
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceKind,
-    /// This case alone; may be repeated
+    /// Run only this case; may be repeated
     #[arg(long = "case", value_name = "NAME")]
     cases: Vec<String>,
     /// Begin with this case
     #[arg(long, value_name = "NAME")]
     from: Option<String>,
-    /// Write what a GPU does as the golden outputs into FOLDER (tests/goldens); what it does not give
-    /// stays as it is there
+    /// Write what a GPU does as the golden outputs into FOLDER (tests/goldens); the others stay as
+    /// they are
     #[arg(long, value_name = "FOLDER", conflicts_with = "formulas")]
     record: Option<PathBuf>,
     /// Write the formulas' outputs into FOLDER, except where a GPU has recorded one; needs no

@@ -30,7 +30,7 @@ pub enum DataCommand {
         /// JSON field of .jsonl files that holds the text
         #[arg(long, default_value = "text")]
         field: String,
-        /// Train on the first so many MiB of text only
+        /// Train only on this many MiB from the beginning of the text
         #[arg(long)]
         limit_mib: Option<u64>,
         /// Print one JSON object
@@ -82,7 +82,7 @@ pub enum DataCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Make a multiple-choice task of text: which of several continuations follows?
+    /// Make a multiple-choice task from text: which of several continuations follows?
     Task {
         /// .txt or .jsonl files, plain, .gz or .zst, or bundled:austen
         #[arg(required = true, value_name = "TEXT")]
@@ -90,9 +90,10 @@ pub enum DataCommand {
         /// Where to write it
         #[arg(long, value_name = "FILE.jsonl")]
         out: PathBuf,
-        /// Draw from this last share of the text only: what a run with that data.held_out holds out
+        /// Draw only from this share at the end of the text: what a run with this data.held_out holds out
         #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
         held_out: f64,
+        /// Questions to draw
         #[arg(long, default_value_t = DrawOptions::default().questions)]
         questions: usize,
         /// Choices of a question
@@ -108,6 +109,7 @@ pub enum DataCommand {
             default_value_t = DrawOptions::default().continuation
         )]
         continuation: usize,
+        /// The same seed draws the same questions
         #[arg(long, default_value_t = DrawOptions::default().seed)]
         seed: u64,
         /// JSON field of .jsonl files that holds the text
@@ -141,9 +143,7 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
                 )?,
             }
             if tokenizer.vocab() < vocab {
-                eprintln!(
-                    "the text is too small for {vocab} entries: no pair occurs twice any more"
-                );
+                eprintln!("the text is too small for {vocab} entries: no pair occurs twice");
             }
             Ok(())
         }

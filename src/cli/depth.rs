@@ -42,7 +42,7 @@ pub struct DepthArgs {
     /// Tokens whose Jacobians are taken, one vector-Jacobian product for every feature
     #[arg(long, value_name = "TOKENS", default_value = "4")]
     jacobian_tokens: NonZeroUsize,
-    /// They stand among the first so many of their windows; the cost grows with it
+    /// These are among the first TOKENS of their windows; the cost grows with this
     #[arg(long, value_name = "TOKENS", default_value = "32")]
     jacobian_context: NonZeroUsize,
     /// Multiple-choice questions to ask without each layer, as in `isobath eval --task`

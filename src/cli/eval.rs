@@ -34,7 +34,7 @@ pub struct EvalArgs {
     /// Take these questions from another file or folder
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     shots_from: Option<PathBuf>,
-    /// Score the choices' texts, or letters behind a list of them [default: letters for .csv]
+    /// Score the texts of the choices, or letters after a list of them [default: letters for .csv]
     #[arg(long, value_parser = style_parser(), conflicts_with = "data")]
     style: Option<Style>,
     /// Write how each question was answered, one JSON object a line

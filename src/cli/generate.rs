@@ -14,7 +14,7 @@ pub struct GenerateArgs {
     model: ModelArgs,
     #[command(flatten)]
     prompt: PromptArgs,
-    /// Most tokens to add
+    /// Tokens to add at most
     #[arg(long, value_name = "N", default_value = "200")]
     tokens: usize,
     /// 0 takes the likeliest token; below 1 prefers likely ones more than the model does
@@ -37,7 +37,7 @@ struct PromptArgs {
     /// Text to continue
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Question to answer, put as the turns are that `data.format = "supervised"` trains on
+    /// Question to answer, in the turn format that `data.format = "supervised"` trains on
     #[arg(long, value_name = "QUESTION", allow_hyphen_values = true)]
     ask: Option<String>,
 }

@@ -36,7 +36,7 @@ struct Cli {
 enum Command {
     /// Train a model: without arguments, the bundled demo
     Train(train::TrainArgs),
-    /// Train several variants on the same data from the same seeds, and table what came of them
+    /// Train several variants on the same data from the same seeds, and tabulate the results
     Compare(compare::CompareArgs),
     /// Measure the loss of a model on a text
     Eval(eval::EvalArgs),
@@ -57,7 +57,7 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Compare what every kernel wrapper does on a device with its golden output
     Conformance(conformance::ConformanceArgs),
-    /// Make one page of figures out of runs
+    /// Make one page of figures from runs
     Report(report::ReportArgs),
     /// Show the devices, presets and texts of this build
     Info(info::InfoArgs),

@@ -18,9 +18,9 @@ use super::output;
 pub struct PlanArgs {
     #[command(flatten)]
     values: ValueArgs,
-    /// Where it would compute; h200 or h100: also the least time of a training step on one, by
-    /// kernel family, and the largest micro-batch at each level of recomputation and with each way to
-    /// store optimizer state, without any device
+    /// Device to plan for; h200 or h100 (which need not be here): also the least time of a training
+    /// step by kernel family, and the largest micro-batch at each level of recomputation and with
+    /// each way to store optimizer state
     #[arg(long, value_parser = PossibleValuesParser::new(devices()))]
     device: Option<String>,
     /// Print one JSON object

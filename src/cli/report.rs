@@ -1,4 +1,4 @@
-//! `isobath report`: one page of figures out of runs.
+//! `isobath report`: one page of figures from runs.
 
 use std::fs;
 use std::path::PathBuf;

@@ -59,7 +59,7 @@ fn describe(outcome: &Outcome) {
     let folder = outcome.folder.display();
     let Outcome { step, steps, seconds, .. } = outcome;
     if outcome.interrupted {
-        eprintln!("stopped behind step {step} of {steps}; continue with --resume --out {folder}");
+        eprintln!("stopped after step {step} of {steps}; continue with --resume --out {folder}");
     } else {
         eprintln!("trained {steps} steps in {seconds:.0} s");
     }

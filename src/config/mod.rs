@@ -84,6 +84,16 @@ choice! {
     }
 }
 
+impl Dtype {
+    /// Of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
+}
+
 choice! {
     pub enum DeviceKind {
         Auto = "auto",

@@ -162,7 +162,6 @@ impl<T: Float> Backend for Cpu<T> {
         &mut self,
         spec: NormSpec,
         inp: View,
-        residual: Option<(View, View)>,
         gain: View,
         out: View,
         mean: Option<View>,
@@ -170,13 +169,10 @@ impl<T: Float> Backend for Cpu<T> {
     ) -> Result<()> {
         // Absent operands are empty views, so that one call borrows all of them.
         let empty = View { shape: crate::tensor::Shape::new(&[0]), ..inp };
-        let (residual_in, sum) = residual.unwrap_or((empty, empty));
-        let ([out, rstd, mean_out, sum], [inp, residual_in, gain]) = self
-            .memory
-            .borrow::<T, 4, 3>([out, rstd, mean.unwrap_or(empty), sum], [inp, residual_in, gain]);
-        let residual = residual.map(|_| (residual_in, sum));
+        let ([out, rstd, mean_out], [inp, gain]) =
+            self.memory.borrow::<T, 3, 2>([out, rstd, mean.unwrap_or(empty)], [inp, gain]);
         let mean = mean.map(|_| mean_out);
-        norm::forward(spec, norm::Forward { inp, residual, gain, out, mean, rstd });
+        norm::forward(spec, norm::Forward { inp, gain, out, mean, rstd });
         Ok(())
     }
 

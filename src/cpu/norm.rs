@@ -1,4 +1,4 @@
-//! RMSNorm and LayerNorm with a depth scale and a fused residual add, forward and backward.
+//! RMSNorm and LayerNorm with a depth scale, forward and backward.
 //!
 //! gain_effective = w / sqrt(depth) is rounded once and multiplied by, so that a checkpoint with
 //! this gain gives the same bits without any scale. RMSNorm: Zhang & Sennrich 2019, equation 4;
@@ -59,32 +59,18 @@ pub(super) fn maximum<T: Float>(values: &[T]) -> T {
 }
 
 pub(super) struct Forward<'a, T> {
-    pub inp: &'a [T],                             // [T,C]
-    pub residual: Option<(&'a [T], &'a mut [T])>, // residual, sum [T,C]
-    pub gain: &'a [T],                            // [C]
-    pub out: &'a mut [T],                         // [T,C]
-    pub mean: Option<&'a mut [T]>,                // [T]
-    pub rstd: &'a mut [T],                        // [T]
+    pub inp: &'a [T],              // [T,C]
+    pub gain: &'a [T],             // [C]
+    pub out: &'a mut [T],          // [T,C]
+    pub mean: Option<&'a mut [T]>, // [T]
+    pub rstd: &'a mut [T],         // [T]
 }
 
 pub(super) fn forward<T: Float>(spec: NormSpec, args: Forward<T>) {
-    let Forward { inp, residual, gain, out, mean, rstd } = args;
+    let Forward { inp, gain, out, mean, rstd } = args;
     let c = gain.len();
-    let gain = effective_gain(gain, spec.depth);
+    let gain = &effective_gain(gain, spec.depth);
     let block = NORM_PARTIAL_ROWS * c;
-    let inp = match residual {
-        Some((residual, sum)) => {
-            let rows = sum.par_chunks_mut(block).zip(inp.par_chunks(block));
-            rows.zip(residual.par_chunks(block)).for_each(|((sum, inp), residual)| {
-                for ((sum, &inp), &residual) in sum.iter_mut().zip(inp).zip(residual) {
-                    *sum = inp + residual;
-                }
-            });
-            &*sum
-        }
-        None => inp,
-    };
-    let gain = &gain;
     let rows = out.par_chunks_mut(block).zip(inp.par_chunks(block));
     let rows = rows.zip(rstd.par_chunks_mut(NORM_PARTIAL_ROWS));
     match mean {

@@ -157,14 +157,16 @@ impl AdamW {
         let device = driver.device();
         let FlatPart { first, elements, master, moments } = part;
         if !first.is_multiple_of(DRAWN_AT_ONCE) {
-            return Err(refusal(
+            return Err(Error::launch(
+                "adamw",
                 device,
                 format!("a part from element {first} on; {DRAWN_AT_ONCE} share one random draw"),
                 "begin every part of the flat buffer at a multiple of 4 elements",
             ));
         }
         if elements > MAX_ELEMENTS {
-            return Err(refusal(
+            return Err(Error::launch(
+                "adamw",
                 device,
                 format!("{elements} elements; at most {MAX_ELEMENTS} can be counted"),
                 "choose a smaller model, or shard its parameters",
@@ -240,7 +242,8 @@ impl AdamW {
     /// Errors: ranges other than those that the table was made for; a value that f32 cannot hold.
     pub fn scalars(&self, step: &AdamWStep) -> Result<Scalars> {
         if step.decay != self.decay {
-            return Err(refusal(
+            return Err(Error::launch(
+                "adamw",
                 self.device,
                 format!(
                     "a step with {} decaying ranges, other than the {} of the table",
@@ -252,7 +255,8 @@ impl AdamW {
         }
         let f32_of = |name: &str, value: f64| match value as f32 {
             rounded if rounded.is_finite() => Ok(rounded),
-            _ => Err(refusal(
+            _ => Err(Error::launch(
+                "adamw",
                 self.device,
                 format!("{name} is {value:e}, which is no finite f32"),
                 "count steps from 1, and choose finite [optimizer] values",
@@ -260,7 +264,8 @@ impl AdamW {
         };
         let eps = f32_of("eps", step.eps)?;
         if eps <= 0.0 {
-            return Err(refusal(
+            return Err(Error::launch(
+                "adamw",
                 self.device,
                 format!("eps is {:e}, which is not above 0 in f32", step.eps),
                 "choose optimizer.eps from 1e-38 on",
@@ -363,7 +368,8 @@ impl AdamW {
                     .with(self.vectors)
             }
             (Master::Split, ..) => {
-                return Err(refusal(
+                return Err(Error::launch(
+                    "adamw",
                     self.device,
                     "parameters in halves without their upper halves or without copies of vectors"
                         .to_string(),
@@ -392,7 +398,8 @@ impl AdamW {
         if address.0.is_multiple_of(ALIGNMENT) {
             return Ok(());
         }
-        Err(refusal(
+        Err(Error::launch(
+            "adamw",
             self.device,
             format!("the {name} begin at {:#x}; {ALIGNMENT} bytes are read at once", address.0),
             "begin every flat buffer at a multiple of 16 bytes",
@@ -412,10 +419,11 @@ fn boundaries(
     let mut end = 0;
     for range in ranges {
         if range.start < end || range.end < range.start || range.end as u64 > elements {
-            return Err(refusal(
+            return Err(Error::launch(
+                "adamw",
                 device,
                 format!(
-                    "the {what} {range:?} of {elements} elements, behind one that ends at {end}"
+                    "the {what} {range:?} of {elements} elements, after one that ends at {end}"
                 ),
                 "give ranges that ascend, do not overlap and end within the buffer",
             ));
@@ -430,19 +438,11 @@ fn boundaries(
 fn counted(device: &str, what: &str, boundaries: &[u64]) -> Result<i32> {
     i32::try_from(boundaries.len()).map_err(|_| {
         let count = boundaries.len() / 2;
-        refusal(
+        Error::launch(
+            "adamw",
             device,
             format!("{count} {what}; an i32 has to count their ends"),
             "join neighbouring ranges",
         )
     })
-}
-
-fn refusal(device: &str, what: String, remedy: &str) -> Error {
-    Error::Launch {
-        kernel: "adamw".to_string(),
-        device: device.to_string(),
-        what,
-        remedy: remedy.to_string(),
-    }
 }

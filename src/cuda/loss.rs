@@ -137,26 +137,29 @@ impl Loss {
         shape: Shape,
     ) -> Result<Self> {
         let device = driver.device();
-        let vector = VECTOR_BYTES / element_bytes(dtype);
+        let vector = VECTOR_BYTES / dtype.bytes();
         if columns == 0 || !columns.is_multiple_of(vector) {
-            return Err(refusal(
+            return Err(Error::launch(
+                "loss",
                 device,
                 format!("rows of {columns} {dtype} logits; {vector} are loaded at once"),
                 format!("store the vocabulary rounded up to a multiple of {vector}"),
             ));
         }
         if columns > MAX_COLUMNS {
-            return Err(refusal(
+            return Err(Error::launch(
+                "loss",
                 device,
                 format!("rows of {columns} logits; at most {MAX_COLUMNS} can be counted"),
                 format!("choose model.vocab up to {MAX_COLUMNS}"),
             ));
         }
         if classes == 0 || classes > columns {
-            return Err(refusal(
+            return Err(Error::launch(
+                "loss",
                 device,
                 format!("{classes} classes in rows of {columns} logits"),
-                format!("choose 1 to {columns} classes; the columns behind them are padding"),
+                format!("choose 1 to {columns} classes; the columns after them are padding"),
             ));
         }
         let mut kernel = |pass: &str| {
@@ -219,17 +222,19 @@ impl Loss {
         }
         let Shape { blocks, threads, .. } = self.shape;
         if i32::try_from(rows.saturating_mul(blocks)).is_err() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "loss",
                 self.device,
                 format!("{rows} rows of {blocks} blocks; a grid has at most {}", i32::MAX),
-                "choose a smaller train.micro_batch, or smaller chunks of tokens".to_string(),
+                "choose a smaller train.micro_batch, or smaller chunks of tokens",
             ));
         }
         if !z_loss.is_finite() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "loss",
                 self.device,
                 format!("the weight of the z-loss is {z_loss}"),
-                "choose a finite one; 0 turns it off".to_string(),
+                "choose a finite one; 0 turns it off",
             ));
         }
         let arguments = arguments.with(self.classes as i32).with(self.columns as i32).with(z_loss);
@@ -242,16 +247,5 @@ impl Loss {
 }
 
 fn row_bytes(dtype: Dtype, columns: usize) -> usize {
-    columns.saturating_mul(element_bytes(dtype))
-}
-
-fn element_bytes(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "loss".to_string(), device: device.to_string(), what, remedy }
+    columns.saturating_mul(dtype.bytes())
 }

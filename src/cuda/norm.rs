@@ -4,6 +4,7 @@
 //! rows and any depth. It allocates nothing: [`Norm::partials`] says how much scratch the backward
 //! pass needs. The formulas and what is written or added to stand at the head of kernels/norm.cu.
 
+use super::rows::vector;
 use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
 use crate::backend::{NORM_PARTIAL_ROWS, NormSpec};
 use crate::config::{Dtype, NormKind};
@@ -40,7 +41,6 @@ const fn variant(threads: usize, vectors: usize, forward: u32, backward: u32) ->
 
 /// The widest row of either type.
 pub const MAX_COLUMNS: usize = 8192;
-const VECTOR_BYTES: usize = 16;
 const MIN_BLOCK_THREADS: usize = 256;
 /// Columns of a block of norm_backward_gain, and its threads.
 const GAIN_COLUMNS: usize = 32;
@@ -51,8 +51,6 @@ const GAIN_THREADS: u32 = 256;
 pub struct NormForward {
     /// [T,C]
     pub inp: DevicePointer,
-    /// Residual and sum = inp + residual, [T,C]; the sum is what is normalised.
-    pub residual: Option<(DevicePointer, DevicePointer)>,
     /// [C], f32
     pub gain: DevicePointer,
     /// [T,C]
@@ -66,7 +64,7 @@ pub struct NormForward {
 /// Addresses of [`Norm::backward`].
 #[derive(Clone, Copy, Debug)]
 pub struct NormBackward {
-    /// [T,C], what was normalised: the sum where there was a residual.
+    /// [T,C]
     pub inp: DevicePointer,
     /// [C], f32
     pub gain: DevicePointer,
@@ -102,14 +100,6 @@ pub struct Norm {
     gain: KernelId,
 }
 
-/// Values that a thread loads at once.
-fn vector(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => VECTOR_BYTES / 4,
-        Dtype::Bf16 => VECTOR_BYTES / 2,
-    }
-}
-
 /// The narrowest that holds a row.
 fn variant_for(dtype: Dtype, columns: usize) -> Option<&'static Variant> {
     let holds = |it: &&Variant| {
@@ -125,14 +115,16 @@ impl Norm {
         let device = driver.device();
         let vector = vector(dtype);
         if columns == 0 || !columns.is_multiple_of(vector) {
-            return Err(refusal(
+            return Err(Error::launch(
+                "norm",
                 device,
                 format!("rows of {columns} {dtype} values; {vector} are loaded at once"),
                 format!("choose model.hidden as a multiple of {vector}"),
             ));
         }
         let Some(variant) = variant_for(dtype, columns) else {
-            return Err(refusal(
+            return Err(Error::launch(
+                "norm",
                 device,
                 format!("rows of {columns} values; the widest kernel holds {MAX_COLUMNS}"),
                 format!("choose model.hidden up to {MAX_COLUMNS}"),
@@ -183,12 +175,9 @@ impl Norm {
         args: &NormForward,
     ) -> Result<()> {
         let Some(counted_rows) = self.check(spec, rows, args.mean)? else { return Ok(()) };
-        let (residual, sum) = args.residual.unwrap_or_default();
         let arguments = Arguments::new()
             .with(args.inp)
-            .with(residual)
             .with(args.gain)
-            .with(sum)
             .with(args.out)
             .with(args.mean.unwrap_or_default())
             .with(args.rstd)
@@ -249,24 +238,26 @@ impl Norm {
     ) -> Result<Option<i32>> {
         let is_layer = spec.kind == NormKind::Layer;
         if mean.is_some() != is_layer {
-            return Err(refusal(
+            return Err(Error::launch(
+                "norm",
                 self.device,
                 format!(
                     "a {} norm {} a mean",
                     spec.kind,
                     if is_layer { "without" } else { "with" }
                 ),
-                "give the means of a layer norm, and only of one".to_string(),
+                "give the means of a layer norm, and only of one",
             ));
         }
         // Rows are walked in steps of all blocks' rows; the last step must not overflow.
         let largest_step = self.block_rows * self.forward_blocks.max(self.backward_blocks);
         match i32::try_from(rows + largest_step) {
             Ok(_) => Ok((rows > 0).then_some(rows as i32)),
-            Err(_) => Err(refusal(
+            Err(_) => Err(Error::launch(
+                "norm",
                 self.device,
                 format!("{rows} rows; an i32 has to count them"),
-                "choose a smaller train.micro_batch".to_string(),
+                "choose a smaller train.micro_batch",
             )),
         }
     }
@@ -275,8 +266,4 @@ impl Norm {
 /// What the gain is divided by; rounded once, as the export does it.
 fn sqrt_depth(spec: NormSpec) -> f32 {
     (spec.depth as f64).sqrt() as f32
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "norm".to_string(), device: device.to_string(), what, remedy }
 }

@@ -35,7 +35,7 @@ struct Slot {
 impl Offload {
     /// `chunk`: elements, a multiple of 64. Allocates [`offload_bytes`](crate::backend::offload_bytes).
     pub fn new(driver: &mut dyn Driver, chunk: u64, moments: Dtype) -> Result<Self> {
-        let bytes = chunk * element_bytes(moments);
+        let bytes = chunk * moments.bytes() as u64;
         let slot = |driver: &mut dyn Driver| -> Result<Slot> {
             Ok(Slot {
                 moments: [
@@ -77,7 +77,7 @@ impl Offload {
                 driver.wait(self.incoming, slot.stored)?;
             }
             let range = index * self.chunk..part.elements.min((index + 1) * self.chunk);
-            let bytes = (range.end - range.start) * element_bytes(part.moments);
+            let bytes = (range.end - range.start) * part.moments.bytes() as u64;
             let on_host = host_moments(args, part, range.start);
             let on_device = slot.moments.map(|it| it.address);
             for (host, device) in on_host.into_iter().zip(on_device) {
@@ -103,12 +103,5 @@ impl Offload {
 }
 
 fn host_moments(args: &AdamWBuffers, part: &FlatPart, at: u64) -> [DevicePointer; 2] {
-    [args.moment1, args.moment2].map(|it| it.offset(at * element_bytes(part.moments)))
-}
-
-fn element_bytes(moments: Dtype) -> u64 {
-    match moments {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
+    [args.moment1, args.moment2].map(|it| it.offset(at * part.moments.bytes() as u64))
 }

@@ -60,7 +60,6 @@ pub struct Pointwise {
     add: KernelId,
     add_f32: KernelId,
     cast_to_bf16: KernelId,
-    cast_to_f32: KernelId,
 }
 
 impl Pointwise {
@@ -76,7 +75,6 @@ impl Pointwise {
             add: driver.kernel(&format!("add_{dtype}"))?,
             add_f32: driver.kernel("add_f32")?,
             cast_to_bf16: driver.kernel("cast_to_bf16")?,
-            cast_to_f32: driver.kernel("cast_to_f32")?,
         })
     }
 
@@ -189,19 +187,6 @@ impl Pointwise {
         to: DevicePointer,
     ) -> Result<()> {
         let kernel = ("cast_to_bf16", self.cast_to_bf16, vector(Dtype::Bf16));
-        self.flat(driver, stream, kernel, elements, from, to)
-    }
-
-    /// to = from, bf16 to f32. Errors: as [`Pointwise::add`].
-    pub fn cast_to_f32(
-        &self,
-        driver: &mut dyn Driver,
-        stream: StreamId,
-        elements: u64,
-        from: DevicePointer,
-        to: DevicePointer,
-    ) -> Result<()> {
-        let kernel = ("cast_to_f32", self.cast_to_f32, vector(Dtype::Bf16));
         self.flat(driver, stream, kernel, elements, from, to)
     }
 

@@ -20,10 +20,7 @@ pub(super) struct Rows {
 
 /// Values of a 16-byte vector.
 pub(super) fn vector(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => VECTOR_BYTES / 4,
-        Dtype::Bf16 => VECTOR_BYTES / 2,
-    }
+    VECTOR_BYTES / dtype.bytes()
 }
 
 impl Rows {
@@ -62,7 +59,7 @@ impl Rows {
     }
 
     pub fn refusal(&self, what: String, remedy: String) -> Error {
-        Error::Launch { kernel: self.op.to_string(), device: self.device.to_string(), what, remedy }
+        Error::launch(self.op, self.device, what, remedy)
     }
 }
 

@@ -13,11 +13,10 @@ use super::sound;
 use super::streams::StreamSums;
 use super::task::change_of_accuracy;
 use crate::backend::Backend;
-use crate::cpu::Cpu;
 use crate::data::batch::Batch;
 use crate::data::source::TokenSource;
 use crate::data::windows::Windows;
-use crate::device::{Device, open_kernels};
+use crate::device::{Device, on_device};
 use crate::engine::{Backward, Layerwise, Rows};
 use crate::error::Result;
 use crate::evaluate::Text;
@@ -37,23 +36,15 @@ pub fn measure(request: &Request, mut progress: impl FnMut(u64, u64)) -> Result<
     let task = request.task.as_ref().map(|task| task.prompts(&model)).transpose()?;
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
-    let mut report = match device {
-        Device::Cpu => measure_on(Cpu::<f32>::new(), request, &model, &text.tokens, &mut progress),
-        Device::Cuda | Device::Simt => {
-            let backend = open_kernels(device.kind(), dtype)?;
-            measure_on(backend, request, &model, &text.tokens, &mut progress)
-        }
-    }?;
+    let mut report = on_device!(device, dtype, |backend| {
+        measure_on(backend, request, &model, &text.tokens, &mut progress)
+    })?;
     let Some(prompts) = task else { return Ok(report) };
     // Another shape, and so other programs: the first ones and their memory are gone by now.
     let (prompts, batch) = (&prompts, request.batch);
-    report.task = Some(match device {
-        Device::Cpu => change_of_accuracy(&model, prompts, batch, Cpu::<f32>::new(), progress),
-        Device::Cuda | Device::Simt => {
-            let backend = open_kernels(device.kind(), dtype)?;
-            change_of_accuracy(&model, prompts, batch, backend, progress)
-        }
-    }?);
+    report.task = Some(on_device!(device, dtype, |backend| {
+        change_of_accuracy(&model, prompts, batch, backend, progress)
+    })?);
     Ok(report)
 }
 

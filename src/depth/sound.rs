@@ -35,7 +35,7 @@ pub fn check_parameters(model: &LoadedModel) -> Result<()> {
 pub fn stream_not_finite(folder: &Path, layer: usize) -> Error {
     let place = match layer {
         0 => "the embedding gives numbers that are not finite".to_string(),
-        layer => format!("the residual stream is not finite any more behind layer {layer}"),
+        layer => format!("the residual stream is no longer finite after layer {layer}"),
     };
     refused(folder, place)
 }

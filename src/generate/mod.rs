@@ -9,9 +9,8 @@ pub use sampling::Sampling;
 
 use crate::backend::Backend;
 use crate::config::{DeviceKind, Dtype};
-use crate::cpu::Cpu;
 use crate::data::tokenizer::Tokenizer;
-use crate::device::{Device, open_kernels};
+use crate::device::{Device, on_device};
 use crate::engine::{Decoder, DecoderPlan, Parameters};
 use crate::error::{Error, Result};
 use crate::loaded::LoadedModel;
@@ -76,12 +75,7 @@ pub fn generate_text(request: &Request, show: impl FnMut(&str) -> bool) -> Resul
     let model = LoadedModel::open(&request.model)?;
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
-    match device {
-        Device::Cpu => generate_on(Cpu::<f32>::new(), request, &model, show),
-        Device::Cuda | Device::Simt => {
-            generate_on(open_kernels(device.kind(), dtype)?, request, &model, show)
-        }
-    }
+    on_device!(device, dtype, |backend| generate_on(backend, request, &model, show))
 }
 
 fn generate_on<B: Backend>(
@@ -129,9 +123,9 @@ fn generate_on<B: Backend>(
     )?;
     show(&stream.finish()?);
     let stopped = if tokens.len() == request.tokens {
-        "as many as were asked for"
+        "token limit reached"
     } else if stopped_by_reader {
-        "the reader left"
+        "output closed"
     } else if decoder.room() == 0 {
         "the end of the model's longest sequence"
     } else {

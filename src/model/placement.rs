@@ -166,7 +166,7 @@ pub fn stock_obstacle(config: &ModelConfig) -> Option<&'static str> {
         );
     }
     if forms().any(|form| form.order == Order::Sandwich) {
-        return Some("a norm behind a branch cannot be folded: stock LLaMA has none there");
+        return Some("a norm after a branch cannot be folded: stock LLaMA has none there");
     }
     if forms().any(|form| form.attention_norm.input_depth != 1) {
         return Some(

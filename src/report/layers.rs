@@ -54,7 +54,7 @@ pub(super) fn variance(groups: &[Group]) -> Vec<Captioned<LineChart>> {
             y: Axis::log("variance"),
             series: ends,
         },
-        "Variance of the residual stream over its features, mean over tokens, behind each block.",
+        "Variance of the residual stream over its features, mean over tokens, after each block.",
     )];
     let runs: Vec<&Run> = groups.iter().flat_map(|group| group.runs.iter().copied()).collect();
     let scale = shared_scale(&runs);

@@ -316,8 +316,8 @@ fn configurations(runs: &[Run]) -> Markup {
                     (scrolling("Processes", html! {
                         table {
                             thead { tr {
-                                th scope="col" { "begun" }
-                                th scope="col" { "behind step" }
+                                th scope="col" { "started" }
+                                th scope="col" { "after step" }
                                 th .text scope="col" { "machine" }
                                 th .text scope="col" { "version" }
                                 th .text scope="col" { "commit" }
@@ -352,7 +352,7 @@ fn throughput(sessions: &[Throughput]) -> Markup {
     let table = html! {
         table {
             thead { tr {
-                th scope="col" { "behind step" }
+                th scope="col" { "after step" }
                 th scope="col" { "to step" }
                 th scope="col" { "tokens/s" }
                 th scope="col" { "middle half" }

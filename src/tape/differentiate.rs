@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::recompute::not_kept;
-use super::{Access, External, Gradient, Op, Residual, Role, Step, Tape, Value, ValueId};
+use super::{Access, External, Gradient, Op, Role, Step, Tape, Value, ValueId};
 use crate::backend::{GainGradient, NORM_PARTIAL_ROWS, Sink};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
@@ -191,18 +191,6 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// As [`Pass::pass_on`], where `d_out` is still needed.
-    fn pass_copy(&mut self, d_out: ValueId, of: ValueId) {
-        match self.gradients.get(&of) {
-            Some(&to) => self.steps.push(Step::Add { from: d_out, to }),
-            None => {
-                let to = self.new_gradient(of);
-                self.steps.push(Step::Copy { from: d_out, to });
-                self.gradients.insert(of, to);
-            }
-        }
-    }
-
     /// Scratch for the sums that make the gradient of a gain; `out` [T,C].
     fn gain_partial(&mut self, out: ValueId) -> ValueId {
         let [t, c] = [0, 1].map(|i| self.values[out.0].shape.sizes()[i]);
@@ -237,13 +225,12 @@ impl<'a> Pass<'a> {
                 let d_table = self.parameter_gradient(table)?;
                 self.steps.push(Step::Backward(Gradient::Embedding { tokens, d_out, d_table }));
             }
-            Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
+            Op::Norm { spec, inp, gain, out, mean, rstd } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
-                let normalised = residual.map_or(inp, |r| r.sum);
-                let kept = self.activation(normalised);
+                let kept = self.activation(inp);
                 let (mean, rstd) = (mean.map(|it| self.activation(it)), self.activation(rstd));
                 let partial = self.gain_partial(out);
-                let d_inp = self.sink(normalised);
+                let d_inp = self.sink(inp);
                 let d_gain = self.parameter_gradient(gain)?;
                 self.steps.push(Step::Backward(Gradient::Norm {
                     spec,
@@ -256,10 +243,6 @@ impl<'a> Pass<'a> {
                     d_inp,
                     d_gain,
                 }));
-                if let Some(Residual { residual, .. }) = residual {
-                    self.pass_copy(d_inp.to, inp);
-                    self.pass_on(d_inp.to, residual);
-                }
             }
             Op::ScaledResidual { spec, inp, residual, gain, out } => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };

@@ -38,7 +38,8 @@ pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
     steps.iter().filter_map(between).collect()
 }
 
-/// The two as one, of those that [`Backend`] has a method for; `read_once`: by no step behind them.
+/// The two as one, of those that [`Backend`](crate::backend::Backend) has a method for; `read_once`: by no
+/// step behind them. What is joined here and not known to [`Fused`]'s `run` panics there.
 fn joined(
     before: Step<ValueId>,
     step: Step<ValueId>,

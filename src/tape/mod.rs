@@ -17,7 +17,7 @@ mod recompute;
 mod step;
 
 pub use memory::{MemoryLine, MemoryPlan};
-pub use op::{Access, Gradient, Op, Residual};
+pub use op::{Access, Gradient, Op};
 pub use program::{BoundProgram, Program, Purpose};
 pub use step::{Fused, Step};
 
@@ -183,44 +183,16 @@ impl Tape {
 
     /// inp [T,C], gain [C] -> [T,C]
     pub fn norm(&mut self, spec: NormSpec, inp: ValueId, gain: ValueId) -> Result<ValueId> {
-        self.record_norm(spec, inp, None, gain).map(|(_, out)| out)
-    }
-
-    /// inp, residual [T,C], gain [C] -> (inp + residual, its norm), both [T,C]
-    pub fn norm_residual(
-        &mut self,
-        spec: NormSpec,
-        inp: ValueId,
-        residual: ValueId,
-        gain: ValueId,
-    ) -> Result<(ValueId, ValueId)> {
-        self.record_norm(spec, inp, Some(residual), gain)
-    }
-
-    fn record_norm(
-        &mut self,
-        spec: NormSpec,
-        inp: ValueId,
-        residual: Option<ValueId>,
-        gain: ValueId,
-    ) -> Result<(ValueId, ValueId)> {
         let [t, c] = self.sizes("norm", inp)?;
         self.check("norm", "gain", gain, &[c])?;
-        let residual = match residual {
-            Some(residual) => {
-                self.check("norm", "residual", residual, &[t, c])?;
-                Some(Residual { residual, sum: self.activation("residual stream", &[t, c]) })
-            }
-            None => None,
-        };
         let out = self.activation("norm", &[t, c]);
         let mean = match spec.kind {
             NormKind::Rms => None,
             NormKind::Layer => Some(self.statistic("norm mean", &[t])),
         };
         let rstd = self.statistic("norm rstd", &[t]);
-        self.record(Op::Norm { spec, inp, residual, gain, out, mean, rstd });
-        Ok((residual.map_or(inp, |r| r.sum), out))
+        self.record(Op::Norm { spec, inp, gain, out, mean, rstd });
+        Ok(out)
     }
 
     /// inp, residual [T,C], gain [C] or [1] -> stream_scale residual + branch_scale gain inp [T,C]

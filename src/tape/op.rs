@@ -24,74 +24,15 @@ pub enum Access {
 /// A recorded op; shapes and formulas stand at the methods of [`Backend`].
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Op<H> {
-    Embedding {
-        tokens: H,
-        table: H,
-        out: H,
-    },
-    Norm {
-        spec: NormSpec,
-        inp: H,
-        residual: Option<Residual<H>>,
-        gain: H,
-        out: H,
-        mean: Option<H>,
-        rstd: H,
-    },
-    ScaledResidual {
-        spec: ResidualSpec,
-        inp: H,
-        residual: H,
-        gain: Option<H>,
-        out: H,
-    },
-    Linear {
-        inp: H,
-        weight: H,
-        residual: Option<H>,
-        out: H,
-    },
-    Rotary {
-        heads: HeadSpec,
-        table: H,
-        positions: H,
-        qkv: H,
-    },
-    Attention {
-        spec: AttentionSpec,
-        qkv: H,
-        document_starts: Option<H>,
-        out: H,
-        log_sum_exp: H,
-    },
-    CachedAttention {
-        heads: HeadSpec,
-        qkv: H,
-        keys: H,
-        values: H,
-        positions: H,
-        out: H,
-    },
-    SwiGlu {
-        inp: H,
-        out: H,
-    },
-    CrossEntropy {
-        spec: LossSpec,
-        inp: H,
-        weight: H,
-        targets: H,
-        scale: H,
-        logits: H,
-        losses: H,
-    },
-}
-
-/// The residual add fused into a norm: sum = inp + residual.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Residual<H> {
-    pub residual: H,
-    pub sum: H,
+    Embedding { tokens: H, table: H, out: H },
+    Norm { spec: NormSpec, inp: H, gain: H, out: H, mean: Option<H>, rstd: H },
+    ScaledResidual { spec: ResidualSpec, inp: H, residual: H, gain: Option<H>, out: H },
+    Linear { inp: H, weight: H, residual: Option<H>, out: H },
+    Rotary { heads: HeadSpec, table: H, positions: H, qkv: H },
+    Attention { spec: AttentionSpec, qkv: H, document_starts: Option<H>, out: H, log_sum_exp: H },
+    CachedAttention { heads: HeadSpec, qkv: H, keys: H, values: H, positions: H, out: H },
+    SwiGlu { inp: H, out: H },
+    CrossEntropy { spec: LossSpec, inp: H, weight: H, targets: H, scale: H, logits: H, losses: H },
 }
 
 /// The backward pass of an op.
@@ -190,11 +131,9 @@ impl<H: Copy> Op<H> {
             Op::Embedding { tokens, table, out } => {
                 Op::Embedding { tokens: f(tokens, Read), table: f(table, Read), out: f(out, Write) }
             }
-            Op::Norm { spec, inp, residual, gain, out, mean, rstd } => Op::Norm {
+            Op::Norm { spec, inp, gain, out, mean, rstd } => Op::Norm {
                 spec,
                 inp: f(inp, Read),
-                residual: residual
-                    .map(|r| Residual { residual: f(r.residual, Read), sum: f(r.sum, Write) }),
                 gain: f(gain, Read),
                 out: f(out, Write),
                 mean: mean.map(|mean| f(mean, Write)),
@@ -256,9 +195,8 @@ impl Op<View> {
     pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
         match *self {
             Op::Embedding { tokens, table, out } => backend.embedding_forward(tokens, table, out),
-            Op::Norm { spec, inp, residual, gain, out, mean, rstd } => {
-                let residual = residual.map(|r| (r.residual, r.sum));
-                backend.norm_forward(spec, inp, residual, gain, out, mean, rstd)
+            Op::Norm { spec, inp, gain, out, mean, rstd } => {
+                backend.norm_forward(spec, inp, gain, out, mean, rstd)
             }
             Op::ScaledResidual { spec, inp, residual, gain, out } => {
                 backend.scaled_residual_forward(spec, inp, residual, gain, out)

@@ -161,7 +161,7 @@ impl BoundProgram {
     /// Runs every step, in order. The backward pass begins with the first gradient; what it computes
     /// again is a part of it.
     pub fn run<B: Backend>(&self, backend: &mut B) -> Result<()> {
-        let backward = self.steps.iter().position(|step| matches!(step, Step::Backward(_)));
+        let backward = self.steps.iter().position(Step::is_backward);
         let (forward, backward) = self.steps.split_at(backward.unwrap_or(self.steps.len()));
         let run = |steps: &[Step<View>], backend: &mut B| {
             steps.iter().try_for_each(|step| step.run(backend))

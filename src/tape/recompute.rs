@@ -41,8 +41,7 @@ pub(super) fn not_kept(ops: &[Recorded], level: Recompute) -> HashMap<ValueId, V
 ///   kept anyway.
 /// - `Attention`: queries, keys and values, by one product: 2 C FLOPs for an element of them. And
 ///   attention's results, by its forward pass: 2 S for an element, so cheaper up to S = C.
-/// - `Block`: everything else. Of a norm that adds, the addends would have to be kept in place of its
-///   result; a row's statistics are small.
+/// - `Block`: everything else; a row's statistics are small.
 fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
     let mut levels = HashMap::new();
     for Recorded { op, .. } in ops {
@@ -52,14 +51,13 @@ fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
             }
         }
         match *op {
-            Op::Norm { residual: None, out, .. } | Op::SwiGlu { out, .. } => {
+            Op::Norm { out, .. } | Op::SwiGlu { out, .. } => {
                 levels.insert(out, Recompute::Norms);
             }
             Op::Attention { qkv, out, log_sum_exp, .. } => {
                 levels.extend([qkv, out, log_sum_exp].map(|id| (id, Recompute::Attention)));
             }
             Op::Embedding { .. }
-            | Op::Norm { residual: Some(_), .. }
             | Op::ScaledResidual { .. }
             | Op::Linear { .. }
             | Op::Rotary { .. }

@@ -1,4 +1,4 @@
-//! What a program consists of: ops, their gradients, copies and sums, and two of them that run as one.
+//! What a program consists of: ops, their gradients and sums, and two of them that run as one.
 
 use super::op::{Access, Gradient, Op};
 use crate::backend::{Backend, Sink};
@@ -11,12 +11,7 @@ pub enum Step<H> {
     Forward(Op<H>),
     Backward(Gradient<H>),
     Fused(Fused<H>),
-    /// to = from
-    Copy {
-        from: H,
-        to: H,
-    },
-    /// to += from
+    /// to += from, gradients.
     Add {
         from: H,
         to: H,
@@ -128,7 +123,7 @@ impl Fused<View> {
                 positions,
                 d_qkv,
             ),
-            _ => Ok(false),
+            _ => unreachable!("nothing joins {self:?}"),
         }
     }
 }
@@ -139,12 +134,18 @@ impl<H: Copy> Step<H> {
             Step::Forward(op) => Step::Forward(op.map(f)),
             Step::Backward(gradient) => Step::Backward(gradient.map(f)),
             Step::Fused(fused) => Step::Fused(fused.map(f)),
-            Step::Copy { from, to } => {
-                Step::Copy { from: f(from, Access::Read), to: f(to, Access::Write) }
-            }
             Step::Add { from, to } => {
                 Step::Add { from: f(from, Access::Read), to: f(to, Access::Update) }
             }
+        }
+    }
+
+    /// Whether it belongs to the backward pass wherever it stands. Ops run in either pass: again in the
+    /// backward pass, where their results were not kept.
+    pub fn is_backward(&self) -> bool {
+        match self {
+            Step::Forward(_) | Step::Fused(Fused::Forward(_)) => false,
+            Step::Backward(_) | Step::Fused(Fused::Backward(_)) | Step::Add { .. } => true,
         }
     }
 
@@ -162,7 +163,6 @@ impl Step<View> {
             Step::Forward(op) => op.run(backend),
             Step::Backward(gradient) => gradient.run(backend),
             Step::Fused(fused) => fused.run(backend),
-            Step::Copy { from, to } => backend.copy(from, to),
             Step::Add { from, to } => backend.add(from, to),
         }
     }

@@ -47,7 +47,7 @@ pub fn draw(documents: &[String], options: &DrawOptions) -> Result<Vec<Question>
     if questions == 0 || choices < 2 || context == 0 || continuation == 0 {
         return Err(Error::Usage {
             what: format!(
-                "{questions} questions of {choices} choices of {continuation} characters behind \
+                "{questions} questions of {choices} choices of {continuation} characters after \
                  {context}"
             ),
             remedy: "ask for at least one question, two choices, and one character of each".into(),

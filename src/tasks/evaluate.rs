@@ -12,8 +12,7 @@ use super::question::Style;
 use super::score::{Score, score};
 use crate::backend::Backend;
 use crate::config::{DeviceKind, Dtype};
-use crate::cpu::Cpu;
-use crate::device::{Device, open_kernels};
+use crate::device::{Device, on_device};
 use crate::engine::Evaluator;
 use crate::error::{Error, Result};
 use crate::loaded::LoadedModel;
@@ -80,13 +79,9 @@ pub fn evaluate(request: &Request, progress: impl FnMut(u64, u64)) -> Result<Rep
     let device = Device::choose(request.device)?;
     let dtype = device.computes_in(request.dtype)?;
     let started = Instant::now();
-    let score = match device {
-        Device::Cpu => score_on(Cpu::<f32>::new(), &model, &prompts, request.batch, progress),
-        Device::Cuda | Device::Simt => {
-            let backend = open_kernels(device.kind(), dtype)?;
-            score_on(backend, &model, &prompts, request.batch, progress)
-        }
-    }?;
+    let batch = request.batch;
+    let score =
+        on_device!(device, dtype, |backend| score_on(backend, &model, &prompts, batch, progress))?;
     let tokens = prompts.candidates().map(|candidate| candidate.tokens.len() as u64 - 1).sum();
     Ok(Report {
         model: model.folder,

@@ -189,7 +189,7 @@ impl<'a> Reader<'a> {
             let place = || format!("choice {} of {}", index + 1, question.choices.len());
             if scored == 0 {
                 return Err(Unreadable::Flaw(Flaw {
-                    what: format!("{} has no token of its own behind the context", place()),
+                    what: format!("{} has no token of its own after the context", place()),
                     remedy: "leave the question out, or use another tokenizer".into(),
                 }));
             }

@@ -45,7 +45,7 @@ fn a_launch_is_dependent_where_machine_and_kernel_can_wait() {
 fn dependent_behind(between: impl FnOnce(&mut Host, &dyn Fn(&mut Host, StreamId))) -> u64 {
     let mut host = Host::new(Options::default()).unwrap();
     host.overlap(true);
-    let kernel = host.kernel("cast_to_f32").unwrap();
+    let kernel = host.kernel("cast_to_bf16").unwrap();
     let driver: &mut dyn Driver = &mut host;
     let [from, to] = ["from", "to"].map(|label| driver.upload(label, &[0f32; 64]).unwrap());
     let arguments = Arguments::new().with(from.address).with(to.address).with(8u64);

@@ -166,17 +166,12 @@ impl Backend for Plain {
         &mut self,
         spec: NormSpec,
         inp: View,
-        residual: Option<(View, View)>,
         gain: View,
         out: View,
         mean: Option<View>,
         rstd: View,
     ) -> Result<()> {
-        assert!(
-            residual.is_none(),
-            "no placement records it yet; the sum would have to be rounded"
-        );
-        self.cpu.norm_forward(spec, inp, None, gain, out, mean, rstd)?;
+        self.cpu.norm_forward(spec, inp, gain, out, mean, rstd)?;
         self.round_in_place(out);
         Ok(())
     }

@@ -97,7 +97,7 @@ fn text_that_is_too_short_and_options_that_ask_nothing_are_named() {
     assert_message(draw(&[], &options(1)), &["0 of 1 questions"]);
     refused(&few, options(0), &["0 questions", "at least one"]);
     refused(&few, DrawOptions { choices: 1, ..options(1) }, &["1 choices"]);
-    refused(&few, DrawOptions { context: 0, ..options(1) }, &["behind 0"]);
+    refused(&few, DrawOptions { context: 0, ..options(1) }, &["after 0"]);
     refused(&few, DrawOptions { continuation: 0, ..options(1) }, &["0 characters"]);
 }
 

@@ -68,9 +68,7 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             Op::Embedding { table, out, .. } => {
                 vec![Cost::embedding_forward(dtype, [rows(out), rows(table), columns(out)])]
             }
-            Op::Norm { spec, inp, residual, .. } => {
-                vec![Cost::norm_forward(spec.kind, dtype, matrix(inp), residual.is_some())]
-            }
+            Op::Norm { spec, inp, .. } => vec![Cost::norm_forward(spec.kind, dtype, matrix(inp))],
             Op::ScaledResidual { gain, out, .. } => {
                 vec![Cost::scaled_residual_forward(dtype, matrix(out), gain.is_some())]
             }
@@ -135,13 +133,6 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
                 ]
             }),
         },
-        Step::Copy { from, .. } => {
-            let element_bytes = match (program.value(from).kind, dtype) {
-                (Kind::Activation, Dtype::Bf16) | (Kind::Bf16 | Kind::LowerHalf, _) => 2,
-                (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
-            };
-            vec![Cost::copy(element_bytes, shape(from).elements())]
-        }
         Step::Add { from, .. } => {
             let dtype = match program.value(from).kind {
                 Kind::Activation => dtype,
@@ -191,7 +182,7 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             (dtype == Dtype::Bf16)
                 .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))])
         }
-        _ => None,
+        _ => unreachable!("nothing joins {fused:?}"),
     }
 }
 

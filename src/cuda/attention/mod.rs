@@ -72,7 +72,8 @@ pub struct Angles {
 pub enum Passes {
     /// Once, of rows of at most 256 tokens: a block has a head to itself. Others are as for `Two`.
     Short,
-    /// Once: d_q, d_k and d_v together; d_q is summed in device memory.
+    /// Once: d_q, d_k and d_v together; d_q is summed in device memory. Sequences whose sums have no
+    /// place are refused.
     One,
     /// Twice: d_q, then d_k and d_v.
     Two,
@@ -90,10 +91,17 @@ pub fn backward_scratch_bytes(multiprocessors: usize, spec: AttentionSpec, docum
 /// A pass that is ready to be launched.
 #[derive(Clone)]
 pub struct AttentionPlan {
+    /// Of a backward pass.
+    passes: Option<Passes>,
     launches: Vec<(Launch, Arguments)>,
 }
 
 impl AttentionPlan {
+    /// How a backward pass goes over the scores; `None`: a forward pass, or one of nothing.
+    pub fn passes(&self) -> Option<Passes> {
+        self.passes
+    }
+
     /// The names of its kernels, in their order. Errors: another driver than the plan's.
     pub fn kernels(&self, driver: &dyn Driver) -> Result<Vec<String>> {
         let launches = self.launches.iter();
@@ -147,7 +155,8 @@ impl Attention {
         let device = driver.device();
         let HeadSpec { heads: count, kv_heads, head_dim } = heads;
         if count == 0 || kv_heads == 0 || !count.is_multiple_of(kv_heads) {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("{count} heads share {kv_heads} KV heads"),
                 "choose model.heads as a multiple of model.kv_heads, at least one of each"
@@ -156,7 +165,8 @@ impl Attention {
         }
         if !HEAD_DIMS.contains(&head_dim) {
             let dims = HEAD_DIMS.map(|it| it.to_string()).join(", ");
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("no kernel for a head dim of {head_dim}; there are {dims}"),
                 "choose model.hidden and model.heads so that model.hidden / model.heads is one of \
@@ -166,10 +176,11 @@ impl Attention {
         }
         // The kernels count the columns of a token with an i32.
         if i32::try_from(heads.qkv_columns()).is_err() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 device,
                 format!("a token has {} columns of q, k and v", heads.qkv_columns()),
-                "choose a smaller model.hidden".to_string(),
+                "choose a smaller model.hidden",
             ));
         }
         let families = Family::chosen(device, driver.properties(), dtype, choice)?;
@@ -193,7 +204,8 @@ impl Attention {
         if can {
             return Ok(self);
         }
-        Err(refusal(
+        Err(Error::launch(
+            "attention",
             self.device,
             format!("no backward pass as Passes::{passes:?} for {:?}", self.heads),
             "choose Passes::Two; the others are for bf16 on compute capability 9.0, One with head \
@@ -245,7 +257,7 @@ impl Attention {
                 Kernels::Sm90(kernels) => kernels.forward(driver, sizes, pass)?,
             });
         }
-        Ok(AttentionPlan { launches })
+        Ok(AttentionPlan { passes: None, launches })
     }
 
     /// Whether [`AttentionBackward::angles`] are taken.
@@ -253,7 +265,8 @@ impl Attention {
         matches!(self.kernels, Kernels::Sm90(_))
     }
 
-    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; no memory.
+    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; sizes that the
+    /// passes that were chosen cannot do; no memory.
     pub fn plan_backward(
         &mut self,
         driver: &mut dyn Driver,
@@ -261,14 +274,15 @@ impl Attention {
     ) -> Result<AttentionPlan> {
         let AttentionBackward { forward: AttentionForward { spec, qkv, out, .. }, .. } = *pass;
         if pass.angles.is_some() && !self.rotates_back() {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 "these kernels do not rotate gradients back".to_string(),
                 "ask Attention::rotates_back first, and rotate them by a kernel of their own"
                     .to_string(),
             ));
         }
-        let mut launches = vec![];
+        let (mut passes, mut launches) = (None, vec![]);
         if let Some(sizes) = self.check(spec)? {
             let (d_out, d_qkv) = (pass.d_out, pass.d_qkv);
             let matrices = [("qkv", qkv), ("out", out), ("d_out", d_out), ("d_qkv", d_qkv)];
@@ -277,12 +291,13 @@ impl Attention {
                 self.check_alignment(&[("table", table), ("positions", positions)])?;
             }
             // Delta comes with the first one.
-            launches.extend(match &mut self.kernels {
-                Kernels::Tiled(kernels) => kernels.backward(sizes, pass).into(),
+            let (chosen, of_passes) = match &mut self.kernels {
+                Kernels::Tiled(kernels) => (Passes::Two, kernels.backward(sizes, pass).into()),
                 Kernels::Sm90(kernels) => kernels.backward(driver, sizes, pass)?,
-            });
+            };
+            (passes, launches) = (Some(chosen), of_passes);
         }
-        Ok(AttentionPlan { launches })
+        Ok(AttentionPlan { passes, launches })
     }
 
     /// Writes k and v of qkv [`tokens`,(H+2K)D] to rows `positions` (i32, ascending by 1, on the
@@ -309,20 +324,22 @@ impl Attention {
             return Ok(());
         }
         if tokens > cache_rows {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{tokens} new tokens, but a cache of {cache_rows} rows"),
-                "use a shorter prompt, or a model with a larger model.max_sequence".to_string(),
+                "use a shorter prompt, or a model with a larger model.max_sequence",
             ));
         }
         let blocks = tokens.checked_mul(self.heads.heads).and_then(|it| i32::try_from(it).ok());
         // A thread's last step, 64 keys behind the last row, stays within an i32.
         let rows = i32::try_from(cache_rows).ok().filter(|&rows| rows <= i32::MAX - 64);
         let (Some(blocks), Some(rows)) = (blocks, rows) else {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{tokens} tokens of {} heads, {cache_rows} rows", self.heads.heads),
-                "give the prompt in parts; an i32 has to count blocks and rows".to_string(),
+                "give the prompt in parts; an i32 has to count blocks and rows",
             ));
         };
         self.check_alignment(&[("qkv", qkv), ("keys", keys), ("values", values)])?;
@@ -345,10 +362,11 @@ impl Attention {
     fn check_alignment(&self, matrices: &[(&str, DevicePointer)]) -> Result<()> {
         match matrices.iter().find(|(_, address)| !address.0.is_multiple_of(16)) {
             None => Ok(()),
-            Some((name, address)) => Err(refusal(
+            Some((name, address)) => Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{name} begins at {:#x}, no multiple of 16", address.0),
-                "begin it at a multiple of 16 bytes in its buffer".to_string(),
+                "begin it at a multiple of 16 bytes in its buffer",
             )),
         }
     }
@@ -357,10 +375,11 @@ impl Attention {
     fn check(&self, spec: AttentionSpec) -> Result<Option<Sizes>> {
         let AttentionSpec { heads, batch, sequence } = spec;
         if heads != self.heads {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{heads:?} given to the kernels for {:?}", self.heads),
-                "make an Attention for these heads".to_string(),
+                "make an Attention for these heads",
             ));
         }
         if batch == 0 || sequence == 0 {
@@ -371,7 +390,8 @@ impl Attention {
         let items = sequence.div_ceil(32).checked_mul(heads.heads);
         let items = items.and_then(|it| it.checked_mul(batch)).filter(|&it| it <= most_items);
         if items.is_none() || sequence > tiled::MAX_SEQUENCE {
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 self.device,
                 format!("{batch} sequences of {sequence} tokens with {} heads", heads.heads),
                 format!(
@@ -399,8 +419,4 @@ fn scale_log2(heads: HeadSpec) -> f64 {
 struct Sizes {
     batch: usize,
     sequence: usize,
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "attention".to_string(), device: device.to_string(), what, remedy }
 }

@@ -24,7 +24,7 @@ const DELTA_THREADS: u64 = 256;
 const MOST_ACTIVE_BYTES: usize = 32 << 20;
 const MOST_SUMS_BYTES: usize = 256 << 20;
 /// See [`Teams::pay`].
-const LEAST_KEY_TILES: usize = 8;
+const LEAST_KEY_TILES: usize = 4;
 /// A turn counts heads in 16 bits, and tiles of keys in 16.
 const MOST_COUNT: usize = (1 << 16) - 1;
 
@@ -48,7 +48,7 @@ impl Teams {
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let query_tiles = sizes.sequence.div_ceil(QUERIES);
         let head_bytes = query_tiles * QUERIES * head_dim * size_of::<f32>();
-        let most = (MOST_ACTIVE_BYTES / head_bytes).min(MOST_SUMS_BYTES / (group * head_bytes));
+        let most = most_sums_bytes(group) / head_bytes;
         let divisions = (1..=key_tiles.min(multiprocessors)).filter_map(|blocks| {
             let count = (multiprocessors / blocks).min(units).min(most);
             let rounds = units.div_ceil(count.max(1));
@@ -88,8 +88,8 @@ impl Teams {
     }
 
     /// Reckoned, as long as no GPU has timed it: whether five products for each step of the longest
-    /// block are less than the seven of two passes, whose blocks all take as long. Below 8 tiles of
-    /// keys the one warp that makes d_q of complete sums would be what everybody waits for; with
+    /// block are less than the seven of two passes, whose blocks all take as long. Below 4 tiles of
+    /// keys the two warps that make d_q of complete sums would be what everybody waits for; with
     /// documents, too, as each of them is short.
     fn pay(&self, multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> bool {
         let key_tiles = sizes.sequence.div_ceil(KEYS);
@@ -97,6 +97,17 @@ impl Teams {
         let two = (sizes.batch * heads.heads * all).div_ceil(multiprocessors);
         key_tiles >= LEAST_KEY_TILES && 5 * self.steps < 7 * two
     }
+}
+
+/// Of one query head of each of a number of teams.
+fn most_sums_bytes(group: usize) -> usize {
+    MOST_ACTIVE_BYTES.min(MOST_SUMS_BYTES / group)
+}
+
+/// Tokens of the longest sequence whose sums have a place.
+pub(super) fn most_tokens(HeadSpec { heads, kv_heads, head_dim }: HeadSpec) -> usize {
+    let rows = most_sums_bytes(heads / kv_heads) / (head_dim * size_of::<f32>());
+    (rows / QUERIES * QUERIES).min((MOST_COUNT - 1) * KEYS)
 }
 
 /// Tiles of queries of that one of a team's blocks that has most of them, for one query head: as

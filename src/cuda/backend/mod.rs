@@ -488,7 +488,6 @@ impl Backend for Cuda {
         &mut self,
         spec: NormSpec,
         inp: View,
-        residual: Option<(View, View)>,
         gain: View,
         out: View,
         mean: Option<View>,
@@ -497,7 +496,6 @@ impl Backend for Cuda {
         let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
         let addresses = NormForward {
             inp: self.address(inp),
-            residual: residual.map(|(residual, sum)| (self.address(residual), self.address(sum))),
             gain: self.address(gain),
             out: self.address(out),
             mean: mean.map(|mean| self.address(mean)),

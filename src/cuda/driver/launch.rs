@@ -103,7 +103,7 @@ pub fn check_launch(
     if threads > u128::from(most) {
         return refuse(
             format!("a block of {block:?} has {threads} threads, the kernel allows {most}"),
-            "use fewer threads, or raise the numbers behind KERNEL(name, ...)",
+            "use fewer threads, or raise the launch bounds in KERNEL(name, ...)",
         );
     }
     let blocks = count(cluster);
@@ -116,7 +116,7 @@ pub fn check_launch(
     if (0..3).any(|axis| grid[axis] % cluster[axis] != 0) {
         return refuse(
             format!("the grid {grid:?} is not a multiple of the cluster {cluster:?}"),
-            "round the grid up and let the blocks behind the end do nothing",
+            "round the grid up and let the blocks past the end do nothing",
         );
     }
     let (major, minor) = properties.compute_capability;

@@ -142,7 +142,7 @@ impl<'a> TensorMapSpec<'a> {
         if !(1..=5).contains(&rank) {
             return broken(
                 format!("a tensor map has 1 to 5 dimensions, this one has {rank}"),
-                "merge dimensions that lie behind each other in memory",
+                "merge dimensions that are contiguous in memory",
             );
         }
         if self.stride_bytes.len() != rank - 1 {

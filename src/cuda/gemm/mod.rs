@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use choice::Speed;
-pub use choice::{Choice, Variant, choose};
+pub use choice::{Choice, Rates, Variant, choose};
 
 use super::{
     Allocation, Arguments, DevicePointer, Driver, Family, KernelId, Launch, Properties, StreamId,
@@ -104,6 +104,39 @@ pub enum Epilogue {
     SwiGlu,
 }
 
+choice! {
+    /// What a training step has behind a product in the product's kernel. What was timed counts
+    /// for it.
+    #[derive(Hash)]
+    pub enum Ending {
+        /// Stored or accumulated, as its layout says.
+        Plain = "plain",
+        /// Another matrix is added.
+        Addend = "addend",
+        Rotary = "rotary",
+        /// Of NN, its gradient.
+        SwiGlu = "swiglu",
+    }
+}
+
+impl Ending {
+    const ALL: [Ending; 4] = [Ending::Plain, Ending::Addend, Ending::Rotary, Ending::SwiGlu];
+
+    /// Of the kernels that do it.
+    pub fn epilogue(self) -> Epilogue {
+        match self {
+            Ending::Plain | Ending::Addend => Epilogue::Plain,
+            Ending::Rotary => Epilogue::Rotary,
+            Ending::SwiGlu => Epilogue::SwiGlu,
+        }
+    }
+
+    /// Factors [N,K] that B is made of.
+    pub fn halves_of_b(self, layout: Layout) -> usize {
+        if (layout, self) == (Layout::Nt, Ending::SwiGlu) { 2 } else { 1 }
+    }
+}
+
 impl Output {
     /// With nothing but the product.
     pub fn plain(layout: Layout) -> Self {
@@ -123,12 +156,17 @@ impl Output {
         }
     }
 
-    fn epilogue(&self) -> Epilogue {
+    pub fn ending(&self) -> Ending {
         match self {
-            Output::Store { .. } | Output::Accumulate => Epilogue::Plain,
-            Output::Rotate(_) => Epilogue::Rotary,
-            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Epilogue::SwiGlu,
+            Output::Store { addend: Some(_) } => Ending::Addend,
+            Output::Store { addend: None } | Output::Accumulate => Ending::Plain,
+            Output::Rotate(_) => Ending::Rotary,
+            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Ending::SwiGlu,
         }
+    }
+
+    fn epilogue(&self) -> Epilogue {
+        self.ending().epilogue()
     }
 
     /// Factors [N,K] that B is made of.
@@ -179,7 +217,7 @@ pub struct Gemm {
     /// Whose turn it is among the splits of each tile; zeros between launches.
     turns: Option<Allocation>,
     /// Before the model: what was fastest on this machine.
-    timed: HashMap<(Layout, [usize; 3]), Choice>,
+    timed: HashMap<tuned::Key, Choice>,
 }
 
 /// A product that is ready to be launched.
@@ -271,24 +309,33 @@ impl Gemm {
         self.variants_for(layout, output).next().is_some()
     }
 
-    /// What was fastest for a product [M,N,K], if it was timed on this machine; else
-    /// [`Gemm::reckon`]. What was timed without an epilogue holds with one, on the same tile.
+    /// What was fastest for a product [M,N,K] and what stands behind it, if that was timed on this
+    /// machine; else what was fastest with something else behind it, on the same tile; else
+    /// [`Gemm::reckon`].
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
-        match self.timed(layout, output, sizes) {
+        let mut endings = [output.ending()].into_iter().chain(Ending::ALL);
+        match endings.find_map(|ending| self.timed(layout, output, sizes, ending)) {
             Some(timed) => Ok(timed),
             None => self.reckon(layout, output, sizes),
         }
     }
 
-    /// Whether [`Gemm::choose`] takes what was timed.
+    /// Whether the very product was timed, with what stands behind it.
     pub fn is_tuned(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> bool {
-        self.timed(layout, output, sizes).is_some()
+        self.timed(layout, output, sizes, output.ending()).is_some()
     }
 
-    fn timed(&self, layout: Layout, output: Output, [m, n, k]: [usize; 3]) -> Option<Choice> {
-        let timed = self.timed.get(&(layout, [m, n * output.halves_of_b(), k]))?;
+    /// What was fastest where the product was timed with this behind it.
+    fn timed(
+        &self,
+        layout: Layout,
+        output: Output,
+        [m, n, k]: [usize; 3],
+        ending: Ending,
+    ) -> Option<Choice> {
+        let timed = self.timed.get(&(layout, ending, [m, n * output.halves_of_b(), k]))?;
         let mut variants = self.variants_for(layout, output);
         let variant = variants.find(|it| it.tile() == timed.variant.tile())?;
         Some(Choice { variant, ..*timed })
@@ -301,16 +348,18 @@ impl Gemm {
         let best = choose(self.variants_for(layout, output), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             if self.of_layout(layout).next().is_some() {
-                return refusal(
+                return Error::launch(
+                    "gemm",
                     self.device,
                     format!("no kernel of the layout {layout} ends with {}", output.name()),
-                    "ask Gemm::fuses first, and launch the parts one after the other".to_string(),
+                    "ask Gemm::fuses first, and launch the parts one after the other",
                 );
             }
             let families = [Family::Sm80, Family::Sm90, Family::F32].into_iter();
             let other = families.filter(|it| it.variants().iter().any(|it| it.layout == layout));
             let names: Vec<&str> = other.map(Family::name).collect();
-            refusal(
+            Error::launch(
+                "gemm",
                 self.device,
                 format!("the chosen family has no kernel for the layout {layout}"),
                 format!("choose {}, or leave the choice of the family open", names.join(" or ")),
@@ -343,17 +392,19 @@ impl Gemm {
         self.check(variant, product)?;
         let sizes = [product.m, product.n, product.k];
         choice.check(sizes, self.multiprocessors).map_err(|what| {
-            refusal(
+            Error::launch(
+                "gemm",
                 self.device,
                 what,
-                "choose splits and clusters that Choice::check allows".to_string(),
+                "choose splits and clusters that Choice::check allows",
             )
         })?;
         let Some(&(_, kernel)) = self.kernels.iter().find(|(other, _)| *other == variant) else {
-            return Err(refusal(
+            return Err(Error::launch(
+                "gemm",
                 self.device,
                 format!("{} is not among the kernels chosen for this machine", variant.kernel),
-                "give one of Gemm::variants_for".to_string(),
+                "give one of Gemm::variants_for",
             ));
         };
         let tiles = variant.tiles_of_clusters(product.m, product.n, cluster);
@@ -374,10 +425,11 @@ impl Gemm {
     }
 
     fn empty(&self, product: &Product) -> Error {
-        refusal(
+        Error::launch(
+            "gemm",
             self.device,
             format!("{} is empty", product.name()),
-            "launch nothing for an empty product; an empty sum is zero".to_string(),
+            "launch nothing for an empty product; an empty sum is zero",
         )
     }
 
@@ -390,7 +442,7 @@ impl Gemm {
         };
         let name = product.name();
         let refuse = |what: String, remedy: &str| -> Result<()> {
-            Err(refusal(self.device, format!("{name}{what}"), remedy.to_string()))
+            Err(Error::launch("gemm", self.device, format!("{name}{what}"), remedy))
         };
         if variant.layout != layout {
             return refuse(format!(": {} is for another layout", variant.kernel), "choose another");
@@ -426,7 +478,7 @@ impl Gemm {
         if [m, n, k].contains(&0) {
             return Err(self.empty(product));
         }
-        let element = element_bytes(self.dtype);
+        let element = self.dtype.bytes();
         let multiple = ALIGNMENT / element;
         if [shape_a[1], shape_b[1], n].iter().any(|columns| columns % multiple != 0) {
             return refuse(
@@ -531,13 +583,6 @@ pub const TURNS_BYTES: u64 = 2 * 4 * 1024;
 /// Bytes that addresses and rows are multiples of.
 const ALIGNMENT: usize = 16;
 
-fn element_bytes(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
-    }
-}
-
 /// Those of gemm_sm80.cu and gemm_f32.cu, which fuse nothing but an addend.
 fn arguments(product: &Product) -> Arguments {
     let &Product { m, n, k, a, b, out, output, .. } = product;
@@ -547,8 +592,4 @@ fn arguments(product: &Product) -> Arguments {
         _ => arguments,
     };
     arguments.with(m as i32).with(n as i32).with(k as i32)
-}
-
-fn refusal(device: &str, what: String, remedy: String) -> Error {
-    Error::Launch { kernel: "gemm".to_string(), device: device.to_string(), what, remedy }
 }

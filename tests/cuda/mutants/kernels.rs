@@ -268,7 +268,7 @@ pub(super) fn bytes(values: &[f64], all: &mut Vec<u8>) {
     }));
 }
 
-/// Type, rows, columns, kind and whether there is a residual.
+/// Type, rows, columns, kind and whether the gradient is added to what is there.
 pub(super) type NormCase = (Dtype, usize, usize, NormKind, bool);
 
 pub(super) const NORMS: [NormCase; 3] = [
@@ -291,16 +291,14 @@ pub(super) fn run_norm(
     cases: &[NormCase],
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
-    for &(dtype, rows, columns, kind, residual) in cases {
+    for &(dtype, rows, columns, kind, accumulate) in cases {
         let norm = Norm::new(driver, dtype, columns)?;
         let spec = NormSpec { kind, eps: 1e-6, depth: 3 };
         let inp = upload(driver, "inp", dtype, &normals(1, rows * columns));
-        let added = upload(driver, "residual", dtype, &normals(2, rows * columns));
         let gain = upload(driver, "gain", Dtype::F32, &normals(3, columns));
         let d_out = upload(driver, "d_out", dtype, &normals(4, rows * columns));
         let d_inp = upload(driver, "d_inp", dtype, &normals(5, rows * columns));
         let d_gain = upload(driver, "d_gain", Dtype::F32, &normals(6, columns));
-        let sum = unwritten(driver, "sum", dtype, rows * columns);
         let out = unwritten(driver, "out", dtype, rows * columns);
         let mean = unwritten(driver, "mean", Dtype::F32, rows);
         let rstd = unwritten(driver, "rstd", Dtype::F32, rows);
@@ -309,7 +307,6 @@ pub(super) fn run_norm(
         let of_layer = (kind == NormKind::Layer).then_some(mean.address);
         let forward = NormForward {
             inp: inp.address,
-            residual: residual.then_some((added.address, sum.address)),
             gain: gain.address,
             out: out.address,
             mean: of_layer,
@@ -317,23 +314,23 @@ pub(super) fn run_norm(
         };
         norm.forward(driver, StreamId::MAIN, spec, rows, &forward)?;
         let backward = NormBackward {
-            inp: if residual { sum.address } else { inp.address },
+            inp: inp.address,
             gain: gain.address,
             mean: of_layer,
             rstd: rstd.address,
             d_out: d_out.address,
             partial: partial.address,
             d_inp: d_inp.address,
-            accumulate: residual,
+            accumulate,
             d_gain: d_gain.address,
         };
         norm.backward(driver, StreamId::MAIN, spec, rows, &backward)?;
         for (dtype, buffer) in
-            [(dtype, sum), (dtype, out), (Dtype::F32, rstd), (dtype, d_inp), (Dtype::F32, d_gain)]
+            [(dtype, out), (Dtype::F32, rstd), (dtype, d_inp), (Dtype::F32, d_gain)]
         {
             bytes(&download(driver, dtype, buffer), &mut all);
         }
-        for buffer in [inp, added, gain, d_out, d_inp, d_gain, sum, out, mean, rstd, partial] {
+        for buffer in [inp, gain, d_out, d_inp, d_gain, out, mean, rstd, partial] {
             driver.release(buffer)?;
         }
     }
