@@ -4,12 +4,12 @@ use std::process::Output;
 
 use isobath::bench::cost::Cost;
 use isobath::bench::{
-    self, Benchmark, KernelFamily, Machine, Prediction, ProductsRequest, Request, Sizes,
-    StepRequest, Unit,
+    self, Benchmark, GemmPrediction, KernelFamily, Machine, Prediction, ProductsRequest, Request,
+    Sizes, StepProduct, StepRequest, Unit,
 };
 use isobath::config::{Attention, Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
-use isobath::cuda::gemm::{self, Gemm, Layout};
+use isobath::cuda::gemm::{self, Ending, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, Peaks};
@@ -101,15 +101,17 @@ fn work_is_counted_by_its_formula() {
 
     // Those that are not asked for by size: three layouts, then what is fused, of 256 each way.
     let all = Request { product: None, ..small(Benchmark::Gemm) };
-    assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 6]);
-    assert_eq!(amounts(&Request { family: Some(Family::Sm80), ..all }).len(), 3, "none is fused");
+    assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 7]);
+    let fused = amounts(&Request { family: Some(Family::Sm80), ..all }).len() - 3;
+    assert_eq!(fused, 1, "an addend alone");
 
     // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes, in one
-    // in order and in any, and in one of short rows.
+    // in order and in any, and in one of short rows; at last all seven.
     let square = 2 * 4 * 40 * 40 * 32;
-    let five = 5 * square;
-    assert_eq!(amounts(&small(Benchmark::Attention)), [2 * square, five, five, five, five]);
-    assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, 5 * square]);
+    let [five, seven] = [5, 7].map(|products| products * square);
+    let expected = [2 * square, five, five, five, five, seven];
+    assert_eq!(amounts(&small(Benchmark::Attention)), expected);
+    assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, five, seven]);
 
     let logits = 16 * 80 * 2;
     let loss = [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4];
@@ -603,7 +605,8 @@ fn the_tuner_times_every_candidate_beside_the_models_choice() {
     let gemm = Gemm::new(&mut *driver, Dtype::Bf16, None).unwrap();
     let mut logarithms = 0.0;
     for found in &report.products {
-        let (layout, sizes) = (found.product.layout, found.product.sizes());
+        let product = &found.wanted.product;
+        let (layout, sizes) = (product.layout, product.sizes());
         assert_eq!(sizes, [136, 72, 320]);
         // Two tiles on four multiprocessors: TN whole and in two; each alone and as a cluster.
         let splits = if layout == Layout::Tn { 2 } else { 1 };
@@ -649,11 +652,62 @@ fn the_tuner_times_every_candidate_beside_the_models_choice() {
     table.check().unwrap();
     let gemm = gemm.with_table(driver.properties(), &table);
     for found in &report.products {
-        let (layout, sizes) = (found.product.layout, found.product.sizes());
+        let product = &found.wanted.product;
+        let (layout, sizes) = (product.layout, product.sizes());
         let choice = gemm.choose(layout, gemm::Output::plain(layout), sizes).unwrap();
         let best = &found.candidates[0];
         assert_eq!((choice.variant.kernel, choice.splits), (best.kernel, best.splits));
     }
+}
+
+/// Every kernel is timed with what a step has behind the product, and the table says so.
+#[test]
+fn the_tuner_times_what_a_step_launches() {
+    if skipped() {
+        return;
+    }
+    let mut driver = open().unwrap();
+    let sets = ["model.layers=1", "data.sequence=32"].map(String::from).to_vec();
+    let request = ProductsRequest { samples: Some(1), sets, ..Default::default() };
+    let report = bench::tune(&mut *driver, &request, |_| Ok(())).unwrap();
+    let mut endings: Vec<(&str, &str)> = vec![];
+    let gemm = Gemm::new(&mut *driver, Dtype::Bf16, None).unwrap();
+    let table: Table = report.table().to_string().parse().unwrap();
+    table.check().unwrap();
+    let tuned = gemm.clone().with_table(driver.properties(), &table);
+    for found in &report.products {
+        let product = &found.wanted.product;
+        let StepProduct { layout, ending, .. } = *product;
+        endings.push((layout.name(), ending.name()));
+        let part = match ending {
+            Ending::Plain | Ending::Addend => format!("_{layout}_128x"),
+            Ending::Rotary | Ending::SwiGlu => format!("_{layout}_{ending}_128x"),
+        };
+        let kernels: Vec<&str> = found.candidates.iter().map(|it| it.kernel).collect();
+        for kernel in &kernels {
+            assert!(kernel.contains(&part), "{layout} {ending}: {kernel}");
+        }
+        for width in ["x256", "x192", "x128"] {
+            assert!(kernels.iter().any(|it| it.ends_with(width)), "{ending} {width}: {kernels:?}");
+        }
+        let (output, sizes) = (product.output(), product.tiled());
+        let choice = tuned.choose(layout, output, sizes).unwrap();
+        assert!(tuned.is_tuned(layout, output, sizes), "{product:?}");
+        let best = &found.candidates[0];
+        assert_eq!((choice.variant.kernel, choice.cluster), (best.kernel, best.cluster));
+    }
+    endings.sort_unstable();
+    endings.dedup();
+    let expected = [
+        ("nn", "plain"),
+        ("nn", "swiglu"),
+        ("nt", "addend"),
+        ("nt", "plain"),
+        ("nt", "rotary"),
+        ("nt", "swiglu"),
+        ("tn", "plain"),
+    ];
+    assert_eq!(endings, expected);
 }
 
 #[test]
@@ -696,7 +750,7 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
     }
     let mut keys: Vec<String> = vec![];
     for row in &report.rows {
-        let [m, n, k] = row.product.sizes();
+        let [m, n, k] = row.wanted.product.sizes();
         assert_eq!(row.flops, 2 * (m * n * k) as u64);
         for speed in [row.burst, row.sustained] {
             let per_second = row.flops as f64 / speed.microseconds / 1e6;
@@ -704,8 +758,9 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
             assert!(speed.samples == 1 && speed.percent_of_peak.is_none());
         }
         assert!(!row.tuned && row.splits == 1);
-        assert_eq!(row.product.of, ["tiny, 128 tokens"]);
-        keys.push(format!("{} {m} {n} {k}", row.product.layout));
+        assert_eq!(row.wanted.of, ["tiny, 128 tokens"]);
+        let StepProduct { layout, ending, .. } = row.wanted.product;
+        keys.push(format!("{layout} {ending} {m} {n} {k}"));
     }
     keys.sort_unstable();
     keys.dedup();
@@ -713,7 +768,9 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
     assert_eq!(report.means.len(), 4);
     for mean in &report.means {
         let rows = || {
-            let is = |row: &&bench::TableRow| mean.layout.is_none_or(|it| it == row.product.layout);
+            let is = |row: &&bench::TableRow| {
+                mean.layout.is_none_or(|it| it == row.wanted.product.layout)
+            };
             report.rows.iter().filter(is)
         };
         let sum: f64 = rows().map(|row| row.burst.teraflops_per_second.ln()).sum();
@@ -769,30 +826,57 @@ fn kernels_are_timed_and_checked_from_the_command_line() {
     assert_eq!(report["rows"].as_array().unwrap().len(), 1);
     assert_eq!(report["rows"][0]["what"], "gemm_sm80_tn_64x64, bf16");
     assert!(report["copy"].is_null());
-    // On Hopper in two passes, in one, and in one of short rows.
-    for (family, names, once) in [
-        ("sm80", ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"], [None; 3]),
+    // On Hopper in two passes, in one, in any order, and in one of short rows; then forward and
+    // what a step of these sizes takes.
+    let any = "attention_delta_sm90_32 and attention_backward_sm90_128x32, sums in any order, bf16";
+    let once = [
+        ("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16", "one pass"),
+        (any, "one pass"),
+        ("attention_backward_short_sm90_256x32, bf16", "one pass of short rows"),
+    ];
+    for (family, sequence, names, once, (both, how)) in [
+        (
+            "sm80",
+            8,
+            ["forward_bf16_32", "backward_q_bf16_32", "backward_kv_bf16_32"],
+            &once[..0],
+            ("attention_backward_q_bf16_32 and attention_backward_kv_bf16_32", "two passes"),
+        ),
         (
             "sm90",
+            8,
             ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"],
-            [
-                Some("attention_delta_sm90_32 and attention_backward_sm90_128x32, bf16"),
-                Some(
-                    "attention_delta_sm90_32 and attention_backward_sm90_128x32, sums in any order, \
-                     bf16",
-                ),
-                Some("attention_backward_short_sm90_256x32, bf16"),
-            ],
+            &once,
+            ("attention_backward_short_sm90_256x32", "one pass of short rows"),
+        ),
+        (
+            "sm90",
+            264,
+            ["forward_sm90_128x32", "backward_q_sm90_128x32", "backward_kv_sm90_128x32"],
+            &once[..2],
+            (
+                "attention_backward_q_sm90_128x32 and attention_backward_kv_sm90_128x32",
+                "two passes",
+            ),
         ),
     ] {
         let report = answer(&format!(
-            "attention --device simt --attention 1,8,1,1,32 --family {family} --samples 1 --json"
+            "attention --device simt --attention 1,{sequence},1,1,32 --family {family} --samples 1 \
+             --json"
         ));
         let [forward, q, kv] = names.map(|name| format!("attention_{name}"));
-        assert_eq!(report["rows"][0]["what"], format!("{forward}, bf16"));
-        assert_eq!(report["rows"][1]["what"], format!("{q} and {kv}, bf16"));
-        let others = [2, 3, 4].map(|row| report["rows"][row]["what"].as_str());
-        assert_eq!(others, once);
+        let mut expected = vec![
+            (format!("{forward}, bf16"), Value::Null),
+            (format!("{q} and {kv}, bf16"), json!("two passes")),
+        ];
+        expected.extend(once.iter().map(|&(what, variant)| (what.to_string(), json!(variant))));
+        expected.push((format!("{forward} and {both}, bf16"), json!(how)));
+        let rows = report["rows"].as_array().unwrap();
+        let found =
+            rows.iter().map(|row| (row["what"].as_str().unwrap().to_string(), &row["variant"]));
+        let found: Vec<(String, Value)> = found.map(|(what, it)| (what, it.clone())).collect();
+        assert_eq!(found, expected, "{family} {sequence}");
+        assert_eq!(rows.last().unwrap()["op"], "attention");
     }
 }
 
@@ -813,6 +897,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("gemm_nt", json!({"M": 256, "N": 256, "K": 256})),
         ("gemm_nn", json!({"M": 256, "N": 256, "K": 256})),
         ("gemm_tn", json!({"M": 256, "N": 256, "K": 256})),
+        ("gemm_nt", json!({"M": 256, "N": 256, "K": 256})), // with an addend
         ("gemm_nt_rotary", json!({"M": 256, "N": 256, "K": 256})),
         ("gemm_nt_swiglu", json!({"M": 256, "N": 256, "K": 256})),
         ("gemm_nn_swiglu", json!({"M": 256, "N": 256, "K": 256})),
@@ -821,6 +906,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in one
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // in any order
         ("attention_backward", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})), // of short rows
+        ("attention", json!({"B": 1, "S": 128, "H": 4, "K": 2, "D": 64})),
         ("norm_forward", norm(false)),
         ("norm_backward", norm(false)),
         ("norm_backward", norm(true)),
@@ -849,6 +935,26 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         let is_bytes = row["work"]["unit"] == "bytes";
         assert_eq!(row["percent_of_copy"].is_f64(), is_bytes, "{row}");
         assert!(row["percent_of_peak"].is_null() && row["work"]["formula"].is_string());
+    }
+    // What stands behind a product, over the plain kernel of the same tile.
+    let fused: Vec<&Value> = rows.iter().filter(|row| !row["over_plain"].is_null()).collect();
+    let named = |row: &&Value| row["what"].as_str().unwrap().to_string();
+    let names: Vec<String> = fused.iter().map(named).collect();
+    for (name, part) in names.iter().zip(["addend", "rotary", "nt_swiglu", "nn_swiglu"]) {
+        assert!(name.contains(part), "{names:?}");
+    }
+    assert_eq!(fused.len(), 4, "{names:?}");
+    for row in fused {
+        let over = &row["over_plain"];
+        let tile = |name: &Value| {
+            let name = name.as_str().unwrap().split([',', ' ']).next().unwrap();
+            name.rsplit('_').next().unwrap().to_string()
+        };
+        assert_eq!(tile(&over["kernel"]), tile(&row["what"]), "{row}");
+        assert!(!over["kernel"].as_str().unwrap().contains("swiglu"), "{row}");
+        let time = |it: &Value| it["median_microseconds"].as_f64().unwrap();
+        let percent = 100.0 * (time(row) / time(over) - 1.0);
+        assert_close("percent", &[over["percent"].as_f64().unwrap()], &[percent], 1e-9);
     }
     let dtype = |op: &str| &rows.iter().find(|row| row["op"] == op).unwrap()["dtype"];
     assert_eq!((dtype("gradient_norm"), dtype("adamw")), (&json!("f32"), &json!("bf16")));
@@ -890,7 +996,12 @@ fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
     }
     let mean = (logarithms / rows.len() as f64).exp();
     assert_close("mean", &[number(&report, "mean_share")], &[mean], 1e-12);
-    assert!(rows.is_sorted_by(|a, b| number(a, "share") <= number(b, "share")));
+    assert!(rows.is_sorted_by(|a, b| number(a, "milliseconds") >= number(b, "milliseconds")));
+    for row in rows {
+        let all = number(row, "launches") * number(row, "microseconds") / 1e3;
+        assert_close("milliseconds", &[number(row, "milliseconds")], &[all], 1e-9);
+        assert!(row["timed_microseconds"].is_null(), "{row}");
+    }
     let find = |tokens: u64, layout: &str, sizes: [u64; 3]| {
         let [m, n, k] = sizes;
         let is = |row: &&Value| {
@@ -911,6 +1022,103 @@ fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
     for part in ["**not timed**", "gemm_sm90_tn_", "60m", "geometric mean", "989.5 TFLOP/s"] {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
+    let row =
+        text.lines().find(|line| line.contains("nn_swiglu") && line.contains("65536")).unwrap();
+    // Stages, KiB of shared memory, MB and GFLOP stand in it, what holds it up, and that nobody timed.
+    for part in [" memory ", "  never", " 224 ", " 789.9 "] {
+        assert!(row.contains(part), "`{part}` is missing in: {row}");
+    }
+}
+
+/// A product is reckoned no faster than the FLOPs of the datasheet nor than its bytes by what a copy
+/// has reached; and nothing but these bytes slows down what they hold up.
+#[test]
+fn no_product_is_reckoned_faster_than_its_bytes_or_its_flops() {
+    let prediction = GemmPrediction::new(&[], &[], &[]).unwrap();
+    assert_eq!(prediction.bytes_per_second, 4.3e12);
+    let mut held_up = 0;
+    for row in &prediction.products {
+        let moving = row.bytes as f64 / prediction.bytes_per_second * 1e6;
+        let multiplying = row.flops as f64 / prediction.flops_per_second * 1e6;
+        // What is added to is read and written, whatever else there is.
+        let StepProduct { layout, ending, m, n, k, .. } = row.product;
+        let result = match (layout, ending) {
+            (Layout::Tn, _) => 8 * m * n,
+            (Layout::Nn, Ending::SwiGlu) => 8 * m * n,
+            (Layout::Nt, Ending::SwiGlu) => 3 * m * n,
+            (_, Ending::Addend) => 4 * m * n,
+            _ => 2 * m * n,
+        };
+        let least = (2 * (m * k + n * k) + result) as u64;
+        assert!((least..=least + least / 20).contains(&row.bytes), "{row:?}");
+        assert!(row.microseconds >= moving && row.microseconds >= multiplying, "{row:?}");
+        held_up += usize::from(row.microseconds == moving && row.bound() == "memory");
+    }
+    assert!(held_up > 0 && held_up < prediction.products.len() / 2, "{held_up} are held up");
+    let of_60m = |row: &&bench::GemmRow| {
+        let sizes = row.product.sizes();
+        row.op == "gemm_nn_swiglu" && row.preset == "60m" && sizes[0] == 65536
+    };
+    let gradient = prediction.products.iter().find(of_60m).unwrap();
+    assert!(gradient.microseconds >= 164.6, "its bytes at the datasheet's 4.8 TB/s: {gradient:?}");
+}
+
+/// The head of every vocabulary in one list, what else the models have once; rows of the logits are
+/// stored as wide as a multiple of 8.
+#[test]
+fn heads_of_several_vocabularies_are_reckoned() {
+    let rows = |vocabs: &[usize]| {
+        let presets = ["130m".to_string()];
+        GemmPrediction::new(&presets, &[], vocabs).unwrap().products
+    };
+    let vocabs = [32100, 50257, 128256];
+    let (all, first) = (rows(&vocabs), rows(&vocabs[..1]));
+    let of_head = |rows: &[bench::GemmRow], vocab| -> usize {
+        rows.iter().filter(|row| row.product.sizes().contains(&vocab)).count()
+    };
+    for vocab in [32104, 50264, 128256] {
+        // Each layout, of whole chunks at least.
+        assert!(of_head(&all, vocab) >= 9, "{vocab}: {}", of_head(&all, vocab));
+    }
+    let others =
+        |rows: &[bench::GemmRow]| rows.len() - of_head(rows, 50264) - of_head(rows, 128256);
+    assert_eq!(others(&all), first.len());
+}
+
+/// What was timed on an H200 is what is predicted, and its time stands beside the reckoned one.
+#[test]
+fn a_prediction_says_what_has_been_timed() {
+    let text = r#"
+[[machine]]
+name = "NVIDIA H200"
+multiprocessors = 132
+driver = "13.0"
+commit = ""
+products = [
+  { family = "sm90", layout = "nt", ending = "swiglu", m = 16384, n = 2816, k = 512, best = { kernel = "gemm_sm90_nt_swiglu_128x128", splits = 1, cluster = 2, microseconds = 77.25 }, model = { kernel = "gemm_sm90_nt_swiglu_128x192", splits = 1, cluster = 1, microseconds = 80.0 } },
+]
+"#;
+    let mut table: Table = text.parse().unwrap();
+    let presets = ["60m".to_string()];
+    let untimed = GemmPrediction::with_table(&presets, &[], &[], &Table::default()).unwrap();
+    let of = |prediction: &GemmPrediction| {
+        let is = |row: &&bench::GemmRow| row.op == "gemm_nt_swiglu" && row.tokens == 16384;
+        prediction.products.iter().find(is).unwrap().clone()
+    };
+    let sizes = of(&untimed).product.sizes();
+    let timed = &mut table.machines[0].products[0];
+    (timed.m, timed.n, timed.k) = (sizes[0], sizes[1], sizes[2]);
+    table.check().unwrap();
+    let prediction = GemmPrediction::with_table(&presets, &[], &[], &table).unwrap();
+    let row = of(&prediction);
+    assert_eq!((row.kernel, row.cluster), ("gemm_sm90_nt_swiglu_128x128", 2));
+    assert_eq!(row.timed_microseconds, Some(77.25));
+    assert!(row.to_string().ends_with("  77.2 us") || row.to_string().ends_with("  77.3 us"));
+    let others = prediction.products.iter().filter(|it| it.timed_microseconds.is_none()).count();
+    assert_eq!(others, prediction.products.len() - 1);
+    table.machines[0].name = "NVIDIA H100 80GB HBM3".to_string();
+    let elsewhere = GemmPrediction::with_table(&presets, &[], &[], &table).unwrap();
+    assert_eq!(of(&elsewhere).timed_microseconds, None);
 }
 
 #[test]
@@ -946,7 +1154,8 @@ fn products_are_tuned_tabled_and_asked_for_from_the_command_line() {
         child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
         child.wait_with_output().unwrap()
     };
-    let output = asked(&format!("--choices {out}"), "tn 136,72,320\nnt 64,64,72\nnt 256,256,64\n");
+    let output =
+        asked(&format!("--choices {out}"), "tn 136,72,320\nnt 64,64,72 sustained\nnt 256,256,64\n");
     assert!(output.status.success(), "{output:?}");
     let lines = String::from_utf8(output.stdout).unwrap();
     let rows: Vec<Value> = lines.lines().map(|it| serde_json::from_str(it).unwrap()).collect();
@@ -961,6 +1170,7 @@ fn products_are_tuned_tabled_and_asked_for_from_the_command_line() {
     assert_eq!((rows.len(), &rows[1]["op"]), (3, &json!("gemm_nt")));
     for (line, part) in [
         ("nt 64,64", "names no product"),
+        ("nt 64,64,64 long", "names no product"),
         ("tt 8,8,8", "names no product"),
         ("nt 0,8,8", "cannot be timed"),
         ("nt 8,8,9", "multiples of 8"),
@@ -1005,6 +1215,9 @@ fn wrong_arguments_of_bench_are_refused() {
         ("gemm --table --seconds 0", &[], &["--seconds", "above 0"]),
         ("gemm --tune --choices a.toml", &[], &["--choices applies only to --table and --stdin"]),
         ("gemm --table --rows 8", &[], &["--rows applies only to norm"]),
+        ("gemm --vocab 32000", &[], &["--vocab applies only to loss"]),
+        ("loss --vocab 32000 --vocab 50257", &[], &["of one vocabulary"]),
+        ("gemm --table --product 8,8,8 --vocab 32000", &[], &["--product says which product"]),
         ("gemm --table --device simt --preset 8m", &[], &["8m", "9m"]),
         ("gemm --stdin --product 8,8,8", &[], &["--product says which product"]),
         ("gemm --stdin --preset 9m", &[], &["--preset applies only to step"]),

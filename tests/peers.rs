@@ -73,9 +73,9 @@ fn the_table_has_medians_ratios_and_shares_of_the_ceiling() {
     let table = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     for line in [
-        "| norm_forward | T=8 | 50 | 50.0% | compiled | 25 | 100.0% | 0.50 |",
-        "| gemm_nt | T=8 | 200 | 50.0% | matmul | 300 | 33.3% | 1.50 |",
-        "| gemm_tn | T=8 | 2000 |  | none |  |  |  |",
+        "| norm_forward | T=8 | 50 | 2 | 50.0% | compiled | 25 | 4 | 100.0% | 0.50 |",
+        "| gemm_nt | T=8 | 200 | 400 | 50.0% | matmul | 300 | 266.7 | 33.3% | 1.50 |",
+        "| gemm_tn | T=8 | 2000 | 40 |  | none |  |  |  |  |",
         "- norm_forward, T=8: eager, 40 us",
         "- norm_forward, T=8: cuDNN: no such backend",
         "Ceiling of bytes: 4 T/s, measured with a copy.",
@@ -132,6 +132,149 @@ fn rounds_are_joined_by_their_work() {
     assert_eq!(joined, expected);
 }
 
+/// A line for each pass and shape: the fastest of isobath's kernels, and every twin.
+#[test]
+fn attention_has_a_table_of_its_own() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let peers = json!([
+        {"name": "cuDNN", "microseconds": [500.0]},
+        {"name": "flash", "microseconds": [800.0]},
+        {"name": "FlashAttention-3", "error": "ModuleNotFoundError: not here"},
+    ]);
+    let of = |op: &str, what: &str, variant: Value, us: f64, peers: &Value| {
+        let mut row = row(op, "bf16", "flops", 200_000_000_000, &[us], peers.clone());
+        (row["what"], row["variant"], row["shape"]) = (json!(what), variant, json!("S=8192"));
+        row
+    };
+    let (two, one) = (json!("two passes"), json!("one pass"));
+    let rows = vec![
+        of("attention_forward", "f", Value::Null, 400.0, &json!([])),
+        of("attention_backward", "q and kv", two, 1000.0, &peers),
+        of("attention_backward", "one", one.clone(), 625.0, &peers),
+        of("attention", "f and one", one, 400.0, &peers),
+    ];
+    let file = write(folder.path(), "attention.json", &record("H200", rows));
+    let output = python(&["kernels.py", "--replay", &file]);
+    let table = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for line in [
+        "| pass | shape | isobath | variant | cuDNN | flash |",
+        "| forward | S=8192 | 500 |  |  |  |",
+        "| backward | S=8192 | 320 | one pass | 400 | 250 |",
+        "| both | S=8192 | 500 | one pass | 400 | 250 |",
+        "- q and kv, S=8192 and 2 more: FlashAttention-3: ModuleNotFoundError: not here",
+    ] {
+        assert!(table.lines().any(|found| found == line), "no line {line:?} in:\n{table}");
+    }
+}
+
+/// What stands in for PyTorch: whatever is asked of it can be called, and tells who was.
+const FAKE_TORCH: &str = r#"
+import sys, types
+from unittest.mock import MagicMock
+for name in "torch", "torch._dynamo", "torch._functorch", "torch._functorch.config", "torch.nn",             "torch.nn.attention", "step":
+    sys.modules[name] = MagicMock(name=name)
+torch = sys.modules["torch"]
+torch.bfloat16, torch.float32 = (types.SimpleNamespace(itemsize=size) for size in (2, 4))
+torch.autograd.grad = lambda out, inputs, d_out, **keep: ("gradients of", out)
+import twins
+row = lambda op, dtype="bf16": {"op": op, "dtype": dtype,
+                                "sizes": {"B": 2, "S": 64, "H": 4, "K": 2, "D": 128}}
+"#;
+
+/// As others call it, where it can be imported; and a row's own error where it cannot.
+#[test]
+fn flash_attention_3_is_a_twin_where_it_is_installed() {
+    if python_is_missing() {
+        return;
+    }
+    let script = format!(
+        r#"{FAKE_TORCH}
+import json, kernels
+found = []
+def launched(op):
+    for twin in twins.twins(row(op)):
+        if twin.name == "FlashAttention-3":
+            return twin.launch(twin.setup())
+OPS = "attention_forward", "attention_backward", "attention"
+names = [[twin.name for twin in twins.twins(row(op))] for op in OPS]
+names.append([twin.name for twin in twins.twins(row(OPS[0], "f32"))])
+stopwatch = types.SimpleNamespace(device="cuda", release=lambda: None)
+entry = {{**row("attention"), "what": "", "shape": "", "samples": 1, "peers": []}}
+time_twin = lambda twin, samples: ([float(bool(twin.launch(twin.setup())))], 1)
+twins.NoTwin = KeyError
+kernels.time_peers(stopwatch, time_twin, twins, entry, {{}})
+missing = entry["peers"][-1]
+calls = []
+def flash_attn_func(*tensors, **options):
+    calls.append([len(tensors), options])
+    return ("out", "lse") if len(calls) == 1 else "out"
+sys.modules["flash_attn_interface"] = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+results = [launched(op) for op in OPS]
+print(json.dumps([names, missing, calls, results]))"#
+    );
+    let output = python(&["-c", &script]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let sdpa = |name| format!("scaled_dot_product_attention, {name}");
+    let all = json!([sdpa("flash"), sdpa("cuDNN"), "FlashAttention-3"]);
+    let f32 = json!([sdpa("memory-efficient, kv heads copied")]);
+    assert_eq!(found[0], json!([all, all, all, f32]));
+    assert_eq!(found[1]["name"], "FlashAttention-3");
+    let error = found[1]["error"].as_str().unwrap();
+    assert!(error.contains("No module named 'flash_attn_interface'"), "{error}");
+    let call = json!([3, {"causal": true}]);
+    assert_eq!(found[2], json!([call, call, call]));
+    let gradients = json!(["gradients of", "out"]);
+    assert_eq!(found[3], json!(["out", gradients, gradients]));
+}
+
+/// Kernels that do the same attention are held against the same twins, which run once a round.
+#[test]
+fn rows_of_the_same_attention_share_their_twins() {
+    if python_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.json").display().to_string();
+    let script = r#"
+import sys, types, kernels
+row = lambda op, what: {
+    "op": op, "dtype": "bf16", "sizes": {"S": 8}, "what": what, "shape": "S=8", "samples": 2,
+    "variant": "one pass", "median_microseconds": 1.0,
+    "work": {"unit": "flops", "amount": 8, "formula": ""}}
+report = {"benchmark": "attention", "rows": [
+    row("attention_backward", "two"), row("attention_backward", "one"), row("attention", "both"),
+    row("gemm_nt", "a"), row("gemm_nt", "a, addend")]}
+launched = []
+def twins(entry, device):
+    return [types.SimpleNamespace(name="a twin", bytes=1, setup=list,
+                                  launch=lambda copy: launched.append(entry["what"]))]
+fake = types.SimpleNamespace(twins=twins, ceilings=lambda *of: [], NoTwin=KeyError)
+torch = types.SimpleNamespace(__version__="0", version=types.SimpleNamespace(cuda=None))
+kernels.modules = lambda device: (torch, fake)
+kernels.run_isobath = lambda *of: report
+status = kernels.main()
+print([launched.count(what) for what in ("two", "one", "both", "a", "a, addend")])
+sys.exit(status)
+"#;
+    let arguments = ["--program", "isobath", "--device", "simt", "--cpu-twins", "--rounds", "2"];
+    let of_run = ["--bench", "attention", "--out", &out];
+    let output = python(&[&["-c", script], &arguments[..], &of_run].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    // Two that do not count and two samples, twice.
+    assert!(text(&output.stdout).contains("[8, 0, 8, 8, 8]"), "{}", text(&output.stdout));
+    let record: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let rows = record["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[1]["variant"]), (5, &json!("one pass")));
+    for row in rows {
+        assert_eq!(row["peers"][0]["microseconds"].as_array().unwrap().len(), 4, "{row}");
+    }
+}
+
 /// Nothing is timed on a machine that cannot, and nothing looks as if it had been.
 #[test]
 fn without_a_gpu_it_says_so_and_exits_with_2() {
@@ -164,8 +307,10 @@ fn products_have_geometric_means_by_layout_and_twin() {
         {"name": "matmul, add to f32", "error": "no memory"},
     ]);
     let flops = |op: &str, us: f64, peers| row(op, "bf16", "flops", 8_000_000_000, &[us], peers);
+    let mut slower = flops("gemm_nt", 10.0, one(20.0));
+    slower["sustained"] = json!({"isobath": {"microseconds": [16.0]}, "peers": one(20.0)});
     let rows = vec![
-        flops("gemm_nt", 10.0, one(20.0)),
+        slower,
         flops("gemm_nt", 20.0, one(10.0)),
         flops("gemm_nn", 10.0, one(9.0)),
         flops("gemm_tn", 10.0, several),
@@ -173,19 +318,25 @@ fn products_have_geometric_means_by_layout_and_twin() {
     ];
     let mut record = record("H200", rows);
     record["not_reached"] = json!([["nt", [8, 8, 8]]]);
+    record["peak"] = json!(1e15);
     let file = write(folder.path(), "products.json", &record);
     let output = python(&["products.py", "--replay", &file]);
     let table = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     // (2 / 2 * 0.9 * 3) ^ 1/4
     for line in [
-        "| gemm_nt | T=8 | 10 | 100.0% | matmul | 20 | 50.0% | 2.00 |",
+        "| gemm_nt | T=8 | 10 | 800 | 100.0% | matmul | 20 | 400 | 50.0% | 2.00 |",
         "| nt | the fastest | 2 | 1.000 |",
         "| nn | matmul | 1 | 0.900 |",
         "| tn | the fastest | 1 | 3.000 |",
         "| tn | addmm into bf16 | 1 | 3.000 |",
         "| tn | addmm into f32 | 1 | 4.000 |",
         "| all | the fastest | 4 | 1.282 |",
+        "| gemm_nt | T=8 | 800 | 80.0% | 2.00 | 500 | 50.0% | 1.25 |",
+        "| gemm_nn | T=8 | 800 | 80.0% | 0.90 |  |  |  |",
+        "| nt | the fastest | 1 | 1.250 |",
+        "| all | the fastest | 1 | 1.250 |",
+        "The peak is the datasheet's, 1000.0 TFLOP/s.",
         "No time was left for 1 products, the first of them nt [8, 8, 8].",
     ] {
         assert!(table.lines().any(|found| found == line), "no line {line:?} in:\n{table}");
@@ -253,7 +404,7 @@ fake = types.SimpleNamespace(twins=twins, ceilings=ceilings, NoTwin=KeyError)
 torch = types.SimpleNamespace(__version__="0", version=types.SimpleNamespace(cuda=None))
 kernels.modules = lambda device: (torch, fake)
 status = products.main()
-print(launched[:16:3])
+print(launched[:12:3])
 sys.exit(status)
 "#;
     let run = |seconds: &str| {
@@ -292,6 +443,9 @@ sys.exit(status)
     for row in rows {
         assert_eq!(row["isobath"]["microseconds"].as_array().unwrap().len(), 2, "rounds");
         assert_eq!(row["peers"][0]["microseconds"].as_array().unwrap().len(), 4, "samples");
+        let sustained = &row["sustained"];
+        assert_eq!(sustained["isobath"]["microseconds"].as_array().unwrap().len(), 1);
+        assert_eq!(sustained["peers"][0]["microseconds"].as_array().unwrap().len(), 2, "samples");
     }
     assert!(record["not_reached"].is_null());
     let (printed, record) = run("0.000001");

@@ -40,13 +40,21 @@ def key(row):
     return json.dumps(parts, sort_keys=True)
 
 
+def twin_key(row):
+    """What makes the twins of two rows the same: kernels of isobath's that do the same attention
+    share theirs."""
+    if row.get("op", "").startswith("attention"):
+        return json.dumps([row["op"], row["dtype"], row["sizes"]], sort_keys=True)
+    return key(row)
+
+
 def join(reports):
     """One row for each work of isobath's reports, in their order, with the times of all rounds.
     Rows that keep their samples (`sample_microseconds`) give those, others their medians."""
     joined = {}
     for report in reports:
         for row in report["rows"]:
-            common = {name: row[name] for name in ("op", "dtype", "sizes", "what", "shape", "work")
+            common = {name: row[name] for name in ("op", "dtype", "sizes", "what", "shape", "variant", "work")
                       if name in row}
             entry = joined.setdefault(key(row), {
                 "benchmark": report["benchmark"], **common, "samples": row["samples"],
@@ -93,6 +101,42 @@ def percent(share):
     return "" if share is None else f"{100 * share:.1f}%"
 
 
+def tera(row, us):
+    """Of a row's own FLOPs or bytes, in a second."""
+    return "" if us is None else f"{row['work']['amount'] / us / 1e6:.4g}"
+
+
+PASSES = {"attention_forward": "forward", "attention_backward": "backward", "attention": "both"}
+
+
+def attention_table(record):
+    """Causal attention as others print it, a line for each pass and shape: TFLOP/s of isobath's
+    fastest kernels, which these are, and of every twin; nothing where none was timed."""
+    found = {}
+    for row in record["rows"]:
+        if row.get("op") not in PASSES or row.get("dtype") != "bf16":
+            continue
+        line = found.setdefault((PASSES[row["op"]], row["shape"]), {"ours": [], "twins": {}})
+        us = statistics.median(row["isobath"]["microseconds"])
+        line["ours"].append((us, row.get("variant") or "", row))
+        for peer in row["peers"]:
+            if peer.get("microseconds"):
+                line["twins"][peer["name"]] = statistics.median(peer["microseconds"])
+    if not found:
+        return []
+    names = sorted({name for line in found.values() for name in line["twins"]})
+    lines = ["", "Attention, TFLOP/s:", "",
+             f"| pass | shape | isobath | variant | {' | '.join(names)} |" if names else
+             "| pass | shape | isobath | variant |",
+             "|---|---|---:|---|" + "---:|" * len(names)]
+    for (name, shape), line in found.items():
+        us, variant, row = min(line["ours"], key=lambda it: it[0])
+        cells = [name, shape, tera(row, us), variant]
+        cells += [tera(row, line["twins"].get(twin)) for twin in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def microseconds(value):
     return "" if value is None else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
@@ -104,21 +148,30 @@ def table(record):
         f"{record['commit'] or 'of an unknown commit'}, {record['date']}; medians of "
         f"{record['rounds']} alternating rounds.",
         "",
-        "| work | shape | isobath, us | of ceiling | fastest twin | us | of ceiling | ratio |",
-        "|---|---|---:|---:|---|---:|---:|---:|",
+        "| work | shape | isobath, us | T/s | of ceiling | fastest twin | us | T/s | of ceiling "
+        "| ratio |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
-    slower, errors = [], []
+    # Twins' errors, and whose: rows that share their twins share these.
+    slower, errors = [], {}
     for row in record["rows"]:
         it = compared(row, record["ceilings"])
         ratio = "" if it["ratio"] is None else f"{it['ratio']:.2f}"
         lines.append(
             f"| {row['what']} | {row['shape']} | {microseconds(it['isobath_us'])} "
-            f"| {percent(it['isobath_share'])} | {it['peer'] or 'none'} "
-            f"| {microseconds(it['peer_us'])} | {percent(it['peer_share'])} | {ratio} |")
+            f"| {tera(row, it['isobath_us'])} | {percent(it['isobath_share'])} "
+            f"| {it['peer'] or 'none'} | {microseconds(it['peer_us'])} "
+            f"| {tera(row, it['peer_us'])} | {percent(it['peer_share'])} | {ratio} |")
         place = f"{row['what']}, {row['shape']}"
         slower += [f"- {place}: {name}, {microseconds(us)} us" for us, name in it["slower"]]
-        errors += [f"- {place}: {error}" for error in it["errors"]]
-    lines += ["", "The ratio is the twin's time over isobath's: above 1 isobath is faster."]
+        for error in it["errors"]:
+            errors.setdefault(error, []).append(place)
+    errors = [f"- {places[0]}: {error}" if len(places) == 1
+              else f"- {places[0]} and {len(places) - 1} more: {error}"
+              for error, places in errors.items()]
+    lines += attention_table(record)
+    lines += ["", "The ratio is the twin's time over isobath's: above 1 isobath is faster; T/s are "
+                  "10^12 FLOPs or bytes a second of the row's own count."]
     for unit, ceiling in record["ceilings"].items():
         lines.append(f"Ceiling of {unit}: {ceiling['per_second'] / 1e12:.4g} T/s, "
                      f"measured with {ceiling['what']}.")
@@ -210,6 +263,27 @@ class Stopwatch:
                  for begin, end in zip(events, events[1:])]
         return found, len(copies)
 
+    def sustained(self, twin, samples, seconds):
+        """As src/bench/products/ times a product that is launched on and on: samples of so many
+        seconds, behind as many that do not count."""
+        copies = [twin.setup() for _ in range(self.copies(twin))]
+        self.sample(twin, copies, 0)
+        if self.device != "cuda":
+            return [self.sample(twin, copies, 0) for _ in range(samples)], len(copies)
+        passes = max(1, int(1e6 * seconds / (self.sample(twin, copies, 0) * len(copies))))
+        cuda = self.torch.cuda
+        events = [cuda.Event(enable_timing=True) for _ in range(2 * samples)]
+        for event in events:
+            for _ in range(passes):
+                for copy in copies:
+                    twin.launch(copy)
+            event.record()
+        cuda.synchronize()
+        counted = events[samples - 1:]
+        found = [1e3 * begin.elapsed_time(end) / (passes * len(copies))
+                 for begin, end in zip(counted, counted[1:])]
+        return found, passes * len(copies)
+
     def synchronize(self):
         if self.device == "cuda":
             self.torch.cuda.synchronize()
@@ -254,7 +328,7 @@ def run_isobath(program, benchmark, device, extra):
 def time_peers(stopwatch, time_twin, twins_module, entry, made):
     """Adds a round of the twins of a joined row; `made` keeps them for the next one. `time_twin`
     of a twin and a number of samples gives these and the launches in each."""
-    name = key(entry)
+    name = twin_key(entry)
     if any(peer["name"] == "none" for peer in entry["peers"]):
         return
     if name not in made:
@@ -359,19 +433,23 @@ def measure(args):
         record["reports"] += [run_isobath(args.program, name, args.device, extra)
                               for name in args.bench]
         joined = join(record["reports"])
-        for name, entry in joined.items():
-            entry["peers"] = peers.setdefault(name, entry["peers"])
+        for entry in joined.values():
+            entry["peers"] = peers.setdefault(twin_key(entry), entry["peers"])
         record["rows"] = list(joined.values())
         write(record, args)
         if not record["ceilings"]:
             record["ceilings"] = time_ceilings(stopwatch, twins, record["rows"])
         record["rounds"] += 1
+        timed = set()
         for entry in record["rows"]:
+            if twin_key(entry) in timed:
+                continue
             if late():
                 if not entry["peers"]:
                     entry["peers"].append({"name": "none", "error": "no time was left"})
                 continue
             time_peers(stopwatch, stopwatch.time, twins, entry, made)
+            timed.add(twin_key(entry))
             write(record, args)
         write(record, args)
         print(f"round {record['rounds']} of {args.rounds}: {len(joined)} rows", file=sys.stderr)

@@ -9,7 +9,9 @@ alternately, and makes one table with geometric means.
 The products are those of `isobath bench gemm --predict`, each once, the largest share of a training
 step first. `isobath bench gemm --stdin` stays open; in each round a product is timed by it, then as
 its twins (twins.py): random normals, L2 cold, bursts of as many samples, each behind a rest, CUDA
-events; medians over all rounds. What the twins compute:
+events; medians over all rounds. Behind the rounds each product is timed sustained, by both sides in
+turn: launched on and on, so that the GPU lowers its clock to the power that it may draw; the first
+half does not count. What the twins compute:
 
 - NT, NN: torch.mm into the operands' type: the same.
 - TN: isobath adds the product of bf16 factors to an f32 matrix. "addmm into f32" is the same
@@ -33,6 +35,9 @@ import kernels
 
 # Seconds, as in src/bench/products/.
 REST = 0.05
+SLOT, SLOTS = 0.02, 5
+# Of all seconds, those behind which no further round of bursts begins or goes on.
+BURST_SHARE = 0.65
 LAYOUTS = ["nt", "nn", "tn"]
 # Who is stopped loses no more than this.
 WRITE_SECONDS = 5.0
@@ -49,10 +54,10 @@ class Isobath:
         except OSError as error:
             raise ValueError(f"{program} does not start: {error.strerror}") from None
 
-    def time(self, layout, sizes):
-        """A row of isobath's report."""
+    def time(self, layout, sizes, how=""):
+        """A row of isobath's report; `how`: of a burst, or "sustained"."""
         try:
-            self.process.stdin.write(f"{layout} {','.join(map(str, sizes))}\n")
+            self.process.stdin.write(f"{layout} {','.join(map(str, sizes))} {how}\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
         except BrokenPipeError:
@@ -106,15 +111,22 @@ def geometric_mean(values):
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def means(record):
+def medians(times):
+    """Of isobath, and of each twin that was timed by its name."""
+    ours = statistics.median(times["isobath"]["microseconds"])
+    return ours, {peer["name"]: statistics.median(peer["microseconds"])
+                  for peer in times["peers"] if peer.get("microseconds")}
+
+
+def means(rows):
     """Geometric means of twins' times over isobath's: rows of (layout, twin, products, ratio);
-    for each layout and for all the fastest twin, for each layout every twin by name."""
+    for each layout and for all the fastest twin, for each layout every twin by name. `rows`: joined
+    ones, and the time of each in its burst or sustained."""
     ratios = {}
-    for row in record["rows"]:
+    for row, times in rows:
         layout = row["op"][-2:]
-        ours = statistics.median(row["isobath"]["microseconds"])
-        timed = {peer["name"]: statistics.median(peer["microseconds"]) / ours
-                 for peer in row["peers"] if peer.get("microseconds")}
+        ours, twins = medians(times)
+        timed = {name: us / ours for name, us in twins.items()}
         if not timed:
             continue
         for place in layout, "all":
@@ -128,15 +140,45 @@ def means(record):
 
 
 def table(record):
-    """Markdown: the rows, and the means below them."""
-    lines = ["", "| layout | twin | products | geometric mean of the ratio |", "|---|---|---:|---:|"]
-    lines += [f"| {layout} | {name} | {count} | {ratio:.3f} |"
-              for layout, name, count, ratio in means(record)]
+    """Markdown: the rows, burst beside sustained, and the means below them."""
+    rows = record["rows"]
+    lines = [*speeds(record)]
+    for title, of in (("In a burst", lambda row: row), ("Sustained", lambda row: row.get("sustained"))):
+        found = means([(row, of(row)) for row in rows if of(row)])
+        if found:
+            lines += ["", f"{title}:", "",
+                      "| layout | twin | products | geometric mean of the ratio |",
+                      "|---|---|---:|---:|"]
+            lines += [f"| {layout} | {name} | {count} | {ratio:.3f} |"
+                      for layout, name, count, ratio in found]
     missing = record.get("not_reached", [])
     if missing:
         lines += ["", f"No time was left for {len(missing)} products, the first of them "
                       f"{missing[0][0]} {missing[0][1]}."]
     return kernels.table(record) + "\n".join(lines) + "\n"
+
+
+def speeds(record):
+    """TFLOP/s, share of the datasheet's dense peak, and the fastest twin's time over isobath's: in a
+    burst and sustained."""
+    peak = record.get("peak")
+
+    def cells(row, times):
+        if not times:
+            return ["", "", ""]
+        ours, twins = medians(times)
+        per_second = row["work"]["amount"] / ours * 1e6
+        ratio = f"{min(twins.values()) / ours:.2f}" if twins else ""
+        return [f"{per_second / 1e12:.4g}", f"{100 * per_second / peak:.1f}%" if peak else "", ratio]
+
+    lines = ["", "| product | shape | burst, TFLOP/s | of peak | ratio | sustained, TFLOP/s | of peak "
+                 "| ratio |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        both = [*cells(row, row), *cells(row, row.get("sustained"))]
+        lines.append(f"| {row['what']} | {row['shape']} | {' | '.join(both)} |")
+    if peak:
+        lines += ["", f"The peak is the datasheet's, {peak / 1e12:.1f} TFLOP/s."]
+    return lines
 
 
 # ------------------------------------------------------------------ timing
@@ -148,7 +190,8 @@ def measure(args):
         raise kernels.Skip("twins are timed on a GPU, and this is simt")
     torch, twins = kernels.modules(device)
     started = written = time.monotonic()
-    late = lambda: args.seconds and time.monotonic() - started > args.seconds
+    late = lambda share=BURST_SHARE: \
+        args.seconds and time.monotonic() - started > share * args.seconds
     wanted = args.product or products(args.program, args.preset)
     stopwatch = kernels.Stopwatch(torch, device)
     record = kernels.new_record(torch, device, args.program)
@@ -167,6 +210,8 @@ def measure(args):
                     break
                 row = isobath.time(layout, sizes)
                 rows.append(row)
+                if row.get("percent_of_peak"):
+                    record["peak"] = 100 * row["per_second"] / row["percent_of_peak"]
                 joined = kernels.join(record["reports"])
                 for name, entry in joined.items():
                     entry["peers"] = peers.setdefault(name, entry["peers"])
@@ -180,6 +225,23 @@ def measure(args):
             record["rounds"] += 1
             print(f"round {record['rounds']} of {args.rounds}: {len(record['rows'])} of "
                   f"{len(wanted)} products", file=sys.stderr)
+        sustained = lambda twin, _: stopwatch.sustained(twin, args.samples or SLOTS, SLOT)
+        reached = 0
+        for entry in record["rows"]:
+            if late(1.0):
+                break
+            sizes = [entry["sizes"][side] for side in "MNK"]
+            row = isobath.time(entry["op"][-2:], sizes, "sustained")
+            # With peers of their own, so that what failed in a burst fails here by itself.
+            times = {**entry, "peers": [], "isobath": {
+                "microseconds": [row["median_microseconds"]], "of": "the median"}}
+            kernels.time_peers(stopwatch, sustained, twins, times, made)
+            entry["sustained"] = {name: times[name] for name in ("isobath", "peers")}
+            reached += 1
+            if time.monotonic() - written > WRITE_SECONDS:
+                kernels.write(record, args, table)
+                written = time.monotonic()
+        print(f"sustained: {reached} of {len(wanted)} products", file=sys.stderr)
     finally:
         isobath.close()
         kernels.write(record, args, table)

@@ -50,7 +50,7 @@ def twins(row, device="cuda"):
         raise NoTwin(f"the row has no {', '.join(missing)}")
     makers = {
         "gemm_nt": gemm, "gemm_nn": gemm, "gemm_tn": gemm,
-        "attention_forward": attention, "attention_backward": attention,
+        "attention_forward": attention, "attention_backward": attention, "attention": attention,
         "norm_forward": norm, "norm_backward": norm,
         "loss": loss, "loss_forward": loss, "loss_backward": loss,
         "adamw": adamw, "gradient_norm": gradient_norm, "step": step,
@@ -144,9 +144,10 @@ def gemm(row, device):
 # ------------------------------------------------------------------ attention
 
 def attention(row, device):
+    """Forward, backward behind a forward that is not timed, or both ("attention")."""
     sizes, dtype = row["sizes"], DTYPES[row["dtype"]]
     b, s, h, k, d = (sizes[key] for key in ("B", "S", "H", "K", "D"))
-    backward = row["op"] == "attention_backward"
+    op = row["op"]
     backends = [("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)]
     if dtype == torch.float32:
         backends = [("memory-efficient", SDPBackend.EFFICIENT_ATTENTION)]
@@ -155,14 +156,24 @@ def attention(row, device):
     # The memory-efficient kernels know no grouped heads: they get copies.
     kv_heads = h if dtype == torch.float32 else k
     elements = b * s * d * (2 * h + 2 * kv_heads)
-    bytes = dtype.itemsize * elements * (2 if backward else 1)
+    bytes = dtype.itemsize * elements * (1 if op == "attention_forward" else 2)
 
-    def tensors():
-        # [B,S,H,D] in memory, as a QKV product leaves it.
-        return [normal(b, s, heads, d, dtype=dtype, device=device).transpose(1, 2)
-                .requires_grad_(backward) for heads in (h, kv_heads, kv_heads)]
+    def heads_of(count):
+        # [B,S,H,D], as a QKV product leaves it.
+        return normal(b, s, count, d, dtype=dtype, device=device)
 
-    def make(name, backend):
+    def of_op(name, forward, tensors, d_out):
+        """A twin whose forward pass is `forward` of `tensors()`, in one layout with `d_out()`."""
+        if op == "attention_forward":
+            return Twin(name, bytes, tensors, lambda copy: forward(*copy))
+        record, backward = with_backward(forward)
+        inputs = lambda: [tensor.requires_grad_() for tensor in tensors()]
+        if op == "attention_backward":
+            return Twin(name, bytes, lambda: record(inputs(), d_out()), backward)
+        return Twin(name, bytes, lambda: (inputs(), d_out()),
+                    lambda copy: torch.autograd.grad(forward(*copy[0]), copy[0], copy[1]))
+
+    def of_pytorch(name, backend):
         def forward(q, key, value):
             with sdpa_kernel([backend]):
                 return F.scaled_dot_product_attention(
@@ -171,13 +182,23 @@ def attention(row, device):
         name = f"scaled_dot_product_attention, {name}"
         if kv_heads != k:
             name += ", kv heads copied"
-        if not backward:
-            return Twin(name, bytes, tensors, lambda copy: forward(*copy))
-        record, launch = with_backward(forward)
-        d_out = lambda: normal(b, s, h, d, dtype=dtype, device=device).transpose(1, 2)
-        return Twin(name, bytes, lambda: record(tensors(), d_out()), launch)
+        # [B,H,S,D] by its strides; nothing is moved.
+        tensors = lambda: [heads_of(count).transpose(1, 2) for count in (h, kv_heads, kv_heads)]
+        return of_op(name, forward, tensors, lambda: heads_of(h).transpose(1, 2))
 
-    return [make(*backend) for backend in backends]
+    found = [of_pytorch(*backend) for backend in backends]
+    if device != "cpu" and dtype != torch.float32:
+        tensors = lambda: [heads_of(count) for count in (h, k, k)]
+        found.append(of_op("FlashAttention-3", flash_attention_3, tensors, lambda: heads_of(h)))
+    return found
+
+
+def flash_attention_3(q, key, value):
+    """Of [B,S,H,D]. Errors: ImportError where it is not installed, which then stands in the row."""
+    from flash_attn_interface import flash_attn_func
+    out = flash_attn_func(q, key, value, causal=True)
+    # Its earlier versions give the log-sum-exp, too.
+    return out[0] if isinstance(out, tuple) else out
 
 
 # ------------------------------------------------------------------ norm

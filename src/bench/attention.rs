@@ -12,11 +12,28 @@ use crate::cuda::attention::{
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
-/// B, S, H, K, D of models of about 1B parameters: 2048 values in heads of 64 and of 128, 8192
-/// tokens; and of the 130m preset: 65,536 tokens in rows of 256.
-const ON_GPU: [[usize; 5]; 4] =
-    [[4, 2048, 32, 8, 64], [2, 4096, 32, 8, 64], [4, 2048, 16, 4, 128], [256, 256, 12, 12, 64]];
+/// Tokens of every pass over heads of the same width in the table below, whatever their sequence;
+/// and values of a token's heads.
+const TOKENS: usize = 16 << 10;
+const VALUES: usize = 2048;
+/// The goal's lengths first.
+const SEQUENCES: [usize; 6] = [2048, 4096, 8192, 256, 512, 1024];
+const HEAD_DIMS: [usize; 2] = [128, 64];
+/// B, S, H, K, D of the 130m preset, 65,536 tokens in rows of 256; and of a model of about 1B
+/// parameters whose heads share keys and values.
+const OF_MODELS: [[usize; 5]; 2] = [[256, 256, 12, 12, 64], [8, 2048, 32, 8, 64]];
 const ON_CPU: [usize; 5] = [1, 128, 4, 2, 64];
+
+/// Every length with every head dim, as others' tables have it: each head has its own keys.
+fn on_gpu() -> Vec<[usize; 5]> {
+    let of = |sequence: usize| {
+        HEAD_DIMS.map(|head_dim| {
+            let heads = VALUES / head_dim;
+            [TOKENS / sequence, sequence, heads, heads, head_dim]
+        })
+    };
+    SEQUENCES.into_iter().flat_map(of).chain(OF_MODELS).collect()
+}
 
 pub(super) fn rows(
     driver: &mut dyn Driver,
@@ -26,12 +43,13 @@ pub(super) fn rows(
     let shapes = match request.attention {
         Some(shape) => vec![shape],
         None if on_cpu(driver) => vec![ON_CPU],
-        None => ON_GPU.to_vec(),
+        None => on_gpu(),
     };
     shapes.into_iter().try_for_each(|shape| rows_of(driver, request, shape, table))
 }
 
-/// Forward, and backward in every way that there are kernels for.
+/// Forward; backward in every way that there are kernels for; and both, one behind the other,
+/// backward in the way that a training step takes.
 fn rows_of(
     driver: &mut dyn Driver,
     request: &Request,
@@ -44,13 +62,13 @@ fn rows_of(
     let dtype = request.kernel_dtype();
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
-    let kernels = Attention::new(driver, dtype, heads, request.family)?;
-    let mut variants = vec![];
-    for passes in kernels.all_passes(spec) {
-        let kernels = kernels.clone().with_passes(passes)?;
-        variants.push((kernels.clone(), ""));
+    let mut chosen = Attention::new(driver, dtype, heads, request.family)?;
+    let mut ways = vec![];
+    for passes in chosen.all_passes(spec) {
+        let kernels = chosen.clone().with_passes(passes)?;
+        ways.push((passes, kernels.clone(), ""));
         if passes == Passes::One {
-            variants.push((kernels.with_order(false), ", sums in any order"));
+            ways.push((passes, kernels.with_order(false), ", sums in any order"));
         }
     }
     let tokens = batch * sequence;
@@ -75,26 +93,57 @@ fn rows_of(
             d_qkv: buffers.zeros("d_qkv", qkv_bytes)?,
             angles: None,
         };
-        let mut plans = vec![variants[0].0.plan_forward(buffers.driver, &forward)?];
-        for (kernels, _) in &mut variants {
-            plans.push(kernels.plan_backward(buffers.driver, &backward)?);
+        let both = [
+            chosen.plan_forward(buffers.driver, &forward)?,
+            chosen.plan_backward(buffers.driver, &backward)?,
+        ];
+        // Forward first: it leaves what the backward passes read.
+        let mut timed = vec![Timed { plans: vec![both[0].clone()], how: "" }];
+        for (passes, kernels, how) in &mut ways {
+            let plan = kernels.plan_backward(buffers.driver, &backward)?;
+            // One pass whose sums have no place is two once more.
+            if plan.passes() == Some(*passes) {
+                timed.push(Timed { plans: vec![plan], how });
+            }
         }
-        Ok(plans)
+        timed.push(Timed { plans: both.to_vec(), how: "" });
+        Ok(timed)
     })?;
     let samples = samples(driver, request.samples);
-    // Forward first: it leaves what the backward passes read.
     for index in 0..copies.copies[0].len() {
-        let launch = |driver: &mut dyn Driver, plans: &Vec<AttentionPlan>| {
-            plans[index].launch(driver, StreamId::MAIN)
+        let launch = |driver: &mut dyn Driver, timed: &Vec<Timed>| {
+            timed[index].plans.iter().try_for_each(|plan| plan.launch(driver, StreamId::MAIN))
         };
         let timing = copies.time(driver, samples, launch)?;
-        let names = copies.copies[0][index].kernels(driver)?.join(" and ");
-        let (cost, how) = match index {
-            0 => (Cost::attention_forward(spec, dtype), ""),
-            _ => (Cost::attention_backward(spec, dtype), variants[index - 1].1),
+        let Timed { plans, how } = &copies.copies[0][index];
+        let kernels = plans.iter().map(|plan| plan.kernels(driver));
+        let names = kernels.collect::<Result<Vec<_>>>()?.concat().join(" and ");
+        let (cost, variant) = match plans.as_slice() {
+            [_, backward] => (Cost::attention(spec, dtype), variant(backward)),
+            [plan] if plan.passes().is_none() => {
+                (Cost::attention_forward(spec, dtype), variant(plan))
+            }
+            plans => (Cost::attention_backward(spec, dtype), variant(&plans[0])),
         };
-        table.push(Row::new(Cost { what: format!("{names}{how}, {dtype}"), ..cost }, &timing));
+        let what = format!("{names}{how}, {dtype}");
+        table.push(Row { variant, ..Row::new(Cost { what, ..cost }, &timing) });
     }
     copies.release(driver)?;
-    variants.into_iter().try_for_each(|(kernels, _)| kernels.release(driver))
+    chosen.release(driver)?;
+    ways.into_iter().try_for_each(|(_, kernels, _)| kernels.release(driver))
+}
+
+/// Passes that are launched one behind the other, and what else tells them apart.
+struct Timed {
+    plans: Vec<AttentionPlan>,
+    how: &'static str,
+}
+
+/// How a backward pass goes over the scores, in words.
+fn variant(plan: &AttentionPlan) -> Option<&'static str> {
+    plan.passes().map(|passes| match passes {
+        Passes::Short => "one pass of short rows",
+        Passes::One => "one pass",
+        Passes::Two => "two passes",
+    })
 }

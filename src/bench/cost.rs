@@ -274,6 +274,22 @@ impl Cost {
         }
     }
 
+    /// One behind the other.
+    pub fn attention(spec: AttentionSpec, dtype: Dtype) -> Self {
+        let [forward, backward] =
+            [Cost::attention_forward(spec, dtype), Cost::attention_backward(spec, dtype)];
+        Cost {
+            op: "attention",
+            what: format!("attention, {dtype}"),
+            bytes: forward.bytes + backward.bytes,
+            bytes_formula: "those of attention_forward and of attention_backward",
+            flops: forward.flops + backward.flops,
+            flops_formula: "2 products forward and 5 backward, half of each causal: 7 B H S^2 D; \
+                            whatever a kernel does twice does not count",
+            ..backward
+        }
+    }
+
     /// With the gradients of q and k rotated back; `positions`: rows of the table.
     pub fn attention_rotary_backward(spec: AttentionSpec, dtype: Dtype, positions: usize) -> Self {
         let cost = Cost::attention_backward(spec, dtype);

@@ -1,15 +1,15 @@
-//! The products whose kernels do more than store: rotary embedding, SwiGLU and its gradient. What an
-//! epilogue costs is told by the plain product of the same sizes.
+//! The products whose kernels do more than store: an addend, rotary embedding, SwiGLU and its gradient;
+//! and what that costs: each is timed in turn with the plain kernel of the same tile, on the same
+//! factors.
 
 use super::Request;
-use super::cost::{Cost, element_bytes};
 use super::layers::{LAYERS, Layer, ON_CPU};
-use super::report::{Row, TimedRows};
+use super::product::StepProduct;
+use super::report::{OverPlain, Row, TimedRows};
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::HeadSpec;
-use crate::config::Dtype;
-use crate::cuda::gemm::{Gemm, Layout, Output, Product, Rotation};
-use crate::cuda::{DevicePointer, Driver, StreamId};
+use crate::cuda::gemm::{Choice, Ending, Gemm, Layout};
+use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
 /// None where the family has no such kernels.
@@ -20,104 +20,59 @@ pub(super) fn rows(
     table: &mut TimedRows,
 ) -> Result<()> {
     let small = on_cpu(driver);
-    let sizes = |layer: Layer, layout| if small { [ON_CPU; 3] } else { layer.product(layout) };
-    let dtype = request.kernel_dtype();
     let [heads, kv_heads] = if small { [2, 1] } else { [32, 8] };
     let heads = HeadSpec { heads, kv_heads, head_dim: 64 };
-    let [qkv, _, gate_up, down, _] = LAYERS;
-    for fusion in [Fusion::Rotary(heads), Fusion::SwiGlu, Fusion::SwiGluGradient] {
-        let sizes = match fusion {
-            Fusion::Rotary(_) => sizes(qkv, Layout::Nt),
-            Fusion::SwiGlu => sizes(gate_up, Layout::Nt),
-            Fusion::SwiGluGradient => sizes(down, Layout::Nn),
-        };
-        if kernels.fuses(fusion.layout(), fusion.output([DevicePointer::NULL; 2])) {
-            table.push(row(driver, request, kernels, fusion, dtype, sizes)?);
+    let [qkv, attention_out, gate_up, down, _] = LAYERS;
+    let all: [(Layer, Layout, Ending); 5] = [
+        (attention_out, Layout::Nt, Ending::Addend),
+        (down, Layout::Nt, Ending::Addend),
+        (qkv, Layout::Nt, Ending::Rotary),
+        (gate_up, Layout::Nt, Ending::SwiGlu),
+        (down, Layout::Nn, Ending::SwiGlu),
+    ];
+    let mut timed: Vec<StepProduct> = vec![];
+    for (layer, layout, ending) in all {
+        let [m, n, k] = if small { [ON_CPU; 3] } else { layer.product(layout) };
+        let product = StepProduct { layout, ending, m, n, k, heads };
+        // On the CPU machine all sizes are the same.
+        let is_new = !timed.iter().any(|it| it.is(&product));
+        if is_new && kernels.fuses(layout, product.output()) {
+            table.push(row(driver, request, kernels, &product)?);
+            timed.push(product);
         }
     }
     Ok(())
-}
-
-#[derive(Clone, Copy)]
-enum Fusion {
-    Rotary(HeadSpec),
-    SwiGlu,
-    SwiGluGradient,
-}
-
-impl Fusion {
-    fn layout(self) -> Layout {
-        match self {
-            Fusion::Rotary(_) | Fusion::SwiGlu => Layout::Nt,
-            Fusion::SwiGluGradient => Layout::Nn,
-        }
-    }
-
-    /// `more`: what it reads or writes beside factors and result.
-    fn output(self, more: [DevicePointer; 2]) -> Output {
-        let [more, positions] = more;
-        match self {
-            Fusion::Rotary(HeadSpec { heads, kv_heads, head_dim }) => {
-                let columns = (heads + kv_heads) * head_dim;
-                Output::Rotate(Rotation { table: more, positions, columns, head_dim })
-            }
-            Fusion::SwiGlu => Output::SwiGlu { product: more },
-            Fusion::SwiGluGradient => Output::SwiGluGradient { gate_up: more },
-        }
-    }
-
-    /// N is 2F of a SwiGLU.
-    fn cost(self, dtype: Dtype, sizes: [usize; 3]) -> Cost {
-        match self {
-            Fusion::Rotary(heads) => Cost::product_rotary(heads, dtype, sizes, sizes[0]),
-            Fusion::SwiGlu => Cost::product_swiglu(dtype, sizes),
-            Fusion::SwiGluGradient => Cost::product_swiglu_gradient(dtype, sizes),
-        }
-    }
 }
 
 fn row(
     driver: &mut dyn Driver,
     request: &Request,
     kernels: &Gemm,
-    fusion: Fusion,
-    dtype: Dtype,
-    sizes @ [m, n, k]: [usize; 3],
+    product: &StepProduct,
 ) -> Result<Row> {
-    let layout = fusion.layout();
-    let cost = fusion.cost(dtype, sizes);
-    let element = element_bytes(dtype);
-    let (columns, product_n) = match fusion {
-        Fusion::Rotary(_) => (n, n),
-        Fusion::SwiGlu => (n, n / 2),
-        Fusion::SwiGluGradient => (2 * n, n),
-    };
-    let copies = Copies::new(driver, cost.bytes, cost.bytes, |buffers| {
-        let a = buffers.normals("A", dtype, m * k)?;
-        let b = buffers.normals("B", dtype, n * k)?;
-        let out = buffers.zeros("out", (m * columns) as u64 * element)?;
-        let more = match fusion {
-            // Numbers that are no sines take as long.
-            Fusion::Rotary(heads) => {
-                let table = buffers.normals("table", Dtype::F32, m * heads.head_dim)?;
-                [table, buffers.below("positions", m, m)?]
-            }
-            Fusion::SwiGlu => {
-                let product = buffers.zeros("product", (m * product_n) as u64 * element)?;
-                [product, DevicePointer::NULL]
-            }
-            Fusion::SwiGluGradient => {
-                [buffers.normals("gate and up", dtype, m * columns)?, DevicePointer::NULL]
-            }
-        };
-        let output = fusion.output(more);
-        let product = Product { layout, m, n: product_n, k, a, b, out, output };
-        kernels.plan(buffers.driver, &product)
+    let StepProduct { layout, .. } = *product;
+    let dtype = request.kernel_dtype();
+    let plain = StepProduct::plain(layout, product.sizes());
+    let choice = kernels.choose(layout, product.output(), product.tiled())?;
+    let tile = choice.variant.tile();
+    let same_tile = kernels.variants(layout).find(|it| it.tile() == tile);
+    // What plain kernels touch is the least.
+    let copies = Copies::new(driver, plain.bytes(dtype), product.bytes(dtype), |buffers| {
+        let at = product.allocate(buffers, dtype)?;
+        let with = kernels.plan_with(buffers.driver, choice, &product.at(&at))?;
+        let without = same_tile.map(|variant| {
+            let choice = Choice { variant, ..choice };
+            kernels.plan_with(buffers.driver, choice, &plain.at(&at))
+        });
+        Ok((with, without.transpose()?))
     })?;
     let samples = samples(driver, request.samples);
-    let timing =
-        copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
-    let what = format!("{}, {dtype}", copies.copies[0].choice);
+    let [with, without] = copies.time_in_turn(driver, samples, |driver, plans, turn| {
+        let (with, without) = plans;
+        let plan = if turn == 0 { Some(with) } else { without.as_ref() };
+        plan.map_or(Ok(()), |plan| plan.launch(driver, StreamId::MAIN))
+    })?;
     copies.release(driver)?;
-    Ok(Row::new(Cost { what, ..cost }, &timing))
+    let over_plain = same_tile.map(|variant| OverPlain::new(variant.kernel, &with, &without));
+    Ok(Row { over_plain, ..Row::new(product.cost(&choice, dtype), &with) })
 }

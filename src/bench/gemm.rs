@@ -2,15 +2,13 @@
 //! of its weight (TN).
 
 use super::Request;
-use super::cost::element_bytes;
 use super::fusions;
 use super::layers::{LAYERS, ON_CPU};
-use super::products;
+use super::product::StepProduct;
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
-use crate::config::Dtype;
-use crate::cuda::gemm::{Gemm, Layout, Output, Product};
+use crate::cuda::gemm::{Gemm, Layout};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -59,23 +57,16 @@ fn row(
         sizes::check("a factor or result", &sides)?;
     }
     let dtype = request.kernel_dtype();
-    let element_out = match layout {
-        Layout::Nt | Layout::Nn => element_bytes(dtype),
-        Layout::Tn => element_bytes(Dtype::F32),
-    };
-    let out_bytes = (m * n) as u64 * element_out;
-    let bytes = (m * k + n * k) as u64 * element_bytes(dtype) + out_bytes;
+    let product = StepProduct::plain(layout, [m, n, k]);
+    let choice = kernels.choose(layout, product.output(), product.tiled())?;
+    let bytes = product.bytes(dtype);
     let copies = Copies::new(driver, bytes, bytes, |buffers| {
-        let a = buffers.normals("A", dtype, m * k)?;
-        let b = buffers.normals("B", dtype, n * k)?;
-        let out = buffers.zeros("out", out_bytes)?;
-        let output = Output::plain(layout);
-        kernels.plan(buffers.driver, &Product { layout, m, n, k, a, b, out, output })
+        let at = product.allocate(buffers, dtype)?;
+        kernels.plan_with(buffers.driver, choice, &product.at(&at))
     })?;
     let samples = samples(driver, request.samples);
     let timing =
         copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
-    let choice = copies.copies[0].choice;
     copies.release(driver)?;
-    Ok(Row::new(products::cost(&choice, dtype, [m, n, k]), &timing))
+    Ok(Row::new(product.cost(&choice, dtype), &timing))
 }

@@ -52,8 +52,30 @@ pub struct Row {
     /// `per_second` as a share of the machine's dense peak, if that is known; of rows that count
     /// FLOPs. Of a training step this is MFU.
     pub percent_of_peak: Option<f64>,
+    /// Of attention with a backward pass: how that goes over the scores.
+    pub variant: Option<&'static str>,
+    /// Of a product with something behind it in its kernel.
+    pub over_plain: Option<OverPlain>,
     #[serde(flatten)]
     pub step: Option<StepDetails>,
+}
+
+/// What stands behind a product costs so much: the two were timed in turn, on the same factors.
+#[derive(Serialize, Clone, PartialEq, Debug)]
+pub struct OverPlain {
+    /// The kernel that only stores, of the same tile.
+    pub kernel: &'static str,
+    pub median_microseconds: f64,
+    /// Of its time, what the product takes longer.
+    pub percent: f64,
+}
+
+impl OverPlain {
+    pub(super) fn new(kernel: &'static str, with: &Timing, without: &Timing) -> Self {
+        let plain = without.median();
+        let percent = 100.0 * (with.median() / plain - 1.0);
+        OverPlain { kernel, median_microseconds: plain, percent }
+    }
 }
 
 /// What only a training step has.
@@ -119,6 +141,8 @@ impl Row {
             work,
             percent_of_copy: None,
             percent_of_peak: None,
+            variant: None,
+            over_plain: None,
             step: None,
         }
     }
@@ -139,7 +163,8 @@ impl Row {
         let (scaled, unit) = scaled(self.per_second, self.work.unit);
         let microseconds = self.median_microseconds;
         write!(f, "{:<what$}  {:<shape$} {microseconds:>12.1} us", self.what, self.shape)?;
-        write!(f, " {scaled:>8.2} {unit:<7}")
+        write!(f, " {scaled:>8.2} {unit:<7}")?;
+        self.variant.map_or(Ok(()), |variant| write!(f, " {variant}"))
     }
 }
 
@@ -162,6 +187,9 @@ impl fmt::Display for Report {
                 (Some(percent), _) => write!(f, " {percent:>5.1} % of copy")?,
                 (None, Some(percent)) => write!(f, " {percent:>5.1} {of_peak}")?,
                 (None, None) => {}
+            }
+            if let Some(over) = &row.over_plain {
+                write!(f, "  {:+.1} % over {}", over.percent, over.kernel)?;
             }
             if let Some(step) = &row.step {
                 write!(f, "  {:.0} tokens/s", step.tokens_per_second)?;

@@ -70,18 +70,35 @@ impl<T> Copies<T> {
         samples: usize,
         mut launch: impl FnMut(&mut dyn Driver, &T) -> Result<()>,
     ) -> Result<Timing> {
+        let [timing] =
+            self.time_in_turn(driver, samples, |driver, copy, _| launch(driver, copy))?;
+        Ok(timing)
+    }
+
+    /// The same of `N` things to launch, whose samples alternate; `launch` gets which one.
+    pub fn time_in_turn<const N: usize>(
+        &self,
+        driver: &mut dyn Driver,
+        samples: usize,
+        mut launch: impl FnMut(&mut dyn Driver, &T, usize) -> Result<()>,
+    ) -> Result<[Timing; N]> {
         let ends: Vec<EventId> =
-            (0..=samples).map(|_| driver.new_event()).collect::<Result<_>>()?;
-        for &end in &ends {
+            (0..=N * samples).map(|_| driver.new_event()).collect::<Result<_>>()?;
+        // The one that does not count comes before its first that does.
+        let turns = [0].into_iter().chain((0..N * samples).map(|sample| sample % N));
+        for (&end, turn) in ends.iter().zip(turns) {
             for copy in &self.copies {
-                launch(driver, copy)?;
+                launch(driver, copy, turn)?;
             }
             driver.record(end, StreamId::MAIN)?;
         }
-        let per_launch = |microseconds: f64| microseconds / self.copies.len() as f64;
-        let microseconds = between(driver, &ends)?.into_iter().map(per_launch).collect();
+        let count = self.copies.len();
+        let microseconds = between(driver, &ends)?;
         driver.synchronize()?;
-        Ok(Timing::new(microseconds, self.copies.len()))
+        Ok(std::array::from_fn(|turn| {
+            let of_turn = microseconds.iter().skip(turn).step_by(N);
+            Timing::new(of_turn.map(|all| all / count as f64).collect(), count)
+        }))
     }
 
     /// Gives the memory back.
@@ -124,6 +141,12 @@ impl Buffers<'_> {
     /// Independent i32 from 0 to `end` - 1.
     pub fn below(&mut self, label: &str, end: usize, count: usize) -> Result<DevicePointer> {
         let values = integers_below(stream(label), end, count.min(DRAWN));
+        self.repeated(label, bytemuck::cast_slice(&values), 4 * count as u64)
+    }
+
+    /// i32 from 0 to `end` - 1, again and again.
+    pub fn counting(&mut self, label: &str, end: usize, count: usize) -> Result<DevicePointer> {
+        let values: Vec<i32> = (0..end as i32).collect();
         self.repeated(label, bytemuck::cast_slice(&values), 4 * count as u64)
     }
 

@@ -37,8 +37,8 @@ pub struct BenchArgs {
     /// what was fastest becomes src/cuda/gemm/tuned.toml
     #[arg(long)]
     tune: bool,
-    /// gemm: the products that lines on stdin name (nt 4096,2048,1024), one JSON row a line, for a
-    /// program that times something else in between
+    /// gemm: the products that lines on stdin name (nt 4096,2048,1024, or with `sustained` behind it),
+    /// one JSON row a line, for a program that times something else in between
     #[arg(long)]
     stdin: bool,
     /// auto (a GPU if there is one, else simt), cuda or simt
@@ -56,9 +56,10 @@ pub struct BenchArgs {
     /// norm: columns C [default: 2048; on simt 1024]
     #[arg(long)]
     columns: Option<NonZeroUsize>,
-    /// loss: vocabulary V [default: 32000; on simt 2048]
-    #[arg(long)]
-    vocab: Option<NonZeroUsize>,
+    /// loss: vocabulary V [default: 32000; on simt 2048]. gemm with --predict, --table or --tune:
+    /// that of the models; of the head alone for each one after the first [default: the presets']
+    #[arg(long = "vocab", value_name = "V")]
+    vocabs: Vec<NonZeroUsize>,
     /// gemm: M,N,K [default: the layers of a 1B model, 4096 and 8192 cubed; on simt 256 cubed]
     #[arg(long, value_name = "M,N,K", value_parser = sizes::<3>)]
     product: Option<[usize; 3]>,
@@ -68,8 +69,8 @@ pub struct BenchArgs {
     /// gemm, attention: which kernels: sm80, sm90 or f32 [default: the best of this machine]
     #[arg(long)]
     family: Option<Family>,
-    /// attention: batch, sequence, heads, KV heads, head dim [default: three of 1B models; on simt
-    /// 1,128,4,2,64]
+    /// attention: batch, sequence, heads, KV heads, head dim [default: head dims 128 and 64 at 256 to
+    /// 8192 tokens a row, and two models'; on simt 1,128,4,2,64]
     #[arg(long, value_name = "B,S,H,K,D", value_parser = sizes::<5>)]
     attention: Option<[usize; 5]>,
     /// adamw: elements N [default: 2^28; on simt 2^18]
@@ -145,11 +146,12 @@ impl BenchArgs {
     /// Refuses what the chosen benchmark would not look at.
     fn check_flags(&self, mode: Mode) -> Result<()> {
         use Benchmark::{Adamw, Attention, Gemm, Loss, Norm, Step};
+        let of_models = ![Mode::Time, Mode::Stdin].contains(&mode) && self.benchmark == Gemm;
         let flags: [(&str, bool, &[Benchmark]); 11] = [
             ("--norm", self.norm.is_some(), &[Norm]),
             ("--rows", self.rows.is_some(), &[Norm, Loss]),
             ("--columns", self.columns.is_some(), &[Norm]),
-            ("--vocab", self.vocab.is_some(), &[Loss]),
+            ("--vocab", !self.vocabs.is_empty(), if of_models { &[Step] } else { &[Loss] }),
             ("--product", self.product.is_some(), &[Gemm]),
             ("--layout", self.layout.is_some(), &[Gemm]),
             ("--family", self.family.is_some(), &[Gemm, Attention]),
@@ -210,11 +212,19 @@ impl BenchArgs {
                 remedy: "give --preset once".to_string(),
             });
         }
-        let (sized, of_models) = (self.product.is_some(), !self.presets.is_empty());
-        if sized && (mode == Mode::Stdin || of_models || !self.sets.is_empty()) {
+        if self.vocabs.len() > 1 && !of_models {
             return Err(Error::Usage {
-                what: "--product says which product, and so do --stdin, --preset and --set"
-                    .to_string(),
+                what: "a loss is of one vocabulary".to_string(),
+                remedy: "give --vocab once".to_string(),
+            });
+        }
+        let sized = self.product.is_some();
+        let named = [&self.presets, &self.sets].iter().any(|it| !it.is_empty());
+        if sized && (mode == Mode::Stdin || named || of_models && !self.vocabs.is_empty()) {
+            return Err(Error::Usage {
+                what:
+                    "--product says which product, and so do --stdin, --preset, --set and --vocab"
+                        .to_string(),
                 remedy: "leave one of them out".to_string(),
             });
         }
@@ -239,11 +249,16 @@ impl BenchArgs {
         StepRequest { preset: self.presets.first().cloned(), sets: self.sets.clone() }
     }
 
+    fn vocabs(&self) -> Vec<usize> {
+        self.vocabs.iter().copied().map(usize::from).collect()
+    }
+
     /// Errors: a file of choices that is none.
     fn products(&self) -> Result<ProductsRequest> {
         Ok(ProductsRequest {
             presets: self.presets.clone(),
             sets: self.sets.clone(),
+            vocabs: self.vocabs(),
             product: self.product,
             layout: self.layout,
             family: self.family,
@@ -327,7 +342,7 @@ fn print(args: &BenchArgs, report: &(impl Serialize + Display)) -> anyhow::Resul
 
 fn predict(args: &BenchArgs) -> anyhow::Result<()> {
     if args.benchmark == Benchmark::Gemm {
-        return print(args, &GemmPrediction::new(&args.presets, &args.sets)?);
+        return print(args, &GemmPrediction::new(&args.presets, &args.sets, &args.vocabs())?);
     }
     print(args, &Prediction::new(&args.step().resolve(Machine::Gpu, args.dtype)?)?)
 }
@@ -340,7 +355,7 @@ fn time(args: BenchArgs) -> anyhow::Result<()> {
         norm: args.norm.unwrap_or(NormKind::Rms),
         rows: args.rows.map(usize::from),
         columns: args.columns.map(usize::from),
-        vocab: args.vocab.map(usize::from),
+        vocab: args.vocabs().first().copied(),
         product: args.product,
         layout: args.layout,
         family: args.family,

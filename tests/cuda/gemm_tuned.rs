@@ -3,9 +3,9 @@
 
 use isobath::config::Dtype;
 use isobath::cuda::gemm::tuned::{self, Launched, Machine, Table, Timed};
-use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Choice, Ending, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Driver, Family, StreamId};
+use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 
 use super::counting::Counting;
 use super::machines::*;
@@ -26,7 +26,7 @@ fn table(driver: &dyn Driver, family: Family, layout: Layout, best: Launched) ->
         multiprocessors: properties.multiprocessors as usize,
         driver: properties.driver_version.clone(),
         commit: "0123abc".to_string(),
-        products: vec![Timed { family, layout, m, n, k, best, model }],
+        products: vec![Timed { family, layout, ending: Ending::Plain, m, n, k, best, model }],
     };
     Table { machines: vec![machine] }
 }
@@ -85,6 +85,62 @@ fn what_was_timed_comes_before_the_model() {
     assert_exact("as it was timed", Dtype::F32, &found, &plain, &exact);
 }
 
+/// Each ending has its own entry; where it has none, the tile of another one is better than a guess.
+#[test]
+fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
+    if !has_simt() {
+        return;
+    }
+    let driver: &mut dyn Driver = &mut Host::new(Options::default()).unwrap();
+    let machine = driver.properties().clone();
+    let gemm = Gemm::new(driver, Dtype::Bf16, None).unwrap();
+    let null = DevicePointer::NULL;
+    // 64 columns of gate and as many of up.
+    let (swiglu, sizes) = (Output::SwiGlu { product: null }, [136, 64, 320]);
+    let (plain, addend) = (Output::plain(Layout::Nt), Output::Store { addend: Some(null) });
+    let entry = |ending, kernel: &str| Timed {
+        family: Family::Sm90,
+        layout: Layout::Nt,
+        ending,
+        m: 136,
+        n: 128,
+        k: 320,
+        best: launched(kernel, 1),
+        model: launched(kernel, 1),
+    };
+    let chosen = |entries: &[Timed]| {
+        let mut table = table(driver, Family::Sm90, Layout::Nt, launched("", 1));
+        table.machines[0].products = entries.to_vec();
+        table.check().unwrap();
+        let gemm = gemm.clone().with_table(&machine, &table);
+        [(swiglu, sizes), (plain, [136, 128, 320]), (addend, [136, 128, 320])].map(|(it, sizes)| {
+            let choice = gemm.choose(Layout::Nt, it, sizes).unwrap();
+            (choice.variant.kernel, gemm.is_tuned(Layout::Nt, it, sizes))
+        })
+    };
+    let stored = entry(Ending::Plain, "gemm_sm90_nt_128x256");
+    let fused = entry(Ending::SwiGlu, "gemm_sm90_nt_swiglu_128x192");
+    let added = entry(Ending::Addend, "gemm_sm90_nt_128x128");
+    let expected = [
+        ("gemm_sm90_nt_swiglu_128x192", true),
+        ("gemm_sm90_nt_128x256", true),
+        ("gemm_sm90_nt_128x128", true),
+    ];
+    assert_eq!(chosen(&[stored.clone(), fused.clone(), added]), expected);
+    let expected = [
+        ("gemm_sm90_nt_swiglu_128x256", false),
+        ("gemm_sm90_nt_128x256", true),
+        ("gemm_sm90_nt_128x256", false),
+    ];
+    assert_eq!(chosen(&[stored]), expected, "by the tile of the plain product");
+    let expected = [
+        ("gemm_sm90_nt_swiglu_128x192", true),
+        ("gemm_sm90_nt_128x192", false),
+        ("gemm_sm90_nt_128x192", false),
+    ];
+    assert_eq!(chosen(&[fused]), expected, "by the tile of what ends with SwiGLU");
+}
+
 #[test]
 fn what_was_timed_elsewhere_or_is_not_in_the_build_leaves_it_to_the_model() {
     if !has_simt() {
@@ -134,6 +190,7 @@ fn a_table_is_text_that_can_be_put_behind_another() {
     let entry = |layout, kernel: &str| Timed {
         family: Family::Sm90,
         layout,
+        ending: Ending::Plain,
         m: 768,
         n: 768,
         k: 16384,
@@ -161,6 +218,7 @@ fn a_table_is_text_that_can_be_put_behind_another() {
     let with_splits = |splits| Launched { splits, ..tn.best.clone() };
     for (table, part) in [
         (wrong(entry(Layout::Nn, "gemm_sm90_nt_128x192")), "has no gemm_sm90_nt_128x192"),
+        (wrong(Timed { ending: Ending::Rotary, ..nt.clone() }), "that ends so"),
         (wrong(Timed { family: Family::F32, ..nt.clone() }), "the family f32 has no"),
         (wrong(Timed { k: 0, ..tn.clone() }), "it is empty"),
         (wrong(Timed { n: 8, best: with_splits(0), ..tn.clone() }), "0 splits"),

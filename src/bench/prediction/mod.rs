@@ -20,6 +20,7 @@ use super::cost::{Cost, KernelFamily};
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
 use crate::cuda::attention;
+use crate::cuda::gemm::Rates;
 use crate::cuda::peaks::{H200, Peaks};
 use crate::error::{Error, Result};
 use crate::plan::{FLOPS_FORMULA, PlanReport};
@@ -30,6 +31,24 @@ const H200_MEASURED_BF16_FLOPS_PER_SECOND: f64 = 788e12;
 const H200_MEASURED_SOURCE: &str = "measured on an NVIDIA H200 with PyTorch 2.11, 2026-10-28: \
                                     copy on the device 4.3 TB/s, read and written; product of \
                                     8192 cubed in bf16, random normals, 788 TFLOP/s";
+
+/// Share of the datasheet's FLOPs that a machine full of the fastest tiles is taken to do: what the
+/// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
+const FASTEST: f64 = 0.8;
+
+/// What a product's choice is reckoned with.
+pub(super) fn rates(machine: &Peaks, dtype: Dtype) -> Rates {
+    let flops_per_second = FASTEST * machine.flops_per_second(dtype);
+    Rates { flops_per_second, bytes_per_second: memory(machine).0 }
+}
+
+/// Bytes a second of device memory, measured where somebody has; and where that comes from.
+fn memory(machine: &Peaks) -> (f64, &'static str) {
+    match *machine == H200 {
+        true => (H200_MEASURED_BYTES_PER_SECOND, H200_MEASURED_SOURCE),
+        false => (machine.bytes_per_second, machine.source),
+    }
+}
 
 #[derive(Serialize, Clone, Debug)]
 pub struct Prediction {

@@ -1,25 +1,26 @@
-//! Every matrix product of the paper's models, and what the choice of a kernel reckons for it on an
-//! H200: a ranked list for the next hour on a GPU. No device is asked, and nothing is measured.
+//! Every matrix product of the paper's models, with what stands behind it in its kernel, and what the
+//! choice of a kernel reckons for it on an H200: a list for the next hour on a GPU, ranked by the
+//! time that is at stake. No device is asked, and nothing is measured.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use super::Prediction;
+use super::{FASTEST, Prediction, memory, rates};
+use crate::bench::product::StepProduct;
 use crate::bench::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::gemm::{Choice, Layout, Output, Rotation, choose};
+use crate::cuda::Family;
+use crate::cuda::gemm::tuned::{self, Table, Timed};
+use crate::cuda::gemm::{Choice, Ending, Layout, choose};
 use crate::cuda::peaks::{H200, Peaks};
-use crate::cuda::{DevicePointer, Family};
 use crate::error::Result;
+use crate::model::{self, parameters::WIDTH_MULTIPLE};
 
 /// Of which products are listed if nobody names one.
 const PRESETS: [&str; 6] = ["60m", "130m", "250m", "350m", "1b", "7b"];
 /// Tokens of a micro-batch.
 const TOKENS: [usize; 3] = [16 << 10, 32 << 10, 64 << 10];
-/// Share of the datasheet's FLOPs that a machine full of the fastest tiles is taken to do: what the
-/// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
-pub(in crate::bench) const FASTEST: f64 = 0.8;
 
 #[derive(Serialize, Clone, Debug)]
 pub struct GemmPrediction {
@@ -30,9 +31,12 @@ pub struct GemmPrediction {
     pub source: &'static str,
     /// Taken, not measured.
     pub fastest_tile_share: f64,
+    /// Of device memory, read and written together: the other roof.
+    pub bytes_per_second: f64,
+    pub bytes_source: &'static str,
     /// Geometric mean over the products, of the share of `flops_per_second`.
     pub mean_share: f64,
-    /// The least share first.
+    /// What takes the longest in its step, with all launches, first.
     pub products: Vec<GemmRow>,
 }
 
@@ -43,10 +47,8 @@ pub struct GemmRow {
     pub tokens: usize,
     /// "gemm_nt_swiglu"
     pub op: &'static str,
-    pub layout: Layout,
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
+    #[serde(flatten)]
+    pub product: StepProduct,
     /// In a micro-batch.
     pub launches: u64,
     pub kernel: &'static str,
@@ -61,20 +63,40 @@ pub struct GemmRow {
     pub shared_bytes: usize,
     pub bytes: u64,
     pub flops: u64,
+    /// Reckoned, of one launch.
     pub microseconds: f64,
+    /// What its bytes alone take; where that is all of `microseconds`, memory is the limit.
+    pub memory_microseconds: f64,
     /// Of the datasheet's FLOPs.
     pub share: f64,
+    /// All launches of it in a micro-batch: what is at stake.
+    pub milliseconds: f64,
     /// All launches of it, of the reckoned time of a training step over one micro-batch.
     pub step_share: f64,
+    /// What this kernel took for this product on this machine; `None`: nobody has timed it.
+    pub timed_microseconds: Option<f64>,
 }
 
 impl GemmPrediction {
     /// Of these presets with `sets` above them; if there are none, of those that are listed here.
+    /// With the first vocabulary, and the heads with the others, too; if there are none, with the
+    /// presets'.
     ///
     /// Errors: an unknown preset; sizes that cannot be planned.
-    pub fn new(presets: &[String], sets: &[String]) -> Result<Self> {
-        let mut products = listed(presets, sets)?;
-        products.sort_by(|a, b| a.share.total_cmp(&b.share));
+    pub fn new(presets: &[String], sets: &[String], vocabs: &[usize]) -> Result<Self> {
+        GemmPrediction::with_table(presets, sets, vocabs, tuned::built_in())
+    }
+
+    /// The same, with the choices of this table.
+    pub fn with_table(
+        presets: &[String],
+        sets: &[String],
+        vocabs: &[usize],
+        table: &Table,
+    ) -> Result<Self> {
+        let mut products = chosen(presets, sets, vocabs, table)?;
+        products.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
+        let (bytes_per_second, bytes_source) = memory(&H200);
         let logarithms = products.iter().map(|row| row.share.ln()).sum::<f64>();
         Ok(GemmPrediction {
             machine: H200.name,
@@ -82,6 +104,8 @@ impl GemmPrediction {
             flops_per_second: H200.flops_per_second(Dtype::Bf16),
             source: H200.source,
             fastest_tile_share: FASTEST,
+            bytes_per_second,
+            bytes_source,
             mean_share: (logarithms / products.len().max(1) as f64).exp(),
             products,
         })
@@ -89,7 +113,20 @@ impl GemmPrediction {
 }
 
 /// As [`GemmPrediction::new`], in the order of presets and tokens.
-pub(in crate::bench) fn listed(presets: &[String], sets: &[String]) -> Result<Vec<GemmRow>> {
+pub(in crate::bench) fn listed(
+    presets: &[String],
+    sets: &[String],
+    vocabs: &[usize],
+) -> Result<Vec<GemmRow>> {
+    chosen(presets, sets, vocabs, tuned::built_in())
+}
+
+fn chosen(
+    presets: &[String],
+    sets: &[String],
+    vocabs: &[usize],
+    table: &Table,
+) -> Result<Vec<GemmRow>> {
     let presets = match presets {
         [] => PRESETS.to_vec(),
         given => given.iter().map(String::as_str).collect(),
@@ -98,19 +135,33 @@ pub(in crate::bench) fn listed(presets: &[String], sets: &[String]) -> Result<Ve
     for preset in presets {
         let mut config = Config::preset(preset)?.with_sets(sets)?;
         config.dtype = Dtype::Bf16;
+        let of_config = [config.model.vocab];
+        let vocabs = if vocabs.is_empty() { &of_config[..] } else { vocabs };
         for tokens in TOKENS {
             config.train.micro_batch = (tokens / config.data.sequence).max(1);
             config.train.grad_accumulation = 1;
-            products.extend(rows(&config, &H200)?);
+            for (index, &vocab) in vocabs.iter().enumerate() {
+                config.model.vocab = vocab;
+                let mut rows = rows(&config, &H200, table)?;
+                let head = vocab.next_multiple_of(WIDTH_MULTIPLE);
+                rows.retain(|row| index == 0 || row.product.sizes().contains(&head));
+                products.extend(rows);
+            }
         }
     }
     Ok(products)
 }
 
 /// The products of one configuration.
-pub(in crate::bench) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<GemmRow>> {
+pub(in crate::bench) fn rows(
+    config: &Config,
+    machine: &Peaks,
+    table: &Table,
+) -> Result<Vec<GemmRow>> {
     let peak = machine.flops_per_second(Dtype::Bf16);
+    let rates = rates(machine, Dtype::Bf16);
     let multiprocessors = machine.multiprocessors;
+    let heads = model::heads(&config.model);
     let mut rows: Vec<GemmRow> = vec![];
     let mut others = 0.0;
     for kernel in Prediction::new(config)?.kernels {
@@ -118,69 +169,78 @@ pub(in crate::bench) fn rows(config: &Config, machine: &Peaks) -> Result<Vec<Gem
             others += kernel.launches as f64 * kernel.microseconds[0];
             continue;
         };
-        let sizes = [m, n, k];
-        let (layout, output) = product(kernel.op, config.model.head_dim());
-        // Gate and up are two factors of each column.
-        let halves = if matches!(output, Output::SwiGlu { .. }) { 2 } else { 1 };
-        let tiled = [m, n / halves, k];
+        let (layout, ending) = ending(kernel.op, &kernel.what);
+        let product = StepProduct { layout, ending, m, n, k, heads };
+        let (tiled, output) = (product.tiled(), product.output());
+        let timed = timed(table, machine, &product);
         let variants = Family::Sm90.variants_for(layout, output);
-        let Some(choice) = choose(variants, tiled, multiprocessors) else { continue };
-        // With and without an addend: one product.
-        if let Some(row) =
-            rows.iter_mut().find(|it| it.op == kernel.op && [it.m, it.n, it.k] == sizes)
-        {
+        let reckoned = || choose(variants, tiled, multiprocessors);
+        let Some(choice) = timed.and_then(Timed::choice).or_else(reckoned) else { continue };
+        if let Some(row) = rows.iter_mut().find(|it| it.product.is(&product)) {
             row.launches += kernel.launches;
             continue;
         }
         let Choice { variant, splits, cluster } = choice;
-        let waves = variant.tiles(m, n / halves) as f64 / multiprocessors as f64;
+        let tile: usize = variant.tile().iter().product();
         let [_, steps] = variant.longest(tiled, &choice, multiprocessors);
-        let done = (multiprocessors * variant.rows * variant.columns * halves) as f64
-            * (steps * variant.depth) as f64;
-        let seconds = choice.seconds(tiled, multiprocessors, FASTEST * peak);
+        let done = (multiprocessors * tile) as f64 * (steps * variant.depth) as f64;
+        let seconds = choice.seconds(tiled, kernel.bytes, multiprocessors, rates);
         rows.push(GemmRow {
             preset: config.name.clone(),
             tokens: config.train.micro_batch * config.data.sequence,
             op: kernel.op,
-            layout,
-            m,
-            n,
-            k,
+            product,
             launches: kernel.launches,
             kernel: variant.kernel,
             splits,
             cluster,
-            waves,
+            waves: variant.tiles(tiled[0], tiled[1]) as f64 / multiprocessors as f64,
             fill: (m * n) as f64 * k as f64 / done,
             stages: variant.stages,
             shared_bytes: variant.dynamic_shared_bytes,
             bytes: kernel.bytes,
             flops: kernel.flops,
             microseconds: 1e6 * seconds,
+            memory_microseconds: 1e6 * kernel.bytes as f64 / rates.bytes_per_second,
             share: kernel.flops as f64 / seconds / peak,
+            milliseconds: 0.0,
             step_share: 0.0,
+            timed_microseconds: timed.map(|it| it.best.microseconds),
         });
     }
-    let all = |row: &GemmRow| row.launches as f64 * row.microseconds;
-    let step = others + rows.iter().map(all).sum::<f64>();
-    rows.iter_mut().for_each(|row| row.step_share = all(row) / step);
+    for row in &mut rows {
+        row.milliseconds = row.launches as f64 * row.microseconds / 1e3;
+    }
+    let step = others / 1e3 + rows.iter().map(|row| row.milliseconds).sum::<f64>();
+    rows.iter_mut().for_each(|row| row.step_share = row.milliseconds / step);
     Ok(rows)
 }
 
-/// What kernel a product's op asks for; addresses do not matter.
-fn product(op: &str, head_dim: usize) -> (Layout, Output) {
-    let null = DevicePointer::NULL;
+/// Whether somebody timed this product on this machine.
+fn timed<'a>(table: &'a Table, machine: &Peaks, product: &StepProduct) -> Option<&'a Timed> {
+    let StepProduct { layout, ending, .. } = *product;
+    let key = (layout, ending, product.sizes());
+    table.find(machine.name, machine.multiprocessors, Family::Sm90, key)
+}
+
+/// What an op and its description ask of a product's kernel.
+fn ending(op: &str, what: &str) -> (Layout, Ending) {
+    let stored = if what.ends_with(", addend") { Ending::Addend } else { Ending::Plain };
     match op {
-        "gemm_nt" => (Layout::Nt, Output::Store { addend: None }),
-        "gemm_nn" => (Layout::Nn, Output::Store { addend: None }),
-        "gemm_tn" => (Layout::Tn, Output::Accumulate),
-        "gemm_nt_rotary" => {
-            let rotation = Rotation { table: null, positions: null, columns: head_dim, head_dim };
-            (Layout::Nt, Output::Rotate(rotation))
-        }
-        "gemm_nt_swiglu" => (Layout::Nt, Output::SwiGlu { product: null }),
-        "gemm_nn_swiglu" => (Layout::Nn, Output::SwiGluGradient { gate_up: null }),
+        "gemm_nt" => (Layout::Nt, stored),
+        "gemm_nn" => (Layout::Nn, stored),
+        "gemm_tn" => (Layout::Tn, Ending::Plain),
+        "gemm_nt_rotary" => (Layout::Nt, Ending::Rotary),
+        "gemm_nt_swiglu" => (Layout::Nt, Ending::SwiGlu),
+        "gemm_nn_swiglu" => (Layout::Nn, Ending::SwiGlu),
         _ => unreachable!("{op} has the sizes of a product"),
+    }
+}
+
+impl GemmRow {
+    /// "memory" where its bytes alone take as long as is reckoned.
+    pub fn bound(&self) -> &'static str {
+        if self.memory_microseconds >= self.microseconds { "memory" } else { "products" }
     }
 }
 
@@ -189,15 +249,18 @@ impl fmt::Display for GemmPrediction {
         writeln!(
             f,
             "matrix products of a training step in bf16 on one {}: estimated by the model that chooses \
-             kernels, **not timed**; the least share of the peak first\n",
+             kernels, **not timed** but where the last column has a time; what takes the longest \
+             of a micro-batch first\n",
             self.machine
         )?;
         writeln!(
             f,
-            "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} {:>6} {:>9} {:>9} {:>7}",
+            "{:<6} {:>6} {:>2} {:<6} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} {:>4} {:>6} \
+             {:>6} {:>8} {:>8} {:>9} {:>7} {:>7} {:<8} {:>8} {:>6}  timed",
             "preset",
             "tokens",
             "",
+            "with",
             "M",
             "N",
             "K",
@@ -205,42 +268,65 @@ impl fmt::Display for GemmPrediction {
             "kernel",
             "by",
             "in",
+            "stages",
+            "KiB",
             "waves",
             "fill",
+            "MB",
+            "GFLOP",
             "us",
             "TFLOP/s",
-            "share"
+            "share",
+            "bound by",
+            "ms",
+            "step"
         )?;
-        for row in &self.products {
-            writeln!(
-                f,
-                "{:<6} {:>6} {:>2} {:>6} {:>6} {:>6} {:>8}  {:<29} {:>2} {:>2} {:>6.2} {:>4.0} % {:>9.1} \
-                 {:>9.0} {:>5.1} %",
-                row.preset,
-                row.tokens,
-                row.layout,
-                row.m,
-                row.n,
-                row.k,
-                row.launches,
-                row.kernel,
-                row.cluster,
-                row.splits,
-                row.waves,
-                100.0 * row.fill,
-                row.microseconds,
-                row.flops as f64 / row.microseconds / 1e6,
-                100.0 * row.share
-            )?;
-        }
+        self.products.iter().try_for_each(|row| writeln!(f, "{row}"))?;
         writeln!(
             f,
-            "\ngeometric mean {:.1} % of {:.1} TFLOP/s ({}); a machine full of the fastest tiles is \
-             taken to do {:.0} % of it",
+            "\nMB, GFLOP and us of one launch, ms of all that a micro-batch has; KiB of shared memory\n\
+             geometric mean {:.1} % of {:.1} TFLOP/s ({}); a machine full of the fastest tiles is \
+             taken to do {:.0} % of it\n\
+             no product is estimated faster than its bytes at {:.1} TB/s ({})",
             100.0 * self.mean_share,
             self.flops_per_second / 1e12,
             self.source,
-            100.0 * self.fastest_tile_share
+            100.0 * self.fastest_tile_share,
+            self.bytes_per_second / 1e12,
+            self.bytes_source
         )
+    }
+}
+
+impl fmt::Display for GemmRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StepProduct { layout, ending, m, n, k, .. } = self.product;
+        write!(
+            f,
+            "{:<6} {:>6} {layout:>2} {ending:<6} {m:>6} {n:>6} {k:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} \
+             {:>4} {:>6.2} {:>4.0} % {:>8.1} {:>8.1} {:>9.1} {:>7.0} {:>5.1} % {:<8} {:>8.2} {:>4.1} %  ",
+            self.preset,
+            self.tokens,
+            self.launches,
+            self.kernel,
+            self.cluster,
+            self.splits,
+            self.stages,
+            self.shared_bytes >> 10,
+            self.waves,
+            100.0 * self.fill,
+            self.bytes as f64 / 1e6,
+            self.flops as f64 / 1e9,
+            self.microseconds,
+            self.flops as f64 / self.microseconds / 1e6,
+            100.0 * self.share,
+            self.bound(),
+            self.milliseconds,
+            100.0 * self.step_share
+        )?;
+        match self.timed_microseconds {
+            Some(microseconds) => write!(f, "{microseconds:.1} us"),
+            None => write!(f, "never"),
+        }
     }
 }

@@ -1,5 +1,6 @@
-//! The products of training steps, to be timed one after the other: which there are, the buffers
-//! that all of them share, and how their launches are timed.
+//! The products of training steps, each with what stands behind it in its kernel, to be timed one
+//! after the other: which there are, the buffers that all of them share, and how their launches are
+//! timed.
 
 use std::fmt;
 use std::time::Duration;
@@ -9,16 +10,17 @@ use serde::Serialize;
 pub mod table;
 pub mod tune;
 
-use super::cost::{Cost, element_bytes};
+use super::cost::element_bytes;
 use super::prediction::shapes::{self, GemmRow};
+use super::product::{Addresses, MOST_POSITIONS, Operands, StepProduct};
 use super::sizes;
 use super::step::{Machine, StepRequest};
 use super::timing::{between, check_fits, cold_copies, drawn_normals, on_cpu};
 use crate::config::Dtype;
-use crate::cuda::gemm::tuned::Table;
-use crate::cuda::gemm::{Choice, Gemm, GemmPlan, Layout, Output, Product};
+use crate::cuda::gemm::tuned::{self, Table};
+use crate::cuda::gemm::{Choice, Ending, Gemm, GemmPlan, Layout};
 use crate::cuda::peaks::H200;
-use crate::cuda::{Allocation, Driver, EventId, Family, StreamId};
+use crate::cuda::{Allocation, DevicePointer, Driver, EventId, Family, StreamId};
 use crate::error::Result;
 
 /// Which products, and how long. Empty or `None`: what suits the machine.
@@ -28,6 +30,8 @@ pub struct ProductsRequest {
     pub presets: Vec<String>,
     /// key=value
     pub sets: Vec<String>,
+    /// Of the heads; empty: the presets' own.
+    pub vocabs: Vec<usize>,
     /// M, N, K instead of those of any model.
     pub product: Option<[usize; 3]>,
     pub layout: Option<Layout>,
@@ -43,20 +47,12 @@ pub struct ProductsRequest {
 /// One product, however many steps and places of a step it is in.
 #[derive(Serialize, Clone, PartialEq, Debug)]
 pub struct Wanted {
-    pub layout: Layout,
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
+    #[serde(flatten)]
+    pub product: StepProduct,
     /// "130m, 16384 tokens"
     pub of: Vec<String>,
     /// The largest share that it is reckoned to have of one of these training steps.
     pub step_share: f64,
-}
-
-impl Wanted {
-    pub fn sizes(&self) -> [usize; 3] {
-        [self.m, self.n, self.k]
-    }
 }
 
 impl ProductsRequest {
@@ -73,41 +69,54 @@ impl ProductsRequest {
         })
     }
 
-    /// Each product once, the largest share of a step first.
+    /// Each product once, the largest share of a step first; with what stands behind it, where these
+    /// kernels do that.
     ///
     /// Errors: an unknown preset or key; sizes that cannot be counted.
-    pub(super) fn wanted(&self, driver: &dyn Driver) -> Result<Vec<Wanted>> {
-        let layouts = [Layout::Nt, Layout::Nn, Layout::Tn].into_iter();
-        let layouts = layouts.filter(|&it| self.layout.is_none_or(|layout| layout == it));
-        if let Some([m, n, k]) = self.product {
-            for sides in [[m, k], [n, k], [m, n]] {
-                sizes::check("a factor or result", &sides)?;
-            }
-            let one = |layout| Wanted { layout, m, n, k, of: vec![], step_share: 0.0 };
-            return Ok(layouts.map(one).collect());
+    pub(super) fn wanted(&self, driver: &dyn Driver, kernels: &Gemm) -> Result<Vec<Wanted>> {
+        let is_asked = |layout| self.layout.is_none_or(|asked| asked == layout);
+        if let Some(sizes) = self.product {
+            check_sizes(sizes)?;
+            let layouts = [Layout::Nt, Layout::Nn, Layout::Tn].into_iter();
+            let one = |layout| {
+                let product = StepProduct::plain(layout, sizes);
+                Wanted { product, of: vec![], step_share: 0.0 }
+            };
+            return Ok(layouts.filter(|&layout| is_asked(layout)).map(one).collect());
         }
-        let rows = if self.presets.is_empty() && on_cpu(driver) {
+        let mut rows = if self.presets.is_empty() && self.vocabs.is_empty() && on_cpu(driver) {
             let tiny = StepRequest { preset: None, sets: self.sets.clone() };
-            shapes::rows(&tiny.resolve(Machine::Cpu, Some(Dtype::Bf16))?, &H200)?
+            let tiny = tiny.resolve(Machine::Cpu, Some(Dtype::Bf16))?;
+            shapes::rows(&tiny, &H200, tuned::built_in())?
         } else {
-            shapes::listed(&self.presets, &self.sets)?
+            shapes::listed(&self.presets, &self.sets, &self.vocabs)?
         };
-        let asked = rows.into_iter().filter(|row| self.layout.is_none_or(|it| it == row.layout));
-        Ok(distinct(asked))
+        rows.retain(|row| is_asked(row.product.layout));
+        for GemmRow { product, .. } in &mut rows {
+            if !kernels.fuses(product.layout, product.output()) {
+                *product = StepProduct::plain(product.layout, product.sizes());
+            }
+        }
+        Ok(distinct(rows))
     }
 }
 
-fn distinct(rows: impl Iterator<Item = GemmRow>) -> Vec<Wanted> {
+/// Errors: a factor or a result that cannot be counted.
+fn check_sizes([m, n, k]: [usize; 3]) -> Result<()> {
+    let matrices = [[m, k], [n, k], [m, n]];
+    matrices.iter().try_for_each(|sides| sizes::check("a factor or result", sides))
+}
+
+fn distinct(rows: Vec<GemmRow>) -> Vec<Wanted> {
     let mut all: Vec<Wanted> = vec![];
-    for GemmRow { layout, m, n, k, preset, tokens, step_share, .. } in rows {
+    for GemmRow { product, preset, tokens, step_share, .. } in rows {
         let of = format!("{preset}, {tokens} tokens");
-        let same = |it: &&mut Wanted| (it.layout, it.sizes()) == (layout, [m, n, k]);
-        match all.iter_mut().find(same) {
+        match all.iter_mut().find(|it| it.product.is(&product)) {
             Some(found) => {
                 found.step_share = found.step_share.max(step_share);
                 found.of.push(of);
             }
-            None => all.push(Wanted { layout, m, n, k, of: vec![of], step_share }),
+            None => all.push(Wanted { product, of: vec![of], step_share }),
         }
     }
     all.sort_by(|a, b| b.step_share.total_cmp(&a.step_share));
@@ -120,65 +129,84 @@ pub(super) fn write_not_reached(f: &mut fmt::Formatter<'_>, products: &[Wanted])
         return Ok(());
     }
     writeln!(f, "not reached, {}; give more with --seconds:", products.len())?;
-    products.iter().try_for_each(|Wanted { layout, m, n, k, step_share, .. }| {
-        writeln!(f, "  {layout} M={m} N={n} K={k}, {:.1} % of a step", 100.0 * step_share)
+    products.iter().try_for_each(|Wanted { product, step_share, .. }| {
+        let StepProduct { layout, ending, m, n, k, .. } = product;
+        writeln!(f, "  {layout} {ending} M={m} N={n} K={k}, {:.1} % of a step", 100.0 * step_share)
     })
 }
 
 // ------------------------------------------------------------------ buffers
 
-/// Factors that no launch writes, random normals; and results that are only added to.
+/// Matrices that no launch writes, random normals; and results that are only added to.
 pub(super) struct Arena {
     dtype: Dtype,
     factors: Allocation,
     results: Allocation,
+    /// Of rotary embedding, where a product asks for it: a table, behind it the rows' positions.
+    angles: Option<Allocation>,
 }
 
-/// What one product needs of it.
+/// What one product needs of it: copies, and the bytes of each operand of one of them.
 struct Room {
     copies: u64,
-    /// Of a copy.
     a_bytes: u64,
     b_bytes: u64,
-    result_bytes: u64,
+    read_bytes: u64,
+    out_bytes: u64,
+    product_bytes: u64,
+}
+
+impl Room {
+    /// Of a copy.
+    fn factors(&self) -> u64 {
+        self.a_bytes + self.b_bytes + self.read_bytes
+    }
+
+    /// Of a copy.
+    fn results(&self) -> u64 {
+        self.out_bytes + self.product_bytes
+    }
 }
 
 /// A multiple of what addresses are aligned to, and of a line of the caches.
 const LINE_BYTES: u64 = 256;
+/// Heads of any width find a table.
+const TABLE_BYTES: u64 = (MOST_POSITIONS * 256 * size_of::<f32>()) as u64;
 
-fn room(driver: &dyn Driver, dtype: Dtype, layout: Layout, [m, n, k]: [usize; 3]) -> Room {
-    let element = element_bytes(dtype);
-    let result_element = match layout {
-        Layout::Nt | Layout::Nn => element,
-        Layout::Tn => element_bytes(Dtype::F32),
-    };
-    let bytes = |rows: usize, columns: usize, element: u64| {
-        ((rows * columns) as u64 * element).next_multiple_of(LINE_BYTES)
-    };
-    let (a_bytes, b_bytes) = (bytes(m, k, element), bytes(n, k, element));
-    let result_bytes = bytes(m, n, result_element);
-    let copies = cold_copies(driver, a_bytes + b_bytes + result_bytes);
-    Room { copies, a_bytes, b_bytes, result_bytes }
+fn room(driver: &dyn Driver, dtype: Dtype, asked: &StepProduct) -> Room {
+    let Operands { a, b, read, out, product } = asked.operands();
+    let bytes =
+        |elements: usize, element: u64| (elements as u64 * element).next_multiple_of(LINE_BYTES);
+    let [a_bytes, b_bytes, read_bytes, product_bytes] =
+        [a, b, read, product].map(|elements| bytes(elements, element_bytes(dtype)));
+    let out_bytes = bytes(out, asked.out_element(dtype));
+    let room = Room { copies: 1, a_bytes, b_bytes, read_bytes, out_bytes, product_bytes };
+    Room { copies: cold_copies(driver, room.factors() + room.results()), ..room }
 }
 
 impl Arena {
     /// Room for each of these products alone. Errors: it does not fit the device's memory.
-    pub fn new(
+    pub fn new<'a>(
         driver: &mut dyn Driver,
         dtype: Dtype,
-        products: impl Iterator<Item = (Layout, [usize; 3])>,
+        products: impl Iterator<Item = &'a StepProduct>,
     ) -> Result<Self> {
         let [mut factors, mut results] = [LINE_BYTES; 2];
-        for (layout, sizes) in products {
-            let room = room(driver, dtype, layout, sizes);
-            factors = factors.max(room.copies * (room.a_bytes + room.b_bytes));
-            results = results.max(room.copies * room.result_bytes);
+        let mut most_rotated = 0;
+        for product in products {
+            let room = room(driver, dtype, product);
+            factors = factors.max(room.copies * room.factors());
+            results = results.max(room.copies * room.results());
+            if product.ending == Ending::Rotary {
+                most_rotated = most_rotated.max(product.m);
+            }
         }
         check_fits(driver, factors + results)?;
         let arena = Arena {
             dtype,
             factors: driver.allocate("factors", factors)?,
             results: driver.allocate("results", results)?,
+            angles: (most_rotated > 0).then(|| angles(driver, most_rotated)).transpose()?,
         };
         driver.fill(StreamId::MAIN, arena.results.address, results, 0)?;
         let drawn = drawn_normals("factors", dtype, (factors / element_bytes(dtype)) as usize);
@@ -194,15 +222,18 @@ impl Arena {
     }
 
     /// Whether there is room for this product.
-    pub fn holds(&self, driver: &dyn Driver, layout: Layout, sizes: [usize; 3]) -> bool {
-        let room = room(driver, self.dtype, layout, sizes);
-        room.copies * (room.a_bytes + room.b_bytes) <= self.factors.bytes
-            && room.copies * room.result_bytes <= self.results.bytes
+    pub fn holds(&self, driver: &dyn Driver, product: &StepProduct) -> bool {
+        let room = room(driver, self.dtype, product);
+        let angles = self.angles.map_or(0, |it| it.bytes);
+        let rotated = product.ending == Ending::Rotary;
+        room.copies * room.factors() <= self.factors.bytes
+            && room.copies * room.results() <= self.results.bytes
+            && (!rotated || TABLE_BYTES + positions_bytes(product.m) <= angles)
     }
 
     pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
-        driver.release(self.factors)?;
-        driver.release(self.results)
+        let all = [Some(self.factors), Some(self.results), self.angles];
+        all.into_iter().flatten().try_for_each(|memory| driver.release(memory))
     }
 
     /// As many plans as keep L2 cold, each of a copy of its own.
@@ -211,26 +242,44 @@ impl Arena {
         driver: &mut dyn Driver,
         kernels: &Gemm,
         choice: Choice,
-        sizes @ [m, n, k]: [usize; 3],
+        product: &StepProduct,
     ) -> Result<Vec<GemmPlan>> {
-        let layout = choice.variant.layout;
-        let Room { copies, a_bytes, b_bytes, result_bytes } =
-            room(driver, self.dtype, layout, sizes);
+        let room = room(driver, self.dtype, product);
+        let table = self.angles.map_or(DevicePointer::NULL, |it| it.address);
         let plan = |copy: u64| {
-            let a = self.factors.address.offset(copy * (a_bytes + b_bytes));
-            let out = self.results.address.offset(copy * result_bytes);
-            let output = Output::plain(layout);
-            let product = Product { layout, m, n, k, a, b: a.offset(a_bytes), out, output };
-            kernels.plan_with(driver, choice, &product)
+            let a = self.factors.address.offset(copy * room.factors());
+            let out = self.results.address.offset(copy * room.results());
+            let b = a.offset(room.a_bytes);
+            let at = Addresses {
+                a,
+                b,
+                read: b.offset(room.b_bytes),
+                out,
+                product: out.offset(room.out_bytes),
+                table,
+                positions: table.offset(TABLE_BYTES),
+            };
+            kernels.plan_with(driver, choice, &product.at(&at))
         };
-        (0..copies).map(plan).collect()
+        (0..room.copies).map(plan).collect()
     }
 }
 
-pub(super) fn cost(choice: &Choice, dtype: Dtype, sizes: [usize; 3]) -> Cost {
-    let what = format!("{choice}, {dtype}");
-    let layout = choice.variant.layout;
-    Cost { what, ..Cost::product(layout, dtype, sizes, Output::plain(layout)) }
+fn positions_bytes(rows: usize) -> u64 {
+    (rows * size_of::<i32>()) as u64
+}
+
+/// A table, numbers that are no sines, and the positions of so many rows, which every product with
+/// fewer rows may take, too: those of its table come first, again and again.
+fn angles(driver: &mut dyn Driver, rows: usize) -> Result<Allocation> {
+    let memory = driver.allocate("angles", TABLE_BYTES + positions_bytes(rows))?;
+    let values = (TABLE_BYTES / element_bytes(Dtype::F32)) as usize;
+    let table = drawn_normals("angles", Dtype::F32, values);
+    driver.to_device(StreamId::MAIN, &table, memory.address)?;
+    let positions: Vec<i32> = (0..rows).map(|row| (row % MOST_POSITIONS) as i32).collect();
+    let to = memory.address.offset(TABLE_BYTES);
+    driver.to_device(StreamId::MAIN, bytemuck::cast_slice(&positions), to)?;
+    Ok(memory)
 }
 
 // ------------------------------------------------------------------ timing
@@ -247,6 +296,10 @@ pub(super) struct Stopwatch {
 const REST: Duration = Duration::from_millis(50);
 const BURST_MICROSECONDS: f64 = 50_000.0;
 const MOST_SAMPLES: usize = 30;
+/// Of a product that is launched without an end, on a GPU: the length of a sample, and how many of
+/// one product alone.
+const SLOT_MICROSECONDS: f64 = 20_000.0;
+const SLOTS: usize = 5;
 
 impl Stopwatch {
     /// Microseconds of a launch in each of these sequences; each sequence launches its plans in
@@ -276,6 +329,24 @@ impl Stopwatch {
             .zip(sequences)
             .map(|(time, (_, launches))| time / *launches as f64)
             .collect())
+    }
+
+    /// Samples of one product that is launched on and on, in front of which as long a time does not
+    /// count; without a rest, but for what else the device did not do.
+    pub fn sustained(
+        &mut self,
+        driver: &mut dyn Driver,
+        plans: &[GemmPlan],
+        asked: Option<usize>,
+    ) -> Result<Vec<f64>> {
+        let first = self.time(driver, &[(plans, plans.len())])?[0];
+        let slot = match on_cpu(driver) {
+            true => plans.len(),
+            false => ((SLOT_MICROSECONDS / first) as usize).max(plans.len()),
+        };
+        let samples = asked.unwrap_or(if on_cpu(driver) { 1 } else { SLOTS }).max(1);
+        let times = self.time(driver, &vec![(plans, slot); 2 * samples])?;
+        Ok(times[samples..].to_vec())
     }
 
     /// Samples of one product after a rest; `asked`: how many.

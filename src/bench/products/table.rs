@@ -11,11 +11,14 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::{Arena, ProductsRequest, Stopwatch, Wanted, cost, write_not_reached};
+use super::{
+    Arena, ProductsRequest, SLOT_MICROSECONDS, Stopwatch, Wanted, check_sizes, write_not_reached,
+};
+use crate::bench::product::StepProduct;
 use crate::bench::report::Row;
 use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
-use crate::cuda::gemm::{Choice, GemmPlan, Layout, Output};
+use crate::cuda::gemm::{Choice, GemmPlan, Layout};
 use crate::cuda::peaks::Peaks;
 use crate::cuda::{Driver, Properties};
 use crate::error::{Error, Result};
@@ -24,8 +27,6 @@ use crate::error::{Error, Result};
 const SECONDS: f64 = 90.0;
 /// Of all seconds, those behind which no further product gets its burst.
 const BURST_SHARE: f64 = 0.6;
-/// Of a product in a sustained pass, on a GPU.
-const SLOT_MICROSECONDS: f64 = 20_000.0;
 
 #[derive(Serialize, Clone, Debug)]
 pub struct TableReport {
@@ -47,11 +48,11 @@ pub struct TableReport {
 #[derive(Serialize, Clone, Debug)]
 pub struct TableRow {
     #[serde(flatten)]
-    pub product: Wanted,
+    pub wanted: Wanted,
     pub kernel: &'static str,
     pub splits: usize,
     pub cluster: usize,
-    /// Whether the choice was timed, not reckoned.
+    /// Whether the choice was timed for this product and its ending.
     pub tuned: bool,
     pub flops: u64,
     pub burst: Speed,
@@ -95,8 +96,10 @@ impl Speed {
 
 impl Mean {
     fn new(layout: Option<Layout>, rows: &[TableRow], peak: Option<f64>) -> Option<Self> {
-        let rows: Vec<&TableRow> =
-            rows.iter().filter(|row| layout.is_none_or(|it| it == row.product.layout)).collect();
+        let rows: Vec<&TableRow> = rows
+            .iter()
+            .filter(|row| layout.is_none_or(|it| it == row.wanted.product.layout))
+            .collect();
         let mean = |of: fn(&TableRow) -> &Speed| {
             let logarithm = |row: &&TableRow| of(row).teraflops_per_second.ln();
             (rows.iter().map(logarithm).sum::<f64>() / rows.len() as f64).exp()
@@ -116,7 +119,7 @@ impl Mean {
 
 /// A product with its choice, ready to be launched, and the samples of its burst.
 struct Timed {
-    product: Wanted,
+    wanted: Wanted,
     choice: Choice,
     tuned: bool,
     plans: Vec<GemmPlan>,
@@ -132,12 +135,11 @@ pub fn table(
     mut progress: impl FnMut(&str),
 ) -> Result<TableReport> {
     let started = Instant::now();
-    let mut not_reached = request.wanted(driver)?;
-    let count = not_reached.len();
     let dtype = request.dtype();
     let kernels = request.kernels(driver)?;
-    let products = not_reached.iter().map(|it| (it.layout, it.sizes()));
-    let arena = Arena::new(driver, dtype, products)?;
+    let mut not_reached = request.wanted(driver, &kernels)?;
+    let count = not_reached.len();
+    let arena = Arena::new(driver, dtype, not_reached.iter().map(|it| &it.product))?;
     let limit = request.seconds.unwrap_or(if on_cpu(driver) { 0.0 } else { SECONDS });
     let late = |share: f64| limit > 0.0 && started.elapsed().as_secs_f64() > share * limit;
     let peaks = Peaks::of(&driver.properties().name);
@@ -145,17 +147,19 @@ pub fn table(
     let mut stopwatch = Stopwatch::default();
     let mut timed: Vec<Timed> = vec![];
     while !not_reached.is_empty() && (timed.is_empty() || !late(BURST_SHARE)) {
-        let product = not_reached.remove(0);
-        let (layout, sizes) = (product.layout, product.sizes());
-        let choice = kernels.choose(layout, Output::plain(layout), sizes)?;
-        let plans = arena.plans(driver, &kernels, choice, sizes)?;
+        let wanted = not_reached.remove(0);
+        let product = &wanted.product;
+        let StepProduct { layout, ending, m, n, k, .. } = *product;
+        let choice = kernels.choose(layout, product.output(), product.tiled())?;
+        let plans = arena.plans(driver, &kernels, choice, product)?;
         let burst = stopwatch.burst(driver, &plans, request.samples)?;
-        let tuned = kernels.is_tuned(layout, Output::plain(layout), sizes);
-        let speed = Speed::new(burst.clone(), cost(&choice, dtype, sizes).flops, peak);
-        let [m, n, k] = sizes;
+        let tuned = kernels.is_tuned(layout, product.output(), product.tiled());
+        let speed = Speed::new(burst.clone(), product.cost(&choice, dtype).flops, peak);
         let reached = timed.len() + 1;
-        progress(&format!("{reached:>3}/{count} {layout} {m:>6} {n:>6} {k:>6} {choice} {speed}"));
-        timed.push(Timed { product, choice, tuned, plans, burst });
+        progress(&format!(
+            "{reached:>3}/{count} {layout} {ending:<6} {m:>6} {n:>6} {k:>6} {choice} {speed}"
+        ));
+        timed.push(Timed { wanted, choice, tuned, plans, burst });
     }
 
     let slot = |it: &Timed| {
@@ -181,9 +185,9 @@ pub fn table(
         .into_iter()
         .zip(sustained)
         .map(|(it, sustained)| {
-            let flops = cost(&it.choice, dtype, it.product.sizes()).flops;
+            let flops = it.wanted.product.cost(&it.choice, dtype).flops;
             TableRow {
-                product: it.product,
+                wanted: it.wanted,
                 kernel: it.choice.variant.kernel,
                 splits: it.choice.splits,
                 cluster: it.choice.cluster,
@@ -210,8 +214,9 @@ pub fn table(
     })
 }
 
-/// Answers each line of `asked`, "nt 4096,2048,1024", with the row of that product's burst: for
-/// a program that times something else in between.
+/// Answers each line of `asked`, "nt 4096,2048,1024", with the row of that product's burst; with
+/// "sustained" behind it, of launches without an end. For a program that times something else in
+/// between.
 ///
 /// Errors: a line that is no product; those of the machine and of the launches.
 pub fn answer(
@@ -227,21 +232,21 @@ pub fn answer(
     let mut arena: Option<Arena> = None;
     for line in asked.lines() {
         let line = line.map_err(Error::io("read", "stdin"))?;
-        let (layout, sizes) = parse(&line)?;
-        let product = Some(sizes);
-        // Checks the sizes.
-        ProductsRequest { product, layout: Some(layout), ..request.clone() }.wanted(driver)?;
+        let Line { layout, sizes, sustained } = parse(&line)?;
+        check_sizes(sizes)?;
+        let product = StepProduct::plain(layout, sizes);
         let found = match arena.take() {
-            Some(found) if found.holds(driver, layout, sizes) => found,
+            Some(found) if found.holds(driver, &product) => found,
             small => {
                 small.map_or(Ok(()), |small| small.release(driver))?;
-                Arena::new(driver, dtype, [(layout, sizes)].into_iter())?
+                Arena::new(driver, dtype, [&product].into_iter())?
             }
         };
-        let choice = kernels.choose(layout, Output::plain(layout), sizes)?;
-        let plans = found.plans(driver, &kernels, choice, sizes)?;
-        let times = stopwatch.burst(driver, &plans, request.samples)?;
-        let mut row = Row::new(cost(&choice, dtype, sizes), &Timing::new(times, plans.len()));
+        let choice = kernels.choose(layout, product.output(), sizes)?;
+        let plans = found.plans(driver, &kernels, choice, &product)?;
+        let time = if sustained { Stopwatch::sustained } else { Stopwatch::burst };
+        let times = time(&mut stopwatch, driver, &plans, request.samples)?;
+        let mut row = Row::new(product.cost(&choice, dtype), &Timing::new(times, plans.len()));
         row.compare(None, peaks);
         answered(&row)?;
         arena = Some(found);
@@ -251,15 +256,30 @@ pub fn answer(
     kernels.release(driver)
 }
 
-fn parse(line: &str) -> Result<(Layout, [usize; 3])> {
+/// What a line asks for.
+struct Line {
+    layout: Layout,
+    sizes: [usize; 3],
+    sustained: bool,
+}
+
+fn parse(line: &str) -> Result<Line> {
     let parsed = || {
-        let (layout, sizes) = line.trim().split_once(' ')?;
-        let sizes: Option<Vec<usize>> = sizes.split(',').map(|it| it.trim().parse().ok()).collect();
-        Some((layout.parse().ok()?, sizes?.try_into().ok()?))
+        let mut words = line.split_whitespace();
+        let (layout, sizes) = (words.next()?.parse().ok()?, words.next()?);
+        let sizes: Option<Vec<usize>> = sizes.split(',').map(|it| it.parse().ok()).collect();
+        let sustained = match [words.next(), words.next()] {
+            [None, None] => false,
+            [Some("sustained"), None] => true,
+            _ => return None,
+        };
+        Some(Line { layout, sizes: sizes?.try_into().ok()?, sustained })
     };
     parsed().ok_or_else(|| Error::Usage {
         what: format!("the line `{}` names no product", line.trim()),
-        remedy: "write a layout and M, N and K: nt 4096,2048,1024".to_string(),
+        remedy: "write a layout and M, N and K, and behind them at most `sustained`: \
+                 nt 4096,2048,1024"
+            .to_string(),
     })
 }
 
@@ -276,8 +296,10 @@ impl fmt::Display for TableReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<2} {:>6} {:>6} {:>6} {:>7}  {:<22} {:>2} {:>5} {:<6} {:>9} {:>8} {:>7} {:>9} {:>8} {:>7}",
+            "{:<2} {:<6} {:>6} {:>6} {:>6} {:>7}  {:<29} {:>2} {:>5} {:<6} {:>9} {:>8} {:>7} {:>9} \
+             {:>8} {:>7}",
             "",
+            "with",
             "M",
             "N",
             "K",
@@ -294,11 +316,11 @@ impl fmt::Display for TableReport {
             "peak"
         )?;
         for row in &self.rows {
-            let Wanted { layout, m, n, k, step_share, .. } = row.product;
+            let StepProduct { layout, ending, m, n, k, .. } = row.wanted.product;
             writeln!(
                 f,
-                "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<22} {:>2} {:>5} {:<6} {} {}",
-                100.0 * step_share,
+                "{layout} {ending:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<29} {:>2} {:>5} {:<6} {} {}",
+                100.0 * row.wanted.step_share,
                 row.kernel,
                 row.cluster,
                 row.splits,

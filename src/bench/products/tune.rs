@@ -1,5 +1,6 @@
-//! The tuner: every kernel, cluster and number of splits that could make a product, timed in turn,
-//! and beside it what the model chose. Its table becomes src/cuda/gemm/tuned.toml.
+//! The tuner: every kernel, cluster and number of splits that could make a product, timed in turn
+//! with what the training step has behind the product, and beside it what the model chose. Its table
+//! becomes src/cuda/gemm/tuned.toml.
 //!
 //! The products come in the order of what they are worth, so that a run which has to stop early has
 //! timed the dearest. Candidates far behind after two rounds are left there.
@@ -10,11 +11,12 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::{Arena, ProductsRequest, Stopwatch, Wanted, write_not_reached};
-use crate::bench::prediction::shapes::FASTEST;
+use crate::bench::prediction::rates;
+use crate::bench::product::StepProduct;
 use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::{self, Launched, Table, Timed};
-use crate::cuda::gemm::{Choice, Gemm, GemmPlan, Output};
+use crate::cuda::gemm::{Choice, Gemm, GemmPlan};
 use crate::cuda::peaks::Peaks;
 use crate::cuda::{Driver, Properties};
 use crate::error::Result;
@@ -53,7 +55,7 @@ pub struct TuneReport {
 #[derive(Serialize, Clone, Debug)]
 pub struct TunedProduct {
     #[serde(flatten)]
-    pub product: Wanted,
+    pub wanted: Wanted,
     /// The fastest first; what was left behind after two rounds last.
     pub candidates: Vec<Candidate>,
     /// Where the model's choice is among them.
@@ -86,11 +88,10 @@ pub fn tune(
     mut progress: impl FnMut(&TuneReport) -> Result<()>,
 ) -> Result<TuneReport> {
     let started = Instant::now();
-    let wanted = request.wanted(driver)?;
     let dtype = request.dtype();
     let kernels = request.kernels(driver)?;
-    let products = wanted.iter().map(|it| (it.layout, it.sizes()));
-    let arena = Arena::new(driver, dtype, products)?;
+    let wanted = request.wanted(driver, &kernels)?;
+    let arena = Arena::new(driver, dtype, wanted.iter().map(|it| &it.product))?;
     let limit = request.seconds.unwrap_or(if on_cpu(driver) { f64::INFINITY } else { SECONDS });
     let mut stopwatch = Stopwatch::default();
     let mut report = TuneReport {
@@ -106,8 +107,8 @@ pub fn tune(
         largest_loss_percent: 0.0,
     };
     while !report.not_reached.is_empty() && started.elapsed().as_secs_f64() < limit {
-        let product = report.not_reached.remove(0);
-        let tuned = product_of(driver, request, &kernels, &arena, &mut stopwatch, product)?;
+        let wanted = report.not_reached.remove(0);
+        let tuned = product_of(driver, request, &kernels, &arena, &mut stopwatch, wanted)?;
         report.products.push(tuned);
         report.seconds = started.elapsed().as_secs_f64();
         report.count();
@@ -129,11 +130,11 @@ fn split_counts(most: usize) -> Vec<usize> {
 }
 
 /// All candidates for a product, the model's choice among them.
-fn candidates(kernels: &Gemm, driver: &dyn Driver, product: &Wanted) -> Result<Vec<Choice>> {
-    let (sizes, layout) = (product.sizes(), product.layout);
+fn candidates(kernels: &Gemm, driver: &dyn Driver, product: &StepProduct) -> Result<Vec<Choice>> {
+    let (layout, output, sizes) = (product.layout, product.output(), product.tiled());
     let multiprocessors = driver.properties().multiprocessors as usize;
-    let mut all = vec![kernels.reckon(layout, Output::plain(layout), sizes)?];
-    for variant in kernels.variants(layout) {
+    let mut all = vec![kernels.reckon(layout, output, sizes)?];
+    for variant in kernels.variants_for(layout, output) {
         for &cluster in variant.clusters() {
             // A cluster without a second row of tiles would do the work twice.
             if cluster > multiprocessors || cluster > 1 && sizes[0] <= variant.rows {
@@ -154,11 +155,11 @@ fn product_of(
     kernels: &Gemm,
     arena: &Arena,
     stopwatch: &mut Stopwatch,
-    product: Wanted,
+    wanted: Wanted,
 ) -> Result<TunedProduct> {
-    let sizes = product.sizes();
-    let choices = candidates(kernels, driver, &product)?;
-    let plans = choices.iter().map(|&choice| arena.plans(driver, kernels, choice, sizes));
+    let product = &wanted.product;
+    let choices = candidates(kernels, driver, product)?;
+    let plans = choices.iter().map(|&choice| arena.plans(driver, kernels, choice, product));
     let plans: Vec<Vec<GemmPlan>> = plans.collect::<Result<_>>()?;
     let mut times: Vec<Vec<f64>> = vec![vec![]; choices.len()];
 
@@ -179,10 +180,15 @@ fn product_of(
     };
     rounds(driver, stopwatch, &plans, &near, more, &mut times)?;
 
-    let peak = Peaks::of(&driver.properties().name).map(|it| it.flops_per_second(request.dtype()));
+    let dtype = request.dtype();
+    let peaks = Peaks::of(&driver.properties().name);
     let multiprocessors = driver.properties().multiprocessors as usize;
     let candidate = |(choice, times): (Choice, Vec<f64>)| {
-        let reckoned = |peak| 1e6 * choice.seconds(sizes, multiprocessors, FASTEST * peak);
+        let bytes = product.cost(&choice, dtype).bytes;
+        let reckoned = |peaks: &Peaks| {
+            let rates = rates(peaks, dtype);
+            1e6 * choice.seconds(product.tiled(), bytes, multiprocessors, rates)
+        };
         let timing = Timing::new(times, 1);
         Candidate {
             choice,
@@ -191,7 +197,7 @@ fn product_of(
             cluster: choice.cluster,
             microseconds: timing.median(),
             samples: timing.samples(),
-            reckoned_microseconds: peak.map(reckoned),
+            reckoned_microseconds: peaks.map(reckoned),
         }
     };
     let model = choices[0];
@@ -201,7 +207,7 @@ fn product_of(
         .sort_by(|a, b| b.samples.cmp(&a.samples).then(a.microseconds.total_cmp(&b.microseconds)));
     let model = candidates.iter().position(|it| it.choice == model).unwrap_or(0);
     let loss = candidates[model].microseconds / candidates[0].microseconds - 1.0;
-    Ok(TunedProduct { product, candidates, model, loss_percent: 100.0 * loss })
+    Ok(TunedProduct { wanted, candidates, model, loss_percent: 100.0 * loss })
 }
 
 /// So many rounds, each of which times each of the candidates `of` once; every other one from the
@@ -239,10 +245,11 @@ impl TunedProduct {
             microseconds: it.microseconds,
         };
         let best = &self.candidates[0];
-        let Wanted { layout, m, n, k, .. } = self.product;
+        let StepProduct { layout, ending, m, n, k, .. } = self.wanted.product;
         Timed {
             family: best.choice.variant.family,
             layout,
+            ending,
             m,
             n,
             k,
@@ -286,17 +293,18 @@ impl TuneReport {
 impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Candidate { kernel, splits, cluster, microseconds, .. } = self;
-        write!(f, "{kernel:<22} by {cluster} in {splits:>2} {microseconds:>9.1} us")
+        write!(f, "{kernel:<29} by {cluster} in {splits:>2} {microseconds:>9.1} us")
     }
 }
 
 impl fmt::Display for TunedProduct {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Wanted { layout, m, n, k, step_share, .. } = self.product;
+        let StepProduct { layout, ending, m, n, k, .. } = self.wanted.product;
         write!(
             f,
-            "{layout} {m:>6} {n:>6} {k:>6} {:>5.1} %  model {}  best of {:>2} {}  loss {:>5.1} %",
-            100.0 * step_share,
+            "{layout} {ending:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  model {}  best of {:>2} {}  \
+             loss {:>5.1} %",
+            100.0 * self.wanted.step_share,
             self.candidates[self.model],
             self.candidates.len(),
             self.candidates[0],

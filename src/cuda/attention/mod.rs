@@ -91,10 +91,17 @@ pub fn backward_scratch_bytes(multiprocessors: usize, spec: AttentionSpec, docum
 /// A pass that is ready to be launched.
 #[derive(Clone)]
 pub struct AttentionPlan {
+    /// Of a backward pass.
+    passes: Option<Passes>,
     launches: Vec<(Launch, Arguments)>,
 }
 
 impl AttentionPlan {
+    /// How a backward pass goes over the scores; `None`: a forward pass, or one of nothing.
+    pub fn passes(&self) -> Option<Passes> {
+        self.passes
+    }
+
     /// The names of its kernels, in their order. Errors: another driver than the plan's.
     pub fn kernels(&self, driver: &dyn Driver) -> Result<Vec<String>> {
         let launches = self.launches.iter();
@@ -250,7 +257,7 @@ impl Attention {
                 Kernels::Sm90(kernels) => kernels.forward(driver, sizes, pass)?,
             });
         }
-        Ok(AttentionPlan { launches })
+        Ok(AttentionPlan { passes: None, launches })
     }
 
     /// Whether [`AttentionBackward::angles`] are taken.
@@ -275,7 +282,7 @@ impl Attention {
                     .to_string(),
             ));
         }
-        let mut launches = vec![];
+        let (mut passes, mut launches) = (None, vec![]);
         if let Some(sizes) = self.check(spec)? {
             let (d_out, d_qkv) = (pass.d_out, pass.d_qkv);
             let matrices = [("qkv", qkv), ("out", out), ("d_out", d_out), ("d_qkv", d_qkv)];
@@ -284,12 +291,13 @@ impl Attention {
                 self.check_alignment(&[("table", table), ("positions", positions)])?;
             }
             // Delta comes with the first one.
-            launches.extend(match &mut self.kernels {
-                Kernels::Tiled(kernels) => kernels.backward(sizes, pass).into(),
+            let (chosen, of_passes) = match &mut self.kernels {
+                Kernels::Tiled(kernels) => (Passes::Two, kernels.backward(sizes, pass).into()),
                 Kernels::Sm90(kernels) => kernels.backward(driver, sizes, pass)?,
-            });
+            };
+            (passes, launches) = (Some(chosen), of_passes);
         }
-        Ok(AttentionPlan { launches })
+        Ok(AttentionPlan { passes, launches })
     }
 
     /// Writes k and v of qkv [`tokens`,(H+2K)D] to rows `positions` (i32, ascending by 1, on the

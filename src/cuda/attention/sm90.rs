@@ -185,14 +185,14 @@ impl Kernels {
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// As [`Kernels::set_passes`] said, or as pays. Errors: as [`Kernels::forward`]; sums of d_q that
-    /// have no place where one pass was asked for, or no memory.
+    /// As [`Kernels::set_passes`] said, or as pays, and which passes these are. Errors: as
+    /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no memory.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,
         sizes: Sizes,
         pass: &AttentionBackward,
-    ) -> Result<Vec<(Launch, Arguments)>> {
+    ) -> Result<(Passes, Vec<(Launch, Arguments)>)> {
         if self.passes == Some(Passes::One) && self.teams(sizes).is_none() {
             let Sizes { batch, sequence } = sizes;
             return Err(Error::launch(
@@ -209,7 +209,9 @@ impl Kernels {
         let documents = pass.forward.document_starts.is_some();
         let way = Way::chosen(self.multiprocessors, self.heads, sizes, documents, self.passes);
         match (way, &self.short, &self.one_pass) {
-            (Way::Short, Some(kernels), _) => Ok(vec![kernels.backward(driver, sizes, pass)?]),
+            (Way::Short, Some(kernels), _) => {
+                Ok((Passes::Short, vec![kernels.backward(driver, sizes, pass)?]))
+            }
             (Way::One(teams), _, Some(kernels)) => {
                 let bytes = teams.scratch(self.heads, sizes).bytes;
                 let memory = match self.scratch.iter().find(|memory| memory.bytes >= bytes) {
@@ -221,9 +223,11 @@ impl Kernels {
                     }
                 };
                 let place = memory.address;
-                Ok(kernels.backward(driver, sizes, pass, teams, self.in_order, place)?.into())
+                let order = self.in_order;
+                let launches = kernels.backward(driver, sizes, pass, teams, order, place)?;
+                Ok((Passes::One, launches.into()))
             }
-            _ => Ok(self.backward_in_two(driver, sizes, pass)?.into()),
+            _ => Ok((Passes::Two, self.backward_in_two(driver, sizes, pass)?.into())),
         }
     }
 

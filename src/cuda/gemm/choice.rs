@@ -77,12 +77,29 @@ impl Choice {
         }
     }
 
-    /// The time that the choice reckons with, where the machine's fastest tile does so many FLOPs in
-    /// a second on all multiprocessors: an estimate as long as no GPU has timed what it is made of.
-    pub fn seconds(&self, sizes: [usize; 3], multiprocessors: usize, flops_per_second: f64) -> f64 {
+    /// The time that the choice reckons with, of a product that moves so many bytes: an estimate as
+    /// long as no GPU has timed what it is made of. Never less than memory needs for the bytes;
+    /// every choice moves the same ones, so they choose nothing.
+    pub fn seconds(
+        &self,
+        sizes: [usize; 3],
+        bytes: u64,
+        multiprocessors: usize,
+        rates: Rates,
+    ) -> f64 {
         let products = self.variant.time(sizes, self, multiprocessors);
-        2.0 * products * multiprocessors as f64 / flops_per_second
+        let multiplying = 2.0 * products * multiprocessors as f64 / rates.flops_per_second;
+        multiplying.max(bytes as f64 / rates.bytes_per_second)
     }
+}
+
+/// What a machine does in a second.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Rates {
+    /// Of the fastest tile, on all multiprocessors.
+    pub flops_per_second: f64,
+    /// Of device memory, read and written together.
+    pub bytes_per_second: f64,
 }
 
 impl fmt::Display for Choice {
@@ -175,7 +192,7 @@ impl Variant {
     }
 
     /// Rows of A and of B that are multiplied.
-    pub(super) fn tile(&self) -> [usize; 2] {
+    pub fn tile(&self) -> [usize; 2] {
         [self.rows, self.columns * self.halves_of_b]
     }
 

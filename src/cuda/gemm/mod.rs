@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use choice::Speed;
-pub use choice::{Choice, Variant, choose};
+pub use choice::{Choice, Rates, Variant, choose};
 
 use super::{
     Allocation, Arguments, DevicePointer, Driver, Family, KernelId, Launch, Properties, StreamId,
@@ -104,6 +104,39 @@ pub enum Epilogue {
     SwiGlu,
 }
 
+choice! {
+    /// What a training step has behind a product in the product's kernel. What was timed counts
+    /// for it.
+    #[derive(Hash)]
+    pub enum Ending {
+        /// Stored or accumulated, as its layout says.
+        Plain = "plain",
+        /// Another matrix is added.
+        Addend = "addend",
+        Rotary = "rotary",
+        /// Of NN, its gradient.
+        SwiGlu = "swiglu",
+    }
+}
+
+impl Ending {
+    const ALL: [Ending; 4] = [Ending::Plain, Ending::Addend, Ending::Rotary, Ending::SwiGlu];
+
+    /// Of the kernels that do it.
+    pub fn epilogue(self) -> Epilogue {
+        match self {
+            Ending::Plain | Ending::Addend => Epilogue::Plain,
+            Ending::Rotary => Epilogue::Rotary,
+            Ending::SwiGlu => Epilogue::SwiGlu,
+        }
+    }
+
+    /// Factors [N,K] that B is made of.
+    pub fn halves_of_b(self, layout: Layout) -> usize {
+        if (layout, self) == (Layout::Nt, Ending::SwiGlu) { 2 } else { 1 }
+    }
+}
+
 impl Output {
     /// With nothing but the product.
     pub fn plain(layout: Layout) -> Self {
@@ -123,12 +156,17 @@ impl Output {
         }
     }
 
-    fn epilogue(&self) -> Epilogue {
+    pub fn ending(&self) -> Ending {
         match self {
-            Output::Store { .. } | Output::Accumulate => Epilogue::Plain,
-            Output::Rotate(_) => Epilogue::Rotary,
-            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Epilogue::SwiGlu,
+            Output::Store { addend: Some(_) } => Ending::Addend,
+            Output::Store { addend: None } | Output::Accumulate => Ending::Plain,
+            Output::Rotate(_) => Ending::Rotary,
+            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Ending::SwiGlu,
         }
+    }
+
+    fn epilogue(&self) -> Epilogue {
+        self.ending().epilogue()
     }
 
     /// Factors [N,K] that B is made of.
@@ -179,7 +217,7 @@ pub struct Gemm {
     /// Whose turn it is among the splits of each tile; zeros between launches.
     turns: Option<Allocation>,
     /// Before the model: what was fastest on this machine.
-    timed: HashMap<(Layout, [usize; 3]), Choice>,
+    timed: HashMap<tuned::Key, Choice>,
 }
 
 /// A product that is ready to be launched.
@@ -271,24 +309,33 @@ impl Gemm {
         self.variants_for(layout, output).next().is_some()
     }
 
-    /// What was fastest for a product [M,N,K], if it was timed on this machine; else
-    /// [`Gemm::reckon`]. What was timed without an epilogue holds with one, on the same tile.
+    /// What was fastest for a product [M,N,K] and what stands behind it, if that was timed on this
+    /// machine; else what was fastest with something else behind it, on the same tile; else
+    /// [`Gemm::reckon`].
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
-        match self.timed(layout, output, sizes) {
+        let mut endings = [output.ending()].into_iter().chain(Ending::ALL);
+        match endings.find_map(|ending| self.timed(layout, output, sizes, ending)) {
             Some(timed) => Ok(timed),
             None => self.reckon(layout, output, sizes),
         }
     }
 
-    /// Whether [`Gemm::choose`] takes what was timed.
+    /// Whether the very product was timed, with what stands behind it.
     pub fn is_tuned(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> bool {
-        self.timed(layout, output, sizes).is_some()
+        self.timed(layout, output, sizes, output.ending()).is_some()
     }
 
-    fn timed(&self, layout: Layout, output: Output, [m, n, k]: [usize; 3]) -> Option<Choice> {
-        let timed = self.timed.get(&(layout, [m, n * output.halves_of_b(), k]))?;
+    /// What was fastest where the product was timed with this behind it.
+    fn timed(
+        &self,
+        layout: Layout,
+        output: Output,
+        [m, n, k]: [usize; 3],
+        ending: Ending,
+    ) -> Option<Choice> {
+        let timed = self.timed.get(&(layout, ending, [m, n * output.halves_of_b(), k]))?;
         let mut variants = self.variants_for(layout, output);
         let variant = variants.find(|it| it.tile() == timed.variant.tile())?;
         Some(Choice { variant, ..*timed })

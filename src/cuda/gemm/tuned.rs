@@ -3,8 +3,9 @@
 //!
 //! `isobath bench gemm --tune` makes such a table; tuned.toml beside this file is compiled in, and
 //! comes before the model that chooses everything else. An entry counts for the machine of its name
-//! and for the kernels that a [`Gemm`](super::Gemm) has, with and without an addend; nothing is taken
-//! over to other sizes.
+//! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has behind the
+//! product; where only another ending of the same product was timed, its tile is taken over. Nothing
+//! is taken over to other sizes.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,7 +15,7 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Layout, Variant};
+use super::{Choice, Ending, Layout, Variant};
 use crate::cuda::{Family, Properties};
 use crate::error::{Error, Result};
 
@@ -47,7 +48,9 @@ pub struct Machine {
 pub struct Timed {
     pub family: Family,
     pub layout: Layout,
+    pub ending: Ending,
     pub m: usize,
+    /// Of the matrix product: gate and up of a SwiGLU together.
     pub n: usize,
     pub k: usize,
     pub best: Launched,
@@ -93,19 +96,21 @@ impl Table {
         for machine in &self.machines {
             for timed in &machine.products {
                 let named = |what: String| {
-                    let Timed { layout, m, n, k, .. } = timed;
-                    Err(format!("{layout} M={m} N={n} K={k} of {}: {what}", machine.name))
+                    let Timed { layout, ending, m, n, k, .. } = timed;
+                    let of = &machine.name;
+                    Err(format!("{layout} {ending} M={m} N={n} K={k} of {of}: {what}"))
                 };
-                if timed.sizes().contains(&0) {
+                if timed.tiled().contains(&0) {
                     return named("it is empty".to_string());
                 }
                 for launched in [&timed.best, &timed.model] {
                     let &Launched { ref kernel, splits, cluster, microseconds } = launched;
                     let Some(variant) = timed.variant(kernel) else {
-                        return named(format!("the family {} has no {kernel}", timed.family));
+                        let what = format!("no {kernel} that ends so");
+                        return named(format!("the family {} has {what}", timed.family));
                     };
                     let choice = Choice { variant, splits, cluster };
-                    choice.check(timed.sizes(), machine.multiprocessors).or_else(named)?;
+                    choice.check(timed.tiled(), machine.multiprocessors).or_else(named)?;
                     if !(microseconds.is_finite() && microseconds > 0.0) {
                         return named(format!("{kernel} took {microseconds} us"));
                     }
@@ -126,37 +131,70 @@ impl Table {
         &self,
         machine: &Properties,
         kernels: &[&'static Variant],
-    ) -> HashMap<(Layout, [usize; 3]), Choice> {
+    ) -> HashMap<Key, Choice> {
         let multiprocessors = machine.multiprocessors as usize;
-        let here = self.machines.iter().filter(|it| {
-            (it.name.as_str(), it.multiprocessors) == (machine.name.as_str(), multiprocessors)
-        });
         let choice = |timed: &Timed| {
             let &Launched { ref kernel, splits, cluster, .. } = &timed.best;
-            if timed.sizes().contains(&0) {
+            if timed.tiled().contains(&0) {
                 return None;
             }
-            let is = |it: &&&'static Variant| (it.layout, it.kernel) == (timed.layout, kernel);
-            let variant: &'static Variant = kernels.iter().find(is)?;
+            let variant: &'static Variant = kernels.iter().find(|it| timed.is_of(it, kernel))?;
             let choice = Choice { variant, splits, cluster };
-            choice.check(timed.sizes(), multiprocessors).ok().map(|()| (timed.key(), choice))
+            choice.check(timed.tiled(), multiprocessors).ok().map(|()| (timed.key(), choice))
         };
-        here.flat_map(|it| &it.products).filter_map(choice).collect()
+        self.of(&machine.name, multiprocessors).filter_map(choice).collect()
+    }
+
+    /// What was timed on this machine for this product, if it was.
+    pub fn find(
+        &self,
+        machine: &str,
+        multiprocessors: usize,
+        family: Family,
+        key: Key,
+    ) -> Option<&Timed> {
+        self.of(machine, multiprocessors).find(|it| (it.family, it.key()) == (family, key))
+    }
+
+    fn of(&self, machine: &str, multiprocessors: usize) -> impl Iterator<Item = &Timed> {
+        let is = move |it: &&Machine| {
+            (it.name.as_str(), it.multiprocessors) == (machine, multiprocessors)
+        };
+        self.machines.iter().filter(is).flat_map(|it| &it.products)
     }
 }
+
+/// By what an entry is found.
+pub type Key = (Layout, Ending, [usize; 3]);
 
 impl Timed {
     pub fn sizes(&self) -> [usize; 3] {
         [self.m, self.n, self.k]
     }
 
-    fn key(&self) -> (Layout, [usize; 3]) {
-        (self.layout, self.sizes())
+    /// As the kernels take them.
+    fn tiled(&self) -> [usize; 3] {
+        [self.m, self.n / self.ending.halves_of_b(self.layout), self.k]
+    }
+
+    fn key(&self) -> Key {
+        (self.layout, self.ending, self.sizes())
+    }
+
+    /// The choice that was fastest. `None`: no such kernel.
+    pub fn choice(&self) -> Option<Choice> {
+        let &Launched { ref kernel, splits, cluster, .. } = &self.best;
+        self.variant(kernel).map(|variant| Choice { variant, splits, cluster })
     }
 
     fn variant(&self, kernel: &str) -> Option<&'static Variant> {
-        let is = |it: &&Variant| it.layout == self.layout && it.kernel == kernel;
-        self.family.variants().iter().find(is)
+        self.family.variants().iter().find(|it| self.is_of(it, kernel))
+    }
+
+    /// Whether the kernel has this name and can do this.
+    fn is_of(&self, variant: &Variant, kernel: &str) -> bool {
+        let wanted = (self.layout, self.ending.epilogue(), kernel);
+        (variant.layout, variant.epilogue, variant.kernel) == wanted
     }
 }
 
@@ -178,11 +216,11 @@ impl fmt::Display for Table {
             writeln!(f, "driver = {}", quoted(&machine.driver))?;
             writeln!(f, "commit = {}", quoted(&machine.commit))?;
             writeln!(f, "products = [")?;
-            for Timed { family, layout, m, n, k, best, model } in &machine.products {
+            for Timed { family, layout, ending, m, n, k, best, model } in &machine.products {
                 writeln!(
                     f,
-                    "  {{ family = \"{family}\", layout = \"{layout}\", m = {m}, n = {n}, k = {k}, \
-                     best = {best}, model = {model} }},"
+                    "  {{ family = \"{family}\", layout = \"{layout}\", ending = \"{ending}\", \
+                     m = {m}, n = {n}, k = {k}, best = {best}, model = {model} }},"
                 )?;
             }
             writeln!(f, "]")?;

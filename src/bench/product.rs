@@ -1,0 +1,187 @@
+//! A product as a training step launches it: its sizes, what stands behind it in the same kernel,
+//! and the operands that both need.
+
+use serde::Serialize;
+
+use super::cost::{Cost, element_bytes};
+use super::timing::Buffers;
+use crate::backend::HeadSpec;
+use crate::config::Dtype;
+use crate::cuda::DevicePointer;
+use crate::cuda::gemm::{Choice, Ending, Layout, Output, Product, Rotation};
+use crate::error::Result;
+
+#[derive(Serialize, Clone, Copy, PartialEq, Debug)]
+pub struct StepProduct {
+    pub layout: Layout,
+    pub ending: Ending,
+    pub m: usize,
+    /// Of the matrix product: gate and up of a SwiGLU together.
+    pub n: usize,
+    pub k: usize,
+    /// Of the projection, where q and k are rotated; else without a meaning.
+    #[serde(skip)]
+    pub heads: HeadSpec,
+}
+
+/// Rows of the table of angles, if the product has as many: those of a training step's rows.
+pub(super) const MOST_POSITIONS: usize = 2048;
+
+/// Elements of each operand; 0: there is none.
+pub(super) struct Operands {
+    pub a: usize,
+    pub b: usize,
+    /// The addend, or gate and up.
+    pub read: usize,
+    pub out: usize,
+    /// Of gate and up.
+    pub product: usize,
+}
+
+/// Where the operands lie; NULL where there is none, or where nobody will launch.
+#[derive(Clone, Copy)]
+pub(super) struct Addresses {
+    pub a: DevicePointer,
+    pub b: DevicePointer,
+    pub read: DevicePointer,
+    pub out: DevicePointer,
+    pub product: DevicePointer,
+    /// Of angles, [`StepProduct::positions`] rows of f32, and for each row of the product one of
+    /// them.
+    pub table: DevicePointer,
+    pub positions: DevicePointer,
+}
+
+impl Addresses {
+    const NOWHERE: Addresses = Addresses {
+        a: DevicePointer::NULL,
+        b: DevicePointer::NULL,
+        read: DevicePointer::NULL,
+        out: DevicePointer::NULL,
+        product: DevicePointer::NULL,
+        table: DevicePointer::NULL,
+        positions: DevicePointer::NULL,
+    };
+}
+
+impl StepProduct {
+    pub fn plain(layout: Layout, [m, n, k]: [usize; 3]) -> Self {
+        let heads = HeadSpec { heads: 0, kv_heads: 0, head_dim: 0 };
+        StepProduct { layout, ending: Ending::Plain, m, n, k, heads }
+    }
+
+    /// Whether it is the same work; heads of another width are.
+    pub fn is(&self, other: &StepProduct) -> bool {
+        let key = |it: &StepProduct| (it.layout, it.ending, it.sizes());
+        key(self) == key(other)
+    }
+
+    /// M, N, K
+    pub fn sizes(&self) -> [usize; 3] {
+        [self.m, self.n, self.k]
+    }
+
+    /// The sizes that kernels are chosen by: gate and up of a SwiGLU are two factors of one column.
+    pub fn tiled(&self) -> [usize; 3] {
+        [self.m, self.n / self.ending.halves_of_b(self.layout), self.k]
+    }
+
+    pub(super) fn positions(&self) -> usize {
+        self.m.min(MOST_POSITIONS)
+    }
+
+    /// What kernels are chosen by, without addresses.
+    pub fn output(&self) -> Output {
+        self.output_at(&Addresses::NOWHERE)
+    }
+
+    fn output_at(&self, at: &Addresses) -> Output {
+        match (self.layout, self.ending) {
+            (Layout::Nt | Layout::Nn, Ending::Addend) => Output::Store { addend: Some(at.read) },
+            (Layout::Nt, Ending::Rotary) => {
+                let HeadSpec { heads, kv_heads, head_dim } = self.heads;
+                let columns = (heads + kv_heads) * head_dim;
+                let (table, positions) = (at.table, at.positions);
+                Output::Rotate(Rotation { table, positions, columns, head_dim })
+            }
+            (Layout::Nt, Ending::SwiGlu) => Output::SwiGlu { product: at.product },
+            (Layout::Nn, Ending::SwiGlu) => Output::SwiGluGradient { gate_up: at.read },
+            (layout, Ending::Plain) => Output::plain(layout),
+            (layout, ending) => unreachable!("no {layout} ends with {ending}"),
+        }
+    }
+
+    pub(super) fn operands(&self) -> Operands {
+        let StepProduct { layout, ending, m, n, k, .. } = *self;
+        let gradient = (layout, ending) == (Layout::Nn, Ending::SwiGlu);
+        let read = match ending {
+            Ending::Addend => m * n,
+            _ if gradient => 2 * m * n,
+            _ => 0,
+        };
+        let product = if (layout, ending) == (Layout::Nt, Ending::SwiGlu) { m * n / 2 } else { 0 };
+        let out = if gradient { 2 * m * n } else { m * n };
+        Operands { a: m * k, b: n * k, read, out, product }
+    }
+
+    /// Bytes of an element of the result.
+    pub(super) fn out_element(&self, dtype: Dtype) -> u64 {
+        match self.layout {
+            Layout::Nt | Layout::Nn => element_bytes(dtype),
+            Layout::Tn => element_bytes(Dtype::F32),
+        }
+    }
+
+    /// Of all operands of one copy.
+    pub(super) fn bytes(&self, dtype: Dtype) -> u64 {
+        let Operands { a, b, read, out, product } = self.operands();
+        let moved = (a + b + read + product) as u64 * element_bytes(dtype);
+        moved + out as u64 * self.out_element(dtype)
+    }
+
+    pub(super) fn at(&self, at: &Addresses) -> Product {
+        let [m, n, k] = self.tiled();
+        let output = self.output_at(at);
+        Product { layout: self.layout, m, n, k, a: at.a, b: at.b, out: at.out, output }
+    }
+
+    /// Operands of its own, random normals where they are read.
+    pub(super) fn allocate(&self, buffers: &mut Buffers, dtype: Dtype) -> Result<Addresses> {
+        let Operands { a, b, read, out, product } = self.operands();
+        let mut at = Addresses {
+            a: buffers.normals("A", dtype, a)?,
+            b: buffers.normals("B", dtype, b)?,
+            out: buffers.zeros("out", out as u64 * self.out_element(dtype))?,
+            ..Addresses::NOWHERE
+        };
+        if read > 0 {
+            at.read = buffers.normals("read beside A and B", dtype, read)?;
+        }
+        if product > 0 {
+            at.product = buffers.zeros("product", product as u64 * element_bytes(dtype))?;
+        }
+        if self.ending == Ending::Rotary {
+            // Numbers that are no sines take as long.
+            let angles = self.positions() * self.heads.head_dim;
+            at.table = buffers.normals("table", Dtype::F32, angles)?;
+            at.positions = buffers.counting("positions", self.positions(), self.m)?;
+        }
+        Ok(at)
+    }
+
+    /// Of one launch; called by the kernel that was chosen.
+    pub(super) fn cost(&self, choice: &Choice, dtype: Dtype) -> Cost {
+        let StepProduct { layout, ending, heads, .. } = *self;
+        let sizes = self.sizes();
+        let cost = match (layout, ending) {
+            (_, Ending::Plain | Ending::Addend) => {
+                Cost::product(layout, dtype, sizes, self.output())
+            }
+            (_, Ending::Rotary) => Cost::product_rotary(heads, dtype, sizes, self.positions()),
+            (Layout::Nn, Ending::SwiGlu) => Cost::product_swiglu_gradient(dtype, sizes),
+            (_, Ending::SwiGlu) => Cost::product_swiglu(dtype, sizes),
+        };
+        let addend = if ending == Ending::Addend { ", addend" } else { "" };
+        Cost { what: format!("{choice}, {dtype}{addend}"), ..cost }
+    }
+}
