@@ -50,7 +50,9 @@ struct Point {
 impl Point {
     fn check(self) -> Check {
         let Point { head_dim, group, sequence, documents } = self;
-        let case = Case::new(Dtype::Bf16, heads(group, 1, head_dim), 1, sequence);
+        // Of few values the plain formula's largest error may be small by chance.
+        let batch = if sequence < 64 { 8 } else { 1 };
+        let case = Case::new(Dtype::Bf16, heads(group, 1, head_dim), batch, sequence);
         let inputs = if documents { case.packed(lengths(sequence)) } else { case.inputs() };
         Check::new(case, inputs)
     }
