@@ -3,6 +3,8 @@
 
 mod fused;
 
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::time::{Duration, Instant};
 
 use isobath::config::Dtype;
@@ -31,9 +33,18 @@ fn families(driver: &mut dyn Driver) -> Vec<(Dtype, Gemm)> {
     all
 }
 
+/// The Hopper kernels, where the machine has them.
+fn hopper(driver: &mut dyn Driver) -> Option<Gemm> {
+    if driver.properties().compute_capability != (9, 0) {
+        println!("skipped: the machine has no Hopper kernels");
+        return None;
+    }
+    Some(Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap())
+}
+
 // ------------------------------------------------------------------ matrices
 
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Epilogue {
     Store,
     Add,
@@ -65,20 +76,21 @@ impl Matrices {
     /// Elements (17 row + 3 column) mod 127 - 63 and the like: integers whose sums are exact in
     /// fp32 in any order, and no row or column like its neighbours.
     fn ramp(dtype: Dtype, [m, n, k]: [usize; 3]) -> Self {
-        let ramp = |rows: usize, columns: usize, step: usize| -> Vec<f64> {
-            let element = |i: usize| (i / columns * step + i % columns * 3) % 127;
-            (0..rows * columns).map(|i| element(i) as f64 - 63.0).collect()
-        };
-        Matrices { dtype, m, n, k, a: ramp(m, k, 17), b: ramp(n, k, 29), added: ramp(m, n, 41) }
+        let (a, b) = (ramp(m, k, 17, 127), ramp(n, k, 29, 127));
+        Matrices { dtype, m, n, k, a, b, added: ramp(m, n, 41, 127) }
     }
 
     /// Row i of A selects column `selected(i)` of B: a wrong layout shows another column.
     fn one_hot(dtype: Dtype, [m, n, k]: [usize; 3]) -> Self {
-        let mut a = vec![0.0; m * k];
-        (0..m).for_each(|row| a[row * k + selected(row, k)] = 1.0);
-        // Each value says its place; neighbours in a row and in a column differ.
-        let b = (0..n * k).map(|i| ((i / k * 5 + i % k) % 251) as f64).collect();
+        let (a, b) = (one_hot(m, k), places(n, k));
         Matrices { dtype, m, n, k, a, b, added: vec![0.0; m * n] }
+    }
+
+    /// With so many rows, the same again and again.
+    fn repeated(&self, m: usize) -> Self {
+        let &Matrices { dtype, n, k, ref a, ref b, ref added, .. } = self;
+        let (a, added) = (cycled(a, m * k), cycled(added, m * n));
+        Matrices { dtype, m, n, k, a, b: b.clone(), added }
     }
 
     /// Entry by entry: the sum in f64, and in f32 in order, each plus what is added.
@@ -121,12 +133,112 @@ where
     all
 }
 
+/// Integers around zero, of an odd number of them.
+fn ramp(rows: usize, columns: usize, step: usize, numbers: usize) -> Vec<f64> {
+    let element = |i: usize| (i / columns * step + i % columns * 3) % numbers;
+    (0..rows * columns).map(|i| element(i) as f64 - (numbers / 2) as f64).collect()
+}
+
+/// [m,k], a one in each row.
+fn one_hot(m: usize, k: usize) -> Vec<f64> {
+    let mut all = vec![0.0; m * k];
+    (0..m).for_each(|row| all[row * k + selected(row, k)] = 1.0);
+    all
+}
+
 fn selected(row: usize, k: usize) -> usize {
     row * 37 % k
 }
 
+/// [n,k]: each value says its place; neighbours in a row and in a column differ.
+fn places(n: usize, k: usize) -> Vec<f64> {
+    (0..n * k).map(|i| ((i / k * 5 + i % k) % 251) as f64).collect()
+}
+
+fn cycled<T: Copy>(values: &[T], count: usize) -> Vec<T> {
+    values.iter().copied().cycle().take(count).collect()
+}
+
 fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
     (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+}
+
+/// A product whose matrices lie on a machine.
+struct Placed {
+    product: Product,
+    read: Vec<Allocation>,
+    /// Each with its type and a margin behind it.
+    written: Vec<(Allocation, Dtype)>,
+}
+
+impl Placed {
+    fn plan(&self, driver: &mut dyn Driver, gemm: &Gemm, choice: Choice) -> GemmPlan {
+        gemm.plan_with(driver, choice, &self.product).unwrap()
+    }
+
+    /// The results of one launch; nothing is written behind them.
+    fn run(self, driver: &mut dyn Driver, gemm: &Gemm, choice: Choice) -> Vec<Vec<f64>> {
+        self.plan(driver, gemm, choice).launch(driver, StreamId::MAIN).unwrap();
+        let download = |&(buffer, dtype): &(Allocation, Dtype)| {
+            let mut found = download(driver, dtype, buffer);
+            let margin = found.split_off(found.len() - MARGIN);
+            let untouched = margin.iter().all(|&it| it == UNTOUCHED);
+            assert!(untouched, "{choice} wrote behind its end: {:?}", self.product);
+            found
+        };
+        let found = self.written.iter().map(download).collect();
+        self.release(driver);
+        found
+    }
+
+    fn release(self, driver: &mut dyn Driver) {
+        let written = self.written.into_iter().map(|(buffer, _)| buffer);
+        self.read.into_iter().chain(written).for_each(|it| driver.release(it).unwrap());
+    }
+}
+
+/// A result that holds these values before.
+fn with_margin(
+    driver: &mut dyn Driver,
+    label: &str,
+    dtype: Dtype,
+    mut before: Vec<f64>,
+) -> (Allocation, Dtype) {
+    before.resize(before.len() + MARGIN, UNTOUCHED);
+    (upload(driver, label, dtype, &before), dtype)
+}
+
+impl Matrices {
+    fn place(&self, driver: &mut dyn Driver, layout: Layout, epilogue: Epilogue) -> Placed {
+        let &Matrices { dtype, m, n, k, .. } = self;
+        let a = match layout {
+            Layout::Tn => upload(driver, "a", dtype, &transposed(&self.a, m, k)),
+            Layout::Nt | Layout::Nn => upload(driver, "a", dtype, &self.a),
+        };
+        let b = match layout {
+            Layout::Nt => upload(driver, "b", dtype, &self.b),
+            Layout::Nn | Layout::Tn => upload(driver, "b", dtype, &transposed(&self.b, n, k)),
+        };
+        let mut read = vec![a, b];
+        let before = match epilogue {
+            Epilogue::Store | Epilogue::Add => vec![f64::NAN; m * n],
+            Epilogue::AddInPlace | Epilogue::Accumulate => self.added.clone(),
+        };
+        let out = with_margin(driver, "out", self.result(epilogue), before);
+        let (a, b, out_at) = (a.address, b.address, out.0.address);
+        let output = match epilogue {
+            Epilogue::Store => Output::Store { addend: None },
+            Epilogue::Add => {
+                let addend = upload(driver, "addend", dtype, &self.added);
+                read.push(addend);
+                Output::Store { addend: Some(addend.address) }
+            }
+            Epilogue::AddInPlace => Output::Store { addend: Some(out_at) },
+            Epilogue::Accumulate => Output::Accumulate,
+        };
+        let product = Product { layout, m, n, k, a, b, out: out_at, output };
+        Placed { product, read, written: vec![out] }
+    }
 }
 
 /// out [M,N], and nothing written behind it.
@@ -137,46 +249,8 @@ fn multiply(
     matrices: &Matrices,
     epilogue: Epilogue,
 ) -> Vec<f64> {
-    let Choice { variant, .. } = choice;
-    let &Matrices { dtype, m, n, k, .. } = matrices;
-    let (mut a, mut b) = (matrices.a.clone(), matrices.b.clone());
-    if variant.layout == Layout::Tn {
-        a = transposed(&a, m, k);
-    }
-    if variant.layout != Layout::Nt {
-        b = transposed(&b, n, k);
-    }
-    let a = upload(driver, "a", dtype, &a);
-    let b = upload(driver, "b", dtype, &b);
-    let addend = upload(driver, "addend", dtype, &matrices.added);
-    let mut before = match epilogue {
-        Epilogue::Store | Epilogue::Add => vec![f64::NAN; m * n],
-        Epilogue::AddInPlace | Epilogue::Accumulate => matrices.added.clone(),
-    };
-    before.resize(m * n + MARGIN, UNTOUCHED);
-    let result = matrices.result(epilogue);
-    let out = upload(driver, "out", result, &before);
-    let output = match epilogue {
-        Epilogue::Store => Output::Store { addend: None },
-        Epilogue::Add => Output::Store { addend: Some(addend.address) },
-        Epilogue::AddInPlace => Output::Store { addend: Some(out.address) },
-        Epilogue::Accumulate => Output::Accumulate,
-    };
-    let (layout, a_at, b_at, out_at) = (variant.layout, a.address, b.address, out.address);
-    let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
-    let plan = gemm.plan_with(driver, choice, &product).unwrap();
-    plan.launch(driver, StreamId::MAIN).unwrap();
-    let mut found = download(driver, result, out);
-    let margin = found.split_off(m * n);
-    assert!(
-        margin.iter().all(|&it| it == UNTOUCHED),
-        "{} wrote behind its end",
-        named(choice, [m, n, k], epilogue)
-    );
-    for buffer in [a, b, addend, out] {
-        driver.release(buffer).unwrap();
-    }
-    found
+    let placed = matrices.place(driver, choice.variant.layout, epilogue);
+    placed.run(driver, gemm, choice).remove(0)
 }
 
 #[track_caller]
@@ -233,6 +307,39 @@ fn shapes(variant: &Variant, dtype: Dtype) -> Vec<[usize; 3]> {
     all.into_iter().map(|shape| allowed(layout, dtype, shape)).collect()
 }
 
+/// Rows that differ, where there are many: odd, so that no tile begins like the next ones.
+const PERIOD: usize = 131;
+
+/// Three tiles for each block of a persistent kernel, and four for some, alone and in pairs, with a
+/// tail each way: consumers that take tiles in turn come to a second one each. With one step of K
+/// fewer than the ring has stages, each begins at another stage, and the ring ends within tiles.
+fn several_tiles(variant: &Variant, multiprocessors: usize) -> [usize; 3] {
+    let &Variant { layout, rows, columns, depth, stages, .. } = variant;
+    let m = 2 * (multiprocessors - 1) * rows + 9;
+    allowed(layout, Dtype::Bf16, [m, 2 * columns - 40, (stages - 2) * depth + 9])
+}
+
+/// Of these clusters those for many tiles: one block after the other is slow on the machine for PTX.
+fn clusters_of_many(driver: &dyn Driver, clusters: &[usize]) -> Vec<usize> {
+    let pairs_alone = driver.device() == "ptx";
+    clusters.iter().copied().filter(|&it| it == 2 || !pairs_alone).collect()
+}
+
+/// Panics unless some block has so many tiles.
+#[track_caller]
+fn assert_several(driver: &dyn Driver, choice: Choice, sizes: [usize; 3], least: usize) {
+    let multiprocessors = driver.properties().multiprocessors as usize;
+    let [tiles, _] = choice.variant.longest(sizes, &choice, multiprocessors);
+    assert!(tiles >= least, "{choice} {sizes:?}: a block has {tiles} tiles at most");
+}
+
+/// For many values instead of [`bits`].
+fn digest(values: &[f64]) -> [u8; 8] {
+    let mut hasher = DefaultHasher::new();
+    values.iter().for_each(|value| hasher.write_u64(value.to_bits()));
+    hasher.finish().to_le_bytes()
+}
+
 fn epilogues(layout: Layout) -> &'static [Epilogue] {
     match layout {
         Layout::Nt | Layout::Nn => &[Epilogue::Store, Epilogue::Add, Epilogue::AddInPlace],
@@ -241,9 +348,10 @@ fn epilogues(layout: Layout) -> &'static [Epilogue] {
 }
 
 /// Each shape of each kernel; the epilogues take turns, and so do whole and most split tiles, and
-/// blocks alone and in clusters.
+/// blocks alone and in clusters. `turn`: 0, 1 and 2 together give every epilogue to every shape.
 fn each_shape(
     driver: &mut dyn Driver,
+    turn: usize,
     mut test: impl FnMut(&mut dyn Driver, &Gemm, Dtype, Choice, [usize; 3], Epilogue),
 ) {
     let multiprocessors = driver.properties().multiprocessors as usize;
@@ -251,10 +359,10 @@ fn each_shape(
         for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
             let epilogues = epilogues(variant.layout);
             for (index, shape) in shapes(variant, dtype).into_iter().enumerate() {
-                let epilogue = epilogues[index % epilogues.len()];
-                let cluster = *variant.clusters().iter().cycle().nth(index / 2).unwrap();
+                let epilogue = epilogues[(index + turn) % epilogues.len()];
+                let cluster = *variant.clusters().iter().cycle().nth(index / 2 + turn).unwrap();
                 let most = variant.most_splits(shape, cluster, multiprocessors);
-                let splits = if index % 2 == 0 { most } else { 1 };
+                let splits = if (index + turn).is_multiple_of(2) { most } else { 1 };
                 test(driver, &gemm, dtype, Choice { variant, splits, cluster }, shape, epilogue);
             }
         }
@@ -271,7 +379,7 @@ fn named(choice: Choice, [m, n, k]: [usize; 3], epilogue: Epilogue) -> String {
 #[test]
 fn random_matrices_of_every_shape() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
+        each_shape(driver, 0, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::normal(dtype, shape);
             let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let (exact, plain) = matrices.products(epilogue);
@@ -284,7 +392,7 @@ fn random_matrices_of_every_shape() {
 #[test]
 fn ramps_are_exact() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
+        each_shape(driver, 1, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::ramp(dtype, shape);
             let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let (exact, _) = matrices.products(epilogue);
@@ -300,7 +408,7 @@ fn ramps_are_exact() {
 #[test]
 fn one_hot_rows_select_columns() {
     on_each_machine(|driver| {
-        each_shape(driver, |driver, gemm, dtype, choice, shape, epilogue| {
+        each_shape(driver, 2, |driver, gemm, dtype, choice, shape, epilogue| {
             let matrices = Matrices::one_hot(dtype, shape);
             let found = multiply(driver, gemm, choice, &matrices, epilogue);
             let &Matrices { m, n, k, ref b, .. } = &matrices;
@@ -311,35 +419,134 @@ fn one_hot_rows_select_columns() {
     });
 }
 
-/// Two tiles each way with tails, and more steps than stages; every epilogue of every kernel.
+/// Kernels with a block for each tile: two tiles each way with tails, and more steps than stages.
 #[test]
 fn no_schedule_changes_a_bit() {
     on_every_machine(|driver| {
         let mut all = vec![];
         for (dtype, gemm) in families(driver) {
-            for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+            let kernels = LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout));
+            for variant in kernels.filter(|it| it.family != Family::Sm90) {
                 let k = (variant.stages + 1) * variant.depth + 9;
-                let shape = [variant.rows + 9, variant.columns + 1, k];
                 for &epilogue in epilogues(variant.layout) {
                     let shape = match epilogue {
                         Epilogue::Store => [33, variant.columns - 8, variant.depth / 2],
-                        _ => shape,
+                        _ => [variant.rows + 9, variant.columns + 1, k],
                     };
                     let shape = allowed(variant.layout, dtype, shape);
                     let matrices = Matrices::normal(dtype, shape);
-                    let mut alone: Option<Vec<f64>> = None;
-                    for &cluster in variant.clusters() {
-                        let choice = Choice { cluster, ..Choice::whole(variant) };
-                        let found = multiply(driver, &gemm, choice, &matrices, epilogue);
-                        let alone = alone.get_or_insert_with(|| found.clone());
-                        assert!(found == *alone, "{choice} gives other bits than blocks alone");
-                        all.extend(bits(&found));
-                    }
+                    let choice = Choice::whole(variant);
+                    all.extend(bits(&multiply(driver, &gemm, choice, &matrices, epilogue)));
                 }
             }
             gemm.release(driver).unwrap();
         }
         all
+    });
+}
+
+/// Persistent kernels, each with every epilogue, alone and in pairs: what a block keeps from one tile
+/// to the next, its ring, its barriers' phases and its store tiles, is right in every schedule.
+#[test]
+fn blocks_go_from_tile_to_tile() {
+    let mut known = HashMap::new();
+    on_every_machine(|driver| {
+        let mut all = vec![];
+        let Some(gemm) = hopper(driver) else { return all };
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+            for &epilogue in epilogues(variant.layout) {
+                let shape @ [m, n, k] = several_tiles(variant, multiprocessors);
+                let clusters = match epilogue {
+                    Epilogue::Store | Epilogue::Accumulate => variant.clusters(),
+                    Epilogue::Add => &[2],
+                    Epilogue::AddInPlace => &[1],
+                };
+                let (few, exact, plain) =
+                    known.entry((variant.kernel, epilogue)).or_insert_with(|| {
+                        let few = Matrices::normal(Dtype::Bf16, [PERIOD, n, k]);
+                        let (exact, plain) = few.products(epilogue);
+                        (few, exact, plain)
+                    });
+                let many = few.repeated(m);
+                let mut alone = None;
+                for cluster in clusters_of_many(driver, clusters) {
+                    let choice = Choice { cluster, ..Choice::whole(variant) };
+                    assert_several(driver, choice, shape, 4);
+                    let what = named(choice, shape, epilogue);
+                    let found = multiply(driver, &gemm, choice, &many, epilogue);
+                    let first = &found[..PERIOD * n];
+                    assert_exact(&what, few.result(epilogue), first, plain, exact);
+                    assert_equal(&what, &found, &cycled(first, m * n), n);
+                    let bits = digest(&found);
+                    assert!(*alone.get_or_insert(bits) == bits, "{what}: other bits than alone");
+                    all.extend(bits);
+                }
+            }
+        }
+        gemm.release(driver).unwrap();
+        all
+    });
+}
+
+/// The same where behind two whole tiles of each block there are two that all share.
+#[test]
+fn splits_come_behind_whole_tiles() {
+    on_every_machine(|driver| {
+        let mut all = vec![];
+        let Some(gemm) = hopper(driver) else { return all };
+        let multiprocessors = driver.properties().multiprocessors as usize;
+        for variant in gemm.variants(Layout::Tn) {
+            let [_, _, k] = several_tiles(variant, multiprocessors);
+            // One tile more for each of a pair, both of which have rows of the result.
+            let m = (2 * multiprocessors + 1) * variant.rows + 16;
+            let shape = [m, variant.columns - 8, k];
+            let n = shape[1];
+            let few = Matrices::ramp(Dtype::Bf16, [PERIOD, n, k]);
+            let (exact, _) = few.products(Epilogue::Accumulate);
+            let many = few.repeated(m);
+            for cluster in clusters_of_many(driver, variant.clusters()) {
+                let splits = variant.most_splits(shape, cluster, multiprocessors);
+                assert!(splits >= 2, "{splits} splits");
+                let choice = Choice { variant, splits, cluster };
+                assert_several(driver, choice, shape, 3);
+                let found = multiply(driver, &gemm, choice, &many, Epilogue::Accumulate);
+                let what = named(choice, shape, Epilogue::Accumulate);
+                assert_equal(&what, &found, &cycled(&exact, m * n), n);
+                all.extend(digest(&found));
+            }
+        }
+        gemm.release(driver).unwrap();
+        all
+    });
+}
+
+/// The products of the head, of few tokens and features: as many columns, steps of K and rows as there
+/// are words.
+#[test]
+fn vocabularies_of_every_size() {
+    on_each_machine(|driver| {
+        let Some(gemm) = hopper(driver) else { return };
+        let (tokens, features) = (9, 8);
+        let all = [32_100, 50_257, 128_256];
+        // The machine for PTX is slow.
+        let few = if driver.device() == "ptx" { 1 } else { all.len() };
+        for vocabulary in all[..few].iter().map(|words: &usize| words.next_multiple_of(8)) {
+            for layout in LAYOUTS {
+                let (shape, epilogue) = match layout {
+                    Layout::Nt => ([tokens, vocabulary, features], Epilogue::Store),
+                    Layout::Nn => ([tokens, features, vocabulary], Epilogue::Store),
+                    Layout::Tn => ([vocabulary, features, tokens], Epilogue::Accumulate),
+                };
+                let choice = gemm.choose(layout, Output::plain(layout), shape).unwrap();
+                let matrices = Matrices::normal(Dtype::Bf16, shape);
+                let found = multiply(driver, &gemm, choice, &matrices, epilogue);
+                let (exact, plain) = matrices.products(epilogue);
+                let what = named(choice, shape, epilogue);
+                assert_exact(&what, matrices.result(epilogue), &found, &plain, &exact);
+            }
+        }
+        gemm.release(driver).unwrap();
     });
 }
 
@@ -350,11 +557,7 @@ fn splits_add_in_their_order() {
     on_every_machine(|driver| {
         let mut all = vec![];
         let multiprocessors = driver.properties().multiprocessors as usize;
-        if driver.properties().compute_capability != (9, 0) {
-            println!("skipped: no family splits K");
-            return all;
-        }
-        let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
+        let Some(gemm) = hopper(driver) else { return all };
         for variant in gemm.variants(Layout::Tn) {
             // One tile with tails, then two, of eight steps and a bit: unequal splits. Then one for each
             // block and one more, which is split behind them.
@@ -465,31 +668,47 @@ fn a_plan_is_launched_again() {
 }
 
 const REPEATS: usize = 1000;
-/// For all products on simt; a GPU takes the time that it takes.
+/// Of results that take a GPU's bus long, with tens of times as many tiles.
+const REPEATS_OF_MANY: usize = 100;
+/// For all products on simt, but at least so many launches of each; a GPU takes the time that it
+/// takes.
 const REPEATING: Duration = Duration::from_secs(5);
+const LEAST_REPEATS: usize = 100;
 
-/// Launches of equal work give equal bits: all of `REPEATS` on a GPU, for every kernel; on simt as
-/// many as its time allows, each under another schedule, for the smallest tiles that several blocks
-/// share.
+/// Launches of equal work give equal bits: all of `REPEATS` on a GPU, for every kernel with every
+/// epilogue, alone and in pairs, and fewer where each block has several tiles; on simt as many as its
+/// time allows, each under another schedule, for the smallest tiles that several blocks share.
 #[test]
 fn every_launch_gives_the_same_bits() {
     if has_simt() {
         let mut host = Host::new(Options::default()).unwrap();
         let gemm = Gemm::new(&mut host, Dtype::Bf16, Some(Family::Sm90)).unwrap();
-        // Four tiles each; one tile in four splits; two tiles, each in two.
+        // Four tiles each; one tile in four splits; two tiles in pairs, each in two.
         let cases = [
-            (Layout::Nt, [136, 136, 72]),
-            (Layout::Nn, [136, 136, 72]),
-            (Layout::Tn, [120, 120, 4 * 64 + 5]),
-            (Layout::Tn, [136, 120, 2 * 64 + 5]),
+            (Layout::Nt, Epilogue::Store, 1, [136, 136, 72]),
+            (Layout::Nt, Epilogue::Add, 2, [136, 136, 72]),
+            (Layout::Nn, Epilogue::AddInPlace, 2, [136, 136, 72]),
+            (Layout::Tn, Epilogue::Accumulate, 1, [120, 120, 4 * 64 + 5]),
+            (Layout::Tn, Epilogue::Accumulate, 2, [136, 120, 2 * 64 + 5]),
         ];
-        for (layout, shape) in cases {
+        let driver: &mut dyn Driver = &mut host;
+        let mut all = vec![];
+        for (layout, epilogue, cluster, shape) in cases {
             let variant = gemm.variants(layout).find(|it| it.columns == 128).unwrap();
-            let repeated = Repeated::new(&mut host, &gemm, variant, Dtype::Bf16, shape);
+            let dtype = Dtype::Bf16;
+            all.push(Repeated::new(driver, &gemm, dtype, variant, cluster, shape, epilogue));
+        }
+        for (variant, fusion) in fused::kernels(&gemm) {
+            if variant.kernel.ends_with("128x128") {
+                all.push(fused::repeated(driver, &gemm, variant, fusion, 2, [136, 136, 72]));
+            }
+        }
+        let time = REPEATING / all.len() as u32;
+        for repeated in all {
             let first = repeated.launch(&mut host);
-            let end = Instant::now() + REPEATING / cases.len() as u32;
+            let end = Instant::now() + time;
             let mut launches = 1;
-            while launches < REPEATS && Instant::now() < end {
+            while launches < LEAST_REPEATS || launches < REPEATS && Instant::now() < end {
                 let (order, asynchronous) = (Order::Random, Asynchronous::Anytime);
                 let seed = launches as u64;
                 host.set_options(Options { order, asynchronous, seed, ..Options::default() });
@@ -500,79 +719,126 @@ fn every_launch_gives_the_same_bits() {
         }
     }
     for mut driver in machines().into_iter().filter(|it| it.device() != "simt") {
-        let driver = &mut *driver;
-        for (dtype, gemm) in families(driver) {
-            for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
-                let k = 16 * variant.depth + 9;
-                let shape = [2 * variant.rows + 9, 2 * variant.columns + 1, k];
-                let shape = allowed(variant.layout, dtype, shape);
-                let repeated = Repeated::new(driver, &gemm, variant, dtype, shape);
-                let first = repeated.launch(driver);
-                for launch in 1..REPEATS {
-                    repeated.assert_same(&first, &repeated.launch(driver), launch);
-                }
-                println!("{}: {REPEATS} launches on {}", repeated.name, driver.device());
-                repeated.release(driver);
+        repeat_on_a_gpu(&mut *driver, [REPEATS, REPEATS_OF_MANY]);
+    }
+}
+fn repeat_on_a_gpu(driver: &mut dyn Driver, [few, many]: [usize; 2]) {
+    let multiprocessors = driver.properties().multiprocessors as usize;
+    for (dtype, gemm) in families(driver) {
+        // Shapes, clusters and repeats.
+        let all = |variant: &'static Variant| {
+            let &Variant { rows, columns, depth, .. } = variant;
+            let nine_tiles = [2 * rows + 9, 2 * columns + 1, 16 * depth + 9];
+            let mut all = vec![(nine_tiles, variant.clusters(), few)];
+            if variant.family == Family::Sm90 {
+                all.push((several_tiles(variant, multiprocessors), &[2], many));
             }
-            gemm.release(driver).unwrap();
+            all.into_iter().map(|(shape, clusters, repeats)| {
+                (allowed(variant.layout, dtype, shape), clusters, repeats)
+            })
+        };
+        for variant in LAYOUTS.into_iter().flat_map(|layout| gemm.variants(layout)) {
+            for (shape, clusters, repeats) in all(variant) {
+                for &epilogue in epilogues(variant.layout) {
+                    for &cluster in clusters {
+                        Repeated::new(driver, &gemm, dtype, variant, cluster, shape, epilogue)
+                            .repeat(driver, repeats);
+                    }
+                }
+            }
         }
+        for (variant, fusion) in fused::kernels(&gemm) {
+            for (shape, clusters, repeats) in all(variant) {
+                for &cluster in clusters {
+                    fused::repeated(driver, &gemm, variant, fusion, cluster, shape)
+                        .repeat(driver, repeats);
+                }
+            }
+        }
+        gemm.release(driver).unwrap();
     }
 }
 
-/// A product of random normals that is launched again and again, in as many splits as it has.
+/// A product of random normals that is launched again and again.
 struct Repeated {
     name: String,
     plan: GemmPlan,
-    /// A, B, what the result holds before each launch, the result.
-    buffers: [Allocation; 4],
+    placed: Placed,
+    /// What each result holds before a launch.
+    before: Vec<Allocation>,
 }
 
 impl Repeated {
+    /// In as many splits as it has.
     fn new(
         driver: &mut dyn Driver,
         gemm: &Gemm,
-        variant: &'static Variant,
         dtype: Dtype,
+        variant: &'static Variant,
+        cluster: usize,
         shape @ [m, n, k]: [usize; 3],
+        epilogue: Epilogue,
     ) -> Self {
         let multiprocessors = driver.properties().multiprocessors as usize;
-        let splits = variant.most_splits(shape, 1, multiprocessors);
-        let choice = Choice { splits, ..Choice::whole(variant) };
-        let layout = variant.layout;
-        let (result, output) = match layout {
-            Layout::Nt | Layout::Nn => (dtype, Output::Store { addend: None }),
-            Layout::Tn => (Dtype::F32, Output::Accumulate),
-        };
-        // Which element stands where does not matter here.
-        let buffers = [
-            upload(driver, "a", dtype, &draws(dtype, 1, m * k)),
-            upload(driver, "b", dtype, &draws(dtype, 2, n * k)),
-            upload(driver, "before", result, &draws(result, 3, m * n)),
-            unwritten(driver, "out", result, m * n),
-        ];
-        let [a, b, _, out] = buffers.map(|it| it.address);
-        let product = Product { layout, m, n, k, a, b, out, output };
-        let plan = gemm.plan_with(driver, choice, &product).unwrap();
-        Repeated { name: named(choice, shape, epilogues(layout)[0]), plan, buffers }
+        let splits = variant.most_splits(shape, cluster, multiprocessors);
+        let matrices = Matrices::normal(dtype, [m.min(PERIOD), n, k]).repeated(m);
+        let placed = matrices.place(driver, variant.layout, epilogue);
+        let choice = Choice { variant, splits, cluster };
+        Self::of(driver, gemm, choice, named(choice, shape, epilogue), placed)
     }
 
-    fn launch(&self, driver: &mut dyn Driver) -> Vec<u8> {
-        let [_, _, before, out] = self.buffers;
-        driver.on_device(StreamId::MAIN, before.address, out.address, out.bytes).unwrap();
+    fn of(
+        driver: &mut dyn Driver,
+        gemm: &Gemm,
+        choice: Choice,
+        name: String,
+        placed: Placed,
+    ) -> Self {
+        let plan = placed.plan(driver, gemm, choice);
+        let copy = |&(from, _): &(Allocation, Dtype)| {
+            let to = driver.allocate("before", from.bytes).unwrap();
+            driver.on_device(StreamId::MAIN, from.address, to.address, from.bytes).unwrap();
+            to
+        };
+        let before = placed.written.iter().map(copy).collect();
+        Repeated { name, plan, placed, before }
+    }
+
+    fn launch(&self, driver: &mut dyn Driver) -> Vec<Vec<u8>> {
+        for (&before, &(to, _)) in self.before.iter().zip(&self.placed.written) {
+            driver.on_device(StreamId::MAIN, before.address, to.address, to.bytes).unwrap();
+        }
         self.plan.launch(driver, StreamId::MAIN).unwrap();
-        let mut found = vec![0; out.bytes as usize];
-        driver.to_host(StreamId::MAIN, out.address, &mut found).unwrap();
-        found
+        let bytes = |&(result, _): &(Allocation, Dtype)| {
+            let mut found = vec![0; result.bytes as usize];
+            driver.to_host(StreamId::MAIN, result.address, &mut found).unwrap();
+            found
+        };
+        self.placed.written.iter().map(bytes).collect()
+    }
+
+    fn repeat(self, driver: &mut dyn Driver, repeats: usize) {
+        let first = self.launch(driver);
+        for launch in 1..repeats {
+            self.assert_same(&first, &self.launch(driver), launch);
+        }
+        println!("{}: {repeats} launches on {}", self.name, driver.device());
+        self.release(driver);
     }
 
     #[track_caller]
-    fn assert_same(&self, first: &[u8], found: &[u8], launch: usize) {
-        let Some(at) = first.iter().zip(found).position(|(a, b)| a != b) else { return };
-        panic!("{}: launch {launch} has other bits than the first, at byte {at}", self.name);
+    fn assert_same(&self, first: &[Vec<u8>], found: &[Vec<u8>], launch: usize) {
+        if first == found {
+            return;
+        }
+        let (first, found) = (first.concat(), found.concat());
+        let at = first.iter().zip(&found).position(|(a, b)| a != b);
+        panic!("{}: launch {launch} has other bits than the first, at byte {at:?}", self.name);
     }
 
     fn release(self, driver: &mut dyn Driver) {
-        self.buffers.into_iter().for_each(|buffer| driver.release(buffer).unwrap());
+        self.before.into_iter().for_each(|buffer| driver.release(buffer).unwrap());
+        self.placed.release(driver);
     }
 }
 

@@ -259,23 +259,73 @@ pub fn filled_index(cpu: &mut Cpu<f64>, values: &[i32]) -> View {
 /// plain formula happens to be better than one rounding of the largest value, that rounding counts.
 #[track_caller]
 pub fn assert_exact(what: &str, dtype: Dtype, found: &[f64], plain: &[f64], exact: &[f64]) {
-    assert_eq!((found.len(), plain.len()), (exact.len(), exact.len()), "{what}: lengths");
-    let worst = |values: &[f64]| {
-        let errors = values.iter().zip(exact).map(|(value, exact)| (value - exact).abs());
+    let whole = Matrices { rows: 1, columns: exact.len(), together: 1 };
+    assert_exact_by_rows(what, dtype, whole, found, plain, exact);
+}
+
+/// A tensor as matrices one behind the other, and the rows that are judged together.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrices {
+    pub rows: usize,
+    pub columns: usize,
+    pub together: usize,
+}
+
+/// As [`assert_exact`], for each `together` rows of each matrix by themselves; the last ones with
+/// those before them. Where rows differ in size, small ones that are missing are seen.
+#[track_caller]
+pub fn assert_exact_by_rows(
+    what: &str,
+    dtype: Dtype,
+    of: Matrices,
+    found: &[f64],
+    plain: &[f64],
+    exact: &[f64],
+) {
+    match exactness(dtype, of, found, plain, exact) {
+        Ok(used) => println!("{what}: {used}"),
+        Err(why) => panic!("{what}: {why}"),
+    }
+}
+
+/// What [`assert_exact_by_rows`] finds: the largest error, or one that is too large.
+pub fn exactness(
+    dtype: Dtype,
+    Matrices { rows, columns, together }: Matrices,
+    found: &[f64],
+    plain: &[f64],
+    exact: &[f64],
+) -> Result<String, String> {
+    if (found.len(), plain.len()) != (exact.len(), exact.len()) {
+        return Err(format!("{}, {}, {} values", found.len(), plain.len(), exact.len()));
+    }
+    let together = together.min(rows);
+    let firsts = (0..rows).step_by(together).map(|first| first.min(rows - together));
+    let matrices = (0..exact.len()).step_by(rows * columns);
+    let begins = matrices.flat_map(|matrix| firsts.clone().map(move |row| matrix + row * columns));
+    // Error, allowed, plain error, place.
+    let judged = begins.map(|begin| {
+        let values = begin..begin + together * columns;
+        let error = |value: f64, at: usize| (value - exact[at]).abs();
         // A NaN is larger than everything here.
-        errors.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
-    };
-    let largest = exact.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-    let (_, plain_error) = worst(plain);
-    let allowed = 2.0 * plain_error.max(largest * unit_roundoff(dtype));
-    let (at, error) = worst(found);
-    println!("{what}: error {error:.3e}, {:.2} of the tolerance", error / allowed);
-    assert!(
-        error <= allowed,
-        "{what}: at {at} found {:e}, expected {:e}: error {error:e}, {:.2} of the tolerance \
+        let worst = |of: &[f64]| {
+            let errors = values.clone().map(|at| (error(of[at], at), at));
+            errors.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap()
+        };
+        let largest = exact[values.clone()].iter().fold(0.0f64, |most, it| most.max(it.abs()));
+        let ((found_error, at), (plain_error, _)) = (worst(found), worst(plain));
+        (found_error, 2.0 * plain_error.max(largest * unit_roundoff(dtype)), plain_error, at)
+    });
+    let used = |error: f64, allowed: f64| if error == 0.0 { 0.0 } else { error / allowed };
+    let worst = judged.max_by(|a, b| used(a.0, a.1).total_cmp(&used(b.0, b.1)));
+    let Some((error, allowed, plain_error, at)) = worst else { return Ok("no values".to_string()) };
+    let fraction = used(error, allowed);
+    if error <= allowed {
+        return Ok(format!("error {error:.3e}, {fraction:.2} of the tolerance"));
+    }
+    Err(format!(
+        "at {at} found {:e}, expected {:e}: error {error:e}, {fraction:.2} of the tolerance \
          {allowed:e} (plain formula {plain_error:e})",
-        found[at],
-        exact[at],
-        error / allowed
-    );
+        found[at], exact[at],
+    ))
 }

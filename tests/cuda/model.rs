@@ -5,13 +5,14 @@ use isobath::backend::Backend;
 use isobath::config::{Attention, Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Cuda, Family};
+use isobath::cuda::{Cuda, Driver, Family};
 use isobath::engine::{DecoderPlan, Evaluator, Parameters, Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::model::parameters::ParameterTable;
 use isobath::optim;
 use isobath::tensor::IGNORE_INDEX;
 
+use super::counting::Counting;
 use super::machines::*;
 use super::plain::Plain;
 use crate::support::{run_config, small_model, tokens};
@@ -52,6 +53,17 @@ fn batch(config: &Config, step: u64, micro_batch: u64) -> (Vec<i32>, Vec<i32>) {
     (ids[..count].to_vec(), targets)
 }
 
+/// Where documents begin, where tokens attend to their own alone: at a third of each row, at the next
+/// token, and at three quarters.
+fn document_starts(config: &Config) -> Option<Vec<i32>> {
+    let sequence = config.data.sequence;
+    let begins = [0, sequence / 3, sequence / 3 + 1, sequence * 3 / 4];
+    let start =
+        |at: usize| begins.into_iter().rfind(|&begin| begin <= at % sequence).unwrap() as i32;
+    let tokens = config.train.micro_batch * sequence;
+    (config.data.attention == Attention::Document).then(|| (0..tokens).map(start).collect())
+}
+
 struct Trained {
     losses: Vec<f64>,
     /// Of the first step, in table order.
@@ -67,10 +79,13 @@ fn trained<B: Backend>(config: &Config, steps: u64, backend: B) -> Trained {
     let parameters = initial_parameters(trainer.table(), config.seed);
     trainer.set_parameters(&parameters).unwrap();
     let mut losses = Vec::new();
+    let starts = document_starts(config);
+    let document_starts = starts.as_deref();
     let (mut gradients, mut grad_norm) = (Vec::new(), 0.0);
     for step in 1..=steps {
         let batches = [batch(config, step, 0), batch(config, step, 1)];
-        let rows = batches.iter().map(|(tokens, targets)| Rows::new(tokens, targets));
+        let rows = batches.iter();
+        let rows = rows.map(|(tokens, targets)| Rows { tokens, targets, document_starts });
         let outcome = trainer.accumulate(rows).unwrap();
         losses.push(outcome.loss);
         if step == 1 {
@@ -144,6 +159,51 @@ fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
         let device = machine.device();
         let found = trained(&config, STEPS, Cuda::new(machine, Dtype::Bf16, products).unwrap());
         check_bf16(&format!("{device} {products:?}"), &config, &found, &plain, &exact);
+    }
+}
+
+/// Backward passes of attention that rows of 37 tokens do not take: in one, over 8 tiles of keys; in two,
+/// over documents of rows too long for the short one, and over heads as wide as they may be.
+#[test]
+fn every_backward_pass_of_attention_trains_as_on_the_cpu() {
+    const STEPS: u64 = 2;
+    for (heads, head_dim, sequence, attention, kernel) in [
+        (1, 64, 1024, Attention::Row, "attention_backward_sm90_128x64"),
+        (2, 64, 300, Attention::Document, "attention_backward_kv_sm90_128x64"),
+        (1, 128, 200, Attention::Row, "attention_backward_kv_sm90_128x128"),
+    ] {
+        let with = |dtype| {
+            let mut config = config(dtype, Recompute::None);
+            let model = &mut config.model;
+            (model.layers, model.hidden, model.ffn) = (1, heads * head_dim, 40);
+            (model.heads, model.kv_heads, model.max_sequence) = (heads, 1, sequence);
+            (config.data.sequence, config.data.attention) = (sequence, attention);
+            config.train.micro_batch = 1;
+            config
+        };
+        let (f32, bf16) = (with(Dtype::F32), with(Dtype::Bf16));
+        let exact = trained(&bf16, STEPS, Cpu::<f64>::new());
+        let plain = trained(&bf16, STEPS, Plain::default());
+        let what = format!("{sequence} tokens, head dim {head_dim}");
+        let check = |driver: Box<dyn Driver>| {
+            let found = trained(&bf16, STEPS, Cuda::new(driver, Dtype::Bf16, None).unwrap());
+            check_bf16(&what, &bf16, &found, &plain, &exact);
+        };
+        if has_simt() {
+            let driver = Counting::new(Host::new(Options::default()).unwrap());
+            let counts = driver.counts.clone();
+            check(Box::new(driver));
+            assert!(counts.borrow().contains_key(kernel), "{kernel}: {counts:?}");
+        }
+        machines().into_iter().skip(usize::from(has_simt())).for_each(check);
+        // In f32 there is one way, and simt is slow in it.
+        if sequence < 1024 {
+            let expected = trained(&f32, STEPS, Cpu::<f32>::new());
+            for machine in machines() {
+                let found = trained(&f32, STEPS, Cuda::new(machine, Dtype::F32, None).unwrap());
+                check_parity(&f32, &expected, &found);
+            }
+        }
     }
 }
 

@@ -72,7 +72,8 @@ pub struct Angles {
 pub enum Passes {
     /// Once, of rows of at most 256 tokens: a block has a head to itself. Others are as for `Two`.
     Short,
-    /// Once: d_q, d_k and d_v together; d_q is summed in device memory.
+    /// Once: d_q, d_k and d_v together; d_q is summed in device memory. Sequences whose sums have no
+    /// place are refused.
     One,
     /// Twice: d_q, then d_k and d_v.
     Two,
@@ -264,7 +265,8 @@ impl Attention {
         matches!(self.kernels, Kernels::Sm90(_))
     }
 
-    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; no memory.
+    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; sizes that the
+    /// passes that were chosen cannot do; no memory.
     pub fn plan_backward(
         &mut self,
         driver: &mut dyn Driver,

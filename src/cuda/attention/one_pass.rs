@@ -48,7 +48,7 @@ impl Teams {
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let query_tiles = sizes.sequence.div_ceil(QUERIES);
         let head_bytes = query_tiles * QUERIES * head_dim * size_of::<f32>();
-        let most = (MOST_ACTIVE_BYTES / head_bytes).min(MOST_SUMS_BYTES / (group * head_bytes));
+        let most = most_sums_bytes(group) / head_bytes;
         let divisions = (1..=key_tiles.min(multiprocessors)).filter_map(|blocks| {
             let count = (multiprocessors / blocks).min(units).min(most);
             let rounds = units.div_ceil(count.max(1));
@@ -97,6 +97,17 @@ impl Teams {
         let two = (sizes.batch * heads.heads * all).div_ceil(multiprocessors);
         key_tiles >= LEAST_KEY_TILES && 5 * self.steps < 7 * two
     }
+}
+
+/// Of one query head of each of a number of teams.
+fn most_sums_bytes(group: usize) -> usize {
+    MOST_ACTIVE_BYTES.min(MOST_SUMS_BYTES / group)
+}
+
+/// Tokens of the longest sequence whose sums have a place.
+pub(super) fn most_tokens(HeadSpec { heads, kv_heads, head_dim }: HeadSpec) -> usize {
+    let rows = most_sums_bytes(heads / kv_heads) / (head_dim * size_of::<f32>());
+    (rows / QUERIES * QUERIES).min((MOST_COUNT - 1) * KEYS)
 }
 
 /// Tiles of queries of that one of a team's blocks that has most of them, for one query head: as

@@ -5,7 +5,7 @@
 use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
 use super::one_pass::{self, Teams};
 use super::short;
-use super::{AttentionBackward, AttentionForward, Passes, Sizes, scale, scale_log2};
+use super::{AttentionBackward, AttentionForward, Passes, Sizes, refusal, scale, scale_log2};
 use crate::backend::HeadSpec;
 use crate::cuda::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch};
 use crate::error::Result;
@@ -47,6 +47,7 @@ const fn backward_keys(head_dim: usize) -> usize {
 #[derive(Clone, Debug)]
 pub(super) struct Kernels {
     heads: HeadSpec,
+    multiprocessors: usize,
     /// The rows of an item, and the kernel.
     forward: Vec<(usize, KernelId)>,
     backward_q: KernelId,
@@ -106,6 +107,7 @@ impl Kernels {
     /// Errors: a build without them.
     pub fn new(driver: &mut dyn Driver, heads: HeadSpec) -> Result<Self> {
         let HeadSpec { head_dim, .. } = heads;
+        let multiprocessors = driver.properties().multiprocessors as usize;
         let mut kernel = |pass: &str, rows: usize| {
             driver.kernel(&format!("attention_{pass}_sm90_{rows}x{head_dim}"))
         };
@@ -113,6 +115,7 @@ impl Kernels {
         let forward = all_rows.map(|&rows| Ok((rows, kernel("forward", rows)?)));
         Ok(Kernels {
             heads,
+            multiprocessors,
             forward: forward.collect::<Result<_>>()?,
             backward_q: kernel("backward_q", BACKWARD_ROWS)?,
             backward_kv: kernel("backward_kv", BACKWARD_ROWS)?,
@@ -136,9 +139,13 @@ impl Kernels {
 
     /// Those that there are kernels for.
     pub fn all_passes(&self, sizes: Sizes) -> Vec<Passes> {
-        let one = self.one_pass.as_ref().map(|_| Passes::One);
+        let one = self.one_pass.as_ref().and(self.teams(sizes)).map(|_| Passes::One);
         let short = short::applies(self.heads, sizes).then_some(Passes::Short);
         [Some(Passes::Two), one, short].into_iter().flatten().collect()
+    }
+
+    fn teams(&self, sizes: Sizes) -> Option<Teams> {
+        Teams::new(self.multiprocessors, self.heads, sizes)
     }
 
     pub fn set_in_order(&mut self, in_order: bool) {
@@ -179,16 +186,27 @@ impl Kernels {
     }
 
     /// As [`Kernels::set_passes`] said, or as pays, and which passes these are. Errors: as
-    /// [`Kernels::forward`]; no memory for sums.
+    /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no memory.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,
         sizes: Sizes,
         pass: &AttentionBackward,
     ) -> Result<(Passes, Vec<(Launch, Arguments)>)> {
-        let multiprocessors = driver.properties().multiprocessors as usize;
+        if self.passes == Some(Passes::One) && self.teams(sizes).is_none() {
+            let Sizes { batch, sequence } = sizes;
+            return Err(refusal(
+                driver.device(),
+                format!("no place for d_q's sums of {batch} sequences of {sequence} tokens"),
+                format!(
+                    "choose Passes::Two; Passes::One takes sequences of at most {} tokens with \
+                     these heads, and no more than 65534 of them for each team of blocks",
+                    one_pass::most_tokens(self.heads)
+                ),
+            ));
+        }
         let documents = pass.forward.document_starts.is_some();
-        let way = Way::chosen(multiprocessors, self.heads, sizes, documents, self.passes);
+        let way = Way::chosen(self.multiprocessors, self.heads, sizes, documents, self.passes);
         match (way, &self.short, &self.one_pass) {
             (Way::Short, Some(kernels), _) => {
                 Ok((Passes::Short, vec![kernels.backward(driver, sizes, pass)?]))
