@@ -5,10 +5,10 @@
 use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
 use super::one_pass::{self, Teams};
 use super::short;
-use super::{AttentionBackward, AttentionForward, Passes, Sizes, refusal, scale, scale_log2};
+use super::{AttentionBackward, AttentionForward, Passes, Sizes, scale, scale_log2};
 use crate::backend::HeadSpec;
 use crate::cuda::{Allocation, Arguments, DevicePointer, Driver, KernelId, Launch};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Rows of a result that a consumer computes; two consumers share an item of backward.
 const CONSUMER_ROWS: usize = 64;
@@ -195,7 +195,8 @@ impl Kernels {
     ) -> Result<(Passes, Vec<(Launch, Arguments)>)> {
         if self.passes == Some(Passes::One) && self.teams(sizes).is_none() {
             let Sizes { batch, sequence } = sizes;
-            return Err(refusal(
+            return Err(Error::launch(
+                "attention",
                 driver.device(),
                 format!("no place for d_q's sums of {batch} sequences of {sequence} tokens"),
                 format!(
