@@ -54,7 +54,8 @@ def join(reports):
     joined = {}
     for report in reports:
         for row in report["rows"]:
-            common = {name: row[name] for name in ("op", "dtype", "sizes", "what", "shape", "variant", "work")
+            fields = "op", "dtype", "sizes", "what", "shape", "variant", "work"
+            common = {name: row[name] for name in fields
                       if name in row}
             entry = joined.setdefault(key(row), {
                 "benchmark": report["benchmark"], **common, "samples": row["samples"],

@@ -143,7 +143,8 @@ def table(record):
     """Markdown: the rows, burst beside sustained, and the means below them."""
     rows = record["rows"]
     lines = [*speeds(record)]
-    for title, of in (("In a burst", lambda row: row), ("Sustained", lambda row: row.get("sustained"))):
+    kinds = {"In a burst": lambda row: row, "Sustained": lambda row: row.get("sustained")}
+    for title, of in kinds.items():
         found = means([(row, of(row)) for row in rows if of(row)])
         if found:
             lines += ["", f"{title}:", "",
@@ -159,8 +160,8 @@ def table(record):
 
 
 def speeds(record):
-    """TFLOP/s, share of the datasheet's dense peak, and the fastest twin's time over isobath's: in a
-    burst and sustained."""
+    """TFLOP/s, share of the datasheet's dense peak, and the fastest twin's time over isobath's:
+    in a burst and sustained."""
     peak = record.get("peak")
 
     def cells(row, times):
@@ -169,10 +170,11 @@ def speeds(record):
         ours, twins = medians(times)
         per_second = row["work"]["amount"] / ours * 1e6
         ratio = f"{min(twins.values()) / ours:.2f}" if twins else ""
-        return [f"{per_second / 1e12:.4g}", f"{100 * per_second / peak:.1f}%" if peak else "", ratio]
+        share = f"{100 * per_second / peak:.1f}%" if peak else ""
+        return [f"{per_second / 1e12:.4g}", share, ratio]
 
-    lines = ["", "| product | shape | burst, TFLOP/s | of peak | ratio | sustained, TFLOP/s | of peak "
-                 "| ratio |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["", "| product | shape | burst, TFLOP/s | of peak | ratio | sustained, TFLOP/s "
+                 "| of peak | ratio |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in record["rows"]:
         both = [*cells(row, row), *cells(row, row.get("sustained"))]
         lines.append(f"| {row['what']} | {row['shape']} | {' | '.join(both)} |")
