@@ -1207,7 +1207,7 @@ fn wrong_arguments_of_bench_are_refused() {
         ("--predict --preset 8m", &[], &["8m", "9m"]),
         ("--predict --preset 9m --preset 60m", &[], &["one preset"]),
         ("--tune", &[], &["--tune applies only to gemm", "bench gemm --tune"]),
-        ("gemm --tune --table", &[], &["--table and --tune are two things"]),
+        ("gemm --tune --table", &[], &["--table and --tune exclude each other"]),
         ("gemm --table --out a.toml", &[], &["--out applies only to --tune"]),
         ("gemm --seconds 5", &[], &["--seconds applies only to --table and --tune"]),
         ("gemm --table --seconds 0", &[], &["--seconds", "above 0"]),

@@ -345,9 +345,9 @@ const PLANTED: &[Planted] = &[
         "threads without work do not wait for the kernel in front",
         &[(
             "  begin_after_previous();\n  const Work& work = *shared_work;",
-            "  if (threadIdx.x != 5) begin_after_previous();\n  const Work& work = *shared_work;",
+            "  if (threadIdx.x != 69) begin_after_previous();\n  const Work& work = *shared_work;",
         )],
-        &["block (0,0,0) thread 5 (warp 0, lane 5) exits without grid_dependency_wait"],
+        &["block (0,0,0) thread 69 (warp 2, lane 5) exits without grid_dependency_wait"],
     ),
     planted(
         Kernels::GemmMma,
