@@ -278,11 +278,13 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         });
       });
     } else if (warp == 2 && elect_one()) {
-      // A part is complete long after it was sent. So its turn is passed on after the next part,
-      // or before anything else is waited for.
+      // A part is complete long after it was sent. Its turn is passed on when the next turn has
+      // been asked for, and before anything is waited for.
       uint32_t* sent_turn = nullptr;
       uint32_t next_state = 0;
       const auto pass_on = [&] {
+        if (!sent_turn) return;
+        bulk_wait<0>();
         fence_proxy_async_global();
         if (work.in_order) {
           store_release(sent_turn, next_state);
@@ -301,13 +303,9 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
           uint32_t* const turn = &turns[place];
           const uint32_t state = turn_of(unit.round, added);
           const bool any_order = !work.in_order && added > 0;
-          if (!is_turn(turn, state, any_order)) {
-            if (sent_turn) {
-              bulk_wait<0>();
-              pass_on();
-            }
-            await_turn(turn, state, any_order);
-          }
+          const bool free = is_turn(turn, state, any_order);
+          pass_on();
+          if (!free) await_turn(turn, state, any_order);
           mbarrier_wait(&sent[0], part_at.parity);
           fence_proxy_async_global();
           if (added == 0)
@@ -318,14 +316,9 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
           bulk_wait_read<0>();
           mbarrier_arrive(&sent[1]);
           advance(part_at);
-          if (sent_turn) {
-            bulk_wait<1>();
-            pass_on();
-          }
           sent_turn = turn;
           next_state = state + 1;
         });
-        bulk_wait<0>();
         pass_on();
       });
     } else if (warp % 2 == 1) {
