@@ -28,8 +28,7 @@ struct Operands {
   float b[MOST_K][QUADS][MOST_N / 2];  // by register, for the threads of one quad position
 };
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float Sixteen __attribute__((vector_size(64), aligned(4)));
+typedef float Four __attribute__((vector_size(16), aligned(4)));
 
 }  // namespace
 
@@ -180,55 +179,91 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
 }
 
 // ---------------------------------------------------------------- the product
-// d of one thread, registers [first, first + 16 Blocks): all of k for a few vectors at a time.
-template <int Threads, int Blocks>
-static inline __attribute__((always_inline)) void multiply_sixteens(float* const (&d)[Threads],
-                                                                    const int (&pair)[Threads],
-                                                                    int quad, int first, int ks,
-                                                                    bool keep) {
-  Sixteen sum[Threads][Blocks];
-  for (int t = 0; t < Threads; t++)
+namespace {
+
+// The vectors of two generations: as many registers as a loop's sums, its row and its column take.
+// A vector that the processor does not have would be taken apart in memory.
+struct Avx512 {
+  typedef float Vector __attribute__((vector_size(64), aligned(4)));
+  static constexpr int LANES = 16, BLOCKS = 4;
+  static void repeat(Four a, Vector& rows) {
+    rows = __builtin_shufflevector(a, a, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  }
+};
+struct Avx2 {
+  typedef float Vector __attribute__((vector_size(32), aligned(4)));
+  static constexpr int LANES = 8, BLOCKS = 2;
+  static void repeat(Four a, Vector& rows) {
+    rows = __builtin_shufflevector(a, a, 0, 1, 2, 3, 0, 1, 2, 3);
+  }
+};
+struct Sse {
+  typedef float Vector __attribute__((vector_size(16), aligned(4)));
+  static constexpr int LANES = 4, BLOCKS = 2;
+  static void repeat(Four a, Vector& rows) { rows = a; }
+};
+
+}  // namespace
+
+constexpr int TOGETHER = 4;  // threads: their row pairs share what is read of B
+
+// d of TOGETHER threads, registers [first, first + LANES Blocks): all of k for a few vectors at a
+// time.
+template <class Kind, int Blocks>
+static inline __attribute__((always_inline)) void multiply_vectors(float* const (&d)[TOGETHER],
+                                                                   int group, int quad, int first,
+                                                                   int ks, bool keep) {
+  using Vector = typename Kind::Vector;
+  Vector sum[TOGETHER][Blocks];
+  for (int t = 0; t < TOGETHER; t++)
     for (int j = 0; j < Blocks; j++)
-      sum[t][j] = keep ? *reinterpret_cast<const Sixteen*>(d[t] + first + 16 * j) : Sixteen{};
+      sum[t][j] =
+          keep ? *reinterpret_cast<const Vector*>(d[t] + first + Kind::LANES * j) : Vector{};
   for (int k = 0; k < ks; k++) {
-    Sixteen b[Blocks];
+    Vector b[Blocks];
     for (int j = 0; j < Blocks; j++)
-      b[j] = *reinterpret_cast<const Sixteen*>(&operands->b[k][quad][first + 16 * j]);
-    for (int t = 0; t < Threads; t++) {
-      const float* four = operands->a[k][pair[t]];
-      const float u = four[0], l = four[2];
-      const Sixteen a = {u, u, l, l, u, u, l, l, u, u, l, l, u, u, l, l};
+      b[j] = *reinterpret_cast<const Vector*>(&operands->b[k][quad][first + Kind::LANES * j]);
+    for (int t = 0; t < TOGETHER; t++) {
+      Vector a;
+      Kind::repeat(*reinterpret_cast<const Four*>(operands->a[k][group + t]), a);
       for (int j = 0; j < Blocks; j++) sum[t][j] += a * b[j];
     }
   }
-  for (int t = 0; t < Threads; t++)
-    for (int j = 0; j < Blocks; j++) *reinterpret_cast<Sixteen*>(d[t] + first + 16 * j) = sum[t][j];
+  for (int t = 0; t < TOGETHER; t++)
+    for (int j = 0; j < Blocks; j++)
+      *reinterpret_cast<Vector*>(d[t] + first + Kind::LANES * j) = sum[t][j];
 }
 
-EVERY_X86 static void multiply_all(float* const* d, int n, int ks, bool keep) {
-  const int registers = n / 2, whole = registers / 16 * 16;
-  constexpr int TOGETHER = 4;
+template <class Kind>
+static inline __attribute__((always_inline)) void multiply_with(float* const* d, int n, int ks,
+                                                                bool keep) {
+  constexpr int MOST = Kind::LANES * Kind::BLOCKS;
+  const int registers = n / 2, whole = registers / Kind::LANES * Kind::LANES;
   for (int quad = 0; quad < QUADS; quad++)
     for (int group = 0; group < ROW_PAIRS; group += TOGETHER) {
       float* mine[TOGETHER];
-      int pair[TOGETHER];
-      for (int t = 0; t < TOGETHER; t++) {
-        pair[t] = group + t;
-        mine[t] = d[pair[t] * 4 + quad];
-      }
+      for (int t = 0; t < TOGETHER; t++) mine[t] = d[(group + t) * 4 + quad];
       int first = 0;
-      for (; first + 64 <= whole; first += 64)
-        multiply_sixteens<TOGETHER, 4>(mine, pair, quad, first, ks, keep);
-      for (; first < whole; first += 16)
-        multiply_sixteens<TOGETHER, 1>(mine, pair, quad, first, ks, keep);
-      for (int t = 0; t < TOGETHER; t++)
-        for (int i = whole; i < registers; i++) {
-          float sum = keep ? mine[t][i] : 0;
-          for (int k = 0; k < ks; k++)
-            sum += operands->a[k][pair[t]][i % 4] * operands->b[k][quad][i];
-          mine[t][i] = sum;
-        }
+      for (; first + MOST <= whole; first += MOST)
+        multiply_vectors<Kind, Kind::BLOCKS>(mine, group, quad, first, ks, keep);
+      for (; first < whole; first += Kind::LANES)
+        multiply_vectors<Kind, 1>(mine, group, quad, first, ks, keep);
+      for (; first < registers; first += Sse::LANES)
+        multiply_vectors<Sse, 1>(mine, group, quad, first, ks, keep);
     }
+}
+
+__attribute__((target("arch=x86-64-v4"))) static void multiply_all(float* const* d, int n, int ks,
+                                                                   bool keep) {
+  multiply_with<Avx512>(d, n, ks, keep);
+}
+__attribute__((target("arch=x86-64-v3"))) static void multiply_all(float* const* d, int n, int ks,
+                                                                   bool keep) {
+  multiply_with<Avx2>(d, n, ks, keep);
+}
+__attribute__((target("default"))) static void multiply_all(float* const* d, int n, int ks,
+                                                            bool keep) {
+  multiply_with<Sse>(d, n, ks, keep);
 }
 
 // ---------------------------------------------------------------- registers

@@ -1,6 +1,6 @@
 //! From text to batches: text -> tokens -> shards -> rows -> batches.
 //!
-//! `text` reads documents from files, `tokenizer` turns them into ids, `prepare` writes ids into
+//! `text` reads documents from files (`zstandard` from compressed ones), `tokenizer` turns them into ids, `prepare` writes ids into
 //! `shard` files, `source` presents shards (or memory) as one stream, `loader` and `windows` cut
 //! that stream into rows, `batch` by `batch`, for training and for evaluation. `corpus` resolves a configuration into
 //! all of it. Prompts and answers take another way to the loader: `supervised` reads them, `packing`
@@ -22,6 +22,7 @@ pub mod supervised;
 pub mod text;
 pub mod tokenizer;
 pub mod windows;
+mod zstandard;
 
 pub use batch::Batch;
 pub use corpus::Corpus;

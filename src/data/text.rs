@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::Value;
 
+use super::zstandard::Frames;
 use crate::{Error, Result};
 
 /// Bytes that are read at once.
@@ -163,10 +164,7 @@ fn open<'a>(
     Ok(match compression {
         Compression::None => Box::new(counted),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
-        Compression::Zstandard => Box::new(
-            zstd::stream::read::Decoder::with_buffer(counted)
-                .map_err(Error::io("decompress", path))?,
-        ),
+        Compression::Zstandard => Box::new(Frames::new(counted)),
     })
 }
 

@@ -1,18 +1,17 @@
 //! The affine map that fits a block best: what is left of a block once it may only be linear.
 //!
 //! d(x) = block(x) - x is fitted by least squares over tokens, from sums in f64. Features of the
-//! input are standardised first; directions of the standardised input that hardly vary are left out
-//! (the pseudo-inverse, by an eigenvalue decomposition), so features that depend on each other, or
-//! never change, cannot make the map explode. Matrices are row-major slices; `faer` finds the
-//! eigenvalues.
+//! input are standardised first, and the fit is a ridge regression: directions of the standardised
+//! input that hardly vary count for nothing, so features that depend on each other, or never
+//! change, cannot make the map explode. Matrices are row-major slices; `nalgebra` solves.
 
-use faer::{Mat, Side};
+use nalgebra::{Cholesky, DMatrix};
 
 use crate::cpu::{Matrix, matmul};
 
-/// Share of the largest eigenvalue of the input's correlation matrix below which a direction is
-/// left out. f32 rounds a feature with (6e-8)^2 = 4e-15 of its variance, far below.
-const LEAST_EIGENVALUE: f64 = 1e-10;
+/// Variance that the ridge adds to every direction of the standardised input. f32 rounds a feature
+/// with (6e-8)^2 = 4e-15 of its variance, far below; so do the sums over tokens.
+const RIDGE: f64 = 1e-10;
 
 /// Running sums over tokens of x, and of d = block(x) - x; [C] and [C,C].
 pub struct Moments {
@@ -73,7 +72,7 @@ impl Moments {
         self.tokens += n as u64;
     }
 
-    /// The best map; `None` if the sums are not finite.
+    /// The best map, O(C^3) on one thread; `None` if the sums are not finite.
     pub fn solve(&self) -> Option<AffineMap> {
         let (c, n) = (self.x.len(), self.tokens as f64);
         let [x_mean, d_mean] =
@@ -90,26 +89,15 @@ impl Moments {
                 if variance > square * 1e-14 { variance.sqrt().recip() } else { 0.0 }
             })
             .collect();
-        let correlation = Mat::from_fn(c, c, |i, j| {
-            covariance(&self.xx, &x_mean, i, j) * inverse[i] * inverse[j]
+        let correlation = DMatrix::from_fn(c, c, |i, j| {
+            let ridge = if i == j { RIDGE } else { 0.0 };
+            covariance(&self.xx, &x_mean, i, j) * inverse[i] * inverse[j] + ridge
         });
-        let eigen = correlation.self_adjoint_eigen(Side::Lower).ok()?;
-        let values = eigen.S().column_vector(); // ascending
-        let vectors: Vec<f64> = (0..c * c).map(|at| eigen.U()[(at / c, at % c)]).collect();
-        let target: Vec<f64> = (0..c * c)
-            .map(|at| covariance(&self.xd, &d_mean, at / c, at % c) * inverse[at / c])
-            .collect();
-        // weight = D V diag(1 / eigenvalues) V^T D covariance(x, d), with D = diag(inverse)
-        let vectors = Matrix::rows(&vectors, c);
-        let mut inner = vec![0.0; c * c];
-        matmul([c; 3], vectors.transposed(), Matrix::rows(&target, c), &mut inner, false);
-        for (i, row) in inner.chunks_exact_mut(c).enumerate() {
-            let kept = values[i] > LEAST_EIGENVALUE * values[c - 1];
-            let factor = if kept { values[i].recip() } else { 0.0 };
-            row.iter_mut().for_each(|value| *value *= factor);
-        }
-        let mut weight = vec![0.0; c * c];
-        matmul([c; 3], vectors, Matrix::rows(&inner, c), &mut weight, false);
+        let target =
+            DMatrix::from_fn(c, c, |i, j| covariance(&self.xd, &d_mean, i, j) * inverse[i]);
+        // weight = D (D covariance(x, x) D + ridge)^-1 D covariance(x, d), with D = diag(inverse)
+        let solved = Cholesky::new(correlation)?.solve(&target);
+        let mut weight = solved.transpose().as_slice().to_vec(); // row-major
         for (row, inverse) in weight.chunks_exact_mut(c).zip(&inverse) {
             row.iter_mut().for_each(|value| *value *= inverse);
         }

@@ -164,8 +164,8 @@ fn goldens_survive_the_file_and_damage_is_refused() {
         (&twice, "twice"),
         (&format!("[{}]", line("0000000")), "8 digits"),
         (&format!("[{}]", line("0000000g")), "8 digits"),
-        (&format!("[{}]", line("zstd:12")), "case a"),
-        (&format!("[{}]", line("zstd:1")), "2 digits"),
+        (&format!("[{}]", line("zlib:12")), "case a"),
+        (&format!("[{}]", line("zlib:1")), "2 digits"),
     ];
     for (text, says) in damaged {
         let error = Goldens::parse(text, &path).unwrap_err().to_string();
