@@ -23,7 +23,7 @@ pub struct Job {
     pub fingerprint: u64,
 }
 
-/// One of the files that a command writes into a folder of its own, which is removed behind it.
+/// One of the files that a command writes into a folder of its own, which is removed after it.
 pub struct Kept {
     pub folder: PathBuf,
     /// Its name: the first of these that is there.

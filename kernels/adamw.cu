@@ -104,7 +104,7 @@ DEVICE int boundaries_passed(const uint64_t* boundaries, int first, int count, u
   return first;
 }
 
-// Elements from `element` on, zeros behind the end. No cache keeps them: whoever reads them next
+// Elements from `element` on, zeros after the end. No cache keeps them: whoever reads them next
 // comes a step later.
 DEVICE void load_four(const float* from, uint64_t element, uint64_t n, float (&values)[4]) {
   if (element + 4 <= n) {

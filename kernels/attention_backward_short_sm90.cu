@@ -104,7 +104,7 @@ DEVICE void add_statistics(const Statistics& to, const uint8_t* d_outs, const ui
     }
   }
   const int row = half * ROWS / 2 + lane, query = first + row;
-  // No probability behind the end of the sequence.
+  // No probability after the end of the sequence.
   reinterpret_cast<float*>(to.lses_log2)[row] =
       query < sequence ? log_sum_exp[query] * LOG2_E : -MINUS_INFINITY;
   to.starts[row] = uint8_t(start_of(documents, query));
@@ -296,7 +296,7 @@ DEVICE void attention_backward_short(const TensorMap* qkv, const TensorMap* d_ou
           mbarrier_wait(&keys_full[key_tile], unit.round % 2);
         // The first one overwrites d_q, whatever its tile: else ptxas would keep registers for it.
         const auto add_keys = [&](int key_tile, bool add) {
-          wgmma_fence();  // the first one is enough, but not for ptxas, behind a loop
+          wgmma_fence();  // the first one is enough, but not for ptxas, after a loop
           const uint8_t* const keys = all_keys + key_tile * 2 * BYTES;
           const uint8_t* const d_scores = d_scores_step + key_tile * D_SCORES_BYTES;
 #pragma unroll

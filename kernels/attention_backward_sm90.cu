@@ -10,11 +10,11 @@
 //
 // The items of a head are a team's: `team` blocks, resident together, that deal the tiles of keys
 // among them, the last ones first. To a tile of queries its diagonal adds first, then each tile of
-// keys in front of it: as all blocks of a team walk from their diagonals at the same speed, that is
-// the order in which they come, and nobody waits long. `turns` hold that order, whatever the speed:
-// the same bits each time. When a tile is complete, one of two warps that do nothing else makes d_q
-// of it and gives its place to the team's next head. If the order is not asked for, the diagonal is
-// still first, and the others add when they come.
+// keys before it: as all blocks of a team walk from their diagonals at the same speed, that is
+// the order in which they come, and nobody waits long. `semaphores` hold that order, whatever the
+// speed: the same bits each time. When a tile is complete, one of two warps that do nothing else
+// makes d_q of it and gives its place to the team's next head. If the order is not asked for, the
+// diagonal is still first, and the others add when they come.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -46,8 +46,8 @@ struct Work {
   int key_tiles, query_tiles;
   int team, member;       // blocks that share a head, and which one this is
   int first_unit, teams;  // a team's units are `teams` apart
-  int first_place;        // of the team, in `sums` and `turns`
-  bool in_order;          // tiles of keys add one behind the other
+  int first_place;        // of the team, in `sums` and `semaphores`
+  bool in_order;          // tiles of keys add one after the other
 };
 // A head of k and v with its group of query heads, as the `round`-th one of this block's team.
 struct Unit {
@@ -95,23 +95,24 @@ DEVICE void each_item(const Work& work, const Finish& finish) {
 }
 
 // ---------------------------------------------------------------- sums of d_q
-// A team has a place in `sums` and in `turns` for each tile of queries of each head of its group.
-// What a turn is when so many tiles of keys have been added for the round's head; 0: free for it.
-DEVICE uint32_t turn_of(uint32_t round, int added) { return round << 16 | uint32_t(added); }
+// A team has a place in `sums` and in `semaphores` for each tile of queries of each head of its
+// group. What a semaphore is when so many tiles of keys have been added for the round's head; 0:
+// free for it.
+DEVICE uint32_t state_of(uint32_t round, int added) { return round << 16 | uint32_t(added); }
 
 // By one thread: whether the place is in this state, with all that was done before; with
 // `at_least_one` in any after the diagonal, which stores where the others add.
-DEVICE bool is_turn(const uint32_t* turn, uint32_t state, bool at_least_one = false) {
-  const uint32_t now = load_acquire(turn);
+DEVICE bool has_state(const uint32_t* semaphore, uint32_t state, bool at_least_one = false) {
+  const uint32_t now = load_acquire(semaphore);
   return at_least_one ? now >> 16 == state >> 16 && now % (1 << 16) > 0 : now == state;
 }
-DEVICE void await_turn(const uint32_t* turn, uint32_t state, bool at_least_one = false) {
-  while (!is_turn(turn, state, at_least_one)) __nanosleep(32);
+DEVICE void await_state(const uint32_t* semaphore, uint32_t state, bool at_least_one = false) {
+  while (!has_state(semaphore, state, at_least_one)) __nanosleep(32);
 }
 
 // d_q of the place's tile, by one warp: the accumulators of each of a consumer's warps hold 16
 // rows, and in each 8 columns of them a thread has two of two rows. The other consumer has the
-// columns D/2 behind: the other half of rotary pairs.
+// columns D/2 after: the other half of rotary pairs.
 template <int D>
 DEVICE void finish_tile(const float* sums, bf16* d_q,  // both of the tile's first row
                         size_t row_stride, int rows, Angles angles, const int* positions,
@@ -182,188 +183,202 @@ DEVICE void multiply_own(float (&scores)[QUERIES / 2], const Held<D>& held, cons
   }
 }
 
-// ---------------------------------------------------------------- backward
-template <int D>
-DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
-                               const TensorMap* d_kv,       // of d_qkv
-                               const int* document_starts,  // [B,S] or null
-                               Angles angles,
-                               const float* log_sum_exp,  // [B,H,S]
-                               const float* delta,        // [B,H,S]
-                               bf16* d_qkv,               // [T,(H+2K)D]
-                               float* sums,               // [teams,H/K,query tiles,64,D]
-                               uint32_t* turns,           // [teams,H/K,query tiles], all 0
-                               int sequence, const Work& all_work, float scale, float scale_log2) {
-  constexpr int OWN_BYTES = TILE_BYTES<D, KEYS>, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
-  constexpr int SUMS_BYTES = SUMS<D> * int(sizeof(float));
-  SHARED_DYNAMIC(keys);
-  uint8_t* const values = keys + OWN_BYTES;
-  uint8_t* const stages = values + OWN_BYTES;                            // (queries, d_out) each
-  uint8_t* const d_scores_tiles = stages + STAGES<D> * 2 * QUERY_BYTES;  // two
-  uint8_t* const part = d_scores_tiles + 2 * D_SCORES_BYTES;             // of d_q
-  uint8_t* const outs = part + SUMS_BYTES;
-  constexpr int STATISTICS = STAGES<D> * QUERIES;  // of the stages' queries, read in pairs
-  SHARED(float2, lses_log2, STATISTICS / 2);
-  SHARED(float2, deltas, STATISTICS / 2);
-  SHARED(int, starts, STATISTICS);
-  SHARED(Work, shared_work, 1);
-  SHARED(uint64_t, own, 2);   // full, empty
-  SHARED(uint64_t, sent, 2);  // the part: full, empty
-  SHARED(uint64_t, full, STAGES<D>);
-  SHARED(uint64_t, empty, STAGES<D>);
-  begin(keys);
-  if (threadIdx.x == 0) {
-    *shared_work = all_work;
-    tma_prefetch(qkv);
-    tma_prefetch(d_out);
-    tma_prefetch(d_kv);
-    init_ring<T, 1>(&own[0], &own[1], 1);
-    init_ring<T, STAGES<D>>(full, empty, 1 + 32);  // the tiles, and each lane's statistics
-    mbarrier_init(&sent[0], T::READERS);
-    mbarrier_init(&sent[1], 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();
-  begin_after_previous();
-  const Work& work = *shared_work;
+// ---------------------------------------------------------------- a block
+// Arguments of the kernel.
+struct Pass {
+  const TensorMap *qkv, *d_out, *d_kv;  // the last one of d_qkv
+  const int* document_starts;           // [B,S] or null
+  Angles angles;
+  const float *log_sum_exp, *delta;  // [B,H,S]
+  bf16* d_qkv;                       // [T,(H+2K)D]
+  float* sums;                       // [teams,H/K,query tiles,64,D]
+  uint32_t* semaphores;              // [teams,H/K,query tiles], all 0
+  int sequence;
+  float scale, scale_log2;
+};
 
+// What the warps of a block share.
+template <int D>
+struct Shared {
+  static constexpr int OWN_BYTES = TILE_BYTES<D, KEYS>, QUERY_BYTES = TILE_BYTES<D, QUERIES>;
+  static constexpr int SUMS_BYTES = SUMS<D> * int(sizeof(float));
+  static constexpr int STATISTICS = STAGES<D> * QUERIES;  // of the stages' queries
+  uint8_t *keys, *values;                                 // of an item
+  uint8_t* stages;                                        // (queries, d_out) each
+  uint8_t* d_scores_tiles;                                // two
+  uint8_t* part;                                          // of d_q
+  uint8_t* outs;                                          // a tile for each of the consumers' warps
+  float2 *lses_log2, *deltas;                             // read in pairs
+  int* starts;
+  const Work& work;
+  uint64_t *own, *sent;    // full, empty: the item's keys and values; the part
+  uint64_t *full, *empty;  // of the stages
+};
+template <int D>
+DEVICE uint8_t* queries_in(const Shared<D>& shared, int stage) {
+  return shared.stages + stage * 2 * Shared<D>::QUERY_BYTES;
+}
+template <int D>
+DEVICE uint8_t* d_outs_in(const Shared<D>& shared, int stage) {
+  return queries_in(shared, stage) + Shared<D>::QUERY_BYTES;
+}
+
+// Each tile of queries of an item, from the diagonal on, for one query head after the other.
+template <class Finish>
+DEVICE void each_step(const Pass& pass, const Work& work, const Unit& unit, int key_tile,
+                      const Finish& finish) {
+  const Documents documents = documents_of(pass.document_starts, unit.b, work.sequence);
+  const int first = key_tile * KEYS;
+  const Tiles tiles = queries_seeing(documents, first, first + KEYS, QUERIES);
+  for (int head = unit.kv_head * work.group; head < (unit.kv_head + 1) * work.group; ++head)
+    for (int tile = tiles.first; tile < tiles.end; ++tile) finish(documents, head, tile);
+}
+
+// ---------------------------------------------------------------- the producer's warps
+// By a warp: keys and values of each item; queries, d_out and statistics of each step.
+template <int D>
+DEVICE void load_items(const Pass& pass, const Shared<D>& shared) {
+  const Work& work = shared.work;
+  const int lane = int(threadIdx.x) % 32;
+  const bool loads = elect_one();
+  Position<1> item_at;
+  Position<STAGES<D>> at;
+  each_item(work, [&](const Unit& unit, int key_tile) {
+    const int first = key_tile * KEYS;
+    const int k_head = work.heads + unit.kv_head, v_head = k_head + work.kv_heads;
+    if (loads) {
+      uint64_t* const loaded = &shared.own[0];
+      mbarrier_wait(&shared.own[1], item_at.parity ^ 1);  // the first round passes at once
+      mbarrier_arrive_expect_tx(loaded, 2 * Shared<D>::OWN_BYTES);
+      load_tile<D, KEYS>(shared.keys, pass.qkv, loaded, k_head, first, unit.b);
+      load_tile<D, KEYS>(shared.values, pass.qkv, loaded, v_head, first, unit.b);
+    }
+    advance(item_at);
+    each_step(pass, work, unit, key_tile, [&](Documents documents, int head, int tile) {
+      uint64_t* const loaded = &shared.full[at.stage];
+      mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
+      if (loads) {
+        const int query = tile * QUERIES;
+        mbarrier_arrive_expect_tx(loaded, 2 * Shared<D>::QUERY_BYTES);
+        load_tile<D, QUERIES>(queries_in(shared, at.stage), pass.qkv, loaded, head, query, unit.b);
+        load_tile<D, QUERIES>(d_outs_in(shared, at.stage), pass.d_out, loaded, head, query, unit.b);
+      }
+      const size_t statistics = (size_t(unit.b) * work.heads + head) * work.sequence;
+#pragma unroll
+      for (int i = lane; i < QUERIES; i += 32) {
+        const int query = tile * QUERIES + i, to = at.stage * QUERIES + i;
+        const bool exists = query < work.sequence;
+        // No probability after the end of the sequence.
+        reinterpret_cast<float*>(shared.lses_log2)[to] =
+            exists ? pass.log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
+        reinterpret_cast<float*>(shared.deltas)[to] = exists ? pass.delta[statistics + query] : 0;
+        shared.starts[to] = start_of(documents, query);
+      }
+      mbarrier_arrive(loaded);
+      advance(at);
+    });
+  });
+}
+
+// By one thread: adds each step's part of d_q to its sums. A part is complete long after it was
+// sent: its semaphore is released when the next one has been asked for, and before anything is
+// waited for.
+template <int D>
+DEVICE void add_parts(const Pass& pass, const Shared<D>& shared) {
+  const Work& work = shared.work;
+  Position<1> part_at;
+  uint32_t* sent_semaphore = nullptr;
+  uint32_t next_state = 0;
+  const auto release_sent = [&] {
+    if (!sent_semaphore) return;
+    bulk_wait<0>();
+    fence_proxy_async_global();
+    if (work.in_order) {
+      store_release(sent_semaphore, next_state);
+    } else {
+      __threadfence();
+      atomicAdd(sent_semaphore, 1u);
+    }
+    sent_semaphore = nullptr;
+  };
+  each_item(work, [&](const Unit& unit, int key_tile) {
+    each_step(pass, work, unit, key_tile, [&](Documents, int head, int tile) {
+      const int member = head - unit.kv_head * work.group, added = tile / QUERY_TILES - key_tile;
+      const int place = work.first_place + member * work.query_tiles + tile;
+      float* const sum = pass.sums + size_t(place) * SUMS<D>;
+      uint32_t* const semaphore = &pass.semaphores[place];
+      const uint32_t state = state_of(unit.round, added);
+      const bool any_order = !work.in_order && added > 0;
+      const bool free = has_state(semaphore, state, any_order);
+      release_sent();
+      if (!free) await_state(semaphore, state, any_order);
+      mbarrier_wait(&shared.sent[0], part_at.parity);
+      fence_proxy_async_global();
+      if (added == 0)
+        bulk_store(sum, shared.part, Shared<D>::SUMS_BYTES);
+      else
+        bulk_reduce_add_f32(sum, shared.part, Shared<D>::SUMS_BYTES);
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbarrier_arrive(&shared.sent[1]);
+      advance(part_at);
+      sent_semaphore = semaphore;
+      next_state = state + 1;
+    });
+    release_sent();
+  });
+}
+
+// By one of two warps: d_q of every tile of queries whose sums are complete.
+template <int D>
+DEVICE void finish_tiles(const Pass& pass, const Work& work, int finisher_of_block) {
+  const int lane = int(threadIdx.x) % 32;
+  const int finishers = 2 * work.team, finisher = 2 * work.member + finisher_of_block;
+  each_unit(work, [&](const Unit& unit) {
+    const Documents documents = documents_of(pass.document_starts, unit.b, work.sequence);
+    for (int i = finisher; i < work.group * work.query_tiles; i += finishers) {
+      const int tile = i % work.query_tiles, first = tile * QUERIES;
+      const int head = unit.kv_head * work.group + i / work.query_tiles;
+      const int added = tile / QUERY_TILES - start_of(documents, first) / KEYS + 1;
+      uint32_t* const semaphore = &pass.semaphores[work.first_place + i];
+      if (lane == 0) await_state(semaphore, state_of(unit.round, added));
+      __syncwarp();
+      const size_t token = size_t(unit.b) * work.sequence + first;
+      const size_t stride = size_t(work.heads + 2 * work.kv_heads) * D;
+      finish_tile<D>(pass.sums + size_t(work.first_place + i) * SUMS<D>,
+                     pass.d_qkv + token * stride + head * D, stride, work.sequence - first,
+                     pass.angles, pass.angles.positions + token, pass.scale);
+      __syncwarp();
+      if (lane == 0) store_release(semaphore, state_of(unit.round + 1, 0));
+    }
+  });
+}
+
+// ---------------------------------------------------------------- a consumer
+// By 128 threads: d_k and d_v of 64 keys of each item, and parts of d_q.
+template <int D>
+DEVICE void consume_items(const Pass& pass, const Shared<D>& shared) {
+  const Work& work = shared.work;
   Position<1> item_at, part_at;
   Position<STAGES<D>> at;
-  if (threadIdx.x < WARPGROUP) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
-    // Tiles of queries from the diagonal on, for one query head after the other.
-    const auto each_step = [&](const Unit& unit, int key_tile, const auto& finish) {
-      const Documents documents = documents_of(document_starts, unit.b, work.sequence);
-      const int first = key_tile * KEYS;
-      const Tiles tiles = queries_seeing(documents, first, first + KEYS, QUERIES);
-      for (int head = unit.kv_head * work.group; head < (unit.kv_head + 1) * work.group; ++head)
-        for (int tile = tiles.first; tile < tiles.end; ++tile) finish(documents, head, tile);
-    };
-    const int warp = warp_of_block(), lane = int(threadIdx.x) % 32;
-    if (warp == 0) {
-      const bool loads = elect_one();
-      each_item(work, [&](const Unit& unit, int key_tile) {
-        const int first = key_tile * KEYS;
-        const int k_head = work.heads + unit.kv_head, v_head = k_head + work.kv_heads;
-        if (loads) {
-          mbarrier_wait(&own[1], item_at.parity ^ 1);  // the first round passes at once
-          mbarrier_arrive_expect_tx(&own[0], 2 * OWN_BYTES);
-          load_tile<D, KEYS>(keys, qkv, &own[0], k_head, first, unit.b);
-          load_tile<D, KEYS>(values, qkv, &own[0], v_head, first, unit.b);
-        }
-        advance(item_at);
-        each_step(unit, key_tile, [&](Documents documents, int head, int tile) {
-          uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
-          uint64_t* const loaded = &full[at.stage];
-          mbarrier_wait(&empty[at.stage], at.parity ^ 1);
-          if (loads) {
-            mbarrier_arrive_expect_tx(loaded, 2 * QUERY_BYTES);
-            load_tile<D, QUERIES>(queries, qkv, loaded, head, tile * QUERIES, unit.b);
-            load_tile<D, QUERIES>(queries + QUERY_BYTES, d_out, loaded, head, tile * QUERIES,
-                                  unit.b);
-          }
-          const size_t statistics = (size_t(unit.b) * work.heads + head) * work.sequence;
-#pragma unroll
-          for (int i = lane; i < QUERIES; i += 32) {
-            const int query = tile * QUERIES + i, to = at.stage * QUERIES + i;
-            const bool exists = query < work.sequence;
-            // No probability after the end of the sequence.
-            reinterpret_cast<float*>(lses_log2)[to] =
-                exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
-            reinterpret_cast<float*>(deltas)[to] = exists ? delta[statistics + query] : 0;
-            starts[to] = start_of(documents, query);
-          }
-          mbarrier_arrive(loaded);
-          advance(at);
-        });
-      });
-    } else if (warp == 2 && elect_one()) {
-      // A part is complete long after it was sent. Its turn is passed on when the next turn has
-      // been asked for, and before anything is waited for.
-      uint32_t* sent_turn = nullptr;
-      uint32_t next_state = 0;
-      const auto pass_on = [&] {
-        if (!sent_turn) return;
-        bulk_wait<0>();
-        fence_proxy_async_global();
-        if (work.in_order) {
-          store_release(sent_turn, next_state);
-        } else {
-          __threadfence();
-          atomicAdd(sent_turn, 1u);
-        }
-        sent_turn = nullptr;
-      };
-      each_item(work, [&](const Unit& unit, int key_tile) {
-        each_step(unit, key_tile, [&](Documents, int head, int tile) {
-          const int member = head - unit.kv_head * work.group,
-                    added = tile / QUERY_TILES - key_tile;
-          const int place = work.first_place + member * work.query_tiles + tile;
-          float* const sum = sums + size_t(place) * SUMS<D>;
-          uint32_t* const turn = &turns[place];
-          const uint32_t state = turn_of(unit.round, added);
-          const bool any_order = !work.in_order && added > 0;
-          const bool free = is_turn(turn, state, any_order);
-          pass_on();
-          if (!free) await_turn(turn, state, any_order);
-          mbarrier_wait(&sent[0], part_at.parity);
-          fence_proxy_async_global();
-          if (added == 0)
-            bulk_store(sum, part, SUMS_BYTES);
-          else
-            bulk_reduce_add_f32(sum, part, SUMS_BYTES);
-          bulk_commit();
-          bulk_wait_read<0>();
-          mbarrier_arrive(&sent[1]);
-          advance(part_at);
-          sent_turn = turn;
-          next_state = state + 1;
-        });
-        pass_on();
-      });
-    } else if (warp % 2 == 1) {
-      const int finishers = 2 * work.team, finisher = 2 * work.member + warp / 2;
-      each_unit(work, [&](const Unit& unit) {
-        const Documents documents = documents_of(document_starts, unit.b, work.sequence);
-        for (int i = finisher; i < work.group * work.query_tiles; i += finishers) {
-          const int tile = i % work.query_tiles, first = tile * QUERIES;
-          const int head = unit.kv_head * work.group + i / work.query_tiles;
-          const int added = tile / QUERY_TILES - start_of(documents, first) / KEYS + 1;
-          uint32_t* const turn = &turns[work.first_place + i];
-          if (lane == 0) await_turn(turn, turn_of(unit.round, added));
-          __syncwarp();
-          const size_t token = size_t(unit.b) * work.sequence + first;
-          const size_t stride = size_t(work.heads + 2 * work.kv_heads) * D;
-          finish_tile<D>(sums + size_t(work.first_place + i) * SUMS<D>,
-                         d_qkv + token * stride + head * D, stride, work.sequence - first, angles,
-                         angles.positions + token, scale);
-          __syncwarp();
-          if (lane == 0) store_release(turn, turn_of(unit.round + 1, 0));
-        }
-      });
-    }
-    return;
-  }
-
-  setmaxnreg_inc<CONSUMER_REGISTERS>();
   const int consumer = warp_of_block() / 4 - 1, warp = warp_of_block() % 4;
   const int lane = int(threadIdx.x) % 32;
-  const uint8_t* const own_keys = keys + consumer * MMA_M * SPAN<D>;
-  const uint8_t* const own_values = values + consumer * MMA_M * SPAN<D>;
+  const uint8_t* const own_keys = shared.keys + consumer * MMA_M * SPAN<D>;
+  const uint8_t* const own_values = shared.values + consumer * MMA_M * SPAN<D>;
   // The columns of d_q that are this consumer's, of the keys.
   constexpr int HALF = D / 2;
   static_assert(COLUMNS<D> % HALF == 0);
   const int column = consumer * HALF;
   const uint8_t* const key_columns =
-      keys + column / COLUMNS<D> * KEYS * SPAN<D> + column % COLUMNS<D> * int(sizeof(bf16));
+      shared.keys + column / COLUMNS<D> * KEYS * SPAN<D> + column % COLUMNS<D> * int(sizeof(bf16));
   float4* const own_part =
-      reinterpret_cast<float4*>(part) + (consumer * 4 + warp) * (HALF / 8) * 32 + lane;
-  uint8_t* const store_tile = outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
+      reinterpret_cast<float4*>(shared.part) + (consumer * 4 + warp) * (HALF / 8) * 32 + lane;
+  uint8_t* const store_tile = shared.outs + (consumer * 4 + warp) * TILE_BYTES<D, WARP_ROWS>;
   // In a tile of dS; columns of 32 bytes follow by xor, as they are bits that the rows are not in.
   const uint32_t in_d_scores = swizzle<SPAN<QUERIES>>(
       (consumer * MMA_M + warp * WARP_ROWS + lane % 16) * SPAN<QUERIES> + lane / 16 * 16);
   each_item(work, [&](const Unit& unit, int key_tile) {
-    const Documents documents = documents_of(document_starts, unit.b, sequence);
+    const Documents documents = documents_of(pass.document_starts, unit.b, pass.sequence);
     const int first = key_tile * KEYS, own_first = first + consumer * MMA_M;
     const int key = own_first + first_row();
     const Tiles tiles = queries_seeing(documents, first, first + KEYS, QUERIES);
@@ -375,26 +390,26 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
     int tile = tiles.first, d_scores_tile = 0;
     Held<D> held_keys, held_values;
     const auto multiply_scores = [&] {
-      mbarrier_wait(&full[at.stage], at.parity);
+      mbarrier_wait(&shared.full[at.stage], at.parity);
       wgmma_fence();
-      multiply_own<D>(scores, held_keys, own_keys, stages + at.stage * 2 * QUERY_BYTES);
+      multiply_own<D>(scores, held_keys, own_keys, queries_in(shared, at.stage));
       wgmma_commit();
     };
     // From scores to dS in shared memory, and products for d_v and d_k.
     const auto differentiate = [&](bool add) {
-      const uint8_t* const queries = stages + at.stage * 2 * QUERY_BYTES;
-      const uint8_t* const d_outs = queries + QUERY_BYTES;
+      const uint8_t *const queries = queries_in(shared, at.stage), *const d_outs =
+                                                                       d_outs_in(shared, at.stage);
       const int first_statistic = at.stage * QUERIES + first_column();
-      wgmma_fence();  // the one of the scores is enough, but not for ptxas, behind a loop
+      wgmma_fence();  // the one of the scores is enough, but not for ptxas, after a loop
       multiply_own<D>(d_scores, held_values, own_values, d_outs);
       wgmma_commit();
       const int first_query = tile * QUERIES;
       if (first_query < own_first + MMA_M - 1 ||
-          starts[at.stage * QUERIES + QUERIES - 1] > own_first) {
+          shared.starts[at.stage * QUERIES + QUERIES - 1] > own_first) {
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; ++i) {
           const int query = i / 4 * 8 + i % 2, own_key = key + i / 2 % 2 * 8;
-          const int start = starts[first_statistic + query];
+          const int start = shared.starts[first_statistic + query];
           if ((own_key > first_query + first_column() + query) | (own_key < start))
             scores[i] = MINUS_INFINITY;
         }
@@ -406,10 +421,10 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
         const int begin = half * VALUES, end = begin + VALUES;
 #pragma unroll
         for (int i = begin; i < end; i += 4) {
-          const float2 lse = lses_log2[(first_statistic + i / 4 * 8) / 2];
+          const float2 lse = shared.lses_log2[(first_statistic + i / 4 * 8) / 2];
 #pragma unroll
           for (int j = i; j < i + 4; ++j)
-            scores[j] = exp2_approx(scores[j] * scale_log2 - (j % 2 ? lse.y : lse.x));
+            scores[j] = exp2_approx(scores[j] * pass.scale_log2 - (j % 2 ? lse.y : lse.x));
           weights[i / 8][i / 4 % 2 * 2] = pack_bf16(scores[i], scores[i + 1]);
           weights[i / 8][i / 4 % 2 * 2 + 1] = pack_bf16(scores[i + 2], scores[i + 3]);
         }
@@ -421,11 +436,11 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       }
       // The part of the step before has left its place. Here because ptxas would otherwise wait for
       // dP above the exponents: it moves little over a loop.
-      mbarrier_wait(&sent[1], part_at.parity ^ 1);
+      mbarrier_wait(&shared.sent[1], part_at.parity ^ 1);
       wgmma_wait<HALVES>();
 #pragma unroll
       for (int i = 0; i < QUERIES / 2; i += 4) {
-        const float2 row_sums = deltas[(first_statistic + i / 4 * 8) / 2];
+        const float2 row_sums = shared.deltas[(first_statistic + i / 4 * 8) / 2];
 #pragma unroll
         for (int j = i; j < i + 4; ++j) {
           const uint32_t rounded = weights[j / 8][j % 8 / 2];
@@ -441,18 +456,18 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       d_scores_tile ^= D_SCORES_BYTES;
 #pragma unroll
       for (int i = 0; i < QUERIES / MMA_K; ++i)
-        stmatrix_x4(d_scores_tiles + d_scores_tile + (in_d_scores ^ i * 32), d_weights[i]);
+        stmatrix_x4(shared.d_scores_tiles + d_scores_tile + (in_d_scores ^ i * 32), d_weights[i]);
       fence_proxy_async();
       wgmma_fence();
       add_weighted_rows<D, QUERIES>(d_k, d_weights, queries, add);
       wgmma_commit();
       barrier_sync(1, T::CONSUMERS * WARPGROUP);
     };
-    // Behind the fence of d_k's products, and so behind the last use of d_q.
+    // After the fence of d_k's products, and so after the last use of d_q.
     const auto multiply_d_scores = [&] {
 #pragma unroll
       for (int k = 0; k < KEYS; k += MMA_K)
-        wgmma<HALF, 1, 1>(d_q, across<QUERIES, KEYS>(d_scores_tiles + d_scores_tile, k),
+        wgmma<HALF, 1, 1>(d_q, across<QUERIES, KEYS>(shared.d_scores_tiles + d_scores_tile, k),
                           across<D, KEYS>(key_columns, k), k > 0);
       wgmma_commit();
     };
@@ -462,10 +477,10 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       for (int n = 0; n < HALF / 8; ++n)
         own_part[n * 32] = make_float4(d_q[4 * n], d_q[4 * n + 1], d_q[4 * n + 2], d_q[4 * n + 3]);
       fence_proxy_async();
-      release(&sent[0]);
+      release(&shared.sent[0]);
     };
 
-    mbarrier_wait(&own[0], item_at.parity);
+    mbarrier_wait(&shared.own[0], item_at.parity);
     advance(item_at);
     hold<D>(held_keys, own_keys);
     hold<D>(held_values, own_values);
@@ -475,9 +490,9 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       differentiate(left < steps);
       multiply_d_scores();
       wgmma_wait<1>();
-      // Behind the last step once more, for nothing: a branch around it would make ptxas wait.
+      // After the last step once more, for nothing: a branch around it would make ptxas wait.
       if (left > 1) {
-        release(&empty[at.stage]);
+        release(&shared.empty[at.stage]);
         advance(at);
       }
       multiply_scores();
@@ -486,30 +501,82 @@ DEVICE void attention_backward(const TensorMap* qkv, const TensorMap* d_out,
       wgmma_wait<0>();
       if (++tile == tiles.end) tile = tiles.first;
     }
-    release(&empty[at.stage]);
+    release(&shared.empty[at.stage]);
     advance(at);
-    release(&own[1]);
-    const float scales[2] = {scale, scale}, ones[2] = {1, 1};
+    release(&shared.own[1]);
+    const float scales[2] = {pass.scale, pass.scale}, ones[2] = {1, 1};
     const int row = own_first + warp * WARP_ROWS;
-    rotate_back<D>(d_k, angles, own_first, unit.b, sequence);
-    store_rows<D>(d_kv, store_tile, d_k, scales, work.heads + unit.kv_head, row, unit.b, sequence);
-    store_rows<D>(d_kv, store_tile, d_v, ones, work.heads + work.kv_heads + unit.kv_head, row,
-                  unit.b, sequence);
+    rotate_back<D>(d_k, pass.angles, own_first, unit.b, pass.sequence);
+    store_rows<D>(pass.d_kv, store_tile, d_k, scales, work.heads + unit.kv_head, row, unit.b,
+                  pass.sequence);
+    store_rows<D>(pass.d_kv, store_tile, d_v, ones, work.heads + work.kv_heads + unit.kv_head, row,
+                  unit.b, pass.sequence);
   });
   if (threadIdx.x % 32 == 0) bulk_wait<0>();
 }
 
+// ---------------------------------------------------------------- backward
+template <int D>
+DEVICE void attention_backward(const Pass& pass, const Work& all_work) {
+  using S = Shared<D>;
+  SHARED_DYNAMIC(keys);
+  uint8_t* const values = keys + S::OWN_BYTES;
+  uint8_t* const stages = values + S::OWN_BYTES;
+  uint8_t* const d_scores_tiles = stages + STAGES<D> * 2 * S::QUERY_BYTES;
+  uint8_t* const part = d_scores_tiles + 2 * D_SCORES_BYTES;
+  uint8_t* const outs = part + S::SUMS_BYTES;
+  SHARED(float2, lses_log2, S::STATISTICS / 2);
+  SHARED(float2, deltas, S::STATISTICS / 2);
+  SHARED(int, starts, S::STATISTICS);
+  SHARED(Work, work, 1);
+  SHARED(uint64_t, own, 2);
+  SHARED(uint64_t, sent, 2);
+  SHARED(uint64_t, full, STAGES<D>);
+  SHARED(uint64_t, empty, STAGES<D>);
+  begin(keys);
+  if (threadIdx.x == 0) {
+    *work = all_work;
+    tma_prefetch(pass.qkv);
+    tma_prefetch(pass.d_out);
+    tma_prefetch(pass.d_kv);
+    init_ring<T, 1>(&own[0], &own[1], 1);
+    init_ring<T, STAGES<D>>(full, empty, 1 + 32);  // the tiles, and each lane's statistics
+    mbarrier_init(&sent[0], T::READERS);
+    mbarrier_init(&sent[1], 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  begin_after_previous();
+
+  const S shared{keys,   values, stages, d_scores_tiles, part, outs, lses_log2, deltas,
+                 starts, *work,  own,    sent,           full, empty};
+  const int warp = warp_of_block();
+  if (threadIdx.x >= WARPGROUP) {
+    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    consume_items<D>(pass, shared);
+    return;
+  }
+  setmaxnreg_dec<PRODUCER_REGISTERS>();
+  if (warp == 0) {
+    load_items<D>(pass, shared);
+  } else if (warp == 2) {
+    if (elect_one()) add_parts<D>(pass, shared);
+  } else {
+    finish_tiles<D>(pass, *work, warp / 2);
+  }
+}
+
 // ---------------------------------------------------------------- before it
-// delta of each token and head, by D/8 threads each; turns = 0.
+// delta of each token and head, by D/8 threads each; semaphores = 0.
 constexpr int DELTA_THREADS = 256;
 template <int D>
-DEVICE void attention_delta(const bf16* out, const bf16* d_out, float* delta, uint32_t* turns,
-                            int turn_count, int batch, int sequence, int heads) {
+DEVICE void attention_delta(const bf16* out, const bf16* d_out, float* delta, uint32_t* semaphores,
+                            int semaphore_count, int batch, int sequence, int heads) {
   begin_after_previous();
   constexpr int LANES = D / VALUES<bf16>;
   const size_t thread = size_t(blockIdx.x) * DELTA_THREADS + threadIdx.x;
-  for (size_t i = thread; i < size_t(turn_count); i += size_t(gridDim.x) * DELTA_THREADS)
-    turns[i] = 0;
+  for (size_t i = thread; i < size_t(semaphore_count); i += size_t(gridDim.x) * DELTA_THREADS)
+    semaphores[i] = 0;
   const size_t row = thread / LANES;  // of [T,H]
   float sum = 0;
   const bool exists = row < size_t(batch) * sequence * heads;
@@ -528,24 +595,34 @@ DEVICE void attention_delta(const bf16* out, const bf16* d_out, float* delta, ui
 }
 
 // ---------------------------------------------------------------- kernels
-#define BACKWARD_KERNELS(d)                                                                      \
-  KERNEL(attention_delta_sm90_##d, DELTA_THREADS)                                                \
-  (const bf16* out, const bf16* d_out, float* delta, uint32_t* turns, int turn_count, int batch, \
-   int sequence, int heads) {                                                                    \
-    attention_delta<d>(out, d_out, delta, turns, turn_count, batch, sequence, heads);            \
-  }                                                                                              \
-  EXPORT_KERNEL(attention_delta_sm90_##d)                                                        \
-  KERNEL(attention_backward_sm90_128x##d, T::THREADS, 1)                                         \
-  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,               \
-   const __grid_constant__ TensorMap d_kv, const int* document_starts, const float* table,       \
-   const int* positions, const float* log_sum_exp, const float* delta, bf16* d_qkv, float* sums, \
-   uint32_t* turns, int batch, int sequence, int heads, int kv_heads, int team, int in_order,    \
-   float scale, float scale_log2) {                                                              \
-    const Work work = work_of(batch, sequence, heads, kv_heads, team, in_order != 0);            \
-    attention_backward<d>(&qkv, &d_out, &d_kv, document_starts, Angles{table, positions},        \
-                          log_sum_exp, delta, d_qkv, sums, turns, sequence, work, scale,         \
-                          scale_log2);                                                           \
-  }                                                                                              \
+#define BACKWARD_KERNELS(d)                                                                        \
+  KERNEL(attention_delta_sm90_##d, DELTA_THREADS)                                                  \
+  (const bf16* out, const bf16* d_out, float* delta, uint32_t* semaphores, int semaphore_count,    \
+   int batch, int sequence, int heads) {                                                           \
+    attention_delta<d>(out, d_out, delta, semaphores, semaphore_count, batch, sequence, heads);    \
+  }                                                                                                \
+  EXPORT_KERNEL(attention_delta_sm90_##d)                                                          \
+  KERNEL(attention_backward_sm90_128x##d, T::THREADS, 1)                                           \
+  (const __grid_constant__ TensorMap qkv, const __grid_constant__ TensorMap d_out,                 \
+   const __grid_constant__ TensorMap d_kv, const int* document_starts, const float* table,         \
+   const int* positions, const float* log_sum_exp, const float* delta, bf16* d_qkv, float* sums,   \
+   uint32_t* semaphores, int batch, int sequence, int heads, int kv_heads, int team, int in_order, \
+   float scale, float scale_log2) {                                                                \
+    const Pass pass{&qkv,                                                                          \
+                    &d_out,                                                                        \
+                    &d_kv,                                                                         \
+                    document_starts,                                                               \
+                    Angles{table, positions},                                                      \
+                    log_sum_exp,                                                                   \
+                    delta,                                                                         \
+                    d_qkv,                                                                         \
+                    sums,                                                                          \
+                    semaphores,                                                                    \
+                    sequence,                                                                      \
+                    scale,                                                                         \
+                    scale_log2};                                                                   \
+    attention_backward<d>(pass, work_of(batch, sequence, heads, kv_heads, team, in_order != 0));   \
+  }                                                                                                \
   EXPORT_KERNEL(attention_backward_sm90_128x##d)
 
 BACKWARD_KERNELS(32)

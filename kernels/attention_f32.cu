@@ -24,7 +24,7 @@ constexpr int TILE_FLOATS = TILE * STRIDE<D>;
 
 DEVICE float4 four_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
 
-// Rows `first` on of a sequence, `stride` values apart, asynchronously; zeros behind its end.
+// Rows `first` on of a sequence, `stride` values apart, asynchronously; zeros after its end.
 template <int D>
 DEVICE void load_tile(float* tile, const float* from, size_t stride, int first, int sequence) {
   constexpr int VECTORS = D / 4;
@@ -182,7 +182,7 @@ DEVICE Head head_of(const float* qkv, int b, int head, int sequence, int heads, 
 }
 
 // The first key that a row of one sequence sees: where its document begins. Starts [S] do not
-// descend. Rows behind the end of the sequence see what the last row sees.
+// descend. Rows after the end of the sequence see what the last row sees.
 template <bool DOCUMENTS>
 DEVICE int document_start(const int* starts, int row, int sequence) {
   return DOCUMENTS ? starts[min(row, sequence - 1)] : 0;
@@ -301,7 +301,7 @@ DEVICE void attention_backward_q(const float* qkv,            // [T,(H+2K)D]
       sum += keys[value] * d_outs[value];
     }
     deltas[i] = row_sum(sum);
-    // No probability behind the end of the sequence.
+    // No probability after the end of the sequence.
     lse[i] = exists ? log_sum_exp[at.statistics + first + row + i] : -MINUS_INFINITY;
     if (column == 0 && exists) delta[at.statistics + first + row + i] = deltas[i];
   }

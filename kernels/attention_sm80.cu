@@ -54,7 +54,7 @@ DEVICE constexpr bool covers_banks() {
   }
   return true;
 }
-// The chunk `rows` rows (a multiple of 8) and `chunks` chunks (even, to a chunk 0 or 1) behind the
+// The chunk `rows` rows (a multiple of 8) and `chunks` chunks (even, to a chunk 0 or 1) after the
 // one at `offset`: numbers that are known when it is compiled leave one XOR of it.
 template <int D>
 DEVICE int offset_behind(int offset, int rows, int chunks) {
@@ -68,7 +68,7 @@ struct Rows {
   size_t stride;
 };
 
-// Rows `first` to `first` + ROWS of a sequence, asynchronously; zeros behind its end. A group of
+// Rows `first` to `first` + ROWS of a sequence, asynchronously; zeros after its end. A group of
 // threads has a row, so that its next places are a constant away.
 template <int D, int ROWS>
 DEVICE void load_tile(uint8_t* tile, Rows from, int first, int sequence) {
@@ -220,7 +220,7 @@ struct Documents {
   int sequence;
 };
 
-// The first key that a row sees. Rows behind the end of the sequence see what the last one sees.
+// The first key that a row sees. Rows after the end of the sequence see what the last one sees.
 template <bool DOCUMENTS>
 DEVICE int start_of(Documents<DOCUMENTS> documents, int row) {
   return DOCUMENTS ? documents.starts[min(row, documents.sequence - 1)] : 0;
@@ -274,7 +274,7 @@ DEVICE void attention_forward(const bf16* qkv,             // [T,(H+2K)D]
     if (loaded < 2 * tiles)
       load_tile<D, KEYS>(ring + load_slot * TILE_BYTES<D, KEYS>, loaded % 2 ? at.v : at.k,
                          loaded / 2 * KEYS, sequence);
-    cp_async_commit();  // of nothing behind the last item, so that the wait is the same
+    cp_async_commit();  // of nothing after the last item, so that the wait is the same
     ++loaded;
     load_slot = load_slot + 1 == FORWARD_RING ? 0 : load_slot + 1;
   };
@@ -325,7 +325,7 @@ DEVICE void attention_forward(const bf16* qkv,             // [T,(H+2K)D]
           }
       }
       if (first_key + KEYS - 1 > first_row) {
-        // Also what lies behind the end of the sequence, for all rows that are in it.
+        // Also what lies after the end of the sequence, for all rows that are in it.
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -437,7 +437,7 @@ DEVICE void attention_backward_q(const bf16* qkv,             // [T,(H+2K)D]
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + half * 8 + lane / 4;
     float sum = 0;
-    lse_log2[half] = -MINUS_INFINITY;  // no probability behind the end of the sequence
+    lse_log2[half] = -MINUS_INFINITY;  // no probability after the end of the sequence
     if (row < sequence) {
       lse_log2[half] = log_sum_exp[at.statistics + row] * LOG2_E;
       const size_t begin = at.out + row * at.out_stride;
@@ -553,7 +553,7 @@ DEVICE void attention_backward_kv(const bf16* qkv,             // [T,(H+2K)D]
       const float* const from = i < QUERIES ? log_sum_exp : delta;
       if (query < sequence)
         cp_async_4(statistics + i, from + at.statistics + size_t(load_member) * sequence + query);
-      else  // no probability behind the end of the sequence
+      else  // no probability after the end of the sequence
         statistics[i] = i < QUERIES ? -MINUS_INFINITY : 0.0f;
     }
     cp_async_commit();

@@ -6,7 +6,7 @@
 //
 // A tensor map (src/cuda/attention/sm90.rs) is {D, heads, S, B}, innermost first; boxes are
 // {COLUMNS, 1, 64, 1} where it is read, {COLUMNS, 1, 16, 1} where it is written, with a swizzle as
-// wide as their rows. So no box reaches into another head or sequence; what lies behind S is zeros
+// wide as their rows. So no box reaches into another head or sequence; what lies after S is zeros
 // and is not stored.
 //
 // A block keeps its multiprocessor to itself and takes one item after the other: 128 rows of a
@@ -15,7 +15,7 @@
 // comes of them never leave registers: an accumulator, rounded, is the A operand of the next
 // product. Backward is two kernels, one for each side that is summed over, as in attention_sm80.cu.
 // attention_backward_sm90.cu and attention_backward_short_sm90.cu do it in one, where that is
-// reckoned to be faster.
+// estimated to be faster.
 #include "isobath.cuh"
 
 #include "attention_sm90.cuh"
@@ -88,7 +88,7 @@ DEVICE Mask mask_of(Documents documents, int first) {
           {start_of(documents, row), start_of(documents, row + 8)},
           start_of(documents, first + MMA_M - 1)};
 }
-// Of N keys from `first_key` on. Those behind a query's own are also those behind the end of the
+// Of N keys from `first_key` on. Those after a query's own are also those after the end of the
 // sequence, for all queries that are in it.
 template <int N>
 DEVICE void hide(const Mask& mask, float (&scores)[N / 2], int first_key) {
@@ -247,7 +247,7 @@ DEVICE void attention_forward(const TensorMap* qkv, const TensorMap* out,
       multiply_rows<D, ROWS, KEYS>(scores, own_queries, keys + at.stage * KEY_BYTES);
       wgmma_commit();
       mbarrier_wait(&values_full[before.stage], before.parity);
-      wgmma_fence();  // the one above is enough, but not for ptxas, behind a loop
+      wgmma_fence();  // the one above is enough, but not for ptxas, after a loop
       add_weighted_rows<D, KEYS>(sums, weights, values + before.stage * KEY_BYTES,
                                  tile < tiles.end - 2);
       wgmma_commit();
@@ -333,7 +333,7 @@ DEVICE Statistics statistics_of(const bf16* out, const bf16* d_out, const float*
     const int at_row = row + half * 8;
     const size_t statistic = (size_t(item.b) * heads + item.head) * sequence + at_row;
     float sum = 0;
-    found.lse_log2[half] = -MINUS_INFINITY;  // no probability behind the end of the sequence
+    found.lse_log2[half] = -MINUS_INFINITY;  // no probability after the end of the sequence
     if (at_row < sequence) {
       found.lse_log2[half] = log_sum_exp[statistic] * LOG2_E;
       const size_t token = size_t(item.b) * sequence + at_row;
@@ -447,7 +447,7 @@ DEVICE void attention_backward_q(const TensorMap* qkv, const TensorMap* of_d_out
       wgmma_commit();
       if (tile == tiles.first) {  // while the scores are multiplied
         rows = statistics_of<D>(out, d_out, log_sum_exp, delta, item, heads, row, sequence);
-        wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch
+        wgmma_fence();  // the one above is enough, but not for ptxas, after a branch
       }
       multiply_rows<D, ROWS, KEYS>(d_scores, own_d_outs, keys + KEY_BYTES);
       wgmma_commit();
@@ -559,7 +559,7 @@ DEVICE void attention_backward_kv(const TensorMap* qkv, const TensorMap* d_out,
           for (int i = int(threadIdx.x) % 32; i < QUERIES; i += 32) {
             const int query = first_query + i, to = at.stage * QUERIES + i;
             const bool exists = query < sequence;
-            // No probability behind the end of the sequence.
+            // No probability after the end of the sequence.
             reinterpret_cast<float*>(lses_log2)[to] =
                 exists ? log_sum_exp[statistics + query] * LOG2_E : -MINUS_INFINITY;
             reinterpret_cast<float*>(deltas)[to] = exists ? delta[statistics + query] : 0;

@@ -56,7 +56,7 @@ struct Documents {
 DEVICE Documents documents_of(const int* document_starts, int b, int sequence) {
   return {document_starts ? document_starts + size_t(b) * sequence : nullptr, sequence};
 }
-// The first key that a row sees. Rows behind the end of the sequence see what the last one sees.
+// The first key that a row sees. Rows after the end of the sequence see what the last one sees.
 DEVICE int start_of(Documents documents, int row) {
   return documents.starts ? documents.starts[min(row, documents.sequence - 1)] : 0;
 }
@@ -71,7 +71,7 @@ DEVICE Tiles queries_seeing(Documents documents, int first, int end, int n) {
   if (first >= documents.sequence) return {tiles, tiles};
   int seeing = first / n, hidden = tiles;
   if (!documents.starts) return {seeing, hidden};
-  // The first tile behind whose first query sees none of the keys.
+  // The first tile after whose first query sees none of the keys.
   const int own = seeing;
   while (seeing < hidden) {
     const int middle = seeing + (hidden - seeing) / 2;
@@ -174,7 +174,7 @@ DEVICE void round_weights(uint32_t (&weights)[N / MMA_K][4], const float (&value
       weights[part][i] = pack_bf16(values[part * 8 + 2 * i], values[part * 8 + 2 * i + 1]);
 }
 
-// A thread's accumulators are those of two rows, this one of its consumer's 64 and the one 8 behind
+// A thread's accumulators are those of two rows, this one of its consumer's 64 and the one 8 after
 // it, and of two columns of each 8, `first_column` and the next (PTX ISA, "wgmma register
 // fragments"): accumulator 4 n + 2 half + odd.
 DEVICE int first_row() {

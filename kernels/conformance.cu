@@ -6,7 +6,7 @@
 
 // What no kernel writes: shared memory holds it before a copy, to show what the copy left alone.
 constexpr uint32_t UNTOUCHED = 0xa5a5a5a5u;
-// Behind each tile that a copy fills, words that it must leave alone.
+// After each tile that a copy fills, words that it must leave alone.
 constexpr uint32_t MARGIN = 4;
 
 DEVICE void fill(void* to, uint32_t words) {

@@ -238,7 +238,7 @@ KERNEL(conform_grid_barrier, 32)(uint32_t* out, const uint32_t* inp) {
 }
 EXPORT_KERNEL(conform_grid_barrier)
 
-// A word written behind __threadfence_block is seen by who reads the flag behind it.
+// A word written after __threadfence_block is seen by who reads the flag after it.
 KERNEL(conform_threadfence_block, 64)(uint32_t* out, const uint32_t* inp) {
   SHARED(uint32_t, flag, 1);
   SHARED(uint32_t, word, 1);

@@ -67,7 +67,7 @@ DEVICE Partition joined(Partition first, Partition second) {
   const float max = fmaxf(first.max, second.max);
   return {max, first.sum * exp_of(first.max - max) + second.sum * exp_of(second.max - max)};
 }
-// The columns of a vector, behind those before it.
+// The columns of a vector, after those before it.
 template <class T>
 DEVICE Partition joined(Partition own, uint4 vector) {
   float values[VALUES<T>];

@@ -59,7 +59,7 @@ constexpr int CAPACITY = 2 * STEP;
 // Rows of d_out that a warp has under way.
 constexpr int BATCH = 8;
 
-// Sorts matches[0, count) in ascending order (Batcher's bitonic sort). Its first barrier is behind
+// Sorts matches[0, count) in ascending order (Batcher's bitonic sort). Its first barrier is after
 // what the other threads have listed; it ends with another one.
 DEVICE void sort(Match* matches, int count) {
   int padded = 1;
@@ -163,7 +163,7 @@ DEVICE void add_rows(const Match* matches, int count, float* heads, const T* d_o
   __syncthreads();
 }
 
-// Four tokens from `first` on; -1 behind the last one.
+// Four tokens from `first` on; -1 after the last one.
 DEVICE int4 four_tokens(const int* tokens, int first, int rows) {
   if (first + 4 <= rows) return *reinterpret_cast<const int4*>(tokens + first);
   int4 four = make_int4(-1, -1, -1, -1);

@@ -238,7 +238,7 @@ DEVICE void gemm(const bf16* a, const bf16* b, const Output& output, int m, int 
   constexpr int STAGE_BYTES = StageA::BYTES + StageB::BYTES;
   constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
   static_assert(WARPS_M * WARPS_N * Slab<WARP_N>::BYTES <= STAGES * STAGE_BYTES);
-  SHARED_DYNAMIC(ring);  // STAGES x (A, B); behind the product, one slab for each warp
+  SHARED_DYNAMIC(ring);  // STAGES x (A, B); after the product, one slab for each warp
   const int warp = int(threadIdx.x) / WARP;
   const int warp_m = warp / WARPS_N * WARP_M, warp_n = warp % WARPS_N * WARP_N;
   const Tile tile = tile_at<TILE_M, TILE_N>(int(blockIdx.x), m, n);
@@ -247,7 +247,7 @@ DEVICE void gemm(const bf16* a, const bf16* b, const Output& output, int m, int 
   auto from_b = source<MAJOR_B, TILE_N>(b, b_k_major ? n : k, b_k_major ? k : n, tile.n);
   const int steps = (k + TILE_K - 1) / TILE_K;
 
-  // A group of copies is committed for every step, of nothing behind the last one, so that the
+  // A group of copies is committed for every step, of nothing after the last one, so that the
   // same wait is right everywhere.
   const auto load = [&](int step) {
     if (step < steps) {

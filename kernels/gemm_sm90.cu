@@ -28,7 +28,7 @@
 // tn adds to its result in the L2 cache, by reductions that nobody waits for, which take subnormal
 // numbers for zeros and make none. Where the last tiles are fewer than the blocks, the K of each
 // may be cut into `splits`, a block for each. They add one after the other, in the order of K:
-// turns[] says whose turn it is, so that every run has the same bits.
+// semaphores[] say whose turn it is, so that every run has the same bits.
 #include "isobath.cuh"
 
 // ---------------------------------------------------------------- sizes
@@ -87,7 +87,7 @@ DEVICE void skip(Position<STAGES>& at, int steps) {
 // need.
 struct Work {
   int rows, columns;  // how many tiles M and N have, those of a cluster counted as one
-  int whole;          // tiles that a block, or cluster, takes whole; of those behind them,
+  int whole;          // tiles that a block, or cluster, takes whole; of those after them,
   int splits;         // so many share the K of one
   int steps;          // of K, all splits together
   int cluster, rank;  // blocks that share B's tiles, and which of them this one is
@@ -117,7 +117,7 @@ DEVICE Work work_of(int m, int n, int k, int splits) {
 }
 template <class K>
 DEVICE Item item_at(const Work& work, int index) {
-  // Behind the whole tiles, first all that begin with the first step.
+  // After the whole tiles, first all that begin with the first step.
   const int behind = index - work.whole;
   const bool whole = behind < 0;
   const int split = whole ? 0 : behind / split_tiles(work);
@@ -268,7 +268,7 @@ struct Outbox {
   uint8_t* tiles;
   int barrier;  // of the consumer's threads
 };
-// Columns of the boxes of a store tile, which lie one behind the other. Of eight rows of a box the
+// Columns of the boxes of a store tile, which lie one after the other. Of eight rows of a box the
 // same 16 bytes, which stmatrix writes at once, take each of the 32 banks once, whether rows are of
 // 128 bytes or of 64.
 template <int COLUMNS>
@@ -733,11 +733,11 @@ DEVICE void multiply_and_store(const TensorMap* map_a, const TensorMap* map_b, i
   });
 }
 
-// turns [2 x tiles that are split]: all 0, and 0 again when the kernel ends. A block has one split
-// at most, as its last item, and waits for blocks of lower indices alone.
+// semaphores [2 x tiles that are split]: all 0, and 0 again when the kernel ends. A block has one
+// split at most, as its last item, and waits for blocks of lower indices alone.
 template <class K>
 DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, float* out,
-                             uint32_t* turns, int m, int n, int k, int splits) {
+                             uint32_t* semaphores, int m, int n, int k, int splits) {
   SHARED_DYNAMIC(ring);
   SHARED(uint64_t, full, K::STAGES);
   SHARED(uint64_t, empty, K::STAGES);
@@ -750,11 +750,11 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
     consume<K>(ring, full, empty, order, *work, consumer,
                [&](Accumulators<K>& accumulators, const Item& item, int first_row) {
                  // Each consumer of a shared tile takes turns with its own rows of other splits.
-                 uint32_t* const turn =
-                     turns + CONSUMERS * item.shared + (K::SHARED_TILES ? consumer : 0);
+                 uint32_t* const semaphore =
+                     semaphores + CONSUMERS * item.shared + (K::SHARED_TILES ? consumer : 0);
                  if (item.splits > 1) {
                    if (first_thread)
-                     while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);
+                     while (load_acquire(semaphore) != uint32_t(item.split)) __nanosleep(64);
                    barrier_sync(1 + consumer, WARPGROUP);
                  }
                  add<K>(accumulators, out, item.m + first_row, item.n, m, n);
@@ -763,7 +763,8 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
                  if (item.splits > 1) {
                    barrier_sync(1 + consumer, WARPGROUP);
                    const int next = item.split + 1;
-                   if (first_thread) store_release(turn, uint32_t(next == item.splits ? 0 : next));
+                   if (first_thread)
+                     store_release(semaphore, uint32_t(next == item.splits ? 0 : next));
                  }
                });
   });
@@ -784,9 +785,9 @@ DEVICE void multiply_and_add(const TensorMap* map_a, const TensorMap* map_b, flo
 #define ADD_KERNEL(tile_m, tile_n, stages, shared)                                               \
   KERNEL(gemm_sm90_tn_##tile_m##x##tile_n, THREADS, 1)                                           \
   (const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, float* out, \
-   uint32_t* turns, int m, int n, int k, int splits) {                                           \
+   uint32_t* semaphores, int m, int n, int k, int splits) {                                      \
     multiply_and_add<Kind<ACROSS_K, ACROSS_K, tile_m, tile_n, stages, shared>>(                  \
-        &map_a, &map_b, out, turns, m, n, k, splits);                                            \
+        &map_a, &map_b, out, semaphores, m, n, k, splits);                                       \
   }                                                                                              \
   EXPORT_KERNEL(gemm_sm90_tn_##tile_m##x##tile_n)
 #define ROTARY_KERNEL(tile_m, tile_n, stages, shared)                                          \

@@ -163,13 +163,13 @@ DEVICE void cluster_sync(SIMT_SITE) {
 }
 
 // ---------------------------------------------------------------- dependent launches
-// Every kernel that src/cuda/overlap.rs may let begin while the one in front of it still runs calls
+// Every kernel that src/cuda/overlap.rs may let begin while the one before it still runs calls
 // this, each of its threads, on every path, once. What comes before sets up shared memory
 // (barriers, prefetched tensor maps) and touches no global memory at all, not even to read. As each
 // thread has waited before it ends, a kernel that has ended says the same of all that came before
-// it: it is enough to wait for the one in front.
+// it: it is enough to wait for the one before.
 //
-// The kernel behind may begin as soon as every block of this one has come here: none of its blocks
+// The kernel after may begin as soon as every block of this one has come here: none of its blocks
 // takes the place of one that is still to come, so that blocks which wait for each other find room
 // as they would without it.
 DEVICE void begin_after_previous(SIMT_SITE) {

@@ -103,7 +103,7 @@ DEVICE void loss_backward(T* logits,           // [T,V], replaced by d_logits
     if (threadIdx.x == 0) losses[blockIdx.x] = 0;
     return;
   }
-  // Read by the thread that needs it, in front of the barrier behind which it may be overwritten.
+  // Read by the thread that needs it, before the barrier after which it may be overwritten.
   float logit = 0;
   if (threadIdx.x == 0) logit = target_logit(row_of(logits, columns), target, classes);
   const int tiles = tiles_of<T, THREADS, VECTORS>(columns);

@@ -6,7 +6,7 @@
 // The blocks of a cluster, 8 at most, share a row. Its vectors go around their threads, so that
 // each block has as many as another, and holds them in registers: a row is read once and, where
 // there is a gradient, written once. Each warp sends the part of Z that it knows to every block;
-// behind the cluster's barrier all of them add up the same parts in the same order. Several
+// after the cluster's barrier all of them add up the same parts in the same order. Several
 // clusters have a place on the same multiprocessors, so that one loads while another waits.
 #include "isobath.cuh"
 

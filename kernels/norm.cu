@@ -105,7 +105,7 @@ DEVICE void norm_forward(const T* inp,       // [rows,C]
   }
 
   for (int row = first_row; row < rows; row += row_step) {
-    uint4 held[VECTORS];  // the row, zeros behind its end
+    uint4 held[VECTORS];  // the row, zeros after its end
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
       const int at = thread + i * THREADS;
@@ -128,7 +128,7 @@ DEVICE void norm_forward(const T* inp,       // [rows,C]
     float squares[1] = {};
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-      if (thread + i * THREADS < vectors) {  // the zeros behind the end are not centred
+      if (thread + i * THREADS < vectors) {  // the zeros after the end are not centred
         float values[VALUES<T>];
         unpack(held[i], values);
 #pragma unroll

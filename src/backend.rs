@@ -346,7 +346,7 @@ pub trait Backend {
         self.allocate(label, bytes)
     }
 
-    /// Whether ops are enqueued and run later, so that a step is better enqueued before the one in front
+    /// Whether ops are enqueued and run later, so that a step is better enqueued before the one before
     /// of it is waited for.
     fn steps_ahead(&self) -> bool {
         false
@@ -366,7 +366,7 @@ pub trait Backend {
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
     fn read(&mut self, view: View, values: &mut [f32]) -> Result<()>;
-    /// Copies statistics out as they are behind everything before it, one view after the other; ops
+    /// Copies statistics out as they are after everything before it, one view after the other; ops
     /// that follow may change them. At most [`READINGS`] at one time.
     fn begin_read(&mut self, views: &[View]) -> Result<Reading> {
         let count = views.iter().map(|view| view.shape.elements()).sum();
@@ -379,7 +379,7 @@ pub trait Backend {
         }
         Ok(Reading::Done(values))
     }
-    /// Waits for the values, of which there are exactly as many, and not for what was enqueued behind.
+    /// Waits for the values, of which there are exactly as many, and not for what was enqueued after.
     fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
         match reading {
             Reading::Done(read) => values.copy_from_slice(&read),

@@ -14,7 +14,7 @@ use crate::cpu::Cpu;
 use crate::cuda::GPU_RESERVE_BYTES;
 use crate::cuda::adamw::AdamW;
 use crate::cuda::attention::backward_scratch_bytes;
-use crate::cuda::gemm::TURNS_BYTES;
+use crate::cuda::gemm::SEMAPHORE_BYTES;
 use crate::cuda::peaks::H200;
 use crate::device::{Device, open_kernels};
 use crate::engine::{DeviceBytes, MemoryTable, Plan};
@@ -96,7 +96,7 @@ impl PlanReport {
 pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
     let plan = Plan::without_device(config)?;
     let (opened, bf16) = match config.dtype {
-        Dtype::Bf16 => (TURNS_BYTES as usize, true),
+        Dtype::Bf16 => (SEMAPHORE_BYTES as usize, true),
         Dtype::F32 => (0, false),
     };
     let attention = |spec, documents| match bf16 {

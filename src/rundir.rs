@@ -335,7 +335,7 @@ pub fn checkpoint_steps(run: &Path) -> Result<Vec<u64>> {
     steps_in(&run.join(CHECKPOINTS), "")
 }
 
-/// The steps after which something in a folder is named, with `suffix` behind, in order; none if
+/// The steps after which something in a folder is named, with `suffix` after, in order; none if
 /// there is no such folder.
 pub(crate) fn steps_in(folder: &Path, suffix: &str) -> Result<Vec<u64>> {
     let names = names(folder)?;

@@ -103,7 +103,7 @@ impl Clock {
         self.step_from = now;
     }
 
-    /// Seconds of a step that is over. The one behind it, if it is under way, counts from here on.
+    /// Seconds of a step that is over. The one after it, if it is under way, counts from here on.
     pub fn step_ends(&mut self, now: Instant) -> f64 {
         let seconds = now.duration_since(self.step_from).as_secs_f64();
         self.step_from = now;
@@ -191,7 +191,7 @@ pub struct MemoryUse {
     /// The most that the process had at one time, the program included: of host memory. No GPU keeps
     /// count of it.
     pub peak: Option<u64>,
-    /// Of a GPU's memory, what nobody had taken behind the steps that do not count, and at the end:
+    /// Of a GPU's memory, what nobody had taken after the steps that do not count, and at the end:
     /// equal where a run takes no memory while it trains and no other program uses the GPU.
     pub free_after_warm_up: Option<u64>,
     pub free_at_end: Option<u64>,
@@ -229,7 +229,7 @@ fn drift_words(drift: f64) -> String {
     }
 }
 
-/// The lines that people read; no line end behind the last.
+/// The lines that people read; no line end after the last.
 impl fmt::Display for Throughput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Steady {
@@ -272,7 +272,7 @@ impl fmt::Display for MemoryUse {
         }
         if let (Some(warm), Some(end)) = (free_after_warm_up, free_at_end) {
             let (warm, end) = (mib(warm), mib(end));
-            write!(f, "; {warm:.1} MiB of the GPU free behind the warm-up, {end:.1} at the end")?;
+            write!(f, "; {warm:.1} MiB of the GPU free after the warm-up, {end:.1} at the end")?;
         }
         Ok(())
     }

@@ -114,7 +114,7 @@ fn work_is_counted_by_its_formula() {
     let logits = 16 * 80 * 2;
     let loss = [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4];
     assert_eq!(amounts(&small(Benchmark::Loss)), loss);
-    // A cluster holds the row; behind the largest, all tiles but the last are read twice.
+    // A cluster holds the row; after the largest, all tiles but the last are read twice.
     let gradient = |vocab| -> u64 {
         amounts(&Request { rows: Some(1), vocab: Some(vocab), ..small(Benchmark::Loss) })[1]
     };
@@ -173,7 +173,7 @@ fn each_row_is_told_when_it_has_been_timed() {
 }
 
 /// No sample begins while the device waits for the host: launches and events are enqueued without a
-/// pause, behind launches that do not count.
+/// pause, after launches that do not count.
 #[test]
 fn samples_follow_each_other_without_a_gap() {
     if skipped() {
@@ -429,7 +429,7 @@ fn every_kernel_of_every_placement_is_of_a_family() {
     }
 }
 
-/// How the kernels of an op begin; the op behind a name that several of them share.
+/// How the kernels of an op begin; the op after a name that several of them share.
 const KERNELS: [(&str, &str); 18] = [
     ("gemm_sm90_nt_128", "gemm_nt"),
     ("gemm_sm90_nt_rotary_", "gemm_nt_rotary"),
@@ -620,7 +620,7 @@ fn the_tuner_times_every_candidate_beside_the_models_choice() {
         expected.sort_unstable();
         assert_eq!(timed, expected);
 
-        let model = gemm.reckon(layout, gemm::Output::plain(layout), sizes).unwrap();
+        let model = gemm.by_cost_model(layout, gemm::Output::plain(layout), sizes).unwrap();
         let [best, model_is] = [0, found.model].map(|i| &found.candidates[i]);
         assert_eq!((model_is.kernel, model_is.splits), (model.variant.kernel, model.splits));
         let of_all: Vec<f64> = found
@@ -658,7 +658,7 @@ fn the_tuner_times_every_candidate_beside_the_models_choice() {
     }
 }
 
-/// Every kernel is timed with what a step has behind the product, and the table says so.
+/// Every kernel is timed with what a step has after the product, and the table says so.
 #[test]
 fn the_tuner_times_what_a_step_launches() {
     if skipped() {
@@ -934,7 +934,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         assert_eq!(row["percent_of_copy"].is_f64(), is_bytes, "{row}");
         assert!(row["percent_of_peak"].is_null() && row["work"]["formula"].is_string());
     }
-    // What stands behind a product, over the plain kernel of the same tile.
+    // What stands after a product, over the plain kernel of the same tile.
     let fused: Vec<&Value> = rows.iter().filter(|row| !row["over_plain"].is_null()).collect();
     let named = |row: &&Value| row["what"].as_str().unwrap().to_string();
     let names: Vec<String> = fused.iter().map(named).collect();
@@ -1028,7 +1028,7 @@ fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
     }
 }
 
-/// A product is reckoned no faster than the FLOPs of the datasheet nor than its bytes by what a copy
+/// A product is estimated no faster than the FLOPs of the datasheet nor than its bytes by what a copy
 /// has reached; and nothing but these bytes slows down what they hold up.
 #[test]
 fn no_product_is_reckoned_faster_than_its_bytes_or_its_flops() {
@@ -1083,7 +1083,7 @@ fn heads_of_several_vocabularies_are_reckoned() {
     assert_eq!(others(&all), first.len());
 }
 
-/// What was timed on an H200 is what is predicted, and its time stands beside the reckoned one.
+/// What was timed on an H200 is what is predicted, and its time stands beside the cost model's.
 #[test]
 fn a_prediction_says_what_has_been_timed() {
     let text = r#"
@@ -1134,7 +1134,7 @@ fn products_are_tuned_tabled_and_asked_for_from_the_command_line() {
     assert!(progress.contains("1/1"), "{progress}");
     let candidates = report["products"][0]["candidates"].as_array().unwrap();
     assert_eq!((report["products"][0]["layout"].as_str(), candidates.len()), (Some("tn"), 12));
-    assert!(candidates[0]["reckoned_microseconds"].is_null(), "nobody knows this CPU's peak");
+    assert!(candidates[0]["predicted_microseconds"].is_null(), "nobody knows this CPU's peak");
 
     let best = &candidates[0];
     let report = answer(&format!("gemm --table {one} --choices {out} --json"));

@@ -348,8 +348,8 @@ fn waits_too_late(code: &[String]) -> Option<String> {
     let before = &code[..wait];
     let early = before.iter().find(|it| reaches_global_memory(it) || *it == "EXIT");
     match early {
-        Some(early) => Some(format!("{early} in front of ACQBULK")),
-        None if !has(before, "PREEXIT") => Some("no PREEXIT in front of ACQBULK".to_string()),
+        Some(early) => Some(format!("{early} before ACQBULK")),
+        None if !has(before, "PREEXIT") => Some("no PREEXIT before ACQBULK".to_string()),
         None if has(&code[wait + 1..], "ACQBULK") => Some("a second ACQBULK".to_string()),
         None => None,
     }
@@ -362,15 +362,15 @@ fn early_accesses_are_found_in_machine_code() {
     let right = ["LDC.64", "STS", "UTMACCTL.PF", "SYNCS.EXCH.64", "PREEXIT", "ACQBULK", "LDG.E"];
     assert_eq!(wrong(&right), "");
     assert_eq!(wrong(&["PREEXIT", "LDG.E"]), "no ACQBULK");
-    assert_eq!(wrong(&["ACQBULK", "LDG.E"]), "no PREEXIT in front of ACQBULK");
+    assert_eq!(wrong(&["ACQBULK", "LDG.E"]), "no PREEXIT before ACQBULK");
     assert_eq!(wrong(&["PREEXIT", "ACQBULK", "LDG.E", "ACQBULK"]), "a second ACQBULK");
     for early in ["LDG.E.128", "STG.E", "LD.E", "RED.E.ADD", "LDGSTS.E", "UTMALDG.2D", "EXIT"] {
         let found = wrong(&["PREEXIT", early, "ACQBULK"]);
-        assert_eq!(found, format!("{early} in front of ACQBULK"));
+        assert_eq!(found, format!("{early} before ACQBULK"));
     }
 }
 
-/// Every kernel that is not one of conformance: the drivers let it begin while the kernel in front
+/// Every kernel that is not one of conformance: the drivers let it begin while the kernel before
 /// of it still runs.
 #[test]
 fn every_kernel_waits_for_the_one_in_front_before_it_touches_global_memory() {
@@ -434,7 +434,7 @@ fn the_hopper_attention_computes_exponents_while_it_multiplies() {
 }
 
 /// The same of the backward pass in one. At a head dim of 128 no product needs the exponents before
-/// the wait, and ptxas moves some of them behind it.
+/// the wait, and ptxas moves some of them after it.
 #[test]
 fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
     let Some(tools) = disassembler() else { return };
@@ -444,7 +444,7 @@ fn the_hopper_backward_pass_computes_exponents_while_it_multiplies() {
         for mnemonic in ["HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "UBLKCP"] {
             assert!(has(code, mnemonic), "{name} has no {mnemonic}");
         }
-        // Behind the wait for the scores, in front of that for dP.
+        // After the wait for the scores, before that for dP.
         let step = code.split(|it| it == "WARPGROUP.DEPBAR.LE").nth(1).unwrap();
         let exponents = step.iter().filter(|it| *it == "MUFU.EX2").count();
         let all = 64 * 64 / 128; // a consumer's scores over its threads

@@ -200,7 +200,7 @@ fn the_second_part_of_a_bundle_has_a_folder_of_its_own() {
     assert_stages(&summary, &expected);
     let expected = ["bench tune", "bench table", "peers products", "peers training"];
     assert_eq!(names(&summary)[..4], expected);
-    // The table is there though the tuner has timed nothing, and the stages behind it read it.
+    // The table is there though the tuner has timed nothing, and the stages after it read it.
     assert_eq!(fs::read(folder.path().join("results-2/tuned.toml")).unwrap(), b"");
     for name in ["bench tune", "bench table", "peers products"] {
         let command = stage(&summary, name)["command"].to_string();

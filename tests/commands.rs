@@ -141,10 +141,10 @@ fn a_damaged_checkpoint_is_passed_over_with_a_warning() {
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&weights, &bytes).unwrap();
     let message = assert_succeeds(&resume);
-    for part in ["warning: passing over step 8", "sha256", "resuming behind step 4"] {
+    for part in ["warning: passing over step 8", "sha256", "resuming after step 4"] {
         assert!(message.contains(part), "no {part:?} in {message}");
     }
-    assert_eq!(metrics(&case.out), expected, "the steps behind it are trained again");
+    assert_eq!(metrics(&case.out), expected, "the steps after it are trained again");
 
     // Not one good checkpoint left: that is for a person to decide, and nothing is touched.
     for step in [4, 8] {

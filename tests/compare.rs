@@ -84,7 +84,7 @@ fn what_is_complete_is_only_read_and_what_is_not_goes_on() {
     let first = compared(&request);
     let [pre, lns] = [0, 1].map(|at| first.variants[at].runs[0].folder.clone());
     let before = modified(&pre);
-    // As if the process had died behind step 2 of the second run.
+    // As if the process had died after step 2 of the second run.
     fs::remove_dir_all(checkpoint_folder(&lns, 4)).unwrap();
     let weights = |run: &Path| fs::read(checkpoint_folder(run, 4).join("model.safetensors"));
     let again = compared(&request);

@@ -617,7 +617,7 @@ fn padding_counts_nowhere() {
     }
 }
 
-/// A trained run, the text behind its training text, and the arguments to measure it.
+/// A trained run, the text after its training text, and the arguments to measure it.
 struct Case {
     folder: TempDir,
     run: PathBuf,

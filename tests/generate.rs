@@ -73,7 +73,7 @@ fn greedy_text_is_the_argmax_of_a_forward_pass_without_a_cache() {
             let losses = &losses[length - 1 + i];
             let best = (0..losses.len()).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
             let (found, least) = (losses[token as usize], losses[best]);
-            assert!(found <= least + 2e-5, "token {i} behind {length}: {token}, not {best}");
+            assert!(found <= least + 2e-5, "token {i} after {length}: {token}, not {best}");
         }
     }
 }

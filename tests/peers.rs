@@ -600,7 +600,7 @@ fn each_side_trains_with_its_fastest_micro_batch_in_turns() {
     }
 }
 
-/// What has been measured is on disk, whatever fails behind it.
+/// What has been measured is on disk, whatever fails after it.
 #[test]
 fn a_side_that_fails_does_not_take_the_others_with_it() {
     if python_is_missing() {

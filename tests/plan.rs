@@ -102,7 +102,7 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
     let on_h200 = plan(&arguments);
     let usable = on_h200["usable_bytes"].as_u64().unwrap();
     assert_eq!(usable, (139 << 30) - (512 << 20), "all but the driver's context");
-    // What the driver takes behind that is a row, of which training knows, too.
+    // What the driver takes after that is a row, of which training knows, too.
     assert_eq!(on_h200["bytes"]["reserve"], 512 << 20);
     let predicted = &on_h200["predicted"];
     for (at, roof) in predicted["roofs"].as_array().unwrap().iter().enumerate() {

@@ -295,7 +295,7 @@ fn runs_that_differ_in_their_seed_alone_are_one_line_with_a_band() {
     let svg = Document::parse(validation).unwrap();
     let texts: Vec<&str> = svg.descendants().filter_map(|node| node.text()).collect();
     assert!(texts.contains(&"lns (3 seeds)") && texts.contains(&"pre-seed1"), "{texts:?}");
-    // Behind the last step: the mean of 0.1, 0.2 and 0.3 more than the loss of `worse` = 0.
+    // After the last step: the mean of 0.1, 0.2 and 0.3 more than the loss of `worse` = 0.
     let mean = step_record(STEPS, 0.2).evaluation.unwrap().val_loss;
     let tip = format!("lns (3 seeds) (400k, {})", isobath::figure::short(mean));
     assert!(texts.contains(&tip.as_str()), "no {tip} in {texts:?}");

@@ -89,6 +89,7 @@ pub fn run_config(model: &ModelConfig) -> Config {
             eval_every: 0,
             eval_tokens: 0,
             sample_every: 0,
+            sample_tokens: 100,
             z_loss: 0.0,
             deterministic: true,
             init_from: None,

@@ -82,7 +82,7 @@ fn check_model_gradients(model: ModelConfig) {
         let rows = [Rows::new(&tokens, &targets)];
         trainer.accumulate(rows.into_iter()).unwrap()
     };
-    // Losses are handed out as f32; their f64 values lie behind the gradient's norm instead, so
+    // Losses are handed out as f32; their f64 values lie after the gradient's norm instead, so
     // the differences are taken over a loss summed in f64: L = sum of losses / predicted.
     let outcome = loss(&mut trainer);
     assert!(outcome.loss > 1.0 && outcome.grad_norm > 1e-2, "{outcome:?}");
@@ -227,14 +227,14 @@ fn a_level_computes_again_what_it_says_and_nothing_else() {
     assert_eq!(norms, [("norm", 2 * layers), ("swiglu", layers)]);
     let [itself, qkv] = [("attention", layers), ("linear, rotary", layers)];
     assert_eq!(attention, [itself, qkv, ("norm", 2 * layers), ("swiglu", layers)]);
-    // The projection behind attention, and gate and up; not the product that ends the block.
+    // The projection after attention, and gate and up; not the product that ends the block.
     let [projection, gate_up] = [("linear", layers), ("linear, swiglu", layers)];
     assert_eq!(block, [itself, projection, qkv, gate_up, ("norm", 2 * layers)]);
 
-    // The norm behind the FFN is the residual stream between blocks, and kept.
+    // The norm after the FFN is the residual stream between blocks, and kept.
     let post = ModelConfig { placement: Placement::Post, ..pre.clone() };
     assert_eq!(again(&post, Recompute::Norms), [("norm", layers), ("swiglu", layers)]);
-    // Nobody reads again what the norms behind the branches gave.
+    // Nobody reads again what the norms after the branches gave.
     let sandwich = ModelConfig { placement: Placement::Sandwich, ..pre };
     assert_eq!(again(&sandwich, Recompute::Norms), norms);
 }

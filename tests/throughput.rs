@@ -14,7 +14,7 @@ use isobath::throughput::{
 
 use crate::support::small_model;
 
-/// Steps of 1000 tokens that take so many seconds, behind a warm-up that takes 1000 times as long.
+/// Steps of 1000 tokens that take so many seconds, after a warm-up that takes 1000 times as long.
 fn meter(seconds: &[f64]) -> Meter {
     let mut meter = Meter::default();
     (0..WARM_UP_STEPS).for_each(|_| meter.add(1000, 1000.0));
@@ -79,7 +79,7 @@ fn a_step_has_no_time_of_an_evaluation_and_the_run_none_of_a_checkpoint() {
     assert_eq!(clock.step_ends(at(15)), 4.0);
     assert_eq!(clock.run_pauses(at(15)), 5.0);
     clock.run_goes_on(at(15));
-    assert_eq!(clock.step_ends(at(18)), 3.0, "from the end of the one in front of it");
+    assert_eq!(clock.step_ends(at(18)), 3.0, "from the end of the one before it");
     // An evaluation up to 40, which is the run's; a checkpoint up to 70, which is nobody's.
     assert_eq!(clock.run_pauses(at(40)), 25.0);
     clock.run_goes_on(at(70));
@@ -142,7 +142,7 @@ fn a_summary_says_all_of_it_and_survives_json() {
         "156 tokens/s: median of 8 steps after the first 3; half of them 111 to 425, the slowest 111",
         "the last quarter 60.0% slower than the first",
         "31.1% MFU = tokens/s x 2000000 FLOPs per token (6*N) / 0.0e12, the dense peak",
-        "memory: 3.0 MiB planned, 2.0 in buffers, 5.0 taken at most; 7.0 MiB of the GPU free behind \
+        "memory: 3.0 MiB planned, 2.0 in buffers, 5.0 taken at most; 7.0 MiB of the GPU free after \
          the warm-up, 6.0 at the end",
         "while it trained, 2 readings; SM clock 1840 MHz (1700 to 1980); power 700 W (700 to 700); \
          SW_POWER_CAP in 50%",

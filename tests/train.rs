@@ -85,6 +85,28 @@ fn eight_steps_equal_four_and_four_in_every_bit() {
 }
 
 #[test]
+fn samples_have_as_many_tokens_as_are_asked_for() {
+    let folder = tempdir().unwrap();
+    let text = text_file(folder.path(), 4000);
+    let mut config = run_config(&small_model());
+    config.model.vocab = 0;
+    config.data.train = vec![text.display().to_string()];
+    (config.train.steps, config.train.sample_every) = (2, 1);
+    for (tokens, samples) in [(12, 2), (0, 0)] {
+        let out = folder.path().join(format!("run-{tokens}"));
+        config.train.sample_tokens = tokens;
+        let outcome = run(&config, &out, false);
+        let lines = json_lines(&out.join("samples.jsonl"));
+        assert_eq!((lines.len(), outcome.sample.is_some()), (samples, samples > 0));
+        // A byte each; what is no UTF-8 yet takes three.
+        for line in lines {
+            let length = line["text"].as_str().unwrap().len();
+            assert!((1..=3 * tokens).contains(&length), "{line}");
+        }
+    }
+}
+
+#[test]
 fn resuming_a_finished_run_changes_nothing() {
     let folder = tempdir().unwrap();
     let text = text_file(folder.path(), 4000);
@@ -232,7 +254,7 @@ fn a_signal_ends_the_step_and_saves_and_the_run_goes_on_as_if_nothing_had_been()
         let mut resumed = tiny_run(&text, &out, &[&steps]);
         resumed.push("--resume".to_string());
         let message = assert_succeeds(&resumed);
-        assert!(message.contains(&format!("resuming behind step {step}")), "{message}");
+        assert!(message.contains(&format!("resuming after step {step}")), "{message}");
         assert_succeeds(&tiny_run(&text, &whole, &[&steps]));
         assert_eq!(metrics(&out), metrics(&whole));
         assert_same_state(&out, &whole, step + 3);

@@ -52,7 +52,7 @@ class Stage:
 
     @property
     def is_late(self):
-        """Behind conformance and the tests, whose time has an end for that."""
+        """After conformance and the tests, whose time has an end for that."""
         return not self.name.startswith(("info", "conformance", "test "))
 
 
@@ -147,7 +147,7 @@ def conformance(args, results, start=None):
         command += ["--from", start]
 
     def rest(report):
-        """A kernel that faults or hangs takes the process with it: the cases behind it."""
+        """A kernel that faults or hangs takes the process with it: the cases after it."""
         missing = json.loads(report).get("not_reached") if is_json(report) else None
         return [conformance(args, results, missing[0])] if missing else []
     return Stage(f"conformance from {start}" if start else "conformance", command, 60, then=rest)
@@ -197,7 +197,7 @@ def bench(args, name, samples=None):
 
 def benches(args):
     """Steps first, then the kernels."""
-    # The same step again, each kernel behind the end of the one in front of it.
+    # The same step again, each kernel after the end of the one before it.
     without_overlap = {"ISOBATH_OVERLAP": "0"}
     step = bench(args, "step", samples=10)
     return [

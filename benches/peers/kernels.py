@@ -241,8 +241,8 @@ class Stopwatch:
         return found, len(copies)
 
     def burst(self, twin, samples, rest):
-        """As src/bench/products/ times a product: samples one behind the other without a gap,
-        behind one that does not count, after a rest of so many seconds."""
+        """As src/bench/products/ times a product: samples one after the other without a gap,
+        after one that does not count, after a rest of so many seconds."""
         copies = [twin.setup() for _ in range(self.copies(twin))]
         start = time.perf_counter()
         for copy in copies:
@@ -266,7 +266,7 @@ class Stopwatch:
 
     def sustained(self, twin, samples, seconds):
         """As src/bench/products/ times a product that is launched on and on: samples of so many
-        seconds, behind as many that do not count."""
+        seconds, after as many that do not count."""
         copies = [twin.setup() for _ in range(self.copies(twin))]
         self.sample(twin, copies, 0)
         if self.device != "cuda":

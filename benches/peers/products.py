@@ -8,8 +8,8 @@ alternately, and makes one table with geometric means.
 
 The products are those of `isobath bench gemm --predict`, each once, the largest share of a training
 step first. `isobath bench gemm --stdin` stays open; in each round a product is timed by it, then as
-its twins (twins.py): random normals, L2 cold, bursts of as many samples, each behind a rest, CUDA
-events; medians over all rounds. Behind the rounds each product is timed sustained, by both sides in
+its twins (twins.py): random normals, L2 cold, bursts of as many samples, each after a rest, CUDA
+events; medians over all rounds. After the rounds each product is timed sustained, by both sides in
 turn: launched on and on, so that the GPU lowers its clock to the power that it may draw; the first
 half does not count. What the twins compute:
 
@@ -36,7 +36,7 @@ import kernels
 # Seconds, as in src/bench/products/.
 REST = 0.05
 SLOT, SLOTS = 0.02, 5
-# Of all seconds, those behind which no further round of bursts begins or goes on.
+# Of all seconds, those after which no further round of bursts begins or goes on.
 BURST_SHARE = 0.65
 LAYOUTS = ["nt", "nn", "tn"]
 # Who is stopped loses no more than this.

@@ -85,7 +85,7 @@ class Isobath(Side):
         try:
             report = kernels.run_isobath(args.program, "step", args.device, extra)
         except ValueError as error:
-            # Behind the rows that were timed before.
+            # After the rows that were timed before.
             why = [line for line in str(error).splitlines() if any(it in line for it in NO_ROOM)]
             if why:
                 raise NoMemory(why[0]) from None
@@ -253,7 +253,7 @@ class Race:
         for micro_batch in candidates(self.args.rows, self.args.first):
             if self.isobath.kept["tried"] and late(self.args, SEARCH_SHARE):
                 break
-            # An eager one comes in behind the one that it stands for.
+            # An eager one comes in after the one that it stands for.
             for side in self.sides:
                 if side.failed() or side is not self.isobath and self.isobath.row is None:
                     continue

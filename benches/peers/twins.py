@@ -144,7 +144,7 @@ def gemm(row, device):
 # ------------------------------------------------------------------ attention
 
 def attention(row, device):
-    """Forward, backward behind a forward that is not timed, or both ("attention")."""
+    """Forward, backward after a forward that is not timed, or both ("attention")."""
     sizes, dtype = row["sizes"], DTYPES[row["dtype"]]
     b, s, h, k, d = (sizes[key] for key in ("B", "S", "H", "K", "D"))
     op = row["op"]

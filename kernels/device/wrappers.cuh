@@ -298,7 +298,7 @@ DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;
 DEVICE void tma_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
 }
-// The texts are the coordinates' operands: behind two others (store), three (load) or four.
+// The texts are the coordinates' operands: after two others (store), three (load) or four.
 #define PTX_TMA(rank, parameters, coordinates, behind_2, behind_3, behind_4)                      \
   DEVICE void tma_load_##rank##d(void* shared, const TensorMap* map, uint64_t* barrier,           \
                                  parameters) {                                                    \
@@ -441,9 +441,9 @@ DEVICE T* cluster_map(T* p, uint32_t rank) {
 }
 
 // ---------------------------------------------------------------- dependent launches
-// Until the kernels in front have ended, with all that they wrote.
+// Until the kernels before have ended, with all that they wrote.
 DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Kernels behind this one may begin when all of its blocks have come here, or ended.
+// Kernels after this one may begin when all of its blocks have come here, or ended.
 DEVICE void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }
@@ -455,7 +455,7 @@ DEVICE void grid_dependency_launch() {
 extern __device__ void cluster_arrive();
 extern __device__ void cluster_wait();
 
-// Launches depend on each other from sm_90 on; below, a kernel begins when those in front have
+// Launches depend on each other from sm_90 on; below, a kernel begins when those before have
 // ended.
 DEVICE void grid_dependency_wait() {}
 DEVICE void grid_dependency_launch() {}

@@ -19,7 +19,7 @@ struct SimtLaunch {
   uint32_t grid[3], block[3], cluster[3];
   uint32_t dynamic_shared_bytes;
   uint32_t cooperative;
-  uint32_t dependent;  // 1: each thread must wait for the kernel in front (grid_dependency_wait)
+  uint32_t dependent;  // 1: each thread must wait for the kernel before (grid_dependency_wait)
 };
 
 enum SimtOrder : uint32_t { SIMT_FIFO = 0, SIMT_LIFO = 1, SIMT_RANDOM = 2 };
@@ -36,7 +36,7 @@ struct SimtOptions {
 
 struct SimtFault;  // owned by the caller
 
-// The i-th kernel of the build, or null behind the last.
+// The i-th kernel of the build, or null after the last.
 const SimtKernelInfo* simt_kernel(uint32_t index);
 
 // The launch keeps the rules that both machines share (src/cuda/driver/launch.rs); `arguments[i]`
@@ -48,7 +48,7 @@ int simt_launch(const char* kernel, const SimtLaunch*, void* const* arguments, c
 const char* simt_fault_text(const SimtFault*);
 void simt_fault_free(SimtFault*);
 
-// Device memory: 256-byte aligned, exact bounds, filled with NaNs, a guard page behind it. `label`
+// Device memory: 256-byte aligned, exact bounds, filled with NaNs, a guard page after it. `label`
 // names it in faults and is copied. Null: no memory.
 void* simt_allocate(uint64_t bytes, const char* label);
 // 0: done, 1: not the start of a buffer.

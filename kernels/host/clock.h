@@ -3,7 +3,7 @@
 // An actor is a thread or something that works on its own: a TMA load's mbarrier, a thread's bulk
 // stores, a warp's part of wgmma. Each counts ticks; `Known` says up to which tick of every actor
 // the holder is ordered after. A known vector never changes once it is shared, so that all threads
-// behind one barrier share one vector and the usual join is the comparison of two pointers.
+// after one barrier share one vector and the usual join is the comparison of two pointers.
 // Vector clocks: Fidge 1988, Mattern 1989; epochs: Flanagan & Freund, "FastTrack", PLDI 2009.
 #pragma once
 #include <algorithm>

@@ -112,7 +112,7 @@ static void note_bulk(Fiber& fiber, uint32_t group, Tick tick) {
     return;
   }
   ticks.emplace_back(group, tick);
-  if (ticks.size() > MOST_GROUPS) ticks.erase(ticks.begin());  // the one behind it came later
+  if (ticks.size() > MOST_GROUPS) ticks.erase(ticks.begin());  // the one after it came later
 }
 
 // Every kind: checks what can be checked now, and enters the race detector's order.

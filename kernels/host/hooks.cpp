@@ -112,7 +112,7 @@ static bool on_stack(const Fiber& fiber, const void* p) {
                     : describe_global(p).c_str()));
 }
 
-// Whether a kernel runs in race mode; not in constructors, or behind its end.
+// Whether a kernel runs in race mode; not in constructors, or after its end.
 static bool watched() { return worker && worker->race && current; }
 
 // Most accesses are to the stack of a thread that uses no wgmma.

@@ -40,7 +40,7 @@ constexpr uint32_t NAMED_BARRIERS = 16;
 constexpr uint32_t SHARED_LIMIT = 232448;    // dynamic and static bytes of a block
 constexpr size_t WINDOW_BYTES = 256 * 1024;  // of shared addresses, per block
 constexpr uint32_t DYNAMIC_BASE = 1024;      // as on the device, which keeps the first KiB
-constexpr uint32_t GAP_BYTES = 256;          // behind dynamic and static memory: never valid
+constexpr uint32_t GAP_BYTES = 256;          // after dynamic and static memory: never valid
 constexpr uint32_t REGISTERS = 65536;        // of a multiprocessor
 
 struct Block;
@@ -101,7 +101,7 @@ struct Fiber : ThreadIndices {
   Warp* warp = nullptr;
   uint32_t id = 0;  // in its block
   bool done = false;
-  bool must_wait = false;  // for the kernel in front, before it touches global memory
+  bool must_wait = false;  // for the kernel before, before it touches global memory
 
   Wait wait = Wait::Nothing;
   const void* wait_for = nullptr;

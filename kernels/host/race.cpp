@@ -135,7 +135,7 @@ static bool pending(const SharedSlot& slot, uint32_t team, const Access& access)
          thread_of(slot.actor)->copies_done <= slot.tick;
 }
 
-// An asynchronous access after an ordinary store needs a proxy fence of the writer behind the
+// An asynchronous access after an ordinary store needs a proxy fence of the writer after the
 // store, and has to be ordered after that fence as well.
 static bool fenced(const SharedSlot& slot, uint32_t team, const Access& access, bool shared) {
   if (slot.flags & ASYNC || team != access.team) return true;

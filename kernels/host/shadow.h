@@ -32,7 +32,7 @@ struct SharedSlot {
   uint16_t mask;
   uint8_t flags;
   // The same read by the same lane of several warps (shared memory): bit w stands for the thread
-  // 32 w behind `actor`. 0: `actor` alone.
+  // 32 w after `actor`. 0: `actor` alone.
   uint8_t warps = 0;
 };
 
@@ -68,7 +68,7 @@ class alignas(64) Line {
  public:
   using Slot = S;
   static constexpr uint32_t BYTES = 16, INLINE_SLOTS = INLINE;
-  // Of the object: without the padding behind the slots.
+  // Of the object: without the padding after the slots.
   static constexpr size_t CONTENT_BYTES = 16 + INLINE * sizeof(S);
 
   uint16_t initialised = 0;  // of shared memory: bytes that somebody wrote
@@ -157,7 +157,7 @@ bool reserve_shadow(const void* base, size_t bytes);
 // Forgets whole pages.
 void drop_shadow(const void* start, size_t bytes);
 
-extern std::atomic<ShadowPage*>* shadow_pages;  // by page behind the base, made at the first use
+extern std::atomic<ShadowPage*>* shadow_pages;  // by page after the base, made at the first use
 extern uintptr_t shadow_base;
 ShadowPage& new_shadow_page(std::atomic<ShadowPage*>&);
 inline ShadowPage& shadow_page(uintptr_t address) {

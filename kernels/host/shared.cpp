@@ -1,4 +1,4 @@
-// Shared memory: static variables, the gaps behind what a launch asked for, device addresses.
+// Shared memory: static variables, the gaps after what a launch asked for, device addresses.
 #include "shared.h"
 
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace simt {
 
-// A byte that no kernel writes by chance, behind dynamic and static memory.
+// A byte that no kernel writes by chance, after dynamic and static memory.
 static constexpr uint8_t GAP = 0xca;
 
 void out_of_shared(const Block& block, uint32_t address, uint32_t bytes, const char* what,
@@ -44,11 +44,11 @@ void check_gaps(const Block& block) {
     return false;
   };
   if (changed(block.dynamic_end)) {
-    fail(format("block %s wrote behind its %u bytes of dynamic shared memory",
+    fail(format("block %s wrote after its %u bytes of dynamic shared memory",
                 describe(block.index).c_str(), block.dynamic_end - DYNAMIC_BASE));
   }
   if (!block.statics.empty() && changed(block.static_end)) {
-    fail(format("block %s wrote behind its static shared memory", describe(block.index).c_str()));
+    fail(format("block %s wrote after its static shared memory", describe(block.index).c_str()));
   }
 }
 

@@ -41,7 +41,7 @@ inline void checked_shared(const void* p, uint32_t bytes, const char* what, Site
 // A fault if `p` lies in another block's shared memory: most instructions take .shared::cta only.
 void check_own_block(const Fiber&, const void* p, const char* what, Site);
 
-// Fills a block's memory with NaNs and the gap behind it; whether the gaps are whole.
+// Fills a block's memory with NaNs and the gap after it; whether the gaps are whole.
 void poison(Block&);
 void check_gaps(const Block&);
 

@@ -48,7 +48,7 @@ pub(super) fn rows(
     shapes.into_iter().try_for_each(|shape| rows_of(driver, request, shape, table))
 }
 
-/// Forward; backward in every way that there are kernels for; and both, one behind the other,
+/// Forward; backward in every way that there are kernels for; and both, one after the other,
 /// backward in the way that a training step takes.
 fn rows_of(
     driver: &mut dyn Driver,
@@ -130,7 +130,7 @@ fn rows_of(
     ways.into_iter().try_for_each(|(kernels, _)| kernels.release(driver))
 }
 
-/// Passes that are launched one behind the other, and what else tells them apart.
+/// Passes that are launched one after the other, and what else tells them apart.
 struct Timed {
     plans: Vec<AttentionPlan>,
     how: &'static str,

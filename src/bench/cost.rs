@@ -274,7 +274,7 @@ impl Cost {
         }
     }
 
-    /// One behind the other.
+    /// One after the other.
     pub fn attention(spec: AttentionSpec, dtype: Dtype) -> Self {
         let [forward, backward] =
             [Cost::attention_forward(spec, dtype), Cost::attention_backward(spec, dtype)];

@@ -1,4 +1,4 @@
-//! A product as a training step launches it: its sizes, what stands behind it in the same kernel,
+//! A product as a training step launches it: its sizes, what stands after it in the same kernel,
 //! and the operands that both need.
 
 use serde::Serialize;

@@ -62,8 +62,8 @@ impl<T> Copies<T> {
         Ok(Copies { copies: copies?, allocations })
     }
 
-    /// Times `launch`, once on each copy in a sample, one sample behind the other without a gap. One
-    /// before the first does not count: behind it the host is ahead of the device.
+    /// Times `launch`, once on each copy in a sample, one sample after the other without a gap. One
+    /// before the first does not count: after it the host is ahead of the device.
     pub fn time(
         &self,
         driver: &mut dyn Driver,
@@ -191,7 +191,7 @@ pub(super) fn integers_below(stream: u64, end: usize, count: usize) -> Vec<i32> 
     (0..count as u64).map(draw).collect()
 }
 
-/// Times between events that were recorded one behind the other.
+/// Times between events that were recorded one after the other.
 pub(super) fn between(driver: &mut dyn Driver, events: &[EventId]) -> Result<Vec<f64>> {
     let pairs = events.windows(2);
     pairs.map(|pair| Ok(driver.elapsed_ms(pair[0], pair[1])? * 1e3)).collect()

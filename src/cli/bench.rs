@@ -37,7 +37,7 @@ pub struct BenchArgs {
     /// what was fastest becomes src/cuda/gemm/tuned.toml
     #[arg(long)]
     tune: bool,
-    /// gemm: the products that lines on stdin name (nt 4096,2048,1024, or with `sustained` behind it),
+    /// gemm: the products that lines on stdin name (nt 4096,2048,1024, or with `sustained` after it),
     /// one JSON row a line, for a program that times something else in between
     #[arg(long)]
     stdin: bool,

@@ -1,7 +1,7 @@
 //! `isobath conformance`: does this device do what every wrapper of kernels/ is meant to do?
 //!
 //! Each case is named before it runs. One that faults on a GPU, or does not end, ends the process:
-//! goldens and report of what came before are written then, and --from goes on behind it.
+//! goldens and report of what came before are written then, and --from goes on after it.
 
 use std::path::PathBuf;
 use std::process;

@@ -283,6 +283,8 @@ pub struct TrainConfig {
     pub eval_tokens: u64,
     /// Steps between samples; 0: only at the end.
     pub sample_every: u64,
+    /// Most tokens of a sample; 0: no samples.
+    pub sample_tokens: usize,
     /// Weight of log^2(Z) in the loss; 0: off.
     pub z_loss: f64,
     /// Whether the same run on the same device has the same bits.

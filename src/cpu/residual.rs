@@ -41,7 +41,7 @@ pub(super) struct Gain<'a, T> {
     pub d_gain: &'a mut [T],  // as gain, +=
 }
 
-/// d_out [T,C], multiplied by the stream's scale behind its last use; d_inp [T,C].
+/// d_out [T,C], multiplied by the stream's scale after its last use; d_inp [T,C].
 pub(super) fn backward<T: Float>(
     spec: ResidualSpec,
     columns: usize,

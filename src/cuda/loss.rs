@@ -57,11 +57,11 @@ impl Shape {
     }
 }
 
-/// The widest row: an i32 has to count its columns and those of a tile behind its end.
+/// The widest row: an i32 has to count its columns and those of a tile after its end.
 pub const MAX_COLUMNS: usize = 1 << 30;
 const VECTOR_BYTES: usize = 16;
 
-/// Addresses of [`Loss::forward`]; rows lie behind each other without gaps.
+/// Addresses of [`Loss::forward`]; rows lie after each other without gaps.
 #[derive(Clone, Copy, Debug)]
 pub struct LossForward {
     /// [T,V]

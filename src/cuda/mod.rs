@@ -63,9 +63,9 @@ pub struct Switches {
     /// Work that repeats is replayed as a graph; else every kernel is launched on its own, so that an
     /// error comes out of its own launch.
     pub graphs: bool,
-    /// A kernel may begin while the one in front of it still runs.
+    /// A kernel may begin while the one before it still runs.
     pub overlap: bool,
-    /// A step is enqueued before the one in front of it is over; `None`: on devices that run by
+    /// A step is enqueued before the one before it is over; `None`: on devices that run by
     /// themselves.
     pub steps_ahead: Option<bool>,
 }

@@ -33,7 +33,7 @@ const RANGE_POP: usize = 11;
 
 type Slot = AtomicPtr<c_void>;
 
-/// Where the profiler puts its functions; entry 0 and everything behind the last stay null.
+/// Where the profiler puts its functions; entry 0 and everything after the last stay null.
 static SLOTS: [[Slot; MOST + 1]; FUNCTIONS.len()] =
     [const { [const { AtomicPtr::new(ptr::null_mut()) }; MOST + 1] }; FUNCTIONS.len()];
 

@@ -57,7 +57,7 @@ impl Offload {
     }
 
     /// [`AdamW::launch`] on the main stream, with moments in host memory. What is enqueued on the main
-    /// stream behind it finds them updated.
+    /// stream after it finds them updated.
     ///
     /// Errors: as [`AdamW::launch`].
     pub fn update(
@@ -67,7 +67,7 @@ impl Offload {
         args: &AdamWBuffers,
     ) -> Result<()> {
         let part = adamw.part();
-        // Behind the update before, whose copies out the main stream has waited for.
+        // After the update before, whose copies out the main stream has waited for.
         driver.record(self.started, StreamId::MAIN)?;
         driver.wait(self.incoming, self.started)?;
         let chunks = part.elements.div_ceil(self.chunk);
@@ -94,7 +94,7 @@ impl Offload {
             }
             driver.record(slot.stored, self.outgoing)?;
         }
-        // Copies out run in order: behind the last one, all are done.
+        // Copies out run in order: after the last one, all are done.
         match chunks.checked_sub(1) {
             Some(last) => driver.wait(StreamId::MAIN, self.slots[last as usize % SLOTS].stored),
             None => Ok(()),

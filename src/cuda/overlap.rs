@@ -1,16 +1,16 @@
-//! Which launches may begin while the kernel in front of them still runs ("programmatic dependent
+//! Which launches may begin while the kernel before them still runs ("programmatic dependent
 //! launch"). The one place that decides it, for both machines.
 //!
-//! A dependent launch begins when every block of the kernel in front has begun: it sets itself up
+//! A dependent launch begins when every block of the kernel before has begun: it sets itself up
 //! beside the last of them, and each of its threads waits (begin_after_previous in
 //! kernels/isobath.cuh) until that kernel has ended. Every kernel of a build has this wait, but for
 //! those of conformance*.cu, which run on drivers that [`Driver::overlap`] was not called on; the
 //! machine code is tested for it (tests/build.rs), and simt checks it in every launch.
 //!
-//! Only a kernel that is directly behind another one on its stream is dependent. Behind a copy, a
+//! Only a kernel that is directly after another one on its stream is dependent. After a copy, a
 //! fill, an event, a wait for one, a graph, and at the beginning of a graph, a launch waits for
 //! everything before it, as it always did; so none can overtake an event. Cooperative launches are
-//! ordinary, and so is what comes behind them: NVIDIA's documentation says of neither that they
+//! ordinary, and so is what comes after them: NVIDIA's documentation says of neither that they
 //! may be part of such a pair.
 //!
 //! [`Driver::overlap`]: super::Driver::overlap

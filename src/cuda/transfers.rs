@@ -27,7 +27,7 @@ pub struct Transfers {
 #[derive(Debug)]
 struct Place {
     memory: Allocation,
-    /// Behind its last copy.
+    /// After its last copy.
     copied: EventId,
     under_way: bool,
 }
@@ -64,7 +64,7 @@ impl Transfers {
         Ok(Transfers { sections, section: 0, used: 0, readings, begun: 0 })
     }
 
-    /// Copies to the device, behind what is enqueued, and takes the bytes at once. Waits only for a
+    /// Copies to the device, after what is enqueued, and takes the bytes at once. Waits only for a
     /// section that was sent from several steps ago; or, where no section is as large, for the copy.
     pub fn send(&mut self, driver: &mut dyn Driver, bytes: &[u8], to: DevicePointer) -> Result<()> {
         let (count, size) = (bytes.len() as u64, self.sections[0].memory.bytes);
@@ -83,7 +83,7 @@ impl Transfers {
         driver.on_device(StreamId::MAIN, from, to, count)
     }
 
-    /// Copies these ranges of device memory to one place, behind what is enqueued; its number is for
+    /// Copies these ranges of device memory to one place, after what is enqueued; its number is for
     /// [`Transfers::finish_read`].
     pub fn begin_read(
         &mut self,

@@ -33,7 +33,7 @@ impl Example {
     }
 }
 
-/// Many examples behind one another.
+/// Many examples after one another.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Examples {
     tokens: Vec<u32>,

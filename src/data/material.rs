@@ -222,7 +222,7 @@ fn first_prompt(examples: &Examples) -> Vec<u32> {
     tokens[..prompt.max(1)].to_vec()
 }
 
-/// Bytes of text behind the first `predicted` predictions of a source.
+/// Bytes of text after the first `predicted` predictions of a source.
 fn predicted_bytes(source: &TokenSource, predicted: u64, tokenizer: &Tokenizer) -> Result<u64> {
     let mut tokens = Vec::new();
     source.read(0..predicted + 1, &mut tokens)?;

@@ -10,7 +10,7 @@
 //!
 //! The first two become turns, each a heading (`### User:`, `### Assistant:`, `### System:`), its
 //! text and an empty line; the third is taken as it is, byte for byte. The answers, each with the
-//! end-of-text token behind it, are predicted; everything else is only read.
+//! end-of-text token after it, are predicted; everything else is only read.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ const ROLES: [(&str, &str); 3] =
     [("system", "### System:\n"), ("user", "### User:\n"), (ANSWERING, "### Assistant:\n")];
 const ANSWERING: &str = "assistant";
 
-/// Behind a turn that is not answered by the end-of-text token.
+/// After a turn that is not answered by the end-of-text token.
 const BETWEEN_TURNS: &str = "\n\n";
 
 /// A text that is only read, and the answer that follows it.

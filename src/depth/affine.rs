@@ -59,7 +59,7 @@ impl Moments {
         self.tokens
     }
 
-    /// inp, out [n,C]: the stream in front of the block and behind it.
+    /// inp, out [n,C]: the stream before the block and after it.
     pub fn add(&mut self, inp: &[f32], out: &[f32]) {
         let c = self.x.len();
         let n = inp.len() / c;
@@ -138,7 +138,7 @@ impl Explained {
         Explained { tokens: 0, d: vec![0.0; hidden], squares: 0.0, left: 0.0 }
     }
 
-    /// inp, out, mapped [n,C]: the stream in front of the block, behind it, and behind the map.
+    /// inp, out, mapped [n,C]: the stream before the block, after it, and after the map.
     pub fn add(&mut self, inp: &[f32], out: &[f32], mapped: &[f32]) {
         let d = difference(out, inp);
         add_rows(&mut self.d, &d);

@@ -311,7 +311,7 @@ impl<'a, B: Backend, F: FnMut(u64, u64)> Session<'a, B, F> {
         }))
     }
 
-    /// Writes what the map makes of the stream in front of block `layer` behind it.
+    /// Writes what the map makes of the stream before block `layer` after it.
     fn replace(
         &mut self,
         layer: usize,

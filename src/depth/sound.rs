@@ -31,7 +31,7 @@ pub fn check_parameters(model: &LoadedModel) -> Result<()> {
     ))
 }
 
-/// `layer`: the first one behind which the stream is not finite; 0: the embedding.
+/// `layer`: the first one after which the stream is not finite; 0: the embedding.
 pub fn stream_not_finite(folder: &Path, layer: usize) -> Error {
     let place = match layer {
         0 => "the embedding gives numbers that are not finite".to_string(),
@@ -59,7 +59,7 @@ pub fn check_report(report: &DepthReport) -> Result<()> {
     let gradient = report.gradient_norm.iter().flatten().copied();
     let jacobian = report.jacobian.iter().flat_map(|all| &all.blocks).map(|j| j.relative_distance);
     let linear = report.linear.iter().flat_map(|all| &all.blocks).map(|linear| linear.loss);
-    // Behind each name the layer's number follows.
+    // After each name the layer's number follows.
     let results: [(&str, Vec<f64>); 4] = [
         ("the perplexity without", skipped.collect()),
         ("the gradient of", gradient.collect()),

@@ -1,7 +1,7 @@
 //! The micro-batches of a step on the device: tokens, targets and documents in, losses out.
 //!
 //! A step writes all of its micro-batches before it runs the first one and begins to read all losses
-//! behind the last one. Both go in the order of the device's work, so that nobody waits for it until the
+//! after the last one. Both go in the order of the device's work, so that nobody waits for it until the
 //! losses are asked for, which may be when the next step is enqueued already.
 
 use super::Rows;
@@ -105,7 +105,7 @@ impl Batches {
             if sizes != [self.tokens; 2] || self.staged_tokens.len() == self.count * self.tokens {
                 return Err(Error::Usage {
                     what: format!(
-                        "a micro-batch of {} tokens and {} targets behind {} others; a step has up \
+                        "a micro-batch of {} tokens and {} targets after {} others; a step has up \
                          to {} of {}",
                         sizes[0],
                         sizes[1],
@@ -148,7 +148,7 @@ impl Batches {
         Ok((0..used).map(micro_batch).collect())
     }
 
-    /// Begins to read the losses of the step that was written last, and behind them the norm of its
+    /// Begins to read the losses of the step that was written last, and after them the norm of its
     /// gradient, [1].
     pub fn begin_read(&self, grad_norm: View, backend: &mut impl Backend) -> Result<BatchesRead> {
         let count = self.staged_tokens.len();

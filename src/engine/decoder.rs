@@ -139,7 +139,7 @@ impl Decoder {
         self.context - self.length
     }
 
-    /// Appends `tokens` (at least one) and returns the logits [V] behind the last of them.
+    /// Appends `tokens` (at least one) and returns the logits [V] after the last of them.
     pub fn push(&mut self, tokens: &[u32], backend: &mut impl Backend) -> Result<&[f32]> {
         if tokens.is_empty() || tokens.len() > self.room() {
             return Err(Error::Usage {

@@ -81,7 +81,7 @@ pub struct MemoryTable {
     pub batches: u64,
     /// For the samples that training prints.
     pub sampling: u64,
-    /// What kernels need besides their operands: turns of split products, sums of attention's
+    /// What kernels need besides their operands: semaphores of split products, sums of attention's
     /// gradients.
     pub scratch: u64,
     /// What the program itself takes of the device's memory, as measured.
@@ -294,7 +294,7 @@ impl Plan {
     }
 }
 
-/// The table that people read; no line end behind the last row.
+/// The table that people read; no line end after the last row.
 impl fmt::Display for MemoryTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;

@@ -43,7 +43,7 @@ pub struct Trainer<B> {
     table: ParameterTable,
     parameters: Parameters,
     flat: FlatBuffers,
-    /// The whole first; behind it, with `sampling`, what is updated on its own.
+    /// The whole first; after it, with `sampling`, what is updated on its own.
     groups: Vec<UpdateGroup>,
     sampling: Option<LayerSampling>,
     training: BoundLoss,
@@ -271,8 +271,8 @@ impl<B: Backend> Trainer<B> {
     /// Forward and backward over all micro-batches of a step. Every predicted token weighs the
     /// same, in whichever micro-batch it stands. What rests has no gradient.
     ///
-    /// What is computed for a micro-batch is replayed: forward and backward; in front of the first,
-    /// the fill of gradients; behind the last, their norm. So there are three recordings, however
+    /// What is computed for a micro-batch is replayed: forward and backward; before the first,
+    /// the fill of gradients; after the last, their norm. So there are three recordings, however
     /// many micro-batches a step has, made with the trainer (and a fourth when a step has a single
     /// one and others have more). Outside stay the copies of a micro-batch into place and of its losses
     /// out of it, whose addresses differ, and with sampled layers, of which others rest in other steps,
@@ -337,13 +337,13 @@ impl<B: Backend> Trainer<B> {
         self.backend.read(self.flat.grad_norm, &mut [0.0])
     }
 
-    /// Whether a step is to be enqueued before the one in front of it is waited for.
+    /// Whether a step is to be enqueued before the one before it is waited for.
     pub fn steps_ahead(&self) -> bool {
         self.backend.steps_ahead()
     }
 
     /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
-    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel behind the copy of its scalars: a
+    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel after the copy of its scalars: a
     /// recording would save nothing.
     /// Where moments lie in host memory, it is one for each chunk of them, between its copies.
     ///

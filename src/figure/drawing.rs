@@ -108,7 +108,7 @@ pub(super) struct Legend {
     pub bottom: f64,
 }
 
-/// Length of a series' line in the legend, and the space behind it and behind its name.
+/// Length of a series' line in the legend, and the space after it and after its name.
 const SAMPLE: f64 = 22.0;
 const GAP: f64 = 5.0;
 

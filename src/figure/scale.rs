@@ -185,7 +185,7 @@ pub fn short(value: f64) -> String {
     format!("{}{letter}", trimmed(&format!("{scaled:.decimals$}")))
 }
 
-/// Without zeros behind the point.
+/// Without zeros after the point.
 fn trimmed(text: &str) -> &str {
     match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.'),

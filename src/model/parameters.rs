@@ -110,7 +110,7 @@ pub struct BranchParameters {
     pub norm: ParameterId,
     /// The projection out of the branch: [C, H D] or [C, F].
     pub out: ParameterId,
-    /// Of the norm behind the projection.
+    /// Of the norm after the projection.
     pub out_norm: Option<ParameterId>,
     /// [C] or [1]: the learnt factor of the branch.
     pub gain: Option<ParameterId>,
@@ -302,7 +302,7 @@ impl ParameterTable {
         self.blocks.len()
     }
 
-    /// Elements of a block in the flat buffer, padding behind it included; `layer` counts from 1.
+    /// Elements of a block in the flat buffer, padding after it included; `layer` counts from 1.
     pub fn block_range(&self, layer: usize) -> Range<usize> {
         let first = |layer: usize| self.get(self.blocks[layer - 1].attention.norm).offset;
         let end = match layer < self.blocks.len() {

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 use crate::tape::{Tape, ValueId};
 
-/// tokens -> residual stream in front of the first block.
+/// tokens -> residual stream before the first block.
 pub struct EmbeddingTape {
     pub tape: Tape,
     /// [T] token ids
@@ -19,7 +19,7 @@ pub struct EmbeddingTape {
     pub out: ValueId,
 }
 
-/// Residual stream in front of a block -> behind it.
+/// Residual stream before a block -> after it.
 pub struct BlockTape {
     pub tape: Tape,
     /// [T,C]
@@ -29,7 +29,7 @@ pub struct BlockTape {
     pub out: ValueId,
 }
 
-/// Residual stream behind the last block -> losses, by way of the final norm.
+/// Residual stream after the last block -> losses, by way of the final norm.
 pub struct HeadTape {
     pub tape: Tape,
     /// [T,C]

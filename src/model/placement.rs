@@ -156,7 +156,7 @@ pub fn block_init(config: &ModelConfig, layer: usize) -> BlockInit {
 
 /// Why the model is no stock LLaMA, whatever is folded into its weights; `None`: it is one.
 ///
-/// What folds: scales behind a norm go into its gain; scales and learnt factors of a branch go into
+/// What folds: scales after a norm go into its gain; scales and learnt factors of a branch go into
 /// the rows of the projection out of it.
 pub fn stock_obstacle(config: &ModelConfig) -> Option<&'static str> {
     let forms = || (1..=config.layers).map(|layer| block_form(config, layer));

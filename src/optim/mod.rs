@@ -84,7 +84,7 @@ impl UpdateGroup {
         UpdateGroup::new(table, 0..table.stored_elements(), None)
     }
 
-    /// What lies before the blocks, each block, and what lies behind them.
+    /// What lies before the blocks, each block, and what lies after them.
     pub fn blocks(table: &ParameterTable) -> Vec<Self> {
         let mut groups = Vec::new();
         let mut end = 0;

@@ -29,7 +29,7 @@ pub struct Run {
     pub config: Table,
     /// At least one; `step` ascends.
     pub steps: Vec<StepRecord>,
-    /// At least one step from the second on: seconds of training behind each step.
+    /// At least one step from the second on: seconds of training after each step.
     pub seconds: Vec<f64>,
     /// Whether the last line of the metrics was not whole.
     pub torn: bool,

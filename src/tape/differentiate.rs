@@ -4,7 +4,7 @@
 //! Ops are visited in reverse. The first contribution to an activation's gradient is written, the
 //! rest are added; a residual passes its gradient on without a copy, so the gradient of the
 //! residual stream is one tensor through the whole model. What recomputation does not keep
-//! (recompute.rs) is computed again in front of the first backward step that reads it, under a new
+//! (recompute.rs) is computed again before the first backward step that reads it, under a new
 //! name, and with it whatever else that needs. Steps whose results nobody reads are then dropped.
 
 use std::collections::{HashMap, HashSet};
@@ -168,7 +168,7 @@ impl<'a> Pass<'a> {
         Sink { to, accumulate: false }
     }
 
-    /// For ops that can only write: records the step that `make` builds, and an add behind it
+    /// For ops that can only write: records the step that `make` builds, and an add after it
     /// where a gradient was there already.
     fn written(&mut self, of: ValueId, make: impl FnOnce(ValueId) -> Gradient<ValueId>) {
         let from = self.new_gradient(of);

@@ -26,7 +26,7 @@ pub(super) fn fuse(steps: Vec<Step<ValueId>>, kept: &[ValueId]) -> Vec<Step<Valu
     all
 }
 
-/// Gradients between SwiGLU's and that of the linear layer behind it: no other step knows of them, and
+/// Gradients between SwiGLU's and that of the linear layer after it: no other step knows of them, and
 /// a device that computes both at once does not, either.
 pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
     let between = |step: &Step<ValueId>| match *step {
@@ -39,7 +39,7 @@ pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
 }
 
 /// The two as one, of those that [`Backend`](crate::backend::Backend) has a method for; `read_once`: by no
-/// step behind them. What is joined here and not known to [`Fused`]'s `run` panics there.
+/// step after them. What is joined here and not known to [`Fused`]'s `run` panics there.
 fn joined(
     before: Step<ValueId>,
     step: Step<ValueId>,

@@ -18,7 +18,7 @@ pub enum Step<H> {
     },
 }
 
-/// Two steps, one directly behind the other. Where a backend has no kernel that does both, they run one
+/// Two steps, one directly after the other. Where a backend has no kernel that does both, they run one
 /// after the other.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Fused<H> {
@@ -53,10 +53,9 @@ impl Fused<View> {
             false => self.parts().iter().try_for_each(|part| part.run(backend)),
             true => Err(Error::Device {
                 device: backend.name().to_string(),
-                what:
-                    "it was planned to compute SwiGLU's gradient with the product in front of it, \
+                what: "it was planned to compute SwiGLU's gradient with the product before it, \
                        and cannot"
-                        .to_string(),
+                    .to_string(),
                 remedy: "plan for the device that trains".to_string(),
             }),
         }

@@ -2,7 +2,7 @@
 //!
 //! Each question is a passage of the text; the right choice is what follows it, the wrong ones
 //! follow other passages of the same text. Context and choice meet at a single space between two
-//! words, so that one behind the other they are the text, character for character. Everything is
+//! words, so that one after the other they are the text, character for character. Everything is
 //! decided by the seed.
 
 use std::collections::HashSet;
@@ -114,7 +114,7 @@ fn question(
     })
 }
 
-/// The passage at the first single space behind `share` (0 to below 1) of all bytes; `None` if
+/// The passage at the first single space after `share` (0 to below 1) of all bytes; `None` if
 /// there is none in the document, or too little text around it.
 fn passage<'a>(documents: &'a [String], options: &DrawOptions, share: f64) -> Option<Passage<'a>> {
     let all: usize = documents.iter().map(String::len).sum();
@@ -157,7 +157,7 @@ fn passage<'a>(documents: &'a [String], options: &DrawOptions, share: f64) -> Op
     fits.then_some(Passage { document, range, context, continuation })
 }
 
-/// The first space at or behind byte `from` that stands alone between two words.
+/// The first space at or after byte `from` that stands alone between two words.
 fn single_space(text: &str, from: usize) -> Option<usize> {
     let from = text.ceil_char_boundary(from);
     let mut spaces = text[from..].match_indices(' ').map(|(at, _)| from + at);

@@ -1,7 +1,7 @@
 //! A question, and the text that a model reads of it.
 //!
 //! The wording is that of lm-evaluation-harness: "Question: ...\nAnswer:" with the choices' texts
-//! behind it (ARC, PIQA and others), or MMLU's list of choices with their letters behind it. Which
+//! after it (ARC, PIQA and others), or MMLU's list of choices with their letters after it. Which
 //! tokens that becomes is decided in `prompt`.
 
 use crate::config::choice::choice;
@@ -21,7 +21,7 @@ pub struct Question {
     /// Empty where the choices continue `context`.
     pub question: String,
     pub choices: Vec<String>,
-    /// What is scored behind each choice, in place of the choice itself: the choices are then
+    /// What is scored after each choice, in place of the choice itself: the choices are then
     /// beginnings of one sentence that this text ends (WinoGrande).
     pub ending: Option<String>,
     /// Index of the right choice.
@@ -33,9 +33,9 @@ pub struct Question {
 choice! {
     /// What is scored of a choice.
     pub enum Style {
-        /// Its text, behind the question.
+        /// Its text, after the question.
         Texts = "texts",
-        /// Its letter, behind the question and the list of all choices.
+        /// Its letter, after the question and the list of all choices.
         Letters = "letters",
     }
 }
@@ -115,7 +115,7 @@ impl Question {
         format!("{context}{continuation}\n\n")
     }
 
-    /// What the choices are scored behind.
+    /// What the choices are scored after.
     fn stem(&self, style: Style) -> String {
         let Question { context, question, .. } = self;
         let asked = match (style, context.as_str(), question.as_str()) {

@@ -50,7 +50,7 @@ impl Console {
         }
     }
 
-    /// The loop starts behind step `done` of `steps`.
+    /// The loop starts after step `done` of `steps`.
     pub fn start(&mut self, done: u64, steps: u64) {
         self.steps = steps;
         if let Some(bar) = &self.bar {

@@ -28,7 +28,6 @@ const BATCHES_AHEAD: usize = 4;
 
 /// A sample: tokens that start it, at most, and tokens that follow.
 const PROMPT_TOKENS: usize = 128;
-const SAMPLE_TOKENS: usize = 100;
 const SAMPLE_TEMPERATURE: f64 = 0.8;
 const SAMPLE_TOP_P: f64 = 0.95;
 
@@ -111,7 +110,7 @@ struct Session<B> {
     /// The newest checkpoint of this process, or the one that it resumed from.
     saved: Option<(u64, PathBuf)>,
     pace: Pace,
-    /// Enqueued behind the step that is waited for; `state` knows of it. What follows a step
+    /// Enqueued after the step that is waited for; `state` knows of it. What follows a step
     /// (evaluation, sample, checkpoint) finds none.
     ahead: Option<Step>,
 }
@@ -168,7 +167,7 @@ impl<B: Backend> Session<B> {
         })
     }
 
-    /// Whether something that happens `every` so many steps, and at the last one, is due behind `step`.
+    /// Whether something that happens `every` so many steps, and at the last one, is due after `step`.
     fn due(&self, step: u64, every: u64) -> bool {
         step == self.config.train.steps || every > 0 && step.is_multiple_of(every)
     }
@@ -197,12 +196,12 @@ impl<B: Backend> Session<B> {
         console.step(&record, self.positions(), self.pace.recent());
         match failed {
             None => Ok(Some(record)),
-            // Nothing else is due behind this step: its line is all.
+            // Nothing else is due after this step: its line is all.
             Some(error) => self.metrics.append(&record).and(Err(error)),
         }
     }
 
-    /// Whether something is to happen behind `step` before the next one begins.
+    /// Whether something is to happen after `step` before the next one begins.
     fn pauses_behind(&self, step: u64) -> bool {
         let (train, checkpoint) = (&self.config.train, &self.config.checkpoint);
         let dues = [train.eval_every, train.sample_every, checkpoint.every];
@@ -232,7 +231,8 @@ impl<B: Backend> Session<B> {
             record.evaluation = Some(evaluation);
         }
         let mut sample = None;
-        if self.due(record.step, self.config.train.sample_every) {
+        let train = &self.config.train;
+        if train.sample_tokens > 0 && self.due(record.step, train.sample_every) {
             sample = self.sample(record.step)?;
             match &sample {
                 None => {
@@ -259,7 +259,7 @@ impl<B: Backend> Session<B> {
     /// is counted from the end of the one before, if it was enqueued by then.
     ///
     /// Errors: a loss or gradient that is not finite, with which nothing was updated if it was the
-    /// gradient. The step behind it may have run; no checkpoint knows of either.
+    /// gradient. The step after it may have run; no checkpoint knows of either.
     fn finish(&mut self, step: Step) -> Result<StepRecord> {
         let Step { under_way, step, tokens, lr, rows } = step;
         let outcome = self.trainer.outcome(under_way)?;
@@ -327,7 +327,7 @@ impl<B: Backend> Session<B> {
         let interrupt = self.interrupt;
         let (decoder, backend) = self.trainer.decoder();
         let go_on = |_| Ok(!interrupt.asked());
-        let (prompt, count) = (&self.prompt, SAMPLE_TOKENS);
+        let (prompt, count) = (&self.prompt, self.config.train.sample_tokens);
         let tokens = generate(decoder, prompt, count, &sampling, tokenizer, backend, go_on)?;
         if interrupt.asked() {
             return Ok(None);

@@ -60,7 +60,7 @@ pub(super) fn begin<B: Backend>(
     Ok(Start { state, loader, saved: None })
 }
 
-/// The newest checkpoint that holds; metrics behind it are cut off.
+/// The newest checkpoint that holds; metrics after it are cut off.
 pub(super) fn restore<B: Backend>(
     trainer: &mut Trainer<B>,
     directory: &RunDir,
@@ -87,7 +87,7 @@ pub(super) fn restore<B: Backend>(
         .load_each(&table, |buffer, first, values| trainer.write_flat(buffer, first, values))?;
     let loader = material.loader(loader_options(config), Some(&state.loader))?;
     directory.cut_metrics(state.step)?;
-    console.say(format!("resuming behind step {}", state.step));
+    console.say(format!("resuming after step {}", state.step));
     let saved = state.owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
     Ok(Start { state, loader, saved })
 }

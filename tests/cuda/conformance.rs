@@ -225,7 +225,7 @@ fn failed(report: &Report) -> Vec<&str> {
     report.failed.iter().map(|failure| failure.case.as_str()).collect()
 }
 
-/// What came before a fault is kept, what comes behind it is left to another process, which adds to
+/// What came before a fault is kept, what comes after it is left to another process, which adds to
 /// what the first has written.
 #[test]
 fn recording_stops_at_a_fault_and_goes_on_in_another_process() {

@@ -63,7 +63,7 @@ pub struct Counting {
     pub dependent: Rc<Cell<u64>>,
     /// All that is counted takes one millisecond; else the times are the host's.
     pub one_ms_each: bool,
-    /// What was counted in front of each event.
+    /// What was counted before each event.
     pub recorded: BTreeMap<u32, u64>,
 }
 

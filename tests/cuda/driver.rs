@@ -149,7 +149,7 @@ fn a_correct_tensor_map_spans_its_tensor_and_no_more() {
         ..CORRECT
     };
     assert_eq!(line.extent_bytes().unwrap(), 2000);
-    // Blocks of 64 columns one behind the other: strides need not grow.
+    // Blocks of 64 columns one after the other: strides need not grow.
     let blocks = TensorMapSpec {
         dimensions: &[64, 64, 2],
         stride_bytes: &[256, 128],
@@ -338,7 +338,7 @@ fn a_range_must_lie_in_one_buffer() {
     let weights = Allocation { address: DevicePointer(4096), bytes: 100 };
     let behind = Allocation { address: DevicePointer(4196), bytes: 28 };
     memory.add(weights, "weights");
-    memory.add(behind, "behind");
+    memory.add(behind, "after");
     let check = |from: u64, bytes| memory.check("simt", "read", DevicePointer(from), bytes);
     check(4096, 100).unwrap();
     check(4195, 1).unwrap();
@@ -348,7 +348,7 @@ fn a_range_must_lie_in_one_buffer() {
     assert_refused(check(4195, 2), &["byte 99 of `weights`"]);
     assert_refused(check(4095, 1), &["0xfff, in no buffer"]);
     assert_refused(check(4224, 1), &["0x1080, in no buffer"]);
-    assert_refused(check(4200, u64::MAX), &["byte 4 of `behind`"]);
+    assert_refused(check(4200, u64::MAX), &["byte 4 of `after`"]);
 
     let copy = |from: u64, to: u64, bytes| {
         memory.check_copy("simt", DevicePointer(from), DevicePointer(to), bytes)
@@ -357,7 +357,7 @@ fn a_range_must_lie_in_one_buffer() {
     copy(4146, 4096, 50).unwrap();
     assert_refused(copy(4096, 4145, 50), &["overlaps"]);
     assert_refused(copy(4145, 4096, 50), &["overlaps"]);
-    assert_refused(copy(4096, 4196, 29), &["copy to", "`behind`"]);
+    assert_refused(copy(4096, 4196, 29), &["copy to", "`after`"]);
 
     assert!(!memory.remove(Allocation { bytes: 99, ..weights }));
     assert!(memory.remove(weights));

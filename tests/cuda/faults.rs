@@ -307,7 +307,7 @@ fn nothing_is_touched_before_the_kernel_in_front_has_ended() {
         ("dependent_on_another_thread", format!("{early}a write of 4 bytes by {{thread 31}}")),
     ];
     for (kernel, said) in &cases {
-        case(kernel).dependent().fails(&mut host, &[said, "the kernel in front may still run"]);
+        case(kernel).dependent().fails(&mut host, &[said, "the kernel before may still run"]);
     }
     // What goes through a wrapper is seen without the detector, too.
     let cases = [
@@ -360,7 +360,7 @@ fn global_memory_has_exact_bounds() {
         let at = case("global_read").threads(1).global_bytes(bytes).n(n);
         at.fails(host, &["read out of bounds: 1 bytes by {thread 0} at {here}", place]);
     }
-    // Without the detector, the page behind the buffer is what stops it.
+    // Without the detector, the page after the buffer is what stops it.
     host.set_options(plain());
     for n in [4096, 1 << 30] {
         let at = case("global_write").threads(1).n(n);
@@ -441,9 +441,9 @@ fn shared_memory_is_what_the_launch_gave() {
     );
     host.set_options(plain());
     let at = case("shared_bounds").threads(1).shared(256).n(256);
-    at.fails(host, &["block (0,0,0) wrote behind its 256 bytes of dynamic shared memory"]);
+    at.fails(host, &["block (0,0,0) wrote after its 256 bytes of dynamic shared memory"]);
     let at = case("static_shared_bounds").threads(1).n(64);
-    at.fails(host, &["block (0,0,0) wrote behind its static shared memory"]);
+    at.fails(host, &["block (0,0,0) wrote after its static shared memory"]);
 }
 
 // ------------------------------------------------------------------ collectives
@@ -1051,7 +1051,7 @@ fn right_cases() -> Vec<RightCase> {
         (case("right_grid_barrier").cooperative(2), 576..768, |i| (i / 64 + 1) * 100 + i % 32),
         (case("right_bulk_copies"), 800..832, |i| 1000 + (i ^ 9)),
         (case("right_reduction").blocks(12).shared(1024), 0..32, |_| 24f32.to_bits()),
-        // The tile begins at row 8 of the matrix, which stands behind the buffer.
+        // The tile begins at row 8 of the matrix, which stands after the buffer.
         (case("right_reduction").blocks(12).shared(1024), 1280..1536, |_| 78f32.to_bits()),
         (case("right_clipped_store").shared(1024), 2944..3072, |i| (i as f32).to_bits()),
         (case("right_wgmma_fences").threads(128).shared(2304), 0..512, |_| 121f32.to_bits()),

@@ -16,7 +16,7 @@ use super::counting::Counting;
 use super::machines::*;
 use crate::support::normals;
 
-/// Elements behind the result that must not be touched.
+/// Elements after the result that must not be touched.
 const MARGIN: usize = 4096;
 const UNTOUCHED: f64 = -77.0;
 
@@ -167,7 +167,7 @@ fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
 struct Placed {
     product: Product,
     read: Vec<Allocation>,
-    /// Each with its type and a margin behind it.
+    /// Each with its type and a margin after it.
     written: Vec<(Allocation, Dtype)>,
 }
 
@@ -176,14 +176,14 @@ impl Placed {
         gemm.plan_with(driver, choice, &self.product).unwrap()
     }
 
-    /// The results of one launch; nothing is written behind them.
+    /// The results of one launch; nothing is written after them.
     fn run(self, driver: &mut dyn Driver, gemm: &Gemm, choice: Choice) -> Vec<Vec<f64>> {
         self.plan(driver, gemm, choice).launch(driver, StreamId::MAIN).unwrap();
         let download = |&(buffer, dtype): &(Allocation, Dtype)| {
             let mut found = download(driver, dtype, buffer);
             let margin = found.split_off(found.len() - MARGIN);
             let untouched = margin.iter().all(|&it| it == UNTOUCHED);
-            assert!(untouched, "{choice} wrote behind its end: {:?}", self.product);
+            assert!(untouched, "{choice} wrote after its end: {:?}", self.product);
             found
         };
         let found = self.written.iter().map(download).collect();
@@ -241,7 +241,7 @@ impl Matrices {
     }
 }
 
-/// out [M,N], and nothing written behind it.
+/// out [M,N], and nothing written after it.
 fn multiply(
     driver: &mut dyn Driver,
     gemm: &Gemm,
@@ -331,6 +331,29 @@ fn assert_several(driver: &dyn Driver, choice: Choice, sizes: [usize; 3], least:
     let multiprocessors = driver.properties().multiprocessors as usize;
     let [tiles, _] = choice.variant.longest(sizes, &choice, multiprocessors);
     assert!(tiles >= least, "{choice} {sizes:?}: a block has {tiles} tiles at most");
+}
+
+/// Runs a product of which some block has four tiles at least in each of these clusters, all of which
+/// give the same bits. Those of all runs.
+fn alone_and_in_pairs(
+    driver: &mut dyn Driver,
+    variant: &'static Variant,
+    clusters: &[usize],
+    sizes: [usize; 3],
+    mut run: impl FnMut(&mut dyn Driver, Choice) -> Vec<u8>,
+) -> Vec<u8> {
+    let mut all: Vec<Vec<u8>> = vec![];
+    for cluster in clusters_of_many(driver, clusters) {
+        let choice = Choice { cluster, ..Choice::whole(variant) };
+        assert_several(driver, choice, sizes, 4);
+        let bits = run(driver, choice);
+        assert!(
+            all.iter().all(|alone| *alone == bits),
+            "{choice} {sizes:?}: other bits than alone"
+        );
+        all.push(bits);
+    }
+    all.concat()
 }
 
 /// For many values instead of [`bits`].
@@ -469,19 +492,20 @@ fn blocks_go_from_tile_to_tile() {
                         (few, exact, plain)
                     });
                 let many = few.repeated(m);
-                let mut alone = None;
-                for cluster in clusters_of_many(driver, clusters) {
-                    let choice = Choice { cluster, ..Choice::whole(variant) };
-                    assert_several(driver, choice, shape, 4);
-                    let what = named(choice, shape, epilogue);
-                    let found = multiply(driver, &gemm, choice, &many, epilogue);
-                    let first = &found[..PERIOD * n];
-                    assert_exact(&what, few.result(epilogue), first, plain, exact);
-                    assert_equal(&what, &found, &cycled(first, m * n), n);
-                    let bits = digest(&found);
-                    assert!(*alone.get_or_insert(bits) == bits, "{what}: other bits than alone");
-                    all.extend(bits);
-                }
+                all.extend(alone_and_in_pairs(
+                    driver,
+                    variant,
+                    clusters,
+                    shape,
+                    |driver, choice| {
+                        let what = named(choice, shape, epilogue);
+                        let found = multiply(driver, &gemm, choice, &many, epilogue);
+                        let first = &found[..PERIOD * n];
+                        assert_exact(&what, few.result(epilogue), first, plain, exact);
+                        assert_equal(&what, &found, &cycled(first, m * n), n);
+                        digest(&found).to_vec()
+                    },
+                ));
             }
         }
         gemm.release(driver).unwrap();
@@ -489,7 +513,7 @@ fn blocks_go_from_tile_to_tile() {
     });
 }
 
-/// The same where behind two whole tiles of each block there are two that all share.
+/// The same where after two whole tiles of each block there are two that all share.
 #[test]
 fn splits_come_behind_whole_tiles() {
     on_every_machine(|driver| {
@@ -551,7 +575,7 @@ fn vocabularies_of_every_size() {
 }
 
 /// Tiles whose K is split: every number of splits is exact, each has its own bits under every
-/// schedule, and the turns are back at zero for the launch that follows.
+/// schedule, and the semaphores are back at zero for the launch that follows.
 #[test]
 fn splits_add_in_their_order() {
     on_every_machine(|driver| {
@@ -560,7 +584,7 @@ fn splits_add_in_their_order() {
         let Some(gemm) = hopper(driver) else { return all };
         for variant in gemm.variants(Layout::Tn) {
             // One tile with tails, then two, of eight steps and a bit: unequal splits. Then one for each
-            // block and one more, which is split behind them.
+            // block and one more, which is split after them.
             let more = (multiprocessors + 1) * variant.columns - 8;
             let cases = [(variant.columns - 8, 8, 4), (variant.columns + 8, 8, 2), (more, 4, 4)];
             for (columns, steps, least) in cases {
@@ -1032,7 +1056,7 @@ fn a_matrix_that_leaves_its_buffer_is_refused() {
         let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm90)).unwrap();
         let [a, b, out, other] =
             ["first", "b", "out", "other"].map(|label| unwritten(driver, label, Dtype::Bf16, 4096));
-        // Behind the end of A may lie another buffer: the result must not be there.
+        // After the end of A may lie another buffer: the result must not be there.
         let behind = a.address.0..a.address.0 + 2 * a.bytes;
         let out = if behind.contains(&out.address.0) { other } else { out };
         let (layout, a, b, out) = (Layout::Nt, a.address, b.address, out.address);

@@ -45,7 +45,7 @@ fn what_was_timed_comes_before_the_model() {
     let machine = driver.properties().clone();
     let gemm = Gemm::new(driver, Dtype::Bf16, None).unwrap();
     let layout = Layout::Tn;
-    let model = gemm.reckon(layout, Output::plain(layout), SIZES).unwrap();
+    let model = gemm.by_cost_model(layout, Output::plain(layout), SIZES).unwrap();
     assert_eq!(gemm.choose(layout, Output::plain(layout), SIZES).unwrap(), model);
     assert!(!gemm.is_tuned(layout, Output::plain(layout), SIZES));
     let variant = gemm.variants(layout).find(|it| it.columns == 256).unwrap();
@@ -57,12 +57,12 @@ fn what_was_timed_comes_before_the_model() {
     let gemm = gemm.with_table(&machine, &table);
     assert!(gemm.is_tuned(layout, Output::plain(layout), SIZES));
     assert_eq!(gemm.choose(layout, Output::plain(layout), SIZES).unwrap(), timed);
-    assert_eq!(gemm.reckon(layout, Output::plain(layout), SIZES).unwrap(), model);
+    assert_eq!(gemm.by_cost_model(layout, Output::plain(layout), SIZES).unwrap(), model);
     let [m, n, k] = SIZES;
     for (layout, sizes) in [(layout, [m + 8, n, k]), (layout, [m, n, k + 1]), (Layout::Nn, SIZES)] {
         assert_eq!(
             gemm.choose(layout, Output::plain(layout), sizes).unwrap(),
-            gemm.reckon(layout, Output::plain(layout), sizes).unwrap()
+            gemm.by_cost_model(layout, Output::plain(layout), sizes).unwrap()
         );
     }
 
@@ -151,7 +151,7 @@ fn what_was_timed_elsewhere_or_is_not_in_the_build_leaves_it_to_the_model() {
     let machine = driver.properties().clone();
     let layout = Layout::Tn;
     let gemm = Gemm::new(driver, Dtype::Bf16, None).unwrap();
-    let model = gemm.reckon(layout, Output::plain(layout), SIZES).unwrap();
+    let model = gemm.by_cost_model(layout, Output::plain(layout), SIZES).unwrap();
     let best = |splits| launched("gemm_sm90_tn_128x256", splits);
     let table = table(driver, Family::Sm90, layout, best(2));
     let chosen = |gemm: &Gemm, table: &Table| {
@@ -179,7 +179,7 @@ fn what_was_timed_elsewhere_or_is_not_in_the_build_leaves_it_to_the_model() {
     let without = chosen(&gemm, &table);
     assert_eq!(
         (without, without.variant.family),
-        (gemm.reckon(layout, Output::plain(layout), SIZES).unwrap(), Family::Sm80)
+        (gemm.by_cost_model(layout, Output::plain(layout), SIZES).unwrap(), Family::Sm80)
     );
     let gemm = Gemm::new(driver, Dtype::Bf16, Some(Family::Sm80)).unwrap();
     assert_eq!(chosen(&gemm, &table).variant.family, Family::Sm80);

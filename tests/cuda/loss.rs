@@ -317,7 +317,7 @@ fn f32_rows_of_every_cluster() {
     every_cluster(Dtype::F32);
 }
 
-/// The smallest that holds a row; without clusters, and behind the largest, one block; what that
+/// The smallest that holds a row; without clusters, and after the largest, one block; what that
 /// reads twice is all but the last of its tiles.
 #[test]
 fn a_row_is_held_by_as_few_blocks_as_can() {

@@ -18,7 +18,7 @@ use crate::support::normals;
 
 /// Runs `test` on the CPU machine under several schedules, then with its race detector; on the
 /// machine for PTX; and on a GPU. What it returns must be the same bits every time on one kind of
-/// machine. Each kernel must wait for the one in front of it, whether there is one or not.
+/// machine. Each kernel must wait for the one before it, whether there is one or not.
 pub fn on_every_machine(test: impl FnMut(&mut dyn Driver) -> Vec<u8>) {
     on_every_machine_with(true, test);
 }
@@ -235,7 +235,7 @@ pub fn download(driver: &mut dyn Driver, dtype: Dtype, from: Allocation) -> Vec<
 
 // ------------------------------------------------------------------ the reference
 
-/// A tensor of the CPU backend in f64 with these values; zeros behind their end.
+/// A tensor of the CPU backend in f64 with these values; zeros after their end.
 pub fn filled(cpu: &mut Cpu<f64>, sizes: &[usize], values: &[f64]) -> View {
     let shape = Shape::new(sizes);
     let buffer = cpu.allocate("test", shape.elements() * size_of::<f64>()).unwrap();
@@ -263,7 +263,7 @@ pub fn assert_exact(what: &str, dtype: Dtype, found: &[f64], plain: &[f64], exac
     assert_exact_by_rows(what, dtype, whole, found, plain, exact);
 }
 
-/// A tensor as matrices one behind the other, and the rows that are judged together.
+/// A tensor as matrices one after the other, and the rows that are judged together.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrices {
     pub rows: usize,

@@ -91,7 +91,7 @@ fn row(label: &str) -> &'static str {
         | "document starts of a step"
         | "losses of a step" => "batches",
         "key-value cache" | "activations of a sample" => "sampling",
-        "turns of split products" | "sums of attention's gradients" => "scratch",
+        "semaphores of split products" | "sums of attention's gradients" => "scratch",
         other => panic!("`{other}` belongs to no row of the memory table"),
     }
 }
@@ -274,7 +274,7 @@ fn no_memory_is_taken_behind_the_first_step() {
         for at in 2..=3 {
             look(&config, &mut trainer);
             step(&config, &mut trainer, at);
-            assert_eq!(seen(&mut trainer), first, "buffers, free memory behind step {at}");
+            assert_eq!(seen(&mut trainer), first, "buffers, free memory after step {at}");
         }
     }
 }

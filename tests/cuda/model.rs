@@ -69,7 +69,7 @@ struct Trained {
     /// Of the first step, in table order.
     gradients: Vec<f64>,
     grad_norm: f64,
-    /// Behind the last step.
+    /// After the last step.
     parameters: Vec<f32>,
 }
 

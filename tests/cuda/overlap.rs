@@ -76,7 +76,7 @@ fn only_what_is_directly_behind_a_kernel_is_dependent() {
     let elsewhere = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         let other = host.new_stream().unwrap();
         fill(host, other);
-        run(host, other); // not behind the kernel of the main stream, either
+        run(host, other); // not after the kernel of the main stream, either
     };
     assert_eq!(dependent_behind(elsewhere), 1);
     let copy = |host: &mut Host, _: &dyn Fn(&mut Host, StreamId)| {
@@ -98,7 +98,7 @@ fn only_what_is_directly_behind_a_kernel_is_dependent() {
         host.wait(StreamId::MAIN, event).unwrap();
     };
     assert_eq!(dependent_behind(events), 0, "nothing overtakes an event");
-    // In a graph, all but the first kernel; nothing in front of a graph or behind it.
+    // In a graph, all but the first kernel; nothing before a graph or after it.
     let graph = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         host.begin_capture(StreamId::MAIN).unwrap();
         (0..4).for_each(|_| run(host, StreamId::MAIN));
@@ -122,7 +122,7 @@ fn launches(overlap: bool, graphs: bool) -> (u64, u64) {
     (kernels.map(|(_, count)| count).sum(), dependent.get())
 }
 
-/// All kernels of a step but those behind a copy or a fill.
+/// All kernels of a step but those after a copy or a fill.
 #[test]
 fn most_kernels_of_a_step_are_dependent() {
     if !has_simt() {

@@ -285,7 +285,7 @@ fn sums_are_rounded_once() {
             for elements in ELEMENTS {
                 for in_f32 in [false, true] {
                     let dtype = if in_f32 { Dtype::F32 } else { dtype };
-                    // 5 values behind the end must stay.
+                    // 5 values after the end must stay.
                     let from = draws(dtype, 1, elements + 5);
                     let mut expected = draws(dtype, 2, elements + 5);
                     let added = upload(driver, "from", dtype, &from).address;

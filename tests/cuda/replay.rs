@@ -17,7 +17,7 @@ use super::driver::assert_refused;
 use super::machines::*;
 use crate::support::{run_config, small_model, tokens};
 
-pub const STEPS: u64 = 10;
+pub const STEPS: u64 = 6;
 
 pub fn config(dtype: Dtype, micro_batches: usize) -> Config {
     let model = ModelConfig {
@@ -95,7 +95,7 @@ pub struct Trained {
     /// Losses of evaluations, and logits of samples.
     held_out: Vec<u64>,
     logits: Vec<u32>,
-    /// Parameters and both moments behind the last step.
+    /// Parameters and both moments after the last step.
     state: [Vec<u32>; 3],
 }
 
@@ -137,12 +137,12 @@ pub fn trained(config: &Config, steps: u64, backend: Cuda) -> Trained {
     finish(trainer, trained)
 }
 
-/// Each step is enqueued before the one in front of it is waited for; without gradients.
+/// Each step is enqueued before the one before it is waited for; without gradients.
 pub fn trained_ahead(config: &Config, steps: u64, backend: Cuda) -> Trained {
     trained_ahead_with(config, steps, backend, |_| ())
 }
 
-/// `enqueued` is called behind each step that was.
+/// `enqueued` is called after each step that was.
 pub fn trained_ahead_with(
     config: &Config,
     steps: u64,
@@ -195,7 +195,7 @@ fn on_machines(dtype: Dtype, mut test: impl FnMut(Cuda, Cuda)) {
 }
 
 #[test]
-fn ten_replayed_steps_give_the_bits_of_launched_ones() {
+fn replayed_steps_give_the_bits_of_launched_ones() {
     let recomputed = |mut config: Config| {
         config.train.recompute = Recompute::Block;
         config
@@ -309,7 +309,7 @@ fn the_host_launches_once_for_each_micro_batch() {
     let resting = [
         ("adamw_norm_partials", 1),
         ("adamw_norm_total", 1),
-        ("adamw_update_f32", 3), // in front of the layers, behind them, and one of them
+        ("adamw_update_f32", 3), // before the layers, after them, and one of them
         ("copy", 9 + 8),
         look,
         ("fill", 2),

@@ -11,7 +11,7 @@ use isobath::tensor::{Kind, View};
 
 use super::machines::*;
 
-/// out, d_inp, d_out behind the backward pass, d_gain.
+/// out, d_inp, d_out after the backward pass, d_gain.
 type Results = [Vec<f64>; 4];
 
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,7 @@ fn on_device(driver: &mut dyn Driver, dtype: Dtype, case: Case, with: &Operands)
     let args = ResidualBackward { d_out: d_out.address, d_inp: d_inp.address, gain };
     kernels.backward(driver, StreamId::MAIN, spec, rows, &args).unwrap();
     let mut d_gain = download(driver, Dtype::F32, d_gain);
-    assert_eq!(d_gain.pop(), Some(7.0), "what lies behind d_gain stays");
+    assert_eq!(d_gain.pop(), Some(7.0), "what lies after d_gain stays");
     let [out, d_inp, d_out] = [out, d_inp, d_out].map(|it| download(driver, dtype, it));
     [out, d_inp, d_out, d_gain]
 }

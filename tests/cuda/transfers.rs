@@ -1,5 +1,5 @@
 //! Copies between the program and the device that nobody waits for: what arrives, that no memory is
-//! written again too early, and steps that are enqueued before the one in front of them is over.
+//! written again too early, and steps that are enqueued before the one before them is over.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -154,7 +154,7 @@ fn steps_ahead_have_the_bits_of_steps_one_by_one() {
     }
 }
 
-/// A step ahead touches nothing that the one in front of it still needs, and waits for nothing but
+/// A step ahead touches nothing that the one before it still needs, and waits for nothing but
 /// that one's losses.
 #[test]
 fn steps_ahead_are_ordered_and_copy_nothing_that_is_waited_for() {
@@ -194,6 +194,7 @@ fn a_run_with_steps_ahead_writes_the_same() {
         "train.grad_accumulation=2",
         "train.eval_every=3",
         "train.sample_every=4",
+        "train.sample_tokens=12",
         "checkpoint.every=5",
     ];
     let run = |name: &str, ahead: &str, steps: &str| {
@@ -241,7 +242,7 @@ fn a_loss_that_is_not_finite_is_found_a_step_later_and_named_by_its_own_step() {
     assert_eq!(alone, ahead);
 }
 
-/// A step that cannot be enqueued takes no line from the one in front of it, which is under way.
+/// A step that cannot be enqueued takes no line from the one before it, which is under way.
 #[test]
 fn a_damaged_shard_ends_a_run_behind_the_same_step() {
     let Some(case) = Case::new() else { return };

@@ -100,7 +100,7 @@ fn examples_longer_than_a_row_lose_their_end_or_are_left_out_and_counted() {
         example.predict(&[2, 2]);
         long.push(example);
     }
-    // A row of S reads S tokens and predicts the one behind them.
+    // A row of S reads S tokens and predicts the one after them.
     let rows = rows(long.clone(), true).unwrap();
     assert_eq!((rows.rows(), rows.cut(), rows.left_out()), (2, 1, 1));
     assert_eq!(rows.predicted_tokens(), [2, 2, 2]);

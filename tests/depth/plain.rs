@@ -149,7 +149,7 @@ impl Plain<'_> {
         tokens.iter().map(|&token| embedding[token as usize].clone()).collect()
     }
 
-    /// [L+1]: the stream in front of block 1, 2, ... and behind the last.
+    /// [L+1]: the stream before block 1, 2, ... and after the last.
     pub fn streams(&self, tokens: &[i32]) -> Vec<Stream> {
         let mut streams = vec![self.embed(tokens)];
         for layer in 1..=self.config.layers {
@@ -158,7 +158,7 @@ impl Plain<'_> {
         streams
     }
 
-    /// [S]: the losses of a model whose stream behind block `layer` is `stream`.
+    /// [S]: the losses of a model whose stream after block `layer` is `stream`.
     pub fn losses_behind(&self, layer: usize, stream: &Stream, targets: &[i32]) -> Vec<f64> {
         let mut stream = stream.clone();
         for layer in layer + 1..=self.config.layers {

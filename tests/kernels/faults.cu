@@ -1421,7 +1421,7 @@ TEST_KERNEL(right_bulk_copies) {
 }
 EXPORT_KERNEL(right_bulk_copies)
 
-// Half of the box lies behind the tensor's last row: those rows of the tile are not there.
+// Half of the box lies after the tensor's last row: those rows of the tile are not there.
 TEST_KERNEL(right_clipped_store) {
   SHARED_DYNAMIC(tile);
   auto* const rows = reinterpret_cast<float*>(tile);
@@ -1658,7 +1658,7 @@ TEST_KERNEL(cp_async_source_overwritten_between_barriers) {
 }
 EXPORT_KERNEL(cp_async_source_overwritten_between_barriers)
 
-// What cp.async wrote needs the fence too, behind the wait.
+// What cp.async wrote needs the fence too, after the wait.
 TEST_KERNEL(cp_async_fenced_before_its_wait) {
   SHARED(uint4, tile, 32);
   cp_async_16(&tile[threadIdx.x], global + threadIdx.x * 4);  // there

@@ -43,7 +43,7 @@ KERNEL(gemm_mma, 128)
       load_tile(next, a, row, (step + 1) * DEPTH, k);
       load_tile(next + TILE_BYTES, b, column, (step + 1) * DEPTH, k);
     }
-    cp_async_commit();  // of nothing behind the last step, so that the wait is the same
+    cp_async_commit();  // of nothing after the last step, so that the wait is the same
     cp_async_wait<1>();
     __syncthreads();
 #pragma unroll

@@ -145,7 +145,7 @@ fn rows_predict_the_continuation_and_nothing_else() {
                 assert!(tokens.iter().all(|&token| token == prompts.padding));
                 continue;
             }
-            // Each target is the next token; the first one stands behind the context.
+            // Each target is the next token; the first one stands after the context.
             for (place, &target) in targets.iter().enumerate() {
                 let next = tokens.get(place + 1).copied();
                 let last = place + 1 == scored.len();

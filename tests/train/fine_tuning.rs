@@ -82,7 +82,7 @@ fn examples_that_share_a_row_lose_what_each_loses_alone() {
     for (packed, alone) in packed.into_iter().zip(alone) {
         assert!((packed - alone).abs() < 1e-6 * alone, "{packed} packed, {alone} alone");
     }
-    // Of the bytes of the answers alone: their words, the mark behind each, and an end of no bytes.
+    // Of the bytes of the answers alone: their words, the mark after each, and an end of no bytes.
     let bits_per_token = packed[0] / std::f64::consts::LN_2;
     let answers: Vec<String> = fs::read_to_string(&data)
         .unwrap()

@@ -3,7 +3,7 @@
 //!
 //! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
 //! through memory, as its products take on the tensor cores, and as what it has in host memory takes
-//! over the link; kernels run one behind the other, without gaps.
+//! over the link; kernels run one after the other, without gaps.
 
 use std::fmt;
 
@@ -36,7 +36,7 @@ const H200_MEASURED_SOURCE: &str = "measured on an NVIDIA H200 with PyTorch 2.11
 /// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
 const FASTEST: f64 = 0.8;
 
-/// What a product's choice is reckoned with.
+/// What the cost model takes of a product.
 pub(super) fn rates(machine: &Peaks, dtype: Dtype) -> Rates {
     let flops_per_second = FASTEST * machine.flops_per_second(dtype);
     Rates { flops_per_second, bytes_per_second: memory(machine).0 }

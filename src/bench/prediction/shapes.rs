@@ -1,5 +1,5 @@
-//! Every matrix product of the paper's models, with what stands behind it in its kernel, and what the
-//! choice of a kernel reckons for it on an H200: a list for the next hour on a GPU, ranked by the
+//! Every matrix product of the paper's models, with what stands after it in its kernel, and what the
+//! cost model expects of it on an H200: a list for the next hour on a GPU, ranked by the
 //! time that is at stake. No device is asked, and nothing is measured.
 
 use std::fmt;
@@ -63,7 +63,7 @@ pub struct GemmRow {
     pub shared_bytes: usize,
     pub bytes: u64,
     pub flops: u64,
-    /// Reckoned, of one launch.
+    /// Estimated, of one launch.
     pub microseconds: f64,
     /// What its bytes alone take; where that is all of `microseconds`, memory is the limit.
     pub memory_microseconds: f64,
@@ -71,7 +71,7 @@ pub struct GemmRow {
     pub share: f64,
     /// All launches of it in a micro-batch: what is at stake.
     pub milliseconds: f64,
-    /// All launches of it, of the reckoned time of a training step over one micro-batch.
+    /// All launches of it, of the predicted time of a training step over one micro-batch.
     pub step_share: f64,
     /// What this kernel took for this product on this machine; `None`: nobody has timed it.
     pub timed_microseconds: Option<f64>,
@@ -174,8 +174,8 @@ pub(in crate::bench) fn rows(
         let (tiled, output) = (product.tiled(), product.output());
         let timed = timed(table, machine, &product);
         let variants = Family::Sm90.variants_for(layout, output);
-        let reckoned = || choose(variants, tiled, multiprocessors);
-        let Some(choice) = timed.and_then(Timed::choice).or_else(reckoned) else { continue };
+        let predicted = || choose(variants, tiled, multiprocessors);
+        let Some(choice) = timed.and_then(Timed::choice).or_else(predicted) else { continue };
         if let Some(row) = rows.iter_mut().find(|it| it.product.is(&product)) {
             row.launches += kernel.launches;
             continue;
@@ -238,7 +238,7 @@ fn ending(op: &str, what: &str) -> (Layout, Ending) {
 }
 
 impl GemmRow {
-    /// "memory" where its bytes alone take as long as is reckoned.
+    /// "memory" where its bytes alone take as long as is estimated.
     pub fn bound(&self) -> &'static str {
         if self.memory_microseconds >= self.microseconds { "memory" } else { "products" }
     }

@@ -1,4 +1,4 @@
-//! The products of training steps, each with what stands behind it in its kernel, to be timed one
+//! The products of training steps, each with what stands after it in its kernel, to be timed one
 //! after the other: which there are, the buffers that all of them share, and how their launches are
 //! timed.
 
@@ -51,7 +51,7 @@ pub struct Wanted {
     pub product: StepProduct,
     /// "130m, 16384 tokens"
     pub of: Vec<String>,
-    /// The largest share that it is reckoned to have of one of these training steps.
+    /// The largest share that it is estimated to have of one of these training steps.
     pub step_share: f64,
 }
 
@@ -69,7 +69,7 @@ impl ProductsRequest {
         })
     }
 
-    /// Each product once, the largest share of a step first; with what stands behind it, where these
+    /// Each product once, the largest share of a step first; with what stands after it, where these
     /// kernels do that.
     ///
     /// Errors: an unknown preset or key; sizes that cannot be counted.
@@ -142,7 +142,7 @@ pub(super) struct Arena {
     dtype: Dtype,
     factors: Allocation,
     results: Allocation,
-    /// Of rotary embedding, where a product asks for it: a table, behind it the rows' positions.
+    /// Of rotary embedding, where a product asks for it: a table, after it the rows' positions.
     angles: Option<Allocation>,
 }
 
@@ -303,7 +303,7 @@ const SLOTS: usize = 5;
 
 impl Stopwatch {
     /// Microseconds of a launch in each of these sequences; each sequence launches its plans in
-    /// turn, so many launches in all. The first sequence comes once more in front and does not
+    /// turn, so many launches in all. The first sequence comes once more before and does not
     /// count, while the host is not yet ahead of the device.
     pub fn time(
         &mut self,
@@ -331,7 +331,7 @@ impl Stopwatch {
             .collect())
     }
 
-    /// Samples of one product that is launched on and on, in front of which as long a time does not
+    /// Samples of one product that is launched on and on, before which as long a time does not
     /// count; without a rest, but for what else the device did not do.
     pub fn sustained(
         &mut self,

@@ -1,9 +1,9 @@
 //! The products of the paper's models, each with the kernel that is chosen for it: how fast they are
 //! in a burst, and how fast when one follows the other without an end.
 //!
-//! A burst is a few tens of milliseconds of one product behind a rest. A GPU that multiplies on
+//! A burst is a few tens of milliseconds of one product after a rest. A GPU that multiplies on
 //! lowers its clock until it draws no more than it may, so the sustained times come from passes over
-//! all products with no pause, 20 ms of each in turn, behind one pass that does not count.
+//! all products with no pause, 20 ms of each in turn, after one pass that does not count.
 
 use std::fmt;
 use std::io::BufRead;
@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 
 /// Of a GPU, unless told otherwise.
 const SECONDS: f64 = 90.0;
-/// Of all seconds, those behind which no further product gets its burst.
+/// Of all seconds, those after which no further product gets its burst.
 const BURST_SHARE: f64 = 0.6;
 
 #[derive(Serialize, Clone, Debug)]
@@ -215,7 +215,7 @@ pub fn table(
 }
 
 /// Answers each line of `asked`, "nt 4096,2048,1024", with the row of that product's burst; with
-/// "sustained" behind it, of launches without an end. For a program that times something else in
+/// "sustained" after it, of launches without an end. For a program that times something else in
 /// between.
 ///
 /// Errors: a line that is no product; those of the machine and of the launches.
@@ -277,7 +277,7 @@ fn parse(line: &str) -> Result<Line> {
     };
     parsed().ok_or_else(|| Error::Usage {
         what: format!("the line `{}` names no product", line.trim()),
-        remedy: "write a layout and M, N and K, and behind them at most `sustained`: \
+        remedy: "write a layout and M, N and K, and after them at most `sustained`: \
                  nt 4096,2048,1024"
             .to_string(),
     })

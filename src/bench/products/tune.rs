@@ -1,5 +1,5 @@
 //! The tuner: every kernel, cluster and number of splits that could make a product, timed in turn
-//! with what the training step has behind the product, and beside it what the model chose. Its table
+//! with what the training step has after the product, and beside it what the model chose. Its table
 //! becomes src/cuda/gemm/tuned.toml.
 //!
 //! The products come in the order of what they are worth, so that a run which has to stop early has
@@ -25,7 +25,7 @@ use crate::version::Program;
 /// Of a GPU, unless told otherwise.
 const SECONDS: f64 = 180.0;
 const ROUNDS: usize = 20;
-/// For all rounds of one product behind the second, on a GPU.
+/// For all rounds of one product after the second, on a GPU.
 const PRODUCT_MICROSECONDS: f64 = 500_000.0;
 /// Rounds that every candidate is timed in.
 const ROUNDS_OF_ALL: usize = 2;
@@ -75,7 +75,7 @@ pub struct Candidate {
     pub microseconds: f64,
     pub samples: usize,
     /// By the model; of machines whose peak is known.
-    pub reckoned_microseconds: Option<f64>,
+    pub predicted_microseconds: Option<f64>,
 }
 
 /// `progress`: told after each product, with all that is known by then; what it returns ends the
@@ -133,7 +133,7 @@ fn split_counts(most: usize) -> Vec<usize> {
 fn candidates(kernels: &Gemm, driver: &dyn Driver, product: &StepProduct) -> Result<Vec<Choice>> {
     let (layout, output, sizes) = (product.layout, product.output(), product.tiled());
     let multiprocessors = driver.properties().multiprocessors as usize;
-    let mut all = vec![kernels.reckon(layout, output, sizes)?];
+    let mut all = vec![kernels.by_cost_model(layout, output, sizes)?];
     for variant in kernels.variants_for(layout, output) {
         for &cluster in variant.clusters() {
             // A cluster without a second row of tiles would do the work twice.
@@ -185,7 +185,7 @@ fn product_of(
     let multiprocessors = driver.properties().multiprocessors as usize;
     let candidate = |(choice, times): (Choice, Vec<f64>)| {
         let bytes = product.cost(&choice, dtype).bytes;
-        let reckoned = |peaks: &Peaks| {
+        let predicted = |peaks: &Peaks| {
             let rates = rates(peaks, dtype);
             1e6 * choice.seconds(product.tiled(), bytes, multiprocessors, rates)
         };
@@ -197,7 +197,7 @@ fn product_of(
             cluster: choice.cluster,
             microseconds: timing.median(),
             samples: timing.samples(),
-            reckoned_microseconds: peaks.map(reckoned),
+            predicted_microseconds: peaks.map(predicted),
         }
     };
     let model = choices[0];

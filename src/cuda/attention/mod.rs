@@ -193,7 +193,7 @@ impl Attention {
         Ok(Attention { device, heads, kernels, decode })
     }
 
-    /// Chooses how backward passes are run; else it depends on the sizes, by what is reckoned.
+    /// Chooses how backward passes are run; else it depends on the sizes, by what is estimated.
     ///
     /// Errors: a family or a head dim that has no such kernel.
     pub fn with_passes(mut self, passes: Passes) -> Result<Self> {
@@ -332,7 +332,7 @@ impl Attention {
             ));
         }
         let blocks = tokens.checked_mul(self.heads.heads).and_then(|it| i32::try_from(it).ok());
-        // A thread's last step, 64 keys behind the last row, stays within an i32.
+        // A thread's last step, 64 keys after the last row, stays within an i32.
         let rows = i32::try_from(cache_rows).ok().filter(|&rows| rows <= i32::MAX - 64);
         let (Some(blocks), Some(rows)) = (blocks, rows) else {
             return Err(Error::launch(

@@ -25,7 +25,7 @@ const MOST_ACTIVE_BYTES: usize = 32 << 20;
 const MOST_SUMS_BYTES: usize = 256 << 20;
 /// See [`Teams::pay`].
 const LEAST_KEY_TILES: usize = 4;
-/// A turn counts heads in 16 bits, and tiles of keys in 16.
+/// A semaphore counts heads in 16 bits, and tiles of keys in 16.
 const MOST_COUNT: usize = (1 << 16) - 1;
 
 /// How blocks are dealt to heads.
@@ -83,11 +83,11 @@ impl Teams {
 
     pub fn scratch(self, heads: HeadSpec, sizes: Sizes) -> Scratch {
         let places = self.places(heads, sizes);
-        let turns_at = (places * QUERIES * heads.head_dim * size_of::<f32>()) as u64;
-        Scratch { bytes: turns_at + (places * size_of::<u32>()) as u64, turns_at }
+        let semaphores_at = (places * QUERIES * heads.head_dim * size_of::<f32>()) as u64;
+        Scratch { bytes: semaphores_at + (places * size_of::<u32>()) as u64, semaphores_at }
     }
 
-    /// Reckoned, as long as no GPU has timed it: whether five products for each step of the longest
+    /// Estimated, as long as no GPU has timed it: whether five products for each step of the longest
     /// block are less than the seven of two passes, whose blocks all take as long. Below 4 tiles of
     /// keys the two warps that make d_q of complete sums would be what everybody waits for; with
     /// documents, too, as each of them is short.
@@ -133,7 +133,7 @@ pub(super) struct Kernels {
 #[derive(Clone, Copy)]
 pub(super) struct Scratch {
     pub bytes: u64,
-    turns_at: u64,
+    semaphores_at: u64,
 }
 
 impl Kernels {
@@ -149,7 +149,7 @@ impl Kernels {
     }
 
     /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says. `in_order`:
-    /// tiles of keys add to d_q one behind the other, which decides its bits.
+    /// tiles of keys add to d_q one after the other, which decides its bits.
     ///
     /// Errors: matrices that leave their buffers.
     pub fn backward(
@@ -163,14 +163,14 @@ impl Kernels {
     ) -> Result<[(Launch, Arguments); 2]> {
         let AttentionBackward { forward, d_out, delta, d_qkv, angles } = *pass;
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
-        let turns = sums.offset(teams.scratch(self.heads, sizes).turns_at);
+        let semaphores = sums.offset(teams.scratch(self.heads, sizes).semaphores_at);
         let rows = (sizes.batch * sizes.sequence * heads) as u64;
         let blocks = (rows * head_dim as u64 / 8).div_ceil(DELTA_THREADS);
         let of_delta = Arguments::new()
             .with(forward.out)
             .with(d_out)
             .with(delta)
-            .with(turns)
+            .with(semaphores)
             .with(teams.places(self.heads, sizes) as i32)
             .with(sizes.batch as i32)
             .with(sizes.sequence as i32)
@@ -195,7 +195,7 @@ impl Kernels {
             .with(delta)
             .with(d_qkv)
             .with(sums)
-            .with(turns)
+            .with(semaphores)
             .with(sizes.batch as i32)
             .with(sizes.sequence as i32)
             .with(heads as i32)

@@ -35,7 +35,7 @@ pub(super) fn chosen(
     }
 }
 
-/// Reckoned, as long as no GPU has timed it, by what is read and written, in matrices of a query head: 8
+/// Estimated, as long as no GPU has timed it, by what is read and written, in matrices of a query head: 8
 /// against 12 in two passes, each of which has items of 128 rows to deal. So it is where a group makes
 /// heads of k and v few that it does not pay.
 fn pays(multiprocessors: usize, HeadSpec { heads, kv_heads, .. }: HeadSpec, sizes: Sizes) -> bool {

@@ -1,5 +1,5 @@
 //! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and for
-//! backward those of short.rs and one_pass.rs where they are reckoned to be faster. As many blocks as
+//! backward those of short.rs and one_pass.rs where they are estimated to be faster. As many blocks as
 //! there are multiprocessors, each of which takes item after item: a tile of a head's rows.
 
 use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
@@ -24,7 +24,7 @@ const fn forward_rows(head_dim: usize) -> &'static [usize] {
     if head_dim <= 64 { &[128, 192] } else { &[128] }
 }
 
-/// Reckoned, as long as no GPU has timed it: an item takes as many steps as its last row sees tiles
+/// Estimated, as long as no GPU has timed it: an item takes as many steps as its last row sees tiles
 /// of keys, and the time of one more in which nothing is hidden; three consumers make a step 10%
 /// faster for each of their rows.
 fn forward_cost(sequence: usize, rows: usize) -> f64 {
@@ -54,7 +54,7 @@ pub(super) struct Kernels {
     backward_kv: KernelId,
     short: Option<short::Kernels>,
     one_pass: Option<one_pass::Kernels>,
-    /// `None`: as is reckoned.
+    /// `None`: by the cost model.
     passes: Option<Passes>,
     /// What is added up by several blocks is added up in one order.
     in_order: bool,

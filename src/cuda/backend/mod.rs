@@ -3,7 +3,7 @@
 //! Matmul operands and activations are bf16, or f32 for parity; statistics, losses, master weights
 //! and gradients are f32. Kernels are looked up, products planned and tensor maps made when a
 //! program is prepared; a step then only launches, or replays what was recorded as a graph, on one
-//! stream; what is read behind it is waited for, and reports what went wrong. The layers of each op
+//! stream; what is read after it is waited for, and reports what went wrong. The layers of each op
 //! know the kernels; here stand only addresses.
 
 mod layers;
@@ -52,7 +52,7 @@ pub struct Cuda {
     offload_chunk: usize,
     layers: Layers,
     transfers: Option<Transfers>,
-    /// The program may enqueue a step before the one in front of it is over.
+    /// The program may enqueue a step before the one before it is over.
     steps_ahead: bool,
     /// Of what the layers allocated when they were made.
     scratch_bytes: u64,
@@ -96,7 +96,7 @@ impl Cuda {
         Cuda { graphs, ..self }
     }
 
-    /// Without overlap, each kernel begins when the one in front of it has ended. The bits are the
+    /// Without overlap, each kernel begins when the one before it has ended. The bits are the
     /// same.
     pub fn with_overlap(mut self, overlap: bool) -> Self {
         self.driver.overlap(overlap);
@@ -123,7 +123,7 @@ impl Cuda {
         &mut *self.driver
     }
 
-    /// Copies to the device behind all that is enqueued; waited for where nothing was prepared.
+    /// Copies to the device after all that is enqueued; waited for where nothing was prepared.
     fn send(&mut self, bytes: &[u8], to: DevicePointer) -> Result<()> {
         match &mut self.transfers {
             Some(transfers) => transfers.send(&mut *self.driver, bytes, to),

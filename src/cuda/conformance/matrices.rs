@@ -244,7 +244,7 @@ struct Wgmma {
     n: usize,
     a: Option<Layout>,
     b: Layout,
-    /// Columns of B in front of those that are multiplied, in the same rows of the swizzle.
+    /// Columns of B before those that are multiplied, in the same rows of the swizzle.
     skipped: usize,
     scale_d: bool,
     normal: bool,

@@ -32,7 +32,7 @@ use crate::random::Philox;
 
 /// What the kernels fill shared memory with before a copy.
 const UNTOUCHED: u32 = 0xa5a5_a5a5;
-/// Words behind each tile that a copy must leave alone.
+/// Words after each tile that a copy must leave alone.
 const MARGIN: usize = 4;
 
 /// One launch: `kernel(out, inp)`, or `kernel(out, inp, map)`.
@@ -91,7 +91,7 @@ pub fn cases() -> Vec<Case> {
     [warp::cases(), matrices::cases(), copies::cases(), tensors::cases()].concat()
 }
 
-/// Those of these names, or all; of them, that one and what stands behind it. Errors: no such case.
+/// Those of these names, or all; of them, that one and what stands after it. Errors: no such case.
 pub fn chosen(names: &[String], from: Option<&str>) -> Result<Vec<Case>> {
     let mut all = cases();
     for name in names.iter().map(String::as_str).chain(from) {
@@ -294,7 +294,7 @@ pub struct Report {
     pub failed: Vec<Failure>,
     /// Cases whose instructions this machine lacks.
     pub skipped: Vec<String>,
-    /// Cases behind one that took the machine with it: the rest, for another process.
+    /// Cases after one that took the machine with it: the rest, for another process.
     pub not_reached: Vec<String>,
     /// Goldens that a GPU recorded, and that a formula wrote, of the cases that ran.
     pub against_recorded: usize,

@@ -27,7 +27,7 @@ const HEADER: usize = 64;
 /// A tensor, its box and the coordinates of the boxes to move, innermost first.
 #[derive(Clone)]
 struct Tensor {
-    /// Behind the rank in the case's name.
+    /// After the rank in the case's name.
     suffix: &'static str,
     data_type: TensorType,
     dimensions: Vec<usize>,

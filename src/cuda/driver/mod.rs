@@ -193,7 +193,7 @@ pub trait Driver {
     fn wait(&mut self, stream: StreamId, event: EventId) -> Result<()>;
     /// Milliseconds from one recorded event to another; waits for both.
     fn elapsed_ms(&mut self, from: EventId, to: EventId) -> Result<f64>;
-    /// Waits until what was enqueued before the event has run, and for nothing behind it.
+    /// Waits until what was enqueued before the event has run, and for nothing after it.
     fn await_event(&mut self, event: EventId) -> Result<()>;
     /// Returns when everything on all streams has run; errors are those of the work itself.
     fn synchronize(&mut self) -> Result<()>;

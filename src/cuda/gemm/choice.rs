@@ -25,7 +25,7 @@ pub struct Variant {
     pub(super) speed: Speed,
 }
 
-/// What the choice of a tile reckons with. Estimates, as long as no GPU has timed them.
+/// What the cost model of tiles takes for granted. Estimates, as long as no GPU has timed them.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) struct Speed {
     /// Of a machine full of these tiles, relative to the family's fastest.
@@ -77,7 +77,7 @@ impl Choice {
         }
     }
 
-    /// The time that the choice reckons with, of a product that moves so many bytes: an estimate as
+    /// The time that the cost model expects, of a product that moves so many bytes: an estimate as
     /// long as no GPU has timed what it is made of. Never less than memory needs for the bytes;
     /// every choice moves the same ones, so they choose nothing.
     pub fn seconds(

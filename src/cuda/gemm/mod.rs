@@ -2,7 +2,7 @@
 //!
 //! [`Gemm`] knows the kernels of one machine and type. [`Gemm::plan`] checks a product and chooses
 //! among them; the plan is then launched as often as wanted, for the values that lie at its
-//! addresses at that time. [`Gemm::new`] allocates at most [`TURNS_BYTES`] on the device, for the
+//! addresses at that time. [`Gemm::new`] allocates at most [`SEMAPHORE_BYTES`] on the device, for the
 //! launches of one stream; nothing else does. The families stand in files of their own, each with the
 //! table of its kernels: sm80.rs, sm90.rs, f32.rs; choice.rs chooses among them, tuned.rs before it.
 
@@ -89,13 +89,13 @@ pub struct Rotation {
     pub table: DevicePointer,
     /// [M], each below P
     pub positions: DevicePointer,
-    /// Columns of the heads that are rotated, all of them in front.
+    /// Columns of the heads that are rotated, all of them before.
     pub columns: usize,
     /// D
     pub head_dim: usize,
 }
 
-/// What a kernel does behind its product; [`Output`] says with which operands.
+/// What a kernel does after its product; [`Output`] says with which operands.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Epilogue {
     /// Stores or accumulates, as its layout says.
@@ -105,7 +105,7 @@ pub enum Epilogue {
 }
 
 choice! {
-    /// What a training step has behind a product in the product's kernel. What was timed counts
+    /// What a training step has after a product in the product's kernel. What was timed counts
     /// for it.
     #[derive(Hash)]
     pub enum Ending {
@@ -215,7 +215,7 @@ pub struct Gemm {
     dtype: Dtype,
     kernels: Vec<(&'static Variant, KernelId)>,
     /// Whose turn it is among the splits of each tile; zeros between launches.
-    turns: Option<Allocation>,
+    semaphores: Option<Allocation>,
     /// Before the model: what was fastest on this machine.
     timed: HashMap<tuned::Key, Choice>,
 }
@@ -262,15 +262,17 @@ impl Gemm {
             }
         }
         let splits = |(variant, _): &(&Variant, KernelId)| variant.speed.turn.is_some();
-        let turns = match kernels.iter().any(splits) {
+        let semaphores = match kernels.iter().any(splits) {
             false => None,
             true => {
-                let turns = driver.allocate("turns of split products", TURNS_BYTES)?;
-                driver.fill(StreamId::MAIN, turns.address, turns.bytes, 0)?;
-                Some(turns)
+                let semaphores =
+                    driver.allocate("semaphores of split products", SEMAPHORE_BYTES)?;
+                driver.fill(StreamId::MAIN, semaphores.address, semaphores.bytes, 0)?;
+                Some(semaphores)
             }
         };
-        let gemm = Gemm { device, multiprocessors, dtype, kernels, turns, timed: HashMap::new() };
+        let gemm =
+            Gemm { device, multiprocessors, dtype, kernels, semaphores, timed: HashMap::new() };
         Ok(gemm.with_table(driver.properties(), tuned::built_in()))
     }
 
@@ -283,7 +285,7 @@ impl Gemm {
 
     /// Gives its memory back, after all its work has run.
     pub fn release(self, driver: &mut dyn Driver) -> Result<()> {
-        self.turns.map_or(Ok(()), |turns| driver.release(turns))
+        self.semaphores.map_or(Ok(()), |semaphores| driver.release(semaphores))
     }
 
     /// What [`Gemm::plan`] chooses from for a product that is stored or accumulated.
@@ -309,25 +311,25 @@ impl Gemm {
         self.variants_for(layout, output).next().is_some()
     }
 
-    /// What was fastest for a product [M,N,K] and what stands behind it, if that was timed on this
-    /// machine; else what was fastest with something else behind it, on the same tile; else
-    /// [`Gemm::reckon`].
+    /// What was fastest for a product [M,N,K] and what stands after it, if that was timed on this
+    /// machine; else what was fastest with something else after it, on the same tile; else
+    /// [`Gemm::by_cost_model`].
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
         let mut endings = [output.ending()].into_iter().chain(Ending::ALL);
         match endings.find_map(|ending| self.timed(layout, output, sizes, ending)) {
             Some(timed) => Ok(timed),
-            None => self.reckon(layout, output, sizes),
+            None => self.by_cost_model(layout, output, sizes),
         }
     }
 
-    /// Whether the very product was timed, with what stands behind it.
+    /// Whether the very product was timed, with what stands after it.
     pub fn is_tuned(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> bool {
         self.timed(layout, output, sizes, output.ending()).is_some()
     }
 
-    /// What was fastest where the product was timed with this behind it.
+    /// What was fastest where the product was timed with this after it.
     fn timed(
         &self,
         layout: Layout,
@@ -341,10 +343,15 @@ impl Gemm {
         Some(Choice { variant, ..*timed })
     }
 
-    /// What is reckoned to fill this machine best; see [`choose`].
+    /// What the cost model expects to fill this machine best; see [`choose`].
     ///
     /// Errors: as [`Gemm::choose`].
-    pub fn reckon(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
+    pub fn by_cost_model(
+        &self,
+        layout: Layout,
+        output: Output,
+        sizes: [usize; 3],
+    ) -> Result<Choice> {
         let best = choose(self.variants_for(layout, output), sizes, self.multiprocessors);
         best.ok_or_else(|| {
             if self.of_layout(layout).next().is_some() {
@@ -411,8 +418,9 @@ impl Gemm {
         let (blocks, arguments) = match variant.family {
             Family::Sm80 | Family::F32 => (tiles, arguments(product)),
             Family::Sm90 => {
-                let turns = self.turns.map_or(DevicePointer::NULL, |turns| turns.address);
-                let arguments = sm90::arguments(driver, choice, product, turns)?;
+                let semaphores =
+                    self.semaphores.map_or(DevicePointer::NULL, |semaphores| semaphores.address);
+                let arguments = sm90::arguments(driver, choice, product, semaphores)?;
                 // Whole clusters.
                 let most = self.multiprocessors / cluster * cluster;
                 ((tiles * splits).min(most), arguments)
@@ -487,7 +495,7 @@ impl Gemm {
                  vocabulary to one",
             );
         }
-        // The last tile's end, and the step to the tile behind the last, stay within an i32.
+        // The last tile's end, and the step to the tile after the last, stay within an i32.
         let most = i32::MAX as usize - 256;
         if [m, n, k].iter().any(|&size| size > most)
             || variant.tiles(m, n) > most - self.multiprocessors
@@ -578,7 +586,7 @@ impl GemmPlan {
 
 /// A word for each of two consumers of each tile that is split; there are fewer such tiles than a
 /// machine has multiprocessors.
-pub const TURNS_BYTES: u64 = 2 * 4 * 1024;
+pub const SEMAPHORE_BYTES: u64 = 2 * 4 * 1024;
 
 /// Bytes that addresses and rows are multiples of.
 const ALIGNMENT: usize = 16;

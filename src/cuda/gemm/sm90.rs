@@ -16,7 +16,7 @@ const DEPTH: usize = 64;
 const STORE_TILES_BYTES: usize = 2 * 2 * 64 * 64 * BF16_BYTES;
 const BF16_BYTES: usize = 2;
 
-/// Reckoned for an H200 whose multiprocessors each multiply 128 x 256 x 64 in 0.7 us (80% of the
+/// Estimated for an H200 whose multiprocessors each multiply 128 x 256 x 64 in 0.7 us (80% of the
 /// peak), load 65 bytes a nanosecond from the L2 cache, all at once (9.8 TB/s are reported at a clock of
 /// 1.98 GHz, here it is 1.755), and move 42 to and fro, or 110 alone: 64 KiB of bf16 are written in
 /// 1.6 us; 128 KiB of fp32, which the cache reads and writes, are added to in 6.2 us, or 2.4 us alone.
@@ -94,7 +94,7 @@ const fn variant(
     // Bytes that the epilogue moves, relative to a plain one: gate, up and product are 1.5; of the
     // gradient, two are written, and of the two that are read half are there before. Heads of 64 read
     // half as many bytes of angles as a tile of 256 columns writes. An addend, of which half is there
-    // before, is not reckoned: it chooses no tile.
+    // before, is not estimated: it chooses no tile.
     let (halves_of_b, bytes) = match (epilogue, layout) {
         (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
         (Epilogue::SwiGlu, _) => (1, 3.0),
@@ -127,7 +127,7 @@ pub(super) fn arguments(
     driver: &mut dyn Driver,
     Choice { variant, splits, cluster }: Choice,
     product: &Product,
-    turns: DevicePointer,
+    semaphores: DevicePointer,
 ) -> Result<Arguments> {
     let &Product { layout, m, n, k, a, b, out, output } = product;
     let map_a = match layout {
@@ -158,7 +158,7 @@ pub(super) fn arguments(
             let map_addend = across_k(driver, addend.unwrap_or(out), [n, m])?;
             sized(arguments.with(map_out).with(map_addend)).with(i32::from(addend.is_some()))
         }
-        Output::Accumulate => sized(arguments.with(out).with(turns)).with(splits as i32),
+        Output::Accumulate => sized(arguments.with(out).with(semaphores)).with(splits as i32),
         Output::Rotate(Rotation { table, positions, columns, head_dim }) => {
             let map_out = across_k(driver, out, [n, m])?;
             sized(arguments.with(map_out).with(table).with(positions))

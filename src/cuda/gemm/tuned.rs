@@ -3,7 +3,7 @@
 //!
 //! `isobath bench gemm --tune` makes such a table; tuned.toml beside this file is compiled in, and
 //! comes before the model that chooses everything else. An entry counts for the machine of its name
-//! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has behind the
+//! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has after the
 //! product; where only another ending of the same product was timed, its tile is taken over. Nothing
 //! is taken over to other sizes.
 
@@ -20,7 +20,7 @@ use crate::cuda::{Family, Properties};
 use crate::error::{Error, Result};
 
 /// What was timed on any number of machines; empty by default. Written as TOML, a line a product:
-/// files one behind the other are a table again.
+/// files one after the other are a table again.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Default, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct Table {

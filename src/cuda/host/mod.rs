@@ -121,7 +121,7 @@ impl Simt {
         if fault.is_null() {
             return "the machine gave no reason".to_string();
         }
-        // SAFETY: the fault is ours, not null, and not used behind `fault_free`; its text is
+        // SAFETY: the fault is ours, not null, and not used after `fault_free`; its text is
         // null-terminated and lives as long as it.
         unsafe {
             let text = CStr::from_ptr((self.functions.fault_text)(fault)).to_string_lossy();

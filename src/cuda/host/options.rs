@@ -40,7 +40,7 @@ pub struct Options {
     pub watchdog: Duration,
     /// How many multiprocessors the machine says it has: cooperative grids are limited by it.
     pub multiprocessors: u32,
-    /// Every launch is checked as a dependent one, whatever is in front of it.
+    /// Every launch is checked as a dependent one, whatever is before it.
     pub dependent: bool,
 }
 

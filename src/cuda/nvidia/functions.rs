@@ -34,7 +34,7 @@ pub(super) fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
     let mut parameters = vec![];
     loop {
         let (mut offset, mut bytes) = (0, 0);
-        // SAFETY: a live function; writes two numbers. Behind the last parameter it is an error.
+        // SAFETY: a live function; writes two numbers. After the last parameter it is an error.
         let found =
             unsafe { sys::cuFuncGetParamInfo(function, parameters.len(), &mut offset, &mut bytes) };
         if found.result().is_err() {

@@ -90,7 +90,7 @@ pub fn library_present() -> Result<()> {
 
 /// Whether the installed libcuda has a function; cudarc panics when it calls a missing one.
 pub(super) fn has_function(name: &str) -> bool {
-    // SAFETY: only called behind `library_present`; the symbol is not called, nor kept.
+    // SAFETY: only called after `library_present`; the symbol is not called, nor kept.
     unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() }
 }
 

@@ -1,8 +1,8 @@
 //! A model that is only read, piece by piece: embedding, blocks and head run one after the other
 //! over the residual stream, which is kept at every depth.
 //!
-//! So a block can be left out or replaced without running those in front of it again, and one block
-//! can be differentiated alone. "Behind block l" counts from 1; behind block 0 stands the embedding.
+//! So a block can be left out or replaced without running those before it again, and one block
+//! can be differentiated alone. "After block l" counts from 1; after block 0 stands the embedding.
 //! All pieces run in one arena over one upload of the parameters; whatever outlives a piece lies
 //! outside the arena and is copied in and out. Nothing is allocated once a [`Layerwise`] exists.
 
@@ -44,7 +44,7 @@ pub struct Layerwise<B> {
     /// [T]
     targets: View,
     rotary: Rotary,
-    /// [T,C] each; entry l stands behind block l.
+    /// [T,C] each; entry l stands after block l.
     streams: Vec<View>,
     /// [T,C]: the stream of a changed model, at whatever depth it has come to.
     changed: View,
@@ -196,12 +196,12 @@ impl<B: Backend> Layerwise<B> {
         self.losses_from(layer, self.streams[layer - 1])
     }
 
-    /// The same with what [`Layerwise::write_changed`] wrote behind block `layer`.
+    /// The same with what [`Layerwise::write_changed`] wrote after block `layer`.
     pub fn losses_of_changed(&mut self, layer: usize) -> Result<&[f32]> {
         self.losses_from(layer, self.changed)
     }
 
-    /// The losses of a model whose stream behind block `layer` is `stream`.
+    /// The losses of a model whose stream after block `layer` is `stream`.
     fn losses_from(&mut self, layer: usize, stream: View) -> Result<&[f32]> {
         let mut from = stream;
         for block in &self.blocks[layer..] {
@@ -220,7 +220,7 @@ impl<B: Backend> Layerwise<B> {
         Ok(&self.losses)
     }
 
-    /// The stream behind block `layer`, of some of the B*S tokens: [n,C].
+    /// The stream after block `layer`, of some of the B*S tokens: [n,C].
     pub fn read_stream(
         &mut self,
         layer: usize,
@@ -250,8 +250,8 @@ impl<B: Backend> Layerwise<B> {
     }
 
     /// [C,C], row-major: d out / d inp of one token of one block, by C vector-Jacobian products.
-    /// `stream`: what stands in front of the block in one row, as many tokens as
-    /// [`Backward::jacobian`] says; those behind `token` have no influence. Panics unless it was
+    /// `stream`: what stands before the block in one row, as many tokens as
+    /// [`Backward::jacobian`] says; those after `token` have no influence. Panics unless it was
     /// made for this.
     pub fn jacobian(&mut self, layer: usize, stream: &[f32], token: usize) -> Result<Vec<f32>> {
         let jacobian = self.jacobian.as_ref().expect("made without Backward::jacobian");

@@ -112,7 +112,7 @@ impl Rounding {
         }
     }
 
-    /// Both moments behind an update.
+    /// Both moments after an update.
     fn update(&self, driver: &mut dyn Driver, step: &AdamWStep) -> [Vec<bf16>; 2] {
         let adamw = &self.device.adamw;
         adamw.update(driver, StreamId::MAIN, step, &self.device.buffers()).unwrap();

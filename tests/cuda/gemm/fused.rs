@@ -11,8 +11,8 @@ use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 
 use super::super::machines::*;
 use super::{
-    PERIOD, Placed, Repeated, assert_equal, assert_several, clusters_of_many, cycled, digest,
-    hopper, one_hot, places, ramp, row_by_row, several_tiles, shapes, transposed, with_margin,
+    PERIOD, Placed, Repeated, alone_and_in_pairs, assert_equal, cycled, digest, hopper, one_hot,
+    places, ramp, row_by_row, several_tiles, shapes, transposed, with_margin,
 };
 use crate::support::tokens;
 
@@ -54,7 +54,7 @@ struct Case {
     positions: Vec<i32>,
 }
 
-/// The result, and behind SwiGLU the product.
+/// The result, and after SwiGLU the product.
 #[derive(Clone, PartialEq)]
 struct Found {
     out: Vec<f64>,
@@ -234,7 +234,7 @@ impl Case {
     }
 }
 
-/// Runs it; nothing is written behind the results.
+/// Runs it; nothing is written after the results.
 fn multiply(driver: &mut dyn Driver, gemm: &Gemm, choice: Choice, case: &Case) -> Found {
     let placed = case.place(driver, choice.variant.layout);
     let mut found = placed.run(driver, gemm, choice).into_iter();
@@ -443,10 +443,7 @@ fn blocks_go_from_tile_to_tile() {
                 (few, exact, plain)
             });
             let many = few.repeated(m);
-            let mut alone = None;
-            for cluster in clusters_of_many(driver, variant.clusters()) {
-                let choice = Choice { cluster, ..Choice::whole(variant) };
-                assert_several(driver, choice, many.sizes, 4);
+            let run = |driver: &mut dyn Driver, choice| {
                 let what = named(choice, &many);
                 let found = multiply(driver, &gemm, choice, &many);
                 let first = Found {
@@ -458,13 +455,10 @@ fn blocks_go_from_tile_to_tile() {
                     let expected = cycled(first, found.len());
                     assert_equal(&what, found, &expected, first.len() / PERIOD);
                 }
-                let bits = [digest(&found.out), digest(&found.product)].concat();
-                assert!(
-                    *alone.get_or_insert(bits.clone()) == bits,
-                    "{what}: other bits than alone"
-                );
-                all.extend(bits);
-            }
+                [digest(&found.out), digest(&found.product)].concat()
+            };
+            let clusters = variant.clusters();
+            all.extend(alone_and_in_pairs(driver, variant, clusters, many.sizes, run));
         }
         gemm.release(driver).unwrap();
         all

@@ -165,7 +165,7 @@ impl Kernels {
     }
 
     /// Runs every path of the kernels on a few small shapes: several rows and tiles for each block,
-    /// more steps than stages, tails, with and without a residual. All bits that come out.
+    /// more steps than stages, tails, with and without an addend. All bits that come out.
     pub(super) fn run(self, driver: &mut dyn Driver) -> Result<Vec<u8>, String> {
         let found = match self {
             Kernels::Norm => run_norm(driver, &NORMS),
@@ -414,7 +414,7 @@ pub(super) fn run_gemm_sm90(
         let product = Product { layout, m, n, k, a: a_at, b: b_at, out: out_at, output };
         let variant = gemm.variants(layout).find(|it| it.columns == columns).unwrap();
         let plan = gemm.plan_with(driver, Choice { variant, splits, cluster }, &product)?;
-        // Twice where there are turns, which have to be as they were.
+        // Twice where there are semaphores, which have to be as they were.
         for _ in 0..splits.min(2) {
             plan.launch(driver, StreamId::MAIN)?;
         }
@@ -434,7 +434,7 @@ pub(super) const MORE_GRADIENTS: [[usize; 4]; 2] = [[1, 250, 712, 136], [2, 136,
 /// The same of gate and up.
 pub(super) const GATED: [[usize; 4]; 2] = [[1, 300, 296, 72], [2, 130, 128, 328]];
 
-/// SwiGLU behind an NT product, its gradient behind an NN one. `columns`: of the tile.
+/// SwiGLU after an NT product, its gradient after an NN one. `columns`: of the tile.
 pub(super) fn run_swiglu(
     driver: &mut dyn Driver,
     layout: Layout,

@@ -167,7 +167,7 @@ const PLANTED: &[Planted] = &[
     planted(
         Kernels::GemmSm90,
         "a split does not wait for its turn",
-        &[("while (load_acquire(turn) != uint32_t(item.split)) __nanosleep(64);", ";")],
+        &[("while (load_acquire(semaphore) != uint32_t(item.split)) __nanosleep(64);", ";")],
         &["data race on global memory"],
     ),
     planted(
@@ -237,7 +237,7 @@ const PLANTED: &[Planted] = &[
     ),
     planted(
         Kernels::Norm,
-        "no barrier behind the gains",
+        "no barrier after the gains",
         &[("gain, four * 4, sqrt_depth);\n  __syncthreads();", "gain, four * 4, sqrt_depth);")],
         &["shared memory 0x", "by block (0,0,0) thread"],
     ),
@@ -330,7 +330,7 @@ const PLANTED: &[Planted] = &[
     ),
     planted(
         Kernels::GemmSm90,
-        "factors are loaded before the kernel in front has ended",
+        "factors are loaded before the kernel before has ended",
         &[(
             "  begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
             "  if (threadIdx.x > 0) begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
@@ -342,10 +342,10 @@ const PLANTED: &[Planted] = &[
     ),
     planted(
         Kernels::AttentionOnePass,
-        "threads without work do not wait for the kernel in front",
+        "threads without work do not wait for the kernel before",
         &[(
-            "  begin_after_previous();\n  const Work& work = *shared_work;",
-            "  if (threadIdx.x != 69) begin_after_previous();\n  const Work& work = *shared_work;",
+            "  begin_after_previous();\n\n  const S shared",
+            "  if (threadIdx.x != 69) begin_after_previous();\n\n  const S shared",
         )],
         &["block (0,0,0) thread 69 (warp 2, lane 5) exits without grid_dependency_wait"],
     ),

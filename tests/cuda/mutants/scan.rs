@@ -4,7 +4,7 @@ use super::super::library;
 use super::kernels::Kernels;
 use super::{MUTATION, Mutant, Source, Verdict, judge_all};
 
-/// A call in a kernel file that is worth breaking: its name with "(" or "<" behind it.
+/// A call in a kernel file that is worth breaking: its name with "(" or "<" after it.
 const BREAKABLE: &[&str] = &[
     "__syncthreads",
     "__syncwarp",
@@ -57,7 +57,7 @@ impl Call<'_> {
     }
 }
 
-/// The text from an opening bracket to the one that closes it, and what is behind.
+/// The text from an opening bracket to the one that closes it, and what is after.
 fn bracketed(text: &str, open: char, close: char) -> Option<(&str, usize)> {
     let inner = text.strip_prefix(open)?;
     let mut depth = 1;
@@ -213,21 +213,21 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
     ),
     (
         Kernels::AttentionForward,
-        "wgmma_fence();  // the one above is enough, but not for ptxas, behind a loop",
+        "wgmma_fence();  // the one above is enough, but not for ptxas, after a loop",
         "removed",
-        "no register of these products is touched behind the other fence",
+        "no register of these products is touched after the other fence",
     ),
     (
         Kernels::AttentionBackward,
-        "wgmma_fence();  // the one above is enough, but not for ptxas, behind a branch",
+        "wgmma_fence();  // the one above is enough, but not for ptxas, after a branch",
         "removed",
-        "no register of these products is touched behind the other fence",
+        "no register of these products is touched after the other fence",
     ),
     (
         Kernels::AttentionBackward,
         "wgmma_wait<0>();  // for ptxas, which does not see that the last one was enough",
         "removed",
-        "the wait behind each head's tiles was for the same products",
+        "the wait after each head's tiles was for the same products",
     ),
     (
         Kernels::AttentionBackward,
@@ -243,9 +243,9 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
     ),
     (
         Kernels::AttentionOnePass,
-        "wgmma_fence();  // the one of the scores is enough, but not for ptxas, behind a loop",
+        "wgmma_fence();  // the one of the scores is enough, but not for ptxas, after a loop",
         "removed",
-        "no register of these products is touched behind the other fence",
+        "no register of these products is touched after the other fence",
     ),
     (
         Kernels::AttentionOnePass,
@@ -255,9 +255,9 @@ const EQUIVALENT: &[(Kernels, &str, &str, &str)] = &[
     ),
     (
         Kernels::AttentionShort,
-        "wgmma_fence();  // the first one is enough, but not for ptxas, behind a loop",
+        "wgmma_fence();  // the first one is enough, but not for ptxas, after a loop",
         "removed",
-        "no register of these products is touched behind the other fence",
+        "no register of these products is touched after the other fence",
     ),
     (
         Kernels::AttentionShort,

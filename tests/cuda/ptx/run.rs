@@ -152,7 +152,7 @@ pub enum Then {
     Moved,
     /// The same instruction again, when the rest of the threads has come.
     Held,
-    /// Behind this instruction, others first.
+    /// After this instruction, others first.
     Yield,
 }
 

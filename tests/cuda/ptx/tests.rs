@@ -22,7 +22,7 @@ const WITHOUT_EFFECT: [&str; 7] = [
 const SURVIVORS: [(&str, &str); 8] = [
     ("setp.ne.b32: left out", "the flag is false anyway: a product that overwrites"),
     ("mov.u32: left out", "the rank of block 0"),
-    ("mbarrier.inval", "the kernel ends behind it"),
+    ("mbarrier.inval", "the kernel ends after it"),
     ("cp.async.bulk.wait_group", "stores end with the kernel, if not before"),
     ("cp.async.bulk.commit_group", "the same"),
     ("wgmma.commit_group", "the same"),
@@ -121,7 +121,7 @@ fn changes(kernel: &str) -> Vec<(String, String)> {
             changed.replace_range(place.clone(), &format!("{statement}\n"));
             changes.push((format!("{opcode}: {what}"), changed));
         };
-        // `selp` only hands on what the instruction in front of it has found.
+        // `selp` only hands on what the instruction before it has found.
         if opcode != "selp.u32" {
             change("left out", "");
         }

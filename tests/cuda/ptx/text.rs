@@ -227,7 +227,7 @@ struct Body {
     registers: Vec<u32>,
     shared: Vec<Variable>,
     statements: Vec<Statement>,
-    /// Of the blocks that are open, the innermost last: a name, or what is in front of a number,
+    /// Of the blocks that are open, the innermost last: a name, or what is before a number,
     /// and the first register.
     scopes: Vec<BTreeMap<String, (u32, u32)>>,
     labels: BTreeMap<String, usize>,
@@ -256,7 +256,7 @@ impl Body {
                 behind
             } else {
                 let (statement, behind) =
-                    rest.split_once(';').ok_or_else(|| format!("no `;` behind `{rest}`"))?;
+                    rest.split_once(';').ok_or_else(|| format!("no `;` after `{rest}`"))?;
                 body.statement(statement.trim(), &place)
                     .map_err(|why| format!("`{}`: {why}", statement.trim()))?;
                 behind
@@ -401,7 +401,7 @@ impl Body {
     }
 }
 
-/// `$L__BB0_3:` and what is behind it.
+/// `$L__BB0_3:` and what is after it.
 fn label(text: &str) -> Option<(&str, &str)> {
     let end = text.find(|it: char| !(it.is_alphanumeric() || it == '_' || it == '$'))?;
     let behind = text[end..].strip_prefix(':')?;
