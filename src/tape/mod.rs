@@ -16,10 +16,11 @@ mod program;
 mod recompute;
 mod step;
 
+pub use fused::Fused;
 pub use memory::{MemoryLine, MemoryPlan};
 pub use op::{Access, Gradient, Op};
 pub use program::{BoundProgram, Program, Purpose};
-pub use step::{Fused, Step};
+pub use step::Step;
 
 use crate::backend::{AttentionSpec, HeadSpec, LossSpec, NormSpec, ResidualSpec};
 use crate::config::NormKind;

@@ -151,7 +151,7 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
     let columns = |id: ValueId| shape(id).columns();
     let null = DevicePointer::NULL;
     match *fused {
-        Fused::Forward([Op::Linear { inp, .. }, Op::Rotary { heads, table, qkv, .. }]) => {
+        Fused::LinearRotary { inp, heads, table, qkv, .. } => {
             let output = Output::Rotate(Rotation {
                 table: null,
                 positions: null,
@@ -162,12 +162,12 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             fuses(dtype, Layout::Nt, output)
                 .then(|| vec![Cost::product_rotary(heads, dtype, sizes, rows(table))])
         }
-        Fused::Forward([Op::Linear { inp, .. }, Op::SwiGlu { inp: gate_up, .. }]) => {
+        Fused::LinearSwiGlu { inp, gate_up, .. } => {
             let sizes = [rows(inp), columns(gate_up), columns(inp)];
             fuses(dtype, Layout::Nt, Output::SwiGlu { product: null })
                 .then(|| vec![Cost::product_swiglu(dtype, sizes)])
         }
-        Fused::Backward([Gradient::Linear { inp, d_out, .. }, Gradient::SwiGlu { .. }]) => {
+        Fused::LinearSwiGluBackward { inp, d_out, .. } => {
             let [t, inputs, outputs] = [rows(inp), columns(inp), columns(d_out)];
             fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }).then(|| {
                 let d_weight = [outputs, inputs, t];
@@ -178,11 +178,8 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             })
         }
         // Of Hopper's kernels, as the products are.
-        Fused::Backward([Gradient::Attention { spec, .. }, Gradient::Rotary { table, .. }]) => {
-            (dtype == Dtype::Bf16)
-                .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))])
-        }
-        _ => unreachable!("nothing joins {fused:?}"),
+        Fused::AttentionRotaryBackward { spec, table, .. } => (dtype == Dtype::Bf16)
+            .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))]),
     }
 }
 
