@@ -101,7 +101,7 @@ struct Fiber : ThreadIndices {
   Warp* warp = nullptr;
   uint32_t id = 0;  // in its block
   bool done = false;
-  bool must_wait = false;  // for the kernel before, before it touches global memory
+  bool must_wait = false;  // for the previous kernel, before it touches global memory
 
   Wait wait = Wait::Nothing;
   const void* wait_for = nullptr;

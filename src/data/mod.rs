@@ -1,10 +1,11 @@
 //! From text to batches: text -> tokens -> shards -> rows -> batches.
 //!
-//! `text` reads documents from files (`zstandard` from compressed ones), `tokenizer` turns them into ids, `prepare` writes ids into
-//! `shard` files, `source` presents shards (or memory) as one stream, `loader` and `windows` cut
-//! that stream into rows, `batch` by `batch`, for training and for evaluation. `corpus` resolves a configuration into
-//! all of it. Prompts and answers take another way to the loader: `supervised` reads them, `packing`
-//! says which share a row, `examples` makes the rows; `material` is whichever of both a run reads.
+//! `text` reads documents from files (`zstandard` from compressed ones), `tokenizer` turns them
+//! into ids, `prepare` writes ids into `shard` files, `source` presents shards (or memory) as one
+//! stream, `loader` and `windows` cut that stream into rows, `batch` by `batch`, for training and
+//! for evaluation. `corpus` resolves a configuration into all of it. Prompts and answers take
+//! another way to the loader: `supervised` reads them, `packing` says which share a row, `examples`
+//! makes the rows; `material` is whichever of both a run reads.
 //! Nothing here knows the model or a device.
 
 pub mod batch;
