@@ -112,7 +112,7 @@ DEVICE void await_state(const uint32_t* semaphore, uint32_t state, bool at_least
 
 // d_q of the place's tile, by one warp: the accumulators of each of a consumer's warps hold 16
 // rows, and in each 8 columns of them a thread has two of two rows. The other consumer has the
-// columns D/2 after: the other half of rotary pairs.
+// columns D/2 further: the other half of rotary pairs.
 template <int D>
 DEVICE void finish_tile(const float* sums, bf16* d_q,  // both of the tile's first row
                         size_t row_stride, int rows, Angles angles, const int* positions,

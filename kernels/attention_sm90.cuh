@@ -174,7 +174,7 @@ DEVICE void round_weights(uint32_t (&weights)[N / MMA_K][4], const float (&value
       weights[part][i] = pack_bf16(values[part * 8 + 2 * i], values[part * 8 + 2 * i + 1]);
 }
 
-// A thread's accumulators are those of two rows, this one of its consumer's 64 and the one 8 after
+// A thread's accumulators are those of two rows, this one of its consumer's 64 and the one 8 below
 // it, and of two columns of each 8, `first_column` and the next (PTX ISA, "wgmma register
 // fragments"): accumulator 4 n + 2 half + odd.
 DEVICE int first_row() {

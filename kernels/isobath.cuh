@@ -169,7 +169,7 @@ DEVICE void cluster_sync(SIMT_SITE) {
 // thread has waited before it ends, a kernel that has ended says the same of all that came before
 // it: it is enough to wait for the one before.
 //
-// The kernel after may begin as soon as every block of this one has come here: none of its blocks
+// The next kernel may begin as soon as every block of this one has come here: none of its blocks
 // takes the place of one that is still to come, so that blocks which wait for each other find room
 // as they would without it.
 DEVICE void begin_after_previous(SIMT_SITE) {

@@ -379,7 +379,7 @@ pub trait Backend {
         }
         Ok(Reading::Done(values))
     }
-    /// Waits for the values, of which there are exactly as many, and not for what was enqueued after.
+    /// Waits for the values, of which there are exactly as many, and not for what was enqueued later.
     fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
         match reading {
             Reading::Done(read) => values.copy_from_slice(&read),

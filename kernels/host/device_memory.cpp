@@ -88,7 +88,7 @@ std::string describe_global(const void* p) {
                   buffer->label.c_str(), bytes);
   }
   const auto offset = static_cast<unsigned long long>(address - buffer->bounds.address);
-  // On its guard page, the buffer after may be nearer.
+  // On its guard page, the next buffer may be nearer.
   const Buffer* next = memory().find(static_cast<const uint8_t*>(p) + PAGE_BYTES);
   if (next && next != buffer && offset >= bytes &&
       next->bounds.address - address < offset - bytes) {
