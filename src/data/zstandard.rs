@@ -16,11 +16,13 @@ pub struct Frames<R> {
     decoder: FrameDecoder,
     /// Whether the decoder has begun a frame that it has not given out whole.
     within: bool,
+    /// Bytes of the frame that were given out.
+    given: u64,
 }
 
 impl<R: BufRead> Frames<R> {
     pub fn new(source: R) -> Self {
-        Frames { source, decoder: FrameDecoder::new(), within: false }
+        Frames { source, decoder: FrameDecoder::new(), within: false, given: 0 }
     }
 
     /// Begins the next frame that holds something; false at the end of the source.
@@ -29,7 +31,7 @@ impl<R: BufRead> Frames<R> {
             use FrameDecoderError::ReadFrameHeaderError as Header;
             match self.decoder.reset(&mut self.source) {
                 Ok(()) => {
-                    self.within = true;
+                    (self.within, self.given) = (true, 0);
                     return Ok(true);
                 }
                 Err(Header(ReadFrameHeaderError::SkipFrame { length, .. })) => {
@@ -47,6 +49,10 @@ impl<R: BufRead> Frames<R> {
     /// What the frame says of its content, against its content.
     fn end(&mut self) -> Result<()> {
         self.within = false;
+        let size = self.decoder.content_size(); // 0: it says none
+        if size != 0 && size != self.given {
+            return Err(damaged("a frame's content is not as long as it says"));
+        }
         let wanted = self.decoder.get_checksum_from_data();
         if wanted.is_some() && wanted != self.decoder.get_calculated_checksum() {
             return Err(damaged("a frame's checksum is not that of its content"));
@@ -67,13 +73,22 @@ impl<R: BufRead> Read for Frames<R> {
             }
             match self.decoder.read(out)? {
                 0 => self.end()?,
-                read => return Ok(read),
+                read => {
+                    self.given += read as u64;
+                    return Ok(read);
+                }
             }
         }
         Ok(0)
     }
 }
 
+/// As damage, unless the source ended or could not be read.
 fn damaged(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::new(ErrorKind::InvalidData, error)
+    let error = error.into();
+    let first: &(dyn std::error::Error + 'static) = &*error;
+    let kind = std::iter::successors(Some(first), |it| it.source())
+        .find_map(|it| it.downcast_ref::<Error>())
+        .map_or(ErrorKind::InvalidData, Error::kind);
+    Error::new(kind, error)
 }

@@ -14,7 +14,7 @@ pub struct DepthReport {
     pub model: PathBuf,
     /// Placement that the model was trained with, as its folder says; `None` for a folder of others.
     pub placement: Option<String>,
-    /// Optimizer steps after the checkpoint; `None` where the folder is none of a run's.
+    /// Optimizer steps that led to the checkpoint; `None` where the folder is none of a run's.
     pub step: Option<u64>,
     pub data: Vec<String>,
     pub layers: usize,

@@ -1,8 +1,8 @@
 //! Steps that run as one: what makes a tensor, and what would read all of it once more.
 //!
 //! [`fuse`] finds them in a finished list of steps, so neither recording nor the backward rules know
-//! of them. Which there are is said once, by [`Fused`]: what joins them, what runs them, and what
-//! estimates their time are matches over it.
+//! of them. Which there are is said once, by [`Fused`]; what runs them and what estimates their time
+//! are matches over it.
 
 use std::collections::HashSet;
 
