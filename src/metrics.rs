@@ -98,7 +98,7 @@ pub fn final_loss(steps: &[StepRecord]) -> f64 {
     last.iter().map(|step| step.loss).sum::<f64>() / last.len() as f64
 }
 
-/// Seconds of training after each step, evaluations left out: the sum of tokens over tokens per
+/// Seconds of training up to the end of each step, evaluations left out: the sum of tokens over tokens per
 /// second.
 pub fn seconds_behind(steps: &[StepRecord]) -> Vec<f64> {
     let mut sum = 0.0;

@@ -36,7 +36,7 @@ const H200_MEASURED_SOURCE: &str = "measured on an NVIDIA H200 with PyTorch 2.11
 /// best product measured anywhere does (794.5 of 989.5 TFLOP/s on an H100 and an H200).
 const FASTEST: f64 = 0.8;
 
-/// What the cost model takes of a product.
+/// The rates that the cost model of products works with.
 pub(super) fn rates(machine: &Peaks, dtype: Dtype) -> Rates {
     let flops_per_second = FASTEST * machine.flops_per_second(dtype);
     Rates { flops_per_second, bytes_per_second: memory(machine).0 }

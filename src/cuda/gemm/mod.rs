@@ -89,7 +89,7 @@ pub struct Rotation {
     pub table: DevicePointer,
     /// [M], each below P
     pub positions: DevicePointer,
-    /// Columns of the heads that are rotated, all of them before.
+    /// Columns of the heads that are rotated, which come first.
     pub columns: usize,
     /// D
     pub head_dim: usize,
