@@ -454,11 +454,12 @@ fn an_affine_block_is_found_and_features_that_depend_on_each_other_do_no_harm() 
         explained.add(&judged, &block(&judged), &mapped);
         explained.share()
     };
-    let changes: [(&str, Change); 5] = [
+    let changes: [(&str, Change); 6] = [
         ("full rank", |_| {}),
         ("a feature twice", |x| x[3] = x[5]),
         ("a feature that is the sum of two", |x| x[0] = x[1] + x[2]),
         ("a constant, and one that is never there", |x| (x[4], x[7]) = (3.0, 0.0)),
+        ("a large feature twice", |x| (x[3], x[5]) = (1e4 + x[5], 1e4 + x[5])),
         ("features of very different size", |x| (x[1], x[2]) = (1e4 + x[1], 1e-4 * x[2])),
     ];
     for (what, change) in changes {

@@ -10,7 +10,8 @@ use nalgebra::{Cholesky, DMatrix};
 use crate::cpu::{Matrix, matmul};
 
 /// Variance that the ridge adds to every direction of the standardised input. f32 rounds a feature
-/// with (6e-8)^2 = 4e-15 of its variance, far below; so do the sums over tokens.
+/// with (6e-8)^2 = 4e-15 of its variance, far below. The sums over tokens of features far from zero
+/// may be rounded by more: those that depend on each other then take 100 times as much, or more.
 const RIDGE: f64 = 1e-10;
 
 /// Running sums over tokens of x, and of d = block(x) - x; [C] and [C,C].
@@ -90,13 +91,21 @@ impl Moments {
             })
             .collect();
         let correlation = DMatrix::from_fn(c, c, |i, j| {
-            let ridge = if i == j { RIDGE } else { 0.0 };
-            covariance(&self.xx, &x_mean, i, j) * inverse[i] * inverse[j] + ridge
+            covariance(&self.xx, &x_mean, i, j) * inverse[i] * inverse[j]
         });
         let target =
             DMatrix::from_fn(c, c, |i, j| covariance(&self.xd, &d_mean, i, j) * inverse[i]);
         // weight = D (D covariance(x, x) D + ridge)^-1 D covariance(x, d), with D = diag(inverse)
-        let solved = Cholesky::new(correlation)?.solve(&target);
+        let finite = |values: &DMatrix<f64>| values.iter().all(|value| value.is_finite());
+        if !finite(&correlation) || !finite(&target) {
+            return None;
+        }
+        let factored = |ridge: f64| {
+            let mut ridged = correlation.clone();
+            (0..c).for_each(|i| ridged[(i, i)] += ridge);
+            Cholesky::new(ridged)
+        };
+        let solved = (0..5).find_map(|i| factored(RIDGE * 100f64.powi(i)))?.solve(&target);
         let mut weight = solved.transpose().as_slice().to_vec(); // row-major
         for (row, inverse) in weight.chunks_exact_mut(c).zip(&inverse) {
             row.iter_mut().for_each(|value| *value *= inverse);
