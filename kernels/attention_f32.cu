@@ -230,7 +230,7 @@ DEVICE void attention_forward(const float* qkv,            // [T,(H+2K)D]
       float most = MINUS_INFINITY;
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
-        // Only on the diagonal can a later key be hidden, or lie behind the end of the sequence.
+        // Only on the diagonal can a later key be hidden, or lie after the end of the sequence.
         const int key = first_key + column + j * ROW_THREADS;
         const bool hidden = key > first + row + i || (DOCUMENTS && key < start[i]);
         scores[i][j] = hidden ? MINUS_INFINITY : scores[i][j] * scale;

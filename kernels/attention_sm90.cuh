@@ -9,7 +9,7 @@ constexpr int WARP_ROWS = 16;          // of a consumer's, in accumulators
 constexpr int BOX_ROWS = 64;           // of a load
 
 // A block: a producer, and consumers of 64 rows each. Three where their registers allow: more
-// products to hide a softmax behind, but fewer items, and more rows behind the end of a sequence.
+// products to hide a softmax behind, but fewer items, and more rows after the end of a sequence.
 template <int CONSUMERS_>
 struct Team {
   static_assert(CONSUMERS_ == 2 || CONSUMERS_ == 3);
@@ -71,7 +71,7 @@ DEVICE Tiles queries_seeing(Documents documents, int first, int end, int n) {
   if (first >= documents.sequence) return {tiles, tiles};
   int seeing = first / n, hidden = tiles;
   if (!documents.starts) return {seeing, hidden};
-  // The first tile after whose first query sees none of the keys.
+  // The first tile whose first query sees none of the keys: its document begins after them.
   const int own = seeing;
   while (seeing < hidden) {
     const int middle = seeing + (hidden - seeing) / 2;

@@ -238,7 +238,8 @@ KERNEL(conform_grid_barrier, 32)(uint32_t* out, const uint32_t* inp) {
 }
 EXPORT_KERNEL(conform_grid_barrier)
 
-// A word written after __threadfence_block is seen by who reads the flag after it.
+// A word written before __threadfence_block is seen by a thread that has read the flag that was set
+// after it.
 KERNEL(conform_threadfence_block, 64)(uint32_t* out, const uint32_t* inp) {
   SHARED(uint32_t, flag, 1);
   SHARED(uint32_t, word, 1);

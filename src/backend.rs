@@ -1,10 +1,10 @@
 //! What a device must be able to do: own memory, run each op forward and backward, and update.
 //!
 //! Contract: the caller (the tape's program) owns the layout; a backend allocates whole buffers
-//! and is then told by [`View`]s where everything lies. No device memory is allocated by an op. Parameter
-//! gradients are added to (`+=`); an activation gradient is written (`=`) or added to as its
-//! [`Sink`] says. An op may use small host scratch of its own. Every reduction has a fixed order, so
-//! equal inputs give equal bits, unless a backend was told that they need not.
+//! and is then told by [`View`]s where everything lies. No device memory is allocated by an op.
+//! Parameter gradients are added to (`+=`); an activation gradient is written (`=`) or added to as
+//! its [`Sink`] says. An op may use small host scratch of its own. Every reduction has a fixed
+//! order, so equal inputs give equal bits, unless a backend was told that they need not.
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
@@ -92,8 +92,8 @@ pub struct LossSpec {
 
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
 /// global gradient norm, which stays on the device so that a step needs no answer from it. Where
-/// activations are narrower than f32, a fifth holds the parameters rounded to their type. On devices
-/// that can, both moments may be [`Kind::Bf16`], rounded by chance, and the parameters
+/// activations are narrower than f32, a fifth holds the parameters rounded to their type. On
+/// devices that can, both moments may be [`Kind::Bf16`], rounded by chance, and the parameters
 /// [`Kind::LowerHalf`] of what the rounded ones are the upper half of.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {
@@ -112,7 +112,8 @@ pub struct FlatBuffers {
 }
 
 impl FlatBuffers {
-    /// A range of elements of every buffer; the norm and the copies of vectors stay those of the whole.
+    /// A range of elements of every buffer; the norm and the copies of vectors stay those of the
+    /// whole.
     pub fn part(&self, range: &Range<usize>, element_bytes: impl Fn(Kind) -> usize) -> Self {
         let part = |view: View| view.part(range, element_bytes(view.kind));
         FlatBuffers {
@@ -128,8 +129,9 @@ impl FlatBuffers {
     }
 }
 
-/// Elements of a chunk of moments in host memory, see [`Backend::offload_chunk`]: 16 MiB of each moment
-/// in f32, for which a host link of 64 GB/s takes 0.26 ms, far above the time to start a copy.
+/// Elements of a chunk of moments in host memory, see [`Backend::offload_chunk`]: 16 MiB of each
+/// moment in f32, for which a host link of 64 GB/s takes 0.26 ms, far above the time to start a
+/// copy.
 pub const OFFLOAD_CHUNK: usize = 1 << 22;
 
 /// Bytes of device memory that moments in host memory pass through: two chunks of both.
@@ -232,7 +234,8 @@ pub trait Backend {
     /// `largest`: rows and columns of the largest parameter.
     fn process_bytes(&self, largest: [usize; 2]) -> usize;
 
-    /// Bytes of [`Backend::available_bytes`] that it will take for itself besides buffers, estimated.
+    /// Bytes of [`Backend::available_bytes`] that it will take for itself besides buffers,
+    /// estimated.
     fn reserve_bytes(&self) -> usize {
         0
     }
@@ -242,8 +245,8 @@ pub trait Backend {
         None
     }
 
-    /// The most bytes that this process had at one time, with whatever is no buffer; `None` where the
-    /// device does not tell.
+    /// The most bytes that this process had at one time, with whatever is no buffer; `None` where
+    /// the device does not tell.
     fn peak_bytes(&self) -> Option<u64> {
         None
     }
@@ -263,29 +266,29 @@ pub trait Backend {
         0
     }
 
-    /// Bytes that preparing a backward pass of attention allocates, once for all passes of this size;
-    /// `documents`: within documents.
+    /// Bytes that preparing a backward pass of attention allocates, once for all passes of this
+    /// size; `documents`: within documents.
     fn attention_scratch_bytes(&self, _spec: AttentionSpec, _documents: bool) -> usize {
         0
     }
 
-    /// Whether [`Backend::linear_swiglu_backward`] computes both at once, whatever the shapes: then its
-    /// d_inp needs no memory.
+    /// Whether [`Backend::linear_swiglu_backward`] computes both at once, whatever the shapes: then
+    /// its d_inp needs no memory.
     fn fuses_swiglu_backward(&self) -> bool {
         false
     }
 
-    /// From here to [`Backend::end_preparation`] ops are checked and what they need is made (kernels
-    /// looked up, tensor maps), but nothing is computed. False: there is nothing to prepare, and ops
-    /// must not be called for it.
+    /// From here to [`Backend::end_preparation`] ops are checked and what they need is made
+    /// (kernels looked up, tensor maps), but nothing is computed. False: there is nothing to
+    /// prepare, and ops must not be called for it.
     fn begin_preparation(&mut self) -> bool {
         false
     }
     fn end_preparation(&mut self) {}
 
-    /// Keeps what `work` enqueues instead of running it, for [`Backend::replay`]. `work` was prepared
-    /// and neither reads nor writes from the host. `None`, and nothing happened: this backend has
-    /// nothing to gain from it, `work` is to be called whenever it is to run.
+    /// Keeps what `work` enqueues instead of running it, for [`Backend::replay`]. `work` was
+    /// prepared and neither reads nor writes from the host. `None`, and nothing happened: this
+    /// backend has nothing to gain from it, `work` is to be called whenever it is to run.
     fn record(&mut self, _work: impl FnOnce(&mut Self) -> Result<()>) -> Result<Option<Recording>>
     where
         Self: Sized,
@@ -297,9 +300,9 @@ pub trait Backend {
         unreachable!("{} records nothing", self.name())
     }
 
-    /// What profilers show: everything until [`Backend::end_range`], inside what was begun before. Of
-    /// work that is replayed, what lies around the replay; what lies inside is seen once, when it is
-    /// recorded.
+    /// What profilers show: everything until [`Backend::end_range`], inside what was begun before.
+    /// Of work that is replayed, what lies around the replay; what lies inside is seen once, when
+    /// it is recorded.
     fn begin_range(&mut self, _name: &'static CStr) {}
     fn end_range(&mut self) {}
     /// `work` in a range of this name.
@@ -346,8 +349,8 @@ pub trait Backend {
         self.allocate(label, bytes)
     }
 
-    /// Whether ops are enqueued and run later, so that a step is better enqueued before the one before
-    /// of it is waited for.
+    /// Whether ops are enqueued and run later, so that a step is better enqueued before the
+    /// previous one is waited for.
     fn steps_ahead(&self) -> bool {
         false
     }
@@ -355,13 +358,14 @@ pub trait Backend {
     fn transfer_bytes(&self, _sent: usize, _read: usize) -> usize {
         0
     }
-    /// From here on, writes of up to `sent` bytes are not waited for, and readings of up to `read` bytes
-    /// can begin. Once.
+    /// From here on, writes of up to `sent` bytes are not waited for, and readings of up to `read`
+    /// bytes can begin. Once.
     fn prepare_transfers(&mut self, _sent: usize, _read: usize) -> Result<()> {
         Ok(())
     }
 
-    /// Copies values in, in the order of the ops; `values` has exactly the view's number of elements.
+    /// Copies values in, in the order of the ops; `values` has exactly the view's number of
+    /// elements.
     fn write(&mut self, view: View, values: &[f32]) -> Result<()>;
     fn write_index(&mut self, view: View, values: &[i32]) -> Result<()>;
     /// Copies values out, after everything before it has run.
@@ -379,7 +383,8 @@ pub trait Backend {
         }
         Ok(Reading::Done(values))
     }
-    /// Waits for the values, of which there are exactly as many, and not for what was enqueued later.
+    /// Waits for the values, of which there are exactly as many, and not for what was enqueued
+    /// later.
     fn finish_read(&mut self, reading: Reading, values: &mut [f32]) -> Result<()> {
         match reading {
             Reading::Done(read) => values.copy_from_slice(&read),
@@ -387,8 +392,8 @@ pub trait Backend {
         }
         Ok(())
     }
-    /// Copies f32 in and out that lie as bf16, rounded as [`Backend::round`] does it, and as the lower
-    /// halves of their bits.
+    /// Copies f32 in and out that lie as bf16, rounded as [`Backend::round`] does it, and as the
+    /// lower halves of their bits.
     fn write_halves(&mut self, upper: View, _lower: View, _values: &[f32]) -> Result<()> {
         unreachable!("{} has no f32 in halves: {}", self.name(), upper.shape)
     }
@@ -408,8 +413,8 @@ pub trait Backend {
     /// d_table[tokens[t]] += d_out[t]
     fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()>;
 
-    /// out = normalise(inp) * (gain / sqrt(depth)). inp, out [T,C]; gain [C]; rstd [T], and mean [T]
-    /// for LayerNorm, are kept for backward.
+    /// out = normalise(inp) * (gain / sqrt(depth)). inp, out [T,C]; gain [C]; rstd [T], and mean
+    /// [T] for LayerNorm, are kept for backward.
     fn norm_forward(
         &mut self,
         spec: NormSpec,
@@ -445,8 +450,8 @@ pub trait Backend {
         out: View,
     ) -> Result<()>;
     /// d_inp = branch_scale gain d_out; then d_out *= stream_scale, which makes it the gradient of
-    /// the residual. With a gain, d_gain += branch_scale times the sum over tokens of d_out inp, over
-    /// columns, too, for a gain of [1]; partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch.
+    /// the residual. With a gain, d_gain += branch_scale times the sum over tokens of d_out inp,
+    /// over columns, too, for a gain of [1]; partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch.
     fn scaled_residual_backward(
         &mut self,
         spec: ResidualSpec,
@@ -534,8 +539,8 @@ pub trait Backend {
     fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
     fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
 
-    // Two ops in one kernel. False: there is none that does both, and nothing was done; what lies between
-    // the two may be rounded there, or not.
+    // Two ops in one kernel. False: there is none that does both, and nothing was done; what lies
+    // between the two may be rounded there, or not.
 
     /// qkv = inp weight^T, then [`Backend::rotary_forward`].
     fn linear_rotary_forward(
@@ -559,7 +564,8 @@ pub trait Backend {
     ) -> Result<bool> {
         Ok(false)
     }
-    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of it.
+    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of
+    /// it.
     #[allow(clippy::too_many_arguments)]
     fn linear_swiglu_backward(
         &mut self,

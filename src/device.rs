@@ -63,8 +63,8 @@ pub fn open_kernels(kind: DeviceKind, dtype: Dtype) -> Result<Cuda> {
     Ok(backend.with_switches(switches))
 }
 
-/// `work` on the backend of a device that computes in `dtype`; compiled once for each backend. Returns
-/// early where there is none.
+/// `work` on the backend of a device that computes in `dtype`; compiled once for each backend.
+/// Returns early where there is none.
 macro_rules! on_device {
     ($device:expr, $dtype:expr, |$backend:ident| $work:expr) => {
         match $device {

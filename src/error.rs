@@ -108,8 +108,8 @@ impl Error {
         }
     }
 
-    /// What a launch layer refuses before anything has run is not a kernel that went wrong: what was
-    /// asked for cannot be done on this device.
+    /// What a launch layer refuses before anything has run is not a kernel that went wrong: what
+    /// was asked for cannot be done on this device.
     pub fn before_running(self) -> Self {
         match self {
             Error::Launch { kernel, device, what, remedy } => {

@@ -1,8 +1,8 @@
 //! The loss of a model on a text: exact mean over every token but the first, each predicted once.
 //!
 //! The text is read in consecutive, non-overlapping windows of `sequence` input tokens without a
-//! start token; the last, shorter one is included. A document ends with the end-of-text token, if the
-//! tokenizer has one, and that is predicted, too.
+//! start token; the last, shorter one is included. A document ends with the end-of-text token, if
+//! the tokenizer has one, and that is predicted, too.
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -1,8 +1,9 @@
 //! The flat buffers of a run, piece by piece: no copy of a whole one is made in host memory.
 //!
-//! Whoever owns the buffers gives or takes elements; whoever writes or reads files does so in chunks
-//! of [`CHUNK_ELEMENTS`]. A device belongs to one thread: [`with_two_readers`] lets files be written
-//! on two others, which ask that one for their next chunk. What lies in the buffers is not known here.
+//! Whoever owns the buffers gives or takes elements; whoever writes or reads files does so in
+//! chunks of [`CHUNK_ELEMENTS`]. A device belongs to one thread: [`with_two_readers`] lets files be
+//! written on two others, which ask that one for their next chunk. What lies in the buffers is not
+//! known here.
 
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};

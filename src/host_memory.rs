@@ -60,7 +60,8 @@ fn bytes_of_field(path: &Path, name: &str) -> Option<u64> {
 struct Group {
     limit: u64,
     used: u64,
-    /// Of the used ones: pages of files that nobody has read lately, which the kernel gives up first.
+    /// Of the used ones: pages of files that nobody has read lately, which the kernel gives up
+    /// first.
     reclaimable: u64,
 }
 

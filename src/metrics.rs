@@ -91,19 +91,19 @@ impl SessionRecord {
     }
 }
 
-/// The training loss that a run is said to have ended at: the mean over the last 2% of its steps, of
-/// which there is at least one.
+/// The training loss that a run is said to have ended at: the mean over the last 2% of its steps,
+/// of which there is at least one.
 pub fn final_loss(steps: &[StepRecord]) -> f64 {
     let last = &steps[steps.len() - steps.len().div_ceil(50)..];
     last.iter().map(|step| step.loss).sum::<f64>() / last.len() as f64
 }
 
-/// Seconds of training up to the end of each step, evaluations left out: the sum of tokens over tokens per
-/// second.
-pub fn seconds_behind(steps: &[StepRecord]) -> Vec<f64> {
+/// Seconds of training up to the end of each step, evaluations left out: the sum of tokens over
+/// tokens per second.
+pub fn training_seconds(steps: &[StepRecord]) -> Vec<f64> {
     let mut sum = 0.0;
     let mut tokens = 0;
-    let mut behind = |step: &StepRecord| {
+    let mut up_to = |step: &StepRecord| {
         let these = step.tokens.saturating_sub(tokens) as f64;
         tokens = step.tokens;
         if step.tokens_per_second > 0.0 {
@@ -111,7 +111,7 @@ pub fn seconds_behind(steps: &[StepRecord]) -> Vec<f64> {
         }
         sum
     };
-    steps.iter().map(&mut behind).collect()
+    steps.iter().map(&mut up_to).collect()
 }
 
 /// A file of records, one per line.

@@ -27,8 +27,8 @@ impl Philox {
         self.after_rounds(ROUNDS, counter)
     }
 
-    /// The block that as many rounds make: of another generator, Philox4x32-`rounds`. With 7 or more
-    /// it passes BigCrush; only kernels that draw for every element take fewer than 10.
+    /// The block that as many rounds make: of another generator, Philox4x32-`rounds`. With 7 or
+    /// more it passes BigCrush; only kernels that draw for every element take fewer than 10.
     pub fn after_rounds(&self, rounds: usize, counter: u64) -> [u32; 4] {
         let [mut x0, mut x1] = [counter as u32, (counter >> 32) as u32];
         let [mut x2, mut x3] = [self.stream as u32, (self.stream >> 32) as u32];

@@ -42,7 +42,8 @@ const TEMPORARY: &str = ".tmp-";
 const DELETED: &str = ".deleted-";
 const REPLACED: &str = ".replaced-";
 
-/// Whether this file is what a run has written down of itself, and not one that it was started with.
+/// Whether this file is what a run has written down of itself, and not one that it was started
+/// with.
 pub fn is_of_run(file: &Path) -> bool {
     let folder = file.parent().unwrap_or(Path::new(""));
     file.file_name().is_some_and(|name| name == CONFIG) && folder.join(METRICS).exists()
@@ -335,8 +336,8 @@ pub fn checkpoint_steps(run: &Path) -> Result<Vec<u64>> {
     steps_in(&run.join(CHECKPOINTS), "")
 }
 
-/// The steps after which something in a folder is named, with `suffix` after, in order; none if
-/// there is no such folder.
+/// The steps of which a folder has something, named like a checkpoint with `suffix` added, in
+/// order; none if there is no such folder.
 pub(crate) fn steps_in(folder: &Path, suffix: &str) -> Result<Vec<u64>> {
     let names = names(folder)?;
     let step = |name: &String| step_of(name.strip_suffix(suffix)?);

@@ -1,6 +1,7 @@
 //! What a device says of itself while it trains: clocks, temperature, power, and what holds its
 //! clocks down. It is asked from a thread of its own, because a device that is asked between two
-//! steps is one that rests. What can be read is the device's to say; here readings are only gathered.
+//! steps is one that rests. What can be read is the device's to say; here readings are only
+//! gathered.
 
 use std::collections::BTreeMap;
 use std::fmt;

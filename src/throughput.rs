@@ -1,8 +1,8 @@
 //! How fast a session trained: which of its steps count, and what is said of them.
 //!
-//! The first steps of a process never count: kernels are loaded, buffers touched, clocks raised. What
-//! is not training (evaluations, samples, checkpoints) is not handed in. A session's figures are one
-//! line of throughput.jsonl.
+//! The first steps of a process never count: kernels are loaded, buffers touched, clocks raised.
+//! What is not training (evaluations, samples, checkpoints) is not handed in. A session's figures
+//! are one line of throughput.jsonl.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -188,8 +188,8 @@ pub struct MemoryUse {
     pub planned: u64,
     /// In buffers; the table without what the program itself takes.
     pub allocated: Option<u64>,
-    /// The most that the process had at one time, the program included: of host memory. No GPU keeps
-    /// count of it.
+    /// The most that the process had at one time, the program included: of host memory. No GPU
+    /// keeps count of it.
     pub peak: Option<u64>,
     /// Of a GPU's memory, what nobody had taken after the steps that do not count, and at the end:
     /// equal where a run takes no memory while it trains and no other program uses the GPU.

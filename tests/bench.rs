@@ -336,8 +336,8 @@ fn a_prediction_multiplies_as_often_as_the_plans_formula_says() {
         };
         let [norms, attention, block] =
             [Recompute::Norms, Recompute::Attention, Recompute::Block].map(recomputing);
-        // Norms multiply nothing; attention has q, k, v and itself again; a block all of its forward
-        // pass but for its last product, whose result nobody reads.
+        // Norms multiply nothing; attention has q, k, v and itself again; a block all of its
+        // forward pass but for its last product, whose result nobody reads.
         let per_token = |weights: usize| 2 * (weights * config.model.layers) as u64 * tokens;
         let (c, f) = (config.model.hidden, config.model.ffn);
         let qkv = c * (config.model.heads + 2 * config.model.kv_heads) * config.model.head_dim();
@@ -972,7 +972,7 @@ fn a_prediction_needs_no_device() {
 }
 
 #[test]
-fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
+fn the_products_of_a_model_are_estimated_and_ranked_without_a_device() {
     let report = answer("gemm --predict --preset 130m --json");
     let rows = report["products"].as_array().unwrap();
     let number = |row: &Value, name: &str| row[name].as_f64().unwrap();
@@ -1022,16 +1022,17 @@ fn the_products_of_a_model_are_reckoned_and_ranked_without_a_device() {
     }
     let row =
         text.lines().find(|line| line.contains("nn_swiglu") && line.contains("65536")).unwrap();
-    // Stages, KiB of shared memory, MB and GFLOP stand in it, what holds it up, and that nobody timed.
+    // Stages, KiB of shared memory, MB and GFLOP stand in it, what holds it up, and that nobody
+    // timed.
     for part in [" memory ", "  never", " 224 ", " 789.9 "] {
         assert!(row.contains(part), "`{part}` is missing in: {row}");
     }
 }
 
-/// A product is estimated no faster than the FLOPs of the datasheet nor than its bytes by what a copy
-/// has reached; and nothing but these bytes slows down what they hold up.
+/// No product is estimated to be faster than its FLOPs at the datasheet's rate, or than its bytes
+/// at the rate that a copy has reached. Some, fewer than half, take as long as their bytes.
 #[test]
-fn no_product_is_reckoned_faster_than_its_bytes_or_its_flops() {
+fn no_product_is_estimated_faster_than_its_bytes_or_its_flops() {
     let prediction = GemmPrediction::new(&[], &[], &[]).unwrap();
     assert_eq!(prediction.bytes_per_second, 4.3e12);
     let mut held_up = 0;
@@ -1064,7 +1065,7 @@ fn no_product_is_reckoned_faster_than_its_bytes_or_its_flops() {
 /// The head of every vocabulary in one list, what else the models have once; rows of the logits are
 /// stored as wide as a multiple of 8.
 #[test]
-fn heads_of_several_vocabularies_are_reckoned() {
+fn heads_of_several_vocabularies_are_estimated() {
     let rows = |vocabs: &[usize]| {
         let presets = ["130m".to_string()];
         GemmPrediction::new(&presets, &[], vocabs).unwrap().products

@@ -265,7 +265,8 @@ fn disassembler() -> Option<PathBuf> {
     None
 }
 
-/// The machine code of every kernel file for every architecture ("sm_90a"), read once for all tests.
+/// The machine code of every kernel file for every architecture ("sm_90a"), read once for all
+/// tests.
 fn machine_code(tools: &Path) -> impl Iterator<Item = (&'static str, &'static str, &'static Code)> {
     static ALL: OnceLock<Vec<(&str, &str, Code)>> = OnceLock::new();
     let all = ALL.get_or_init(|| {
@@ -307,7 +308,7 @@ fn disassemble(tools: &Path, stem: &str, architecture: &str) -> Code {
 }
 
 #[test]
-fn opcodes_are_read_behind_predicates_and_local_memory_is_seen() {
+fn opcodes_are_read_after_predicates_and_local_memory_is_seen() {
     let listing = "\t\tFunction : first\n\t.headerflags @\"EF\"\n\
                    /*0000*/   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */\n\
                    /* 0x000e220000000800 */\n\
@@ -370,10 +371,10 @@ fn early_accesses_are_found_in_machine_code() {
     }
 }
 
-/// Every kernel that is not one of conformance: the drivers let it begin while the kernel before
-/// of it still runs.
+/// Every kernel but those of conformance: the drivers let it begin while the previous one still
+/// runs.
 #[test]
-fn every_kernel_waits_for_the_one_in_front_before_it_touches_global_memory() {
+fn every_kernel_waits_for_the_previous_one_before_it_touches_global_memory() {
     let Some(tools) = disassembler() else { return };
     let mut checked = 0;
     for (stem, architecture, code) in machine_code(&tools) {
@@ -407,8 +408,8 @@ fn the_hopper_gemm_multiplies_with_wgmma_and_loads_with_tma() {
     assert_eq!(code.len(), 9 + 9, "three layouts in three tiles, and the epilogues");
 }
 
-/// wgmma and TMA in every kernel; and the exponents of a step stand before the wait for the products
-/// that run meanwhile, above which ptxas would move whatever it may.
+/// wgmma and TMA in every kernel; and the exponents of a step stand before the wait for the
+/// products that run meanwhile, above which ptxas would move whatever it may.
 #[test]
 fn the_hopper_attention_computes_exponents_while_it_multiplies() {
     let Some(tools) = disassembler() else { return };

@@ -388,7 +388,8 @@ fn saving_and_loading_take_the_same_host_memory_whatever_the_model() {
         number("peak ")
     });
     let mib = peaks.map(|bytes| bytes >> 20);
-    // Two chunks of 4 MiB, buffers of files, stacks of threads; a whole buffer of the smaller has 28 MiB.
+    // Two chunks of 4 MiB, buffers of files, stacks of threads; a whole buffer of the smaller has
+    // 28 MiB.
     assert!(mib.iter().all(|mib| *mib < 24), "{mib:?} MiB");
     assert!(peaks[1].abs_diff(peaks[0]) < 4 << 20, "twice the model: {mib:?} MiB");
 }

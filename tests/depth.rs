@@ -1,5 +1,5 @@
-//! src/depth: every measurement against a formula or a model written out in plain f64 loops, and the
-//! command from a run to its files.
+//! src/depth: every measurement against a formula or a model written out in plain f64 loops, and
+//! the command from a run to its files.
 
 mod plain;
 
@@ -135,9 +135,9 @@ fn expected(plain: &Plain, ids: &[i32], sequence: usize) -> (f64, Vec<f64>, Vec<
     let mut skipped = vec![Vec::new(); layers];
     for (tokens, targets) in windows(ids, sequence) {
         let streams = plain.streams(&tokens);
-        losses.extend(plain.losses_behind(layers, &streams[layers], &targets));
+        losses.extend(plain.losses_after(layers, &streams[layers], &targets));
         for layer in 1..=layers {
-            let without = plain.losses_behind(layer, &streams[layer - 1], &targets);
+            let without = plain.losses_after(layer, &streams[layer - 1], &targets);
             skipped[layer - 1].extend(without);
         }
         for t in 0..tokens.len() {
@@ -227,7 +227,7 @@ fn stream_and_skipped_losses_are_those_of_plain_loops_and_keep_every_depth_scale
                 for layer in 2..=config.layers {
                     stream = plain.block_at_depth(layer, layer - 1, &stream);
                 }
-                shifted.extend(plain.losses_behind(config.layers, &stream, &targets));
+                shifted.extend(plain.losses_after(config.layers, &stream, &targets));
             }
             let difference = (mean(&shifted) - skipped[0]).abs();
             assert!(difference > 1e-3, "the test could not see it: {difference:e}");
@@ -492,7 +492,7 @@ fn the_loss_with_an_affine_block_is_that_of_plain_least_squares() {
     let mut whole = Vec::new();
     for window in (0..windows.len()).filter(|window| !fitted(window)) {
         let stream = &all[window][config.layers];
-        whole.extend(plain.losses_behind(config.layers, stream, &windows[window].1));
+        whole.extend(plain.losses_after(config.layers, stream, &windows[window].1));
     }
     for layer in 1..=config.layers {
         let (mut xx, mut xy) = (vec![vec![0.0; c + 1]; c + 1], vec![vec![0.0; c]; c + 1]);
@@ -521,7 +521,7 @@ fn the_loss_with_an_affine_block_is_that_of_plain_least_squares() {
                 let x = &all[window][layer - 1][t];
                 changes.push((0..c).map(|j| y[j] - x[j]).collect::<Vec<f64>>());
             }
-            losses.extend(plain.losses_behind(layer, &mapped, &windows[window].1));
+            losses.extend(plain.losses_after(layer, &mapped, &windows[window].1));
         }
         let variance: f64 = (0..c)
             .map(|j| {

@@ -1,4 +1,5 @@
-//! src/figure: what is drawn and where, what is left out, and whether the colours can be told apart.
+//! src/figure: what is drawn and where, what is left out, and whether the colours can be told
+//! apart.
 
 use std::collections::BTreeSet;
 

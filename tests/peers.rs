@@ -1,5 +1,5 @@
-//! benches/peers/kernels.py, products.py and training.py without a GPU: how they join reports, their
-//! tables of a record, and what they ask of the program and of PyTorch.
+//! benches/peers/kernels.py, products.py and training.py without a GPU: how they join reports,
+//! their tables of a record, and what they ask of the program and of PyTorch.
 
 use std::fs;
 use std::path::Path;

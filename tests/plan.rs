@@ -1,5 +1,5 @@
-//! src/plan.rs, src/engine/plan.rs and src/bench/prediction/machine_plan.rs: the memory table against what a run
-//! really takes; plans for machines that are not here.
+//! src/plan.rs, src/engine/plan.rs and src/bench/prediction/machine_plan.rs: the memory table
+//! against what a run really takes; plans for machines that are not here.
 
 use std::fs;
 use std::process::Stdio;
@@ -218,7 +218,8 @@ fn check_formats(on_h200: &Value, usable: u64) {
         assert_eq!((get("parameters"), get("working_copy")), (parameters, 2 * stored), "{it}");
         let element_bytes = if moments == "bf16" { 2 } else { 4 };
         let both = 2 * element_bytes * stored;
-        // On the device, or on the host: then two chunks of 2^22 elements of both are on the device.
+        // On the device, or on the host: then two chunks of 2^22 elements of both are on the
+        // device.
         let (on_device, on_host) = match offload {
             false => (both, 0),
             true => ((4 * element_bytes) << 22, both),
@@ -250,8 +251,8 @@ fn check_formats(on_h200: &Value, usable: u64) {
     assert_eq!(formats[0]["milliseconds"], on_h200["levels"][0]["milliseconds"]);
 }
 
-/// The memory that issue 8 asks for: 7B trains on one H200, 1B at 64K tokens per micro-batch without
-/// recomputation. With the preset's own optimizer state, f32 and all on the device.
+/// The memory that issue 8 asks for: 7B trains on one H200, 1B at 64K tokens per micro-batch
+/// without recomputation. With the preset's own optimizer state, f32 and all on the device.
 #[test]
 fn the_largest_presets_fit_into_one_h200() {
     let usable = H200.memory_bytes - (512 << 20);

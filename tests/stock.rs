@@ -44,8 +44,8 @@ fn request(model: PathBuf, layers: &str, out: PathBuf) -> Request {
     Request { model, without, out, dtype: ExportDtype::F32 }
 }
 
-/// Layer l of an LNS model keeps the scale 1/sqrt(l), wherever it stands afterwards: the same losses as
-/// a `pre` model made of the layers that stay, each with its gains divided by hand.
+/// Layer l of an LNS model keeps the scale 1/sqrt(l), wherever it stands afterwards: the same
+/// losses as a `pre` model made of the layers that stay, each with its gains divided by hand.
 #[test]
 fn layers_that_stay_keep_their_depth_scale() {
     let folder = tempdir().unwrap();

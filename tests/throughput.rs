@@ -1,5 +1,5 @@
-//! src/throughput.rs: which steps count, whose time it is, and every figure of a session whose steps are
-//! known.
+//! src/throughput.rs: which steps count, whose time it is, and every figure of a session whose
+//! steps are known.
 
 use std::time::{Duration, Instant};
 

@@ -397,7 +397,7 @@ fn a_weight_that_is_not_a_number_stops_at_the_first_step() {
 }
 
 #[test]
-fn a_person_is_told_how_fast_it_is_behind_the_first_steps() {
+fn a_person_is_told_how_fast_it_is_after_the_first_steps() {
     let folder = tempdir().unwrap();
     let text = text_file(folder.path(), 4000);
     let out = folder.path().join("run");

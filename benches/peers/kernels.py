@@ -241,8 +241,8 @@ class Stopwatch:
         return found, len(copies)
 
     def burst(self, twin, samples, rest):
-        """As src/bench/products/ times a product: samples one after the other without a gap,
-        after one that does not count, after a rest of so many seconds."""
+        """As src/bench/products/ times a product: a rest of so many seconds, one sample that does
+        not count, and at once the others, one after another without a gap."""
         copies = [twin.setup() for _ in range(self.copies(twin))]
         start = time.perf_counter()
         for copy in copies:

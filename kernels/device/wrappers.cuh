@@ -441,9 +441,9 @@ DEVICE T* cluster_map(T* p, uint32_t rank) {
 }
 
 // ---------------------------------------------------------------- dependent launches
-// Until the kernels before have ended, with all that they wrote.
+// Waits until the previous kernel has ended and all that it wrote is visible.
 DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Kernels after this one may begin when all of its blocks have come here, or ended.
+// The next kernel may begin when each block of this one has come here, or ended.
 DEVICE void grid_dependency_launch() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }
@@ -455,7 +455,7 @@ DEVICE void grid_dependency_launch() {
 extern __device__ void cluster_arrive();
 extern __device__ void cluster_wait();
 
-// Launches depend on each other from sm_90 on; below, a kernel begins when those before have
+// There are dependent launches from sm_90 on; below, a kernel begins when the previous one has
 // ended.
 DEVICE void grid_dependency_wait() {}
 DEVICE void grid_dependency_launch() {}

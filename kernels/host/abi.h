@@ -19,7 +19,7 @@ struct SimtLaunch {
   uint32_t grid[3], block[3], cluster[3];
   uint32_t dynamic_shared_bytes;
   uint32_t cooperative;
-  uint32_t dependent;  // 1: each thread must wait for the kernel before (grid_dependency_wait)
+  uint32_t dependent;  // 1: each thread must wait for the previous kernel (grid_dependency_wait)
 };
 
 enum SimtOrder : uint32_t { SIMT_FIFO = 0, SIMT_LIFO = 1, SIMT_RANDOM = 2 };

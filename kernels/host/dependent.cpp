@@ -1,7 +1,7 @@
-// Dependent launches: one may begin while the kernel before it still runs, so that each of its
-// threads waits for that one before it touches global memory, and before it ends.
+// Dependent launches: one may begin while the previous kernel still runs, so that each of its
+// threads waits for that kernel before it touches global memory, and before it ends.
 //
-// Here kernels run one after the other, and nothing could go wrong; what would on a GPU is a fault.
+// Here kernels run one after another, and nothing could go wrong; what would on a GPU is a fault.
 // Wrappers are checked always, ordinary loads and stores in race mode.
 #include "device_memory.h"
 #include "fault.h"
@@ -13,7 +13,7 @@ void report_early_access(const Fiber& fiber, const std::string& what, const void
                          const std::string& here) {
   fail(
       format("global memory is touched before grid_dependency_wait in a dependent launch: %s by %s "
-             "at %s%s; the kernel before may still run",
+             "at %s%s; the previous kernel may still run",
              what.c_str(), describe(fiber).c_str(), here.c_str(),
              p ? (": " + describe_global(p)).c_str() : ""));
 }
@@ -27,7 +27,7 @@ void check_waited_at_exit(const Fiber& fiber) {
   if (!fiber.must_wait) return;
   fail(
       format("%s exits without grid_dependency_wait in a dependent launch: kernels after it could "
-             "begin while the one before still runs",
+             "begin while the previous one still runs",
              describe(fiber).c_str()));
 }
 

@@ -33,7 +33,7 @@ std::string describe(Place place) {
     std::lock_guard lock(sites_mutex);
     return describe(sites[place & ~SITE]);
   }
-  // A return address points behind the access.
+  // A return address points after the access.
   return describe_code(reinterpret_cast<uintptr_t>(&place_of_code) + place - MIDDLE - 1);
 }
 

@@ -44,11 +44,11 @@ void check_gaps(const Block& block) {
     return false;
   };
   if (changed(block.dynamic_end)) {
-    fail(format("block %s wrote after its %u bytes of dynamic shared memory",
+    fail(format("block %s wrote past its %u bytes of dynamic shared memory",
                 describe(block.index).c_str(), block.dynamic_end - DYNAMIC_BASE));
   }
   if (!block.statics.empty() && changed(block.static_end)) {
-    fail(format("block %s wrote after its static shared memory", describe(block.index).c_str()));
+    fail(format("block %s wrote past its static shared memory", describe(block.index).c_str()));
   }
 }
 

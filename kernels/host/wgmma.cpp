@@ -181,8 +181,9 @@ static void load_b(Block* block, const Product& product, int k0, const Clock& cl
 // ---------------------------------------------------------------- the product
 namespace {
 
-// The vectors of two generations: as many registers as a loop's sums, its row and its column take.
-// A vector that the processor does not have would be taken apart in memory.
+// Vectors of three instruction sets, and how many of them a loop keeps of each of its threads:
+// these sums, a row and a column fit in the registers. A vector that the processor does not have
+// would be taken apart in memory.
 struct Avx512 {
   typedef float Vector __attribute__((vector_size(64), aligned(4)));
   static constexpr int LANES = 16, BLOCKS = 4;

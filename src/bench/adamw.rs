@@ -1,5 +1,5 @@
-//! The global gradient norm, and AdamW over flat buffers that all decay, with its state stored in each
-//! way.
+//! The global gradient norm, and AdamW over flat buffers that all decay, with its state stored in
+//! each way.
 
 use std::slice;
 

@@ -437,7 +437,8 @@ impl Cost {
         2 * element_bytes(moments) * n as u64
     }
 
-    /// [`Cost::adamw`] with moments in host memory: each is copied in and out of device memory, too.
+    /// [`Cost::adamw`] with moments in host memory: each is copied in and out of device memory,
+    /// too.
     pub fn adamw_offloaded(working: Dtype, master: Master, moments: Dtype, n: usize) -> Self {
         let cost = Cost::adamw(working, master, moments, n);
         let of_moments = Self::link_bytes(moments, n);

@@ -1,6 +1,6 @@
-//! The products whose kernels do more than store: an addend, rotary embedding, SwiGLU and its gradient;
-//! and what that costs: each is timed in turn with the plain kernel of the same tile, on the same
-//! factors.
+//! The products whose kernels do more than store: an addend, rotary embedding, SwiGLU and its
+//! gradient; and what that costs: each is timed in turn with the plain kernel of the same tile, on
+//! the same factors.
 
 use super::Request;
 use super::layers::{LAYERS, Layer, ON_CPU};

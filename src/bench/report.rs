@@ -106,8 +106,8 @@ pub enum Unit {
     Flops,
 }
 
-/// What has been timed so far, and who is told of each row when it is: a run that is ended early has
-/// shown what it measured.
+/// What has been timed so far, and who is told of each row when it is: a run that is ended early
+/// has shown what it measured.
 pub(super) struct TimedRows<'a> {
     pub rows: Vec<Row>,
     pub told: &'a mut dyn FnMut(&Row),

@@ -208,8 +208,8 @@ impl<'a> Steps<'a> {
         MemoryUse::of(self.planned, self.free_after_warm_up, self.trainer.device().0)
     }
 
-    /// Enqueues a step and waits for the one before, or for this one, as training does. Errors: its loss
-    /// is not finite.
+    /// Enqueues a step and waits for the one before, or for this one, as training does. Errors: its
+    /// loss is not finite.
     fn run(&mut self) -> Result<()> {
         let Steps { trainer, config, ids, .. } = self;
         let step = self.done + 1;

@@ -1,8 +1,9 @@
 //! How a launch is timed: once on each of several copies of its buffers, between two events.
 //!
 //! There are enough copies that none is still in L2 when its turn comes again. A sample is the mean
-//! over the copies; the median of the samples counts. Each sample is enqueued while the device works
-//! on the one before, so that the host's time to launch is in none of them, if the device's is longer.
+//! over the copies; the median of the samples counts. Each sample is enqueued while the device
+//! works on the one before, so that the host's time to launch is in none of them, if the device's
+//! is longer.
 
 use crate::config::Dtype;
 use crate::cuda::{Allocation, DevicePointer, Driver, EventId, StreamId};

@@ -3,8 +3,9 @@
 //! [`save`] writes a snapshot so that at every instant the run has its earlier checkpoints or
 //! those and the new one: temporary folder, every file synced and hashed on the way, the manifest
 //! last, one rename. The flat buffers are read in chunks, wherever they lie: saving takes the same
-//! host memory, whatever the model. [`latest`] finds the newest folder whose manifest holds; state can only be
-//! loaded from a [`Verified`], which only verification makes. [`retain`] deletes old ones.
+//! host memory, whatever the model. [`latest`] finds the newest folder whose manifest holds; state
+//! can only be loaded from a [`Verified`], which only verification makes. [`retain`] deletes old
+//! ones.
 //!
 //! ```text
 //! config.json model.safetensors tokenizer.json ...   crate::hf
@@ -91,9 +92,9 @@ struct TrainerFile {
     state: TrainerState,
 }
 
-/// Writes a checkpoint and returns its folder, which is then durable; `read` gives the flat buffers,
-/// of the table's stored elements each. If anything fails, the temporary folder is removed and the
-/// earlier checkpoints are as they were.
+/// Writes a checkpoint and returns its folder, which is then durable; `read` gives the flat
+/// buffers, of the table's stored elements each. If anything fails, the temporary folder is removed
+/// and the earlier checkpoints are as they were.
 pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<PathBuf> {
     let step = snapshot.state.step;
     let trainer = TrainerFile::of(snapshot)?;

@@ -148,8 +148,8 @@ impl Verified {
         Ok(restored)
     }
 
-    /// Gives every element to `take`, a chunk after the other, with the place of its first one: only
-    /// a chunk is in memory at a time.
+    /// Gives every element to `take`, a chunk after the other, with the place of its first one:
+    /// only a chunk is in memory at a time.
     pub fn load_each(
         &self,
         table: &ParameterTable,

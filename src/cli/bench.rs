@@ -37,8 +37,8 @@ pub struct BenchArgs {
     /// what was fastest becomes src/cuda/gemm/tuned.toml
     #[arg(long)]
     tune: bool,
-    /// gemm: the products that lines on stdin name (nt 4096,2048,1024, or with `sustained` after it),
-    /// one JSON row a line, for a program that times something else in between
+    /// gemm: the products that lines on stdin name (nt 4096,2048,1024, or with `sustained` after
+    /// it), one JSON row a line, for a program that times something else in between
     #[arg(long)]
     stdin: bool,
     /// auto (a GPU if there is one, else simt), cuda or simt
@@ -69,8 +69,8 @@ pub struct BenchArgs {
     /// gemm, attention: which kernels: sm80, sm90 or f32 [default: the best of this machine]
     #[arg(long)]
     family: Option<Family>,
-    /// attention: batch, sequence, heads, KV heads, head dim [default: head dims 128 and 64 at 256 to
-    /// 8192 tokens a row, and two models'; on simt 1,128,4,2,64]
+    /// attention: batch, sequence, heads, KV heads, head dim [default: head dims 128 and 64 at 256
+    /// to 8192 tokens a row, and two models'; on simt 1,128,4,2,64]
     #[arg(long, value_name = "B,S,H,K,D", value_parser = sizes::<5>)]
     attention: Option<[usize; 5]>,
     /// adamw: elements N [default: 2^28; on simt 2^18]

@@ -90,7 +90,8 @@ pub enum DataCommand {
         /// Where to write it
         #[arg(long, value_name = "FILE.jsonl")]
         out: PathBuf,
-        /// Draw only from this share at the end of the text: what a run with this data.held_out holds out
+        /// Draw only from this share at the end of the text: what a run with this data.held_out
+        /// holds out
         #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
         held_out: f64,
         /// Questions to draw

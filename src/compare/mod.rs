@@ -206,8 +206,8 @@ struct Diverged {
     step: u64,
 }
 
-/// Whether the last step is in a checkpoint and in the metrics, whose last line a crash may have torn:
-/// then training goes on, which repairs them.
+/// Whether the last step is in a checkpoint and in the metrics, whose last line a crash may have
+/// torn: then training goes on, which repairs them.
 fn is_complete(folder: &Path, steps: u64) -> Result<bool> {
     let metrics = folder.join(METRICS);
     if checkpoint_steps(folder)?.last() != Some(&steps) || !metrics.exists() {

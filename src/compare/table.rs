@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Variant;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::metrics::{StepRecord, final_loss, seconds_behind};
+use crate::metrics::{StepRecord, final_loss, training_seconds};
 use crate::rundir::METRICS;
 
 /// One trained run.
@@ -63,7 +63,7 @@ impl RunResult {
             val_loss: evaluation.map(|it| it.val_loss),
             val_perplexity: evaluation.map(|it| it.val_perplexity),
             val_bits_per_byte: evaluation.map(|it| it.val_bits_per_byte),
-            seconds: seconds_behind(steps).last().copied().unwrap_or(0.0),
+            seconds: training_seconds(steps).last().copied().unwrap_or(0.0),
         })
     }
 }

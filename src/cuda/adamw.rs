@@ -2,10 +2,10 @@
 //!
 //! [`AdamW`] is for one number of elements and one set of decaying ranges. It allocates once, when
 //! it is made: [`AdamW::device_bytes`] of scratch, step scalars and the table of ranges. A step is
-//! [`AdamW::prepare`], which copies what is new in this step to the device and waits for it (who must
-//! not wait sends [`AdamW::scalars`] himself), and may not be captured; then [`AdamW::gradient_norm`]
-//! and [`AdamW::launch`], which may. The formulas stand at the head of kernels/adamw.cu and in its
-//! function `update`.
+//! [`AdamW::prepare`], which copies what is new in this step to the device and waits for it (who
+//! must not wait sends [`AdamW::scalars`] himself), and may not be captured; then
+//! [`AdamW::gradient_norm`] and [`AdamW::launch`], which may. The formulas stand at the head of
+//! kernels/adamw.cu and in its function `update`.
 //!
 //! Moments in bf16 are rounded by chance. The random bits are a pure function of seed, update and
 //! the element's index in the whole flat buffer: [`ROUNDING_STREAM`] says which.
@@ -33,8 +33,8 @@ const ALIGNMENT: u64 = 16;
 const DRAWN_AT_ONCE: u64 = 4;
 
 /// Element i of update t has word i % 4 of Philox4x32-7 under the run's seed, stream
-/// `ROUNDING_STREAM ^ t`, counter i / 4: the lower half for its first moment, the upper half for its
-/// second one.
+/// `ROUNDING_STREAM ^ t`, counter i / 4: the lower half for its first moment, the upper half for
+/// its second one.
 pub const ROUNDING_STREAM: u64 = 0x4d4f_4d53 << 32;
 
 /// The part of the flat buffers that an optimizer is for.
@@ -143,11 +143,11 @@ impl AdamW {
     /// where parameters are halves.
     ///
     /// Each of the two tables costs a block of 2048 elements one binary search while its loads are
-    /// under way, and each element another one in the few blocks that a range begins or ends in, or a
-    /// vector lies in.
+    /// under way, and each element another one in the few blocks that a range begins or ends in, or
+    /// a vector lies in.
     ///
-    /// Errors: more than [`MAX_ELEMENTS`]; a part that does not begin where four elements do; ranges
-    /// that do not ascend, overlap, or leave the buffer.
+    /// Errors: more than [`MAX_ELEMENTS`]; a part that does not begin where four elements do;
+    /// ranges that do not ascend, overlap, or leave the buffer.
     pub fn new(
         driver: &mut dyn Driver,
         part: FlatPart,

@@ -1,4 +1,5 @@
-//! Families of kernels: files that do the same on machines of one kind, products and attention alike.
+//! Families of kernels: files that do the same on machines of one kind, products and attention
+//! alike.
 
 use super::Properties;
 use crate::config::Dtype;

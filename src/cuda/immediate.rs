@@ -64,8 +64,8 @@ pub struct Immediate<M: Machine> {
 }
 
 impl<M: Machine> Immediate<M> {
-    /// `name` is that of its [`Properties`]. The limits of a block and of a multiprocessor are those of
-    /// an H100, memory is the host's.
+    /// `name` is that of its [`Properties`]. The limits of a block and of a multiprocessor are
+    /// those of an H100, memory is the host's.
     pub fn over(machine: M, name: &str, multiprocessors: u32) -> Self {
         let properties = Properties {
             name: name.to_string(),
@@ -265,8 +265,8 @@ impl<M: Machine> Driver for Immediate<M> {
     fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]> {
         self.capture.forbid(M::DEVICE, "an access to host memory")?;
         self.memory.check_on_host(M::DEVICE, at, bytes)?;
-        // SAFETY: the range lies in a live buffer of ours, written whole when it was allocated; no other
-        // reference into it outlives the borrow of `self`, and no kernel runs.
+        // SAFETY: the range lies in a live buffer of ours, written whole when it was allocated; no
+        // other reference into it outlives the borrow of `self`, and no kernel runs.
         Ok(unsafe { std::slice::from_raw_parts_mut(at.0 as *mut u8, bytes as usize) })
     }
 

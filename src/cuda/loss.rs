@@ -1,5 +1,5 @@
-//! Launches kernels/loss.cu and loss_sm90.cu: cross-entropy over rows of logits, with their gradient
-//! in place.
+//! Launches kernels/loss.cu and loss_sm90.cu: cross-entropy over rows of logits, with their
+//! gradient in place.
 //!
 //! [`Loss`] knows the kernels for one type and width of rows; it launches them for any number of
 //! rows. It allocates nothing. What becomes of ignored rows and of targets that are no class stands
@@ -61,7 +61,7 @@ impl Shape {
 pub const MAX_COLUMNS: usize = 1 << 30;
 const VECTOR_BYTES: usize = 16;
 
-/// Addresses of [`Loss::forward`]; rows lie after each other without gaps.
+/// Addresses of [`Loss::forward`]; rows lie one after another without gaps.
 #[derive(Clone, Copy, Debug)]
 pub struct LossForward {
     /// [T,V]

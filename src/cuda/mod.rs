@@ -60,12 +60,12 @@ pub fn open(kind: DeviceKind, simt: host::Options) -> Result<Box<dyn Driver>> {
 /// How work is launched, which is no part of a run and changes no bit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Switches {
-    /// Work that repeats is replayed as a graph; else every kernel is launched on its own, so that an
-    /// error comes out of its own launch.
+    /// Work that repeats is replayed as a graph; else every kernel is launched on its own, so that
+    /// an error comes out of its own launch.
     pub graphs: bool,
-    /// A kernel may begin while the one before it still runs.
+    /// A kernel may begin while the previous one still runs.
     pub overlap: bool,
-    /// A step is enqueued before the one before it is over; `None`: on devices that run by
+    /// A step is enqueued before the previous one is over; `None`: on devices that run by
     /// themselves.
     pub steps_ahead: Option<bool>,
 }

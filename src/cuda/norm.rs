@@ -46,7 +46,7 @@ const MIN_BLOCK_THREADS: usize = 256;
 const GAIN_COLUMNS: usize = 32;
 const GAIN_THREADS: u32 = 256;
 
-/// Addresses of [`Norm::forward`]; rows of activations lie after each other without gaps.
+/// Addresses of [`Norm::forward`]; rows of activations lie one after another without gaps.
 #[derive(Clone, Copy, Debug)]
 pub struct NormForward {
     /// [T,C]

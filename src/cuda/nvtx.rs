@@ -1,8 +1,8 @@
 //! Named ranges for profilers: NVTX 3, as its headers do it, without them.
 //!
-//! A profiler that wants ranges (nsys, ncu) names a library in NVTX_INJECTION64_PATH, or has it loaded
-//! already. It is opened when the first range begins, asks for the tables below and fills in its
-//! functions; without one, a range costs a look at a pointer. Nothing is linked.
+//! A profiler that wants ranges (nsys, ncu) names a library in NVTX_INJECTION64_PATH, or has it
+//! loaded already. It is opened when the first range begins, asks for the tables below and fills in
+//! its functions; without one, a range costs a look at a pointer. Nothing is linked.
 //!
 //! Source: nvtxDetail/nvtxTypes.h, nvtxImpl.h and nvtxInit.h of NVIDIA/NVTX. Every table begins and
 //! ends with a null; entries are places of functions, numbered from 1.
@@ -95,8 +95,8 @@ extern "C" fn export_table(id: u32) -> *const c_void {
 
 extern "C" fn set_injection_version(_: u32) {}
 
-/// 1, and the table of a module with its number of entries, the first null among them; 0: there is no
-/// such module.
+/// 1, and the table of a module with its number of entries, the first null among them; 0: there is
+/// no such module.
 extern "C" fn function_table(
     module: c_uint,
     table: *mut *const *const Slot,

@@ -1,8 +1,9 @@
 //! An update whose moments lie in host memory: they pass through the device in chunks.
 //!
-//! One stream brings a chunk in, the main stream updates it, a third one takes it back. There are two
-//! slots on the device, so that the next chunk comes in, and the one before goes out, while one is
-//! updated; host links carry both directions at once. The bits are those of moments on the device.
+//! One stream brings a chunk in, the main stream updates it, a third one takes it back. There are
+//! two slots on the device, so that the next chunk comes in, and the one before goes out, while one
+//! is updated; host links carry both directions at once. The bits are those of moments on the
+//! device.
 
 use super::adamw::{AdamW, AdamWBuffers, FlatPart};
 use super::{Allocation, DevicePointer, Driver, EventId, StreamId};
@@ -33,7 +34,8 @@ struct Slot {
 }
 
 impl Offload {
-    /// `chunk`: elements, a multiple of 64. Allocates [`offload_bytes`](crate::backend::offload_bytes).
+    /// `chunk`: elements, a multiple of 64. Allocates
+    /// [`offload_bytes`](crate::backend::offload_bytes).
     pub fn new(driver: &mut dyn Driver, chunk: u64, moments: Dtype) -> Result<Self> {
         let bytes = chunk * moments.bytes() as u64;
         let slot = |driver: &mut dyn Driver| -> Result<Slot> {
@@ -56,8 +58,8 @@ impl Offload {
         })
     }
 
-    /// [`AdamW::launch`] on the main stream, with moments in host memory. What is enqueued on the main
-    /// stream after it finds them updated.
+    /// [`AdamW::launch`] on the main stream, with moments in host memory. What is enqueued on the
+    /// main stream after it finds them updated.
     ///
     /// Errors: as [`AdamW::launch`].
     pub fn update(

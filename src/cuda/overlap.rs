@@ -1,7 +1,7 @@
-//! Which launches may begin while the kernel before them still runs ("programmatic dependent
-//! launch"). The one place that decides it, for both machines.
+//! Which launches may begin while the previous kernel still runs ("programmatic dependent launch").
+//! The one place that decides it, for both machines.
 //!
-//! A dependent launch begins when every block of the kernel before has begun: it sets itself up
+//! A dependent launch begins when every block of the previous kernel has begun: it sets itself up
 //! beside the last of them, and each of its threads waits (begin_after_previous in
 //! kernels/isobath.cuh) until that kernel has ended. Every kernel of a build has this wait, but for
 //! those of conformance*.cu, which run on drivers that [`Driver::overlap`] was not called on; the
@@ -25,7 +25,7 @@ const COMPUTE_CAPABILITY: (u32, u32) = (9, 0);
 pub struct Overlap {
     on: bool,
     /// Streams on which a kernel was enqueued last that another one may be dependent on.
-    behind_kernel: Vec<StreamId>,
+    after_kernel: Vec<StreamId>,
 }
 
 impl Overlap {
@@ -36,8 +36,8 @@ impl Overlap {
     /// The launch as it is to be enqueued.
     pub fn decide(&self, machine: &Properties, kernel: &KernelInfo, launch: &Launch) -> Launch {
         let able = machine.compute_capability.min(kernel.compiled_for) >= COMPUTE_CAPABILITY;
-        let behind_kernel = self.behind_kernel.contains(&launch.stream);
-        let allowed = self.on && able && behind_kernel && !launch.cooperative;
+        let after_kernel = self.after_kernel.contains(&launch.stream);
+        let allowed = self.on && able && after_kernel && !launch.cooperative;
         Launch { dependent: launch.dependent || allowed, ..*launch }
     }
 
@@ -45,12 +45,12 @@ impl Overlap {
     pub fn launched(&mut self, launch: &Launch) {
         self.interrupted(launch.stream);
         if !launch.cooperative {
-            self.behind_kernel.push(launch.stream);
+            self.after_kernel.push(launch.stream);
         }
     }
 
     /// Something else was enqueued on the stream, or its capture began or ended.
     pub fn interrupted(&mut self, stream: StreamId) {
-        self.behind_kernel.retain(|other| *other != stream);
+        self.after_kernel.retain(|other| *other != stream);
     }
 }

@@ -177,7 +177,8 @@ impl Pointwise {
         self.flat(driver, stream, kernel, elements, from, to)
     }
 
-    /// to = from, f32 to bf16, to nearest, halves away from zero: as parameters are rounded. Errors: as [`Pointwise::add`].
+    /// to = from, f32 to bf16, to nearest, halves away from zero: as parameters are rounded.
+    /// Errors: as [`Pointwise::add`].
     pub fn cast_to_bf16(
         &self,
         driver: &mut dyn Driver,

@@ -53,8 +53,9 @@ impl Place {
 }
 
 impl Transfers {
-    /// `sent`: bytes of the largest copy to the device that nobody waits for; `read`: of the largest
-    /// reading. Allocates [`transfer_bytes`](crate::backend::transfer_bytes) of host memory.
+    /// `sent`: bytes of the largest copy to the device that nobody waits for; `read`: of the
+    /// largest reading. Allocates [`transfer_bytes`](crate::backend::transfer_bytes) of host
+    /// memory.
     pub fn new(driver: &mut dyn Driver, sent: usize, read: usize) -> Result<Self> {
         let mut places = |label, count: usize, bytes: usize| -> Result<Vec<Place>> {
             (0..count).map(|_| Place::new(driver, label, bytes as u64)).collect()
@@ -65,7 +66,8 @@ impl Transfers {
     }
 
     /// Copies to the device, after what is enqueued, and takes the bytes at once. Waits only for a
-    /// section that was sent from several steps ago; or, where no section is as large, for the copy.
+    /// section that was sent from several steps ago; or, where no section is as large, for the
+    /// copy.
     pub fn send(&mut self, driver: &mut dyn Driver, bytes: &[u8], to: DevicePointer) -> Result<()> {
         let (count, size) = (bytes.len() as u64, self.sections[0].memory.bytes);
         if count > size {

@@ -33,7 +33,7 @@ impl Example {
     }
 }
 
-/// Many examples after one another.
+/// Many examples, one after another.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Examples {
     tokens: Vec<u32>,

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 /// Puts items of the given lengths into rows of `capacity`, none cut: the longest first, each into
-/// the row that it leaves the least room in (best fit decreasing: never more than 11/9 of the fewest
-/// rows possible, and 4; Johnson et al. 1974). Equal lengths go in the order given. Returns the items
-/// of each row in ascending order. O(n log n).
+/// the row that it leaves the least room in (best fit decreasing: never more than 11/9 of the
+/// fewest rows possible, and 4; Johnson et al. 1974). Equal lengths go in the order given. Returns
+/// the items of each row in ascending order. O(n log n).
 ///
 /// Panics if an item is longer than `capacity`.
 pub fn best_fit(lengths: &[usize], capacity: usize) -> Vec<Vec<u32>> {

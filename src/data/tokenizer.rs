@@ -225,7 +225,8 @@ impl Tokenizer {
         Self::from_json(byte_level_json(model, origin)?.as_bytes(), origin)
     }
 
-    /// Ids of `text`, without an end-of-text token. One call on one core: see [`Self::encode_long`].
+    /// Ids of `text`, without an end-of-text token. One call on one core: see
+    /// [`Self::encode_long`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
@@ -421,7 +422,8 @@ pub struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// Takes one id and returns the text that is now certain: empty while a character is unfinished.
+    /// Takes one id and returns the text that is now certain: empty while a character is
+    /// unfinished.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.window.push(id);
         // A character has at most four bytes: four ids without one are bytes that are no UTF-8.

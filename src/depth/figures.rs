@@ -1,6 +1,6 @@
 //! The figures of a report, in the forms of "The Curse of Depth": variance by layer (figure 4),
-//! angular distance of every pair of layers (figure 2), what is lost without a layer (figure 2), and
-//! how close each block is to the identity (figure 5).
+//! angular distance of every pair of layers (figure 2), what is lost without a layer (figure 2),
+//! and how close each block is to the identity (figure 5).
 
 use super::DepthReport;
 use crate::figure::{Axis, BarChart, BarGroup, Figure, HeatMap, LineChart, Series, Style};

@@ -49,8 +49,8 @@ impl ReportFiles {
         replace(&path, svg.as_bytes()).map(|()| path)
     }
 
-    /// Writes the JSON and the figures (name and SVG), each as a whole or not at all. What an earlier
-    /// report of the same tokens has measured besides stays in the JSON. Returns the paths.
+    /// Writes the JSON and the figures (name and SVG), each as a whole or not at all. What an
+    /// earlier report of the same tokens has measured besides stays in the JSON. Returns the paths.
     ///
     /// Errors: an earlier report of other tokens that would lose a measurement.
     pub fn write(

@@ -44,7 +44,7 @@ pub struct Sample {
     pub window: u64,
     /// In the window: in the second half of its first tokens, so that it has a past.
     pub position: usize,
-    /// [L] of [context, C]: the first tokens of the window before each block.
+    /// [L] of [context, C]: the stream of the window's first tokens before each block.
     pub streams: Vec<Vec<f32>>,
 }
 

@@ -311,7 +311,8 @@ impl<'a, B: Backend, F: FnMut(u64, u64)> Session<'a, B, F> {
         }))
     }
 
-    /// Writes what the map makes of the stream before block `layer` after it.
+    /// Applies the map to the stream before block `layer`. The result takes the place of the stream
+    /// after the block in [`Layerwise::losses_of_changed`].
     fn replace(
         &mut self,
         layer: usize,

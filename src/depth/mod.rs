@@ -1,9 +1,10 @@
 //! Depth diagnostics: what each layer of a model contributes.
 //!
-//! [`measure`] reads a text through [`crate::engine::Layerwise`] and fills a [`DepthReport`]: `request`
-//! says what is asked and checks sizes, the sums over the stream are in `streams`, least squares in
-//! `affine`, Jacobians in `jacobian`, accuracies in `task`; `sound` refuses what is not finite,
-//! `figures` draws and `files` keeps a report. No definition stands anywhere but beside its code.
+//! [`measure`] reads a text through [`crate::engine::Layerwise`] and fills a [`DepthReport`]:
+//! `request` says what is asked and checks sizes, the sums over the stream are in `streams`, least
+//! squares in `affine`, Jacobians in `jacobian`, accuracies in `task`; `sound` refuses what is not
+//! finite, `figures` draws and `files` keeps a report. No definition stands anywhere but beside its
+//! code.
 
 mod affine;
 mod figures;

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 pub struct DepthReport {
     /// The folder that was read.
     pub model: PathBuf,
-    /// Placement that the model was trained with, as its folder says; `None` for a folder of others.
+    /// Placement that the model was trained with, as its folder says; `None` for a folder of
+    /// others.
     pub placement: Option<String>,
     /// Optimizer steps that led to the checkpoint; `None` where the folder is none of a run's.
     pub step: Option<u64>,
@@ -45,7 +46,8 @@ pub struct Angular {
     /// Row n - 1, column l: between the inputs of blocks l + 1 and l + 1 + n; rows get shorter:
     /// row n - 1 has L + 1 - n entries.
     pub distance: Vec<Vec<f64>>,
-    /// As the paper's heat maps: each row clipped to its 1st and 99th percentile and scaled to 0..1.
+    /// As the paper's heat maps: each row clipped to its 1st and 99th percentile and scaled to
+    /// 0..1.
     pub rescaled: Vec<Vec<f64>>,
 }
 

@@ -74,8 +74,8 @@ pub fn check_report(report: &DepthReport) -> Result<()> {
     Ok(())
 }
 
-/// The placement that was trained, with its LNS position where that is not the method's; `None` for a
-/// folder of others.
+/// The placement that was trained, with its LNS position where that is not the method's; `None` for
+/// a folder of others.
 pub fn placement(folder: &Path) -> Result<Option<String>> {
     Ok(hf::trained_placement(folder)?.map(|(placement, position)| match position {
         LnsPosition::AfterNorm => placement.to_string(),

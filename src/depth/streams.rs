@@ -1,7 +1,7 @@
 //! Variance and angular distance of the residual stream, as running sums over tokens.
 //!
-//! Everything is computed in f64 from the stream's f32 values. Tokens are added in pieces of a fixed
-//! size and in order, so the number of threads changes no bit.
+//! Everything is computed in f64 from the stream's f32 values. Tokens are added in pieces of a
+//! fixed size and in order, so the number of threads changes no bit.
 
 use std::f64::consts::PI;
 

@@ -27,8 +27,8 @@ impl TaskRequest {
     }
 }
 
-/// Scores the whole model, and the model without each layer, in `batch` rows at one time; `progress`
-/// sees (rows done, of).
+/// Scores the whole model, and the model without each layer, in `batch` rows at one time;
+/// `progress` sees (rows done, of).
 pub fn change_of_accuracy<B: Backend>(
     model: &LoadedModel,
     prompts: &Prompts,

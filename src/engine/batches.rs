@@ -1,8 +1,8 @@
 //! The micro-batches of a step on the device: tokens, targets and documents in, losses out.
 //!
-//! A step writes all of its micro-batches before it runs the first one and begins to read all losses
-//! after the last one. Both go in the order of the device's work, so that nobody waits for it until the
-//! losses are asked for, which may be when the next step is enqueued already.
+//! A step writes all of its micro-batches before it runs the first one and begins to read all
+//! losses after the last one. Both go in the order of the device's work, so that nobody waits for
+//! it until the losses are asked for, which may be when the next step is enqueued already.
 
 use super::Rows;
 use crate::backend::{Backend, Reading};

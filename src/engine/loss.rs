@@ -18,7 +18,8 @@ use crate::tensor::{BufferId, Kind, View};
 /// H100, not measured.
 const NARROW_LOGITS: usize = 128 << 20;
 
-/// What [`Tape::hold_logits`](crate::tape::Tape::hold_logits) is told; `None`: the tape's own number.
+/// What [`Tape::hold_logits`](crate::tape::Tape::hold_logits) is told; `None`: the tape's own
+/// number.
 pub(super) fn held_logits(element_bytes: impl Fn(Kind) -> usize) -> Option<usize> {
     (element_bytes(Kind::Activation) == 2).then_some(NARROW_LOGITS)
 }

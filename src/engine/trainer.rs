@@ -170,8 +170,8 @@ impl<B: Backend> Trainer<B> {
         Ok(trainer)
     }
 
-    /// Records what steps of `count` micro-batches and evaluations replay, so that all memory that it
-    /// takes is taken before the first step.
+    /// Records what steps of `count` micro-batches and evaluations replay, so that all memory that
+    /// it takes is taken before the first step.
     fn record(&mut self, count: usize) -> Result<()> {
         let sampled = self.sampling.is_some();
         for i in 0..count {
@@ -260,8 +260,8 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Goes to update `update`, counted from 1: the one that [`Trainer::accumulate`] and
-    /// [`Trainer::update`] are for. Where layers are sampled, this decides which of them rest; else it
-    /// does nothing.
+    /// [`Trainer::update`] are for. Where layers are sampled, this decides which of them rest; else
+    /// it does nothing.
     pub fn begin(&mut self, update: u64) {
         if let Some(sampling) = &mut self.sampling {
             sampling.go_to(update);
@@ -274,9 +274,9 @@ impl<B: Backend> Trainer<B> {
     /// What is computed for a micro-batch is replayed: forward and backward; before the first,
     /// the fill of gradients; after the last, their norm. So there are three recordings, however
     /// many micro-batches a step has, made with the trainer (and a fourth when a step has a single
-    /// one and others have more). Outside stay the copies of a micro-batch into place and of its losses
-    /// out of it, whose addresses differ, and with sampled layers, of which others rest in other steps,
-    /// the fill of what rests and the norm.
+    /// one and others have more). Outside stay the copies of a micro-batch into place and of its
+    /// losses out of it, whose addresses differ, and with sampled layers, of which others rest in
+    /// other steps, the fill of what rests and the norm.
     ///
     /// Errors: no micro-batch, or one that does not fit.
     pub fn accumulate<'a>(
@@ -287,8 +287,8 @@ impl<B: Backend> Trainer<B> {
         self.outcome(step)
     }
 
-    /// [`Trainer::accumulate`] without waiting for it. The update, and one more step, may be enqueued
-    /// before [`Trainer::outcome`] is asked.
+    /// [`Trainer::accumulate`] without waiting for it. The update, and one more step, may be
+    /// enqueued before [`Trainer::outcome`] is asked.
     pub fn enqueue<'a>(
         &mut self,
         micro_batches: impl Iterator<Item = Rows<'a>> + Clone,
@@ -337,15 +337,15 @@ impl<B: Backend> Trainer<B> {
         self.backend.read(self.flat.grad_norm, &mut [0.0])
     }
 
-    /// Whether a step is to be enqueued before the one before it is waited for.
+    /// Whether a step is to be enqueued before the previous one is waited for.
     pub fn steps_ahead(&self) -> bool {
         self.backend.steps_ahead()
     }
 
-    /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes nothing.
-    /// Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel after the copy of its scalars: a
-    /// recording would save nothing.
-    /// Where moments lie in host memory, it is one for each chunk of them, between its copies.
+    /// Clips and updates; `update` counts updates from 1. A gradient that is not finite changes
+    /// nothing. Enqueued, like [`Trainer::enqueue`]. On a GPU this is one kernel after the copy of
+    /// its scalars: a recording would save nothing. Where moments lie in host memory, it is one for
+    /// each chunk of them, between its copies.
     ///
     /// Errors: where layers are sampled, another step than that of [`Trainer::begin`].
     pub fn update(&mut self, optimizer: &OptimizerConfig, update: u64, lr: f64) -> Result<()> {

@@ -38,8 +38,8 @@ pub struct BarChart {
     /// What the categories are, such as "layer".
     pub x_label: String,
     pub categories: Vec<String>,
-    /// Linear; zero is on it unless its range says otherwise. Bars that a range cuts off are marked,
-    /// and their values written below.
+    /// Linear; zero is on it unless its range says otherwise. Bars that a range cuts off are
+    /// marked, and their values written below.
     pub y: Axis,
     pub groups: Vec<BarGroup>,
 }

@@ -45,7 +45,8 @@ pub struct Axis {
     /// Quantity and unit.
     pub label: String,
     pub scale: ScaleKind,
-    /// From and to; `None`: what the series need. Points outside are cut off, and the figure says so.
+    /// From and to; `None`: what the series need. Points outside are cut off, and the figure says
+    /// so.
     pub range: Option<(f64, f64)>,
 }
 

@@ -1,8 +1,8 @@
 //! Colours, dashes and markers: what tells one series from another, in light and in dark.
 //!
 //! The series colours are those of Okabe and Ito ("Color Universal Design", 2008), moved in
-//! lightness until each has a contrast of at least 3 to 1 against the paper of its scheme (WCAG 2.2,
-//! criterion 1.4.11) and every two stay apart under protanopia, deuteranopia and tritanopia;
+//! lightness until each has a contrast of at least 3 to 1 against the paper of its scheme (WCAG
+//! 2.2, criterion 1.4.11) and every two stay apart under protanopia, deuteranopia and tritanopia;
 //! tests/figure.rs computes both. Heat maps use viridis.
 
 use std::fmt::Write as _;

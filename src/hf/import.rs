@@ -214,7 +214,8 @@ pub fn fill(model: &HfModel, table: &ParameterTable, parameters: &mut [f32]) -> 
     })
 }
 
-/// As [`fill`], but one parameter after the other is given to `take`: only one is in memory at a time.
+/// As [`fill`], but one parameter after the other is given to `take`: only one is in memory at a
+/// time.
 pub fn fill_each(
     model: &HfModel,
     table: &ParameterTable,

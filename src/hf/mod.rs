@@ -2,11 +2,11 @@
 //!
 //! Out: [`Export::write`] makes config.json, model.safetensors and the tokenizer's files of a flat
 //! parameter buffer. LayerNorm Scaling leaves no trace in the architecture: the gains are written
-//! as the trained network applies them, `w / sqrt(l)`, and scales of a branch go into the projection
-//! out of it. What does not fold (norms elsewhere) is written under another name, which transformers
-//! refuses. In: [`load`] reads and checks a folder,
-//! [`fill`] puts its tensors into a flat buffer. Which tensor lies where is told by the parameter
-//! table alone. No trainer state here; see [`crate::checkpoint`].
+//! as the trained network applies them, `w / sqrt(l)`, and scales of a branch go into the
+//! projection out of it. What does not fold (norms elsewhere) is written under another name, which
+//! transformers refuses. In: [`load`] reads and checks a folder, [`fill`] puts its tensors into a
+//! flat buffer. Which tensor lies where is told by the parameter table alone. No trainer state
+//! here; see [`crate::checkpoint`].
 
 mod export;
 mod folder_config;

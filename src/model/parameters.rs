@@ -25,7 +25,8 @@ pub enum Init {
     Normal {
         std: f64,
     },
-    /// Three parts of the rows, each N(0, std^2) of its own; the second and the third begin at `rows`.
+    /// Three parts of the rows, each N(0, std^2) of its own; the second and the third begin at
+    /// `rows`.
     NormalRows {
         std: [f64; 3],
         rows: [usize; 2],

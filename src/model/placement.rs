@@ -176,8 +176,8 @@ pub fn stock_obstacle(config: &ModelConfig) -> Option<&'static str> {
     None
 }
 
-/// The placement that the folder of a model has: what is folded into projections cannot be told from
-/// them any more.
+/// The placement that the folder of a model has: what is folded into projections cannot be told
+/// from them any more.
 pub fn folded(config: &ModelConfig) -> ModelConfig {
     let kept = |form: BlockForm| form.sum.is_plain();
     let folds = stock_obstacle(config).is_none();

@@ -1,10 +1,10 @@
 //! Which blocks an update trains, where not all are trained at all times.
 //!
 //! "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", Pan
-//! et al. 2024, algorithm 1: embedding, final norm and head are always trained, and every `interval`
-//! updates a few of the blocks are drawn, uniformly and without repetition. A block that rests keeps
-//! its moments, and its count of updates stands still. The draws are a function of (seed, interval),
-//! so there is no state to save.
+//! et al. 2024, algorithm 1: embedding, final norm and head are always trained, and every
+//! `interval` updates a few of the blocks are drawn, uniformly and without repetition. A block that
+//! rests keeps its moments, and its count of updates stands still. The draws are a function of
+//! (seed, interval), so there is no state to save.
 
 use crate::random::Philox;
 

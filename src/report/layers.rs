@@ -88,8 +88,8 @@ pub(super) fn variance(groups: &[Group]) -> Vec<Captioned<LineChart>> {
     figures
 }
 
-/// One axis for the variance of all runs: linear, as in the paper, unless one of them would lie flat
-/// on its bottom.
+/// One axis for the variance of all runs: linear, as in the paper, unless one of them would lie
+/// flat on its bottom.
 fn shared_scale(runs: &[&Run]) -> Axis {
     let values = |run: &&Run| -> Vec<f64> {
         run.depth.iter().filter_map(|d| d.variance.as_ref()).flatten().copied().collect()

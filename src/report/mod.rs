@@ -1,4 +1,5 @@
-//! `isobath report`: runs in, one HTML page out that needs nothing else, neither network nor script.
+//! `isobath report`: runs in, one HTML page out that needs nothing else, neither network nor
+//! script.
 //!
 //! [`read_runs`] reads the folders, groups.rs puts runs together that differ in their seed alone,
 //! curves.rs and layers.rs make figures of them, page.rs the page. What comes from outside (names,

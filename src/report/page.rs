@@ -208,7 +208,7 @@ fn summary(groups: &[Group], torn: &[&str]) -> Markup {
         (scrolling("Runs", table))
         p .quiet {
             "Validation: the last one. Training loss: mean over the last 2% of the steps. Time: of the \
-             optimizer steps alone. Tokens/s: median over the steps, of the last process and behind its \
+             optimizer steps alone. Tokens/s: median over the steps, of the last process and after its \
              first steps where that was recorded."
             @if !torn.is_empty() {
                 " The last line of the metrics of " (torn.join(", ")) " was not whole and is left out."

@@ -1,4 +1,5 @@
-//! A run's folder, read for the report: what it was told, what it recorded, what was measured in it.
+//! A run's folder, read for the report: what it was told, what it recorded, what was measured in
+//! it.
 //!
 //! Nothing is locked and nothing is written, so a run that still trains can be read; a last line
 //! that it is just writing is left out. The configuration is kept as the table that it is: runs of
@@ -14,7 +15,7 @@ use toml::Table;
 use crate::config::Config;
 use crate::depth::{DepthReport, reports_of_run};
 use crate::error::{Error, Result};
-use crate::metrics::{Evaluation, Lines, SessionRecord, StepRecord, read_lines, seconds_behind};
+use crate::metrics::{Evaluation, Lines, SessionRecord, StepRecord, read_lines, training_seconds};
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{CONFIG, METRICS, SESSIONS, THROUGHPUT};
 use crate::throughput::Throughput;
@@ -29,7 +30,7 @@ pub struct Run {
     pub config: Table,
     /// At least one; `step` ascends.
     pub steps: Vec<StepRecord>,
-    /// At least one step from the second on: seconds of training after each step.
+    /// One for each step: seconds of training up to its end, evaluations left out.
     pub seconds: Vec<f64>,
     /// Whether the last line of the metrics was not whole.
     pub torn: bool,
@@ -76,7 +77,7 @@ impl Run {
             parameters: parameters.map(|c| ParameterTable::new(&c.model).parameters() as u64),
             toml,
             config,
-            seconds: seconds_behind(&steps),
+            seconds: training_seconds(&steps),
             steps,
             torn,
             sessions: lines_if_there(&sessions)?,

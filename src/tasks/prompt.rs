@@ -1,10 +1,10 @@
 //! What a model reads of a task: for every choice the tokens, and how many of the last are scored.
 //!
 //! A prompt is the subject's description, the examples with their answers, and the question, each
-//! apart from the next by an empty line. As lm-evaluation-harness does it, white space at the end of
-//! the context goes to the continuation; context and whole text are tokenized each on its own, and
-//! the whole's tokens after as many as the context has are the continuation's; a row that is too
-//! long loses tokens on its left.
+//! apart from the next by an empty line. As lm-evaluation-harness does it, white space at the end
+//! of the context goes to the continuation; context and whole text are tokenized each on its own,
+//! and the whole's tokens after as many as the context has are the continuation's; a row that is
+//! too long loses tokens on its left.
 
 use std::path::PathBuf;
 

@@ -3,9 +3,9 @@
 //! A choice's log-likelihood is minus the sum of the losses of its tokens. The prediction is the
 //! choice with the largest one (`acc`), or with the largest one divided by the choice's length in
 //! characters (`acc_norm`) or bytes (`acc_bytes`), the space before it not counted; of equal ones
-//! the first. These are the definitions of lm-evaluation-harness 0.4.13, as are the standard errors:
-//! the sample's standard deviation (n - 1) over sqrt(n), pooled over subjects where there are
-//! several.
+//! the first. These are the definitions of lm-evaluation-harness 0.4.13, as are the standard
+//! errors: the sample's standard deviation (n - 1) over sqrt(n), pooled over subjects where there
+//! are several.
 
 use serde::Serialize;
 

@@ -5,8 +5,8 @@
 //! config -> corpus -> plan -> buffers -> [ batch -> step -> update -> check ]* -> checkpoint
 //! ```
 //!
-//! A gradient that is not finite updates nothing; it, or such a loss, ends the run with checkpoints as
-//! they were. A device that runs behind is given a step while the one before is under way. Equal
+//! A gradient that is not finite updates nothing; it, or such a loss, ends the run with checkpoints
+//! as they were. A device that runs behind is given a step while the one before is under way. Equal
 //! configurations give equal bits, whether trained in one go or resumed, unless train.deterministic
 //! says otherwise.
 

@@ -1,4 +1,5 @@
-//! How fast a run trains: its clock, the rates of its steps, and what a GPU's sensors say meanwhile.
+//! How fast a run trains: its clock, the rates of its steps, and what a GPU's sensors say
+//! meanwhile.
 
 use std::time::{Duration, Instant};
 

@@ -167,13 +167,14 @@ impl<B: Backend> Session<B> {
         })
     }
 
-    /// Whether something that happens `every` so many steps, and at the last one, is due after `step`.
+    /// Whether something that happens `every` so many steps, and at the last one, is due after
+    /// `step`.
     fn due(&self, step: u64, every: u64) -> bool {
         step == self.config.train.steps || every > 0 && step.is_multiple_of(every)
     }
 
-    /// The line of the next step, or of the one that is owed. `None`: all are done, or somebody asked to
-    /// stop and none is under way.
+    /// The line of the next step, or of the one that is owed. `None`: all are done, or somebody
+    /// asked to stop and none is under way.
     fn next(&mut self, console: &mut Console) -> Result<Option<StepRecord>> {
         let step = match self.ahead.take() {
             Some(step) => step,
@@ -185,7 +186,7 @@ impl<B: Backend> Session<B> {
                 self.enqueue()?
             }
         };
-        let goes_on = self.trainer.steps_ahead() && !self.pauses_behind(step.step);
+        let goes_on = self.trainer.steps_ahead() && !self.pauses_after(step.step);
         let ahead = if goes_on { self.enqueue().map(Some) } else { Ok(None) };
         let (ahead, failed) = match ahead {
             Ok(ahead) => (ahead, None),
@@ -202,7 +203,7 @@ impl<B: Backend> Session<B> {
     }
 
     /// Whether something is to happen after `step` before the next one begins.
-    fn pauses_behind(&self, step: u64) -> bool {
+    fn pauses_after(&self, step: u64) -> bool {
         let (train, checkpoint) = (&self.config.train, &self.config.checkpoint);
         let dues = [train.eval_every, train.sample_every, checkpoint.every];
         self.interrupt.asked() || dues.into_iter().any(|every| self.due(step, every))
@@ -255,8 +256,8 @@ impl<B: Backend> Session<B> {
         (train.micro_batch * train.grad_accumulation * self.config.data.sequence) as u64
     }
 
-    /// Waits for a step's losses, and where no other one is under way, for its update. How long it took
-    /// is counted from the end of the one before, if it was enqueued by then.
+    /// Waits for a step's losses, and where no other one is under way, for its update. How long it
+    /// took is counted from the end of the one before, if it was enqueued by then.
     ///
     /// Errors: a loss or gradient that is not finite, with which nothing was updated if it was the
     /// gradient. The step after it may have run; no checkpoint knows of either.

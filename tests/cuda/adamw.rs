@@ -510,8 +510,8 @@ fn what_cannot_be_updated_is_refused() {
     });
 }
 
-/// bf16 keeps 8 bits of a parameter; its copy is the nearest, and of two equally near the one farther
-/// from zero.
+/// bf16 keeps 8 bits of a parameter; its copy is the nearest, and of two equally near the one
+/// farther from zero.
 #[test]
 fn the_working_copy_is_the_nearest() {
     on_each_machine(|driver| {

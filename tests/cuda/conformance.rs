@@ -266,7 +266,8 @@ fn recording_stops_at_a_fault_and_goes_on_in_another_process() {
     assert_eq!(goldens.iter().count(), cases().len());
 }
 
-/// What is known of the cases before it is handed over, once; one that ends in time is nobody's business.
+/// What is known of the cases before it is handed over, once; one that ends in time is nobody's
+/// business.
 #[test]
 fn a_case_that_does_not_end_is_a_failure_and_the_rest_is_not_reached() {
     let Some(mut driver) = gpu() else { return };
@@ -309,8 +310,8 @@ fn a_replay_stops_at_a_fault() {
     assert_eq!(report.not_reached, all[2..]);
 }
 
-/// A launch that is refused, a result that is wrong every time, and one that is not always the same:
-/// the other cases are recorded.
+/// A launch that is refused, a result that is wrong every time, and one that is not always the
+/// same: the other cases are recorded.
 #[test]
 fn what_fails_alone_does_not_end_a_recording() {
     let Some(mut driver) = gpu() else { return };

@@ -1,5 +1,5 @@
-//! A driver between a test and simt: it counts what runs, notes what takes the machine's memory, can
-//! leave kernels out, can fail as a GPU does, and can watch that streams wait for each other.
+//! A driver between a test and simt: it counts what runs, notes what takes the machine's memory,
+//! can leave kernels out, can fail as a GPU does, and can watch that streams wait for each other.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -14,8 +14,8 @@ use isobath::{Error, Result};
 
 use super::order::Order;
 
-/// What a driver was asked to run or to record: kernels by name, "copy", "copy and wait" (from or to
-/// the program's own memory), "fill" and "graph".
+/// What a driver was asked to run or to record: kernels by name, "copy", "copy and wait" (from or
+/// to the program's own memory), "fill" and "graph".
 pub type Counts = Rc<RefCell<BTreeMap<String, u64>>>;
 
 /// What takes memory of a machine.

@@ -336,9 +336,9 @@ fn only_work_on_the_captured_stream_is_recorded() {
 fn a_range_must_lie_in_one_buffer() {
     let mut memory = Ledger::default();
     let weights = Allocation { address: DevicePointer(4096), bytes: 100 };
-    let behind = Allocation { address: DevicePointer(4196), bytes: 28 };
+    let neighbour = Allocation { address: DevicePointer(4196), bytes: 28 };
     memory.add(weights, "weights");
-    memory.add(behind, "after");
+    memory.add(neighbour, "neighbour");
     let check = |from: u64, bytes| memory.check("simt", "read", DevicePointer(from), bytes);
     check(4096, 100).unwrap();
     check(4195, 1).unwrap();
@@ -348,7 +348,7 @@ fn a_range_must_lie_in_one_buffer() {
     assert_refused(check(4195, 2), &["byte 99 of `weights`"]);
     assert_refused(check(4095, 1), &["0xfff, in no buffer"]);
     assert_refused(check(4224, 1), &["0x1080, in no buffer"]);
-    assert_refused(check(4200, u64::MAX), &["byte 4 of `after`"]);
+    assert_refused(check(4200, u64::MAX), &["byte 4 of `neighbour`"]);
 
     let copy = |from: u64, to: u64, bytes| {
         memory.check_copy("simt", DevicePointer(from), DevicePointer(to), bytes)
@@ -357,7 +357,7 @@ fn a_range_must_lie_in_one_buffer() {
     copy(4146, 4096, 50).unwrap();
     assert_refused(copy(4096, 4145, 50), &["overlaps"]);
     assert_refused(copy(4145, 4096, 50), &["overlaps"]);
-    assert_refused(copy(4096, 4196, 29), &["copy to", "`after`"]);
+    assert_refused(copy(4096, 4196, 29), &["copy to", "`neighbour`"]);
 
     assert!(!memory.remove(Allocation { bytes: 99, ..weights }));
     assert!(memory.remove(weights));

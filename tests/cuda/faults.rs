@@ -295,7 +295,7 @@ fn uninitialised_shared_memory_is_not_read() {
 // ------------------------------------------------------------------ dependent launches
 
 #[test]
-fn nothing_is_touched_before_the_kernel_in_front_has_ended() {
+fn nothing_is_touched_before_the_previous_kernel_has_ended() {
     let Some(mut host) = machine(race()) else { return };
     let early = "global memory is touched before grid_dependency_wait in a dependent launch: ";
     let word = |what: &str| {
@@ -307,7 +307,7 @@ fn nothing_is_touched_before_the_kernel_in_front_has_ended() {
         ("dependent_on_another_thread", format!("{early}a write of 4 bytes by {{thread 31}}")),
     ];
     for (kernel, said) in &cases {
-        case(kernel).dependent().fails(&mut host, &[said, "the kernel before may still run"]);
+        case(kernel).dependent().fails(&mut host, &[said, "the previous kernel may still run"]);
     }
     // What goes through a wrapper is seen without the detector, too.
     let cases = [
@@ -441,9 +441,9 @@ fn shared_memory_is_what_the_launch_gave() {
     );
     host.set_options(plain());
     let at = case("shared_bounds").threads(1).shared(256).n(256);
-    at.fails(host, &["block (0,0,0) wrote after its 256 bytes of dynamic shared memory"]);
+    at.fails(host, &["block (0,0,0) wrote past its 256 bytes of dynamic shared memory"]);
     let at = case("static_shared_bounds").threads(1).n(64);
-    at.fails(host, &["block (0,0,0) wrote after its static shared memory"]);
+    at.fails(host, &["block (0,0,0) wrote past its static shared memory"]);
 }
 
 // ------------------------------------------------------------------ collectives
@@ -625,7 +625,7 @@ fn proxies_are_fenced() {
             "at {there}",
         ];
         case("store_not_fenced").fails(host, &parts);
-        case("store_behind_the_wrong_fence").fails(host, &parts);
+        case("store_after_the_wrong_fence").fails(host, &parts);
         case("store_fenced_too_early").fails(host, &parts);
         case("tensor_store_not_fenced").shared(1024).fails(host, &parts);
         case("wgmma_not_fenced").threads(128).shared(2304).fails(host, &parts);
@@ -1164,7 +1164,7 @@ fn every_reader_counts_and_every_source_is_kept() {
         );
     }
     host.set_options(race());
-    case("fence_behind_the_barrier").fails(
+    case("fence_after_the_barrier").fails(
         &mut host,
         &["no fence.proxy.async", "at {here}", "after a write by {thread 1} at {there}"],
     );

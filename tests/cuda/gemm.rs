@@ -176,14 +176,14 @@ impl Placed {
         gemm.plan_with(driver, choice, &self.product).unwrap()
     }
 
-    /// The results of one launch; nothing is written after them.
+    /// The results of one launch; nothing is written past their ends.
     fn run(self, driver: &mut dyn Driver, gemm: &Gemm, choice: Choice) -> Vec<Vec<f64>> {
         self.plan(driver, gemm, choice).launch(driver, StreamId::MAIN).unwrap();
         let download = |&(buffer, dtype): &(Allocation, Dtype)| {
             let mut found = download(driver, dtype, buffer);
             let margin = found.split_off(found.len() - MARGIN);
             let untouched = margin.iter().all(|&it| it == UNTOUCHED);
-            assert!(untouched, "{choice} wrote after its end: {:?}", self.product);
+            assert!(untouched, "{choice} wrote past its end: {:?}", self.product);
             found
         };
         let found = self.written.iter().map(download).collect();
@@ -319,7 +319,8 @@ fn several_tiles(variant: &Variant, multiprocessors: usize) -> [usize; 3] {
     allowed(layout, Dtype::Bf16, [m, 2 * columns - 40, (stages - 2) * depth + 9])
 }
 
-/// Of these clusters those for many tiles: one block after the other is slow on the machine for PTX.
+/// Of these clusters those for many tiles: one block after the other is slow on the machine for
+/// PTX.
 fn clusters_of_many(driver: &dyn Driver, clusters: &[usize]) -> Vec<usize> {
     let pairs_alone = driver.device() == "ptx";
     clusters.iter().copied().filter(|&it| it == 2 || !pairs_alone).collect()
@@ -333,8 +334,8 @@ fn assert_several(driver: &dyn Driver, choice: Choice, sizes: [usize; 3], least:
     assert!(tiles >= least, "{choice} {sizes:?}: a block has {tiles} tiles at most");
 }
 
-/// Runs a product of which some block has four tiles at least in each of these clusters, all of which
-/// give the same bits. Those of all runs.
+/// Runs a product of which some block has four tiles at least in each of these clusters, all of
+/// which give the same bits. Those of all runs.
 fn alone_and_in_pairs(
     driver: &mut dyn Driver,
     variant: &'static Variant,
@@ -468,8 +469,9 @@ fn no_schedule_changes_a_bit() {
     });
 }
 
-/// Persistent kernels, each with every epilogue, alone and in pairs: what a block keeps from one tile
-/// to the next, its ring, its barriers' phases and its store tiles, is right in every schedule.
+/// Persistent kernels, each with every epilogue, alone and in pairs: what a block keeps from one
+/// tile to the next, its ring, its barriers' phases and its store tiles, is right in every
+/// schedule.
 #[test]
 fn blocks_go_from_tile_to_tile() {
     let mut known = HashMap::new();
@@ -515,7 +517,7 @@ fn blocks_go_from_tile_to_tile() {
 
 /// The same where after two whole tiles of each block there are two that all share.
 #[test]
-fn splits_come_behind_whole_tiles() {
+fn splits_come_after_whole_tiles() {
     on_every_machine(|driver| {
         let mut all = vec![];
         let Some(gemm) = hopper(driver) else { return all };
@@ -545,8 +547,8 @@ fn splits_come_behind_whole_tiles() {
     });
 }
 
-/// The products of the head, of few tokens and features: as many columns, steps of K and rows as there
-/// are words.
+/// The products of the head, of few tokens and features: as many columns, steps of K and rows as
+/// there are words.
 #[test]
 fn vocabularies_of_every_size() {
     on_each_machine(|driver| {
@@ -583,8 +585,8 @@ fn splits_add_in_their_order() {
         let multiprocessors = driver.properties().multiprocessors as usize;
         let Some(gemm) = hopper(driver) else { return all };
         for variant in gemm.variants(Layout::Tn) {
-            // One tile with tails, then two, of eight steps and a bit: unequal splits. Then one for each
-            // block and one more, which is split after them.
+            // One tile with tails, then two, of eight steps and a bit: unequal splits. Then one for
+            // each block and one more, which is split after them.
             let more = (multiprocessors + 1) * variant.columns - 8;
             let cases = [(variant.columns - 8, 8, 4), (variant.columns + 8, 8, 2), (more, 4, 4)];
             for (columns, steps, least) in cases {
@@ -700,8 +702,8 @@ const REPEATING: Duration = Duration::from_secs(5);
 const LEAST_REPEATS: usize = 100;
 
 /// Launches of equal work give equal bits: all of `REPEATS` on a GPU, for every kernel with every
-/// epilogue, alone and in pairs, and fewer where each block has several tiles; on simt as many as its
-/// time allows, each under another schedule, for the smallest tiles that several blocks share.
+/// epilogue, alone and in pairs, and fewer where each block has several tiles; on simt as many as
+/// its time allows, each under another schedule, for the smallest tiles that several blocks share.
 #[test]
 fn every_launch_gives_the_same_bits() {
     if has_simt() {

@@ -1,5 +1,5 @@
-//! src/cuda/gemm/tuned.rs: a choice that was timed comes before the model, on its machine and for its
-//! product alone.
+//! src/cuda/gemm/tuned.rs: a choice that was timed comes before the model, on its machine and for
+//! its product alone.
 
 use isobath::config::Dtype;
 use isobath::cuda::gemm::tuned::{self, Launched, Machine, Table, Timed};
@@ -85,7 +85,8 @@ fn what_was_timed_comes_before_the_model() {
     assert_exact("as it was timed", Dtype::F32, &found, &plain, &exact);
 }
 
-/// Each ending has its own entry; where it has none, the tile of another one is better than a guess.
+/// Each ending has its own entry; where it has none, the tile of another one is better than a
+/// guess.
 #[test]
 fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
     if !has_simt() {
@@ -186,7 +187,7 @@ fn what_was_timed_elsewhere_or_is_not_in_the_build_leaves_it_to_the_model() {
 }
 
 #[test]
-fn a_table_is_text_that_can_be_put_behind_another() {
+fn a_table_is_text_that_can_be_put_after_another() {
     let entry = |layout, kernel: &str| Timed {
         family: Family::Sm90,
         layout,

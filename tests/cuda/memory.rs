@@ -199,8 +199,8 @@ fn the_plan_is_what_was_allocated_and_nothing_is_once_a_trainer_is_made() {
     }
 }
 
-/// What a GPU's driver takes for itself is a row of the one table, which training and `isobath plan` hold
-/// against what is free.
+/// What a GPU's driver takes for itself is a row of the one table, which training and `isobath
+/// plan` hold against what is free.
 #[test]
 fn a_plan_leaves_room_for_what_the_driver_takes() {
     if !has_simt() {
@@ -231,7 +231,8 @@ fn planned_for_gpu(config: &Config) -> MemoryTable {
     plan_of_gpu(config, 132).unwrap().memory()
 }
 
-/// A plan that counts on a device to compute SwiGLU's gradient at once has no memory to do it twice.
+/// A plan that counts on a device to compute SwiGLU's gradient at once has no memory to do it
+/// twice.
 #[test]
 fn a_plan_for_fused_gradients_is_refused_where_they_are_not_fused() {
     if !has_simt() {
@@ -253,7 +254,7 @@ fn a_plan_for_fused_gradients_is_refused_where_they_are_not_fused() {
 /// The same on every machine, without a look at each allocation; a GPU also says whether a graph or
 /// a kernel's code took any of its memory.
 #[test]
-fn no_memory_is_taken_behind_the_first_step() {
+fn no_memory_is_taken_after_the_first_step() {
     let config = config(Dtype::Bf16);
     for machine in machines() {
         let backend = Cuda::new(machine, config.dtype, None).unwrap();

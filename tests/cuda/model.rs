@@ -53,8 +53,8 @@ fn batch(config: &Config, step: u64, micro_batch: u64) -> (Vec<i32>, Vec<i32>) {
     (ids[..count].to_vec(), targets)
 }
 
-/// Where documents begin, where tokens attend to their own alone: at a third of each row, at the next
-/// token, and at three quarters.
+/// Where documents begin, where tokens attend to their own alone: at a third of each row, at the
+/// next token, and at three quarters.
 fn document_starts(config: &Config) -> Option<Vec<i32>> {
     let sequence = config.data.sequence;
     let begins = [0, sequence / 3, sequence / 3 + 1, sequence * 3 / 4];
@@ -162,8 +162,9 @@ fn ten_steps_in_bf16_are_as_exact_as_the_plain_formulas() {
     }
 }
 
-/// Backward passes of attention that rows of 37 tokens do not take: in one, over 8 tiles of keys; in two,
-/// over documents of rows too long for the short one, and over heads as wide as they may be.
+/// Backward passes of attention that rows of 37 tokens do not take: in one, over 8 tiles of keys;
+/// in two, over documents of rows too long for the short one, and over heads as wide as they may
+/// be.
 #[test]
 fn every_backward_pass_of_attention_trains_as_on_the_cpu() {
     const STEPS: u64 = 2;

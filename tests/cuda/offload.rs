@@ -41,7 +41,8 @@ fn steps_with_moments_on_the_host_give_the_bits_of_moments_on_the_device() {
     }
 }
 
-/// Three updates of four chunks, then what they made of the moments. `without`: a wait to leave out.
+/// Three updates of four chunks, then what they made of the moments. `without`: a wait to leave
+/// out.
 fn updates(without: Option<u64>) -> (Vec<String>, u64, [Vec<f32>; 2]) {
     let elements = 3 * 1024 + 60;
     let order = Rc::new(RefCell::new(Order::new(without)));
@@ -89,8 +90,9 @@ fn updates(without: Option<u64>) -> (Vec<String>, u64, [Vec<f32>; 2]) {
     (order.races.clone(), order.waits, moments)
 }
 
-/// Every access of copies and kernels is ordered, and each of the waits of the second update is needed
-/// for that, but the first one: the copy of the scalars has waited for the update before already.
+/// Every access of copies and kernels is ordered, and each of the waits of the second update is
+/// needed for that, but the first one: the copy of the scalars has waited for the update before
+/// already.
 #[test]
 fn the_waits_between_the_streams_suffice_and_are_needed() {
     if !has_simt() {

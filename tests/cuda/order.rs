@@ -1,5 +1,5 @@
-//! Whether work on several streams is ordered where it has to be, by vector clocks. simt runs work at
-//! once, in the order in which it is enqueued, so that its bits say nothing of it.
+//! Whether work on several streams is ordered where it has to be, by vector clocks. simt runs work
+//! at once, in the order in which it is enqueued, so that its bits say nothing of it.
 //!
 //! Two accesses to the same bytes, one of them a write, must be on one stream or have an event that
 //! was waited for between them. A kernel is taken to write the whole of every buffer that it gets.
@@ -24,7 +24,8 @@ pub struct Order {
     buffers: Vec<Range<u64>>,
     accesses: Vec<Access>,
     streams: HashMap<u32, Clock>,
-    /// What the program has waited for: copies from and to its own memory return when they are done.
+    /// What the program has waited for: copies from and to its own memory return when they are
+    /// done.
     host: Clock,
     events: HashMap<u32, Clock>,
     pub waits: u64,

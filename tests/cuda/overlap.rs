@@ -42,7 +42,7 @@ fn a_launch_is_dependent_where_machine_and_kernel_can_wait() {
 }
 
 /// What simt ran dependent of: a kernel, what `between` does, and a kernel.
-fn dependent_behind(between: impl FnOnce(&mut Host, &dyn Fn(&mut Host, StreamId))) -> u64 {
+fn dependent_after(between: impl FnOnce(&mut Host, &dyn Fn(&mut Host, StreamId))) -> u64 {
     let mut host = Host::new(Options::default()).unwrap();
     host.overlap(true);
     let kernel = host.kernel("cast_to_bf16").unwrap();
@@ -60,44 +60,44 @@ fn dependent_behind(between: impl FnOnce(&mut Host, &dyn Fn(&mut Host, StreamId)
 }
 
 #[test]
-fn only_what_is_directly_behind_a_kernel_is_dependent() {
+fn only_what_is_directly_after_a_kernel_is_dependent() {
     if !has_simt() {
         return;
     }
     let address = |host: &mut Host| host.allocate("more", 256).unwrap().address;
-    assert_eq!(dependent_behind(|_, _| {}), 1);
-    assert_eq!(dependent_behind(|host, run| run(host, StreamId::MAIN)), 2);
-    assert_eq!(dependent_behind(|host, _| host.overlap(false)), 0);
+    assert_eq!(dependent_after(|_, _| {}), 1);
+    assert_eq!(dependent_after(|host, run| run(host, StreamId::MAIN)), 2);
+    assert_eq!(dependent_after(|host, _| host.overlap(false)), 0);
     let fill = |host: &mut Host, stream: StreamId| {
         let to = address(host);
         host.fill(stream, to, 256, 1).unwrap();
     };
-    assert_eq!(dependent_behind(|host, _| fill(host, StreamId::MAIN)), 0);
+    assert_eq!(dependent_after(|host, _| fill(host, StreamId::MAIN)), 0);
     let elsewhere = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         let other = host.new_stream().unwrap();
         fill(host, other);
         run(host, other); // not after the kernel of the main stream, either
     };
-    assert_eq!(dependent_behind(elsewhere), 1);
+    assert_eq!(dependent_after(elsewhere), 1);
     let copy = |host: &mut Host, _: &dyn Fn(&mut Host, StreamId)| {
         let (from, to) = (address(host), address(host));
         host.on_device(StreamId::MAIN, from, to, 256).unwrap();
     };
-    assert_eq!(dependent_behind(copy), 0);
+    assert_eq!(dependent_after(copy), 0);
     let host_copies = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         let at = address(host);
         host.to_device(StreamId::MAIN, &[0; 256], at).unwrap();
         run(host, StreamId::MAIN);
         host.to_host(StreamId::MAIN, at, &mut [0; 256]).unwrap();
     };
-    assert_eq!(dependent_behind(host_copies), 0);
+    assert_eq!(dependent_after(host_copies), 0);
     let events = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         let event = host.new_event().unwrap();
         host.record(event, StreamId::MAIN).unwrap();
         run(host, StreamId::MAIN);
         host.wait(StreamId::MAIN, event).unwrap();
     };
-    assert_eq!(dependent_behind(events), 0, "nothing overtakes an event");
+    assert_eq!(dependent_after(events), 0, "nothing overtakes an event");
     // In a graph, all but the first kernel; nothing before a graph or after it.
     let graph = |host: &mut Host, run: &dyn Fn(&mut Host, StreamId)| {
         host.begin_capture(StreamId::MAIN).unwrap();
@@ -105,7 +105,7 @@ fn only_what_is_directly_behind_a_kernel_is_dependent() {
         let graph = host.end_capture(StreamId::MAIN).unwrap();
         (0..2).for_each(|_| host.launch_graph(graph, StreamId::MAIN).unwrap());
     };
-    assert_eq!(dependent_behind(graph), 2 * 3);
+    assert_eq!(dependent_after(graph), 2 * 3);
 }
 
 /// Kernels of a step, and those of them that are dependent.

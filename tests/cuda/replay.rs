@@ -137,7 +137,7 @@ pub fn trained(config: &Config, steps: u64, backend: Cuda) -> Trained {
     finish(trainer, trained)
 }
 
-/// Each step is enqueued before the one before it is waited for; without gradients.
+/// Each step is enqueued before the previous one is waited for; without gradients.
 pub fn trained_ahead(config: &Config, steps: u64, backend: Cuda) -> Trained {
     trained_ahead_with(config, steps, backend, |_| ())
 }
@@ -289,8 +289,8 @@ fn calls(config: &Config, graphs: bool) -> Vec<BTreeMap<String, u64>> {
 }
 
 /// For each micro-batch one graph, the copies of its tokens, targets and documents into place, and
-/// of its losses out of it; for each step what it sends (the scale of its gradient, tokens, targets and
-/// documents of all micro-batches, the update's scalars), what it reads (losses, norm), and the
+/// of its losses out of it; for each step what it sends (the scale of its gradient, tokens, targets
+/// and documents of all micro-batches, the update's scalars), what it reads (losses, norm), and the
 /// update; where layers rest, a fill for each that does, the norm's two kernels, and an update with
 /// scalars of its own for each part that does not.
 #[test]

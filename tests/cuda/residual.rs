@@ -145,7 +145,8 @@ fn branches_are_added_with_every_kind_of_gain() {
     on_every_machine(|driver| {
         let mut all = vec![];
         for dtype in DTYPES {
-            // Rows around the 64 of a block, strips of less, of exactly and of more than 32 vectors.
+            // Rows around the 64 of a block, strips of less, of exactly and of more than 32
+            // vectors.
             for (rows, vectors) in [(1, 1), (63, 5), (64, 32), (65, 33), (200, 70)] {
                 let columns = vectors * vector(dtype);
                 for (gains, spec) in

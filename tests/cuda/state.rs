@@ -1,4 +1,5 @@
-//! How optimizer state is stored: whole runs with parameters in halves give the bits of those in f32.
+//! How optimizer state is stored: whole runs with parameters in halves give the bits of those in
+//! f32.
 
 use isobath::config::{Config, Dtype, Master, Placement};
 use isobath::cuda::Cuda;
@@ -14,8 +15,8 @@ fn placed(placement: Placement) -> Config {
     config
 }
 
-/// Losses, gradients and norms of each step, then parameters and moments. Placements have vectors of
-/// C and of one element; layers at rest are updated in parts.
+/// Losses, gradients and norms of each step, then parameters and moments. Placements have vectors
+/// of C and of one element; layers at rest are updated in parts.
 #[test]
 fn steps_in_halves_give_the_bits_of_f32() {
     let cases = [

@@ -1,5 +1,5 @@
 //! Copies between the program and the device that nobody waits for: what arrives, that no memory is
-//! written again too early, and steps that are enqueued before the one before them is over.
+//! written again too early, and steps that are enqueued before the previous one is over.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -32,8 +32,9 @@ fn arrays<const N: usize>(backend: &mut Cuda, kind: Kind, count: usize) -> [View
     })
 }
 
-/// Writes that go twice around the ring, each to a place of its own, two of which are then read: half
-/// of what was written there first, half of what was written last. Races, waits, and what was read.
+/// Writes that go twice around the ring, each to a place of its own, two of which are then read:
+/// half of what was written there first, half of what was written last. Races, waits, and what was
+/// read.
 fn written(without: Option<u64>) -> (Vec<String>, u64, Vec<f32>) {
     let order = Rc::new(RefCell::new(Order::new(without)));
     let host = Host::new(Options { workers: 1, ..Options::default() }).unwrap();
@@ -244,7 +245,7 @@ fn a_loss_that_is_not_finite_is_found_a_step_later_and_named_by_its_own_step() {
 
 /// A step that cannot be enqueued takes no line from the one before it, which is under way.
 #[test]
-fn a_damaged_shard_ends_a_run_behind_the_same_step() {
+fn a_damaged_shard_ends_a_run_after_the_same_step() {
     let Some(case) = Case::new() else { return };
     let shard = case.damaged_shard();
     let sets = ["dtype=f32", "train.steps=200", &shard];

@@ -110,7 +110,8 @@ fn shards_end_at_the_size_asked_for_and_lose_nothing() {
     assert!(text == format!("{}<|endoftext|>", &AUSTEN[..300_000]));
 }
 
-/// Prepares a good file and then `name`; the error must name it, and nothing may be left or touched.
+/// Prepares a good file and then `name`; the error must name it, and nothing may be left or
+/// touched.
 fn refused(name: &str, contents: Option<&[u8]>, parts: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let bytes = Tokenizer::bytes().unwrap();

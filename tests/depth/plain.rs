@@ -1,4 +1,5 @@
-//! A LLaMA as plain loops in f64, one row of tokens at a time: what the tests of depth compare with.
+//! A LLaMA as plain loops in f64, one row of tokens at a time: what the tests of depth compare
+//! with.
 //!
 //! Weights are read by their Hugging Face names; placements are the formulas of their papers, so a
 //! stored gain is divided by the root of its layer here, too.
@@ -159,7 +160,7 @@ impl Plain<'_> {
     }
 
     /// [S]: the losses of a model whose stream after block `layer` is `stream`.
-    pub fn losses_behind(&self, layer: usize, stream: &Stream, targets: &[i32]) -> Vec<f64> {
+    pub fn losses_after(&self, layer: usize, stream: &Stream, targets: &[i32]) -> Vec<f64> {
         let mut stream = stream.clone();
         for layer in layer + 1..=self.config.layers {
             stream = self.block(layer, &stream);

@@ -450,7 +450,7 @@ TEST_KERNEL(tensor_store_not_fenced) {
 EXPORT_KERNEL(tensor_store_not_fenced)
 
 // fence_mbarrier_init makes mbarriers visible and nothing else.
-TEST_KERNEL(store_behind_the_wrong_fence) {
+TEST_KERNEL(store_after_the_wrong_fence) {
   SHARED(uint32_t, tile, 4);
   if (threadIdx.x < 4) tile[threadIdx.x] = threadIdx.x;  // there
   fence_mbarrier_init();
@@ -461,7 +461,7 @@ TEST_KERNEL(store_behind_the_wrong_fence) {
     bulk_wait<0>();
   }
 }
-EXPORT_KERNEL(store_behind_the_wrong_fence)
+EXPORT_KERNEL(store_after_the_wrong_fence)
 
 // The fence comes before the write.
 TEST_KERNEL(store_fenced_too_early) {
@@ -504,7 +504,7 @@ TEST_KERNEL(dependent_write) {
 }
 EXPORT_KERNEL(dependent_write)
 
-// One thread has waited, behind a barrier: the others have not.
+// One thread has waited, before a barrier: the others have not.
 TEST_KERNEL(dependent_on_another_thread) {
   if (threadIdx.x == 0) begin_after_previous();
   __syncthreads();
@@ -1545,7 +1545,7 @@ TEST_KERNEL(right_cp_async) {
 }
 EXPORT_KERNEL(right_cp_async)
 
-// load_twice with a release by each warp, and with one thread that speaks for all behind a barrier.
+// load_twice with a release by each warp, and with one thread that speaks for all after a barrier.
 TEST_KERNEL(right_ring) {
   SHARED_DYNAMIC(tile);
   SHARED(uint64_t, full, 1);
@@ -1613,7 +1613,7 @@ TEST_KERNEL(right_return) {
 EXPORT_KERNEL(right_return)
 
 // Only the writer can fence its writes.
-TEST_KERNEL(fence_behind_the_barrier) {
+TEST_KERNEL(fence_after_the_barrier) {
   SHARED(uint32_t, tile, 4);
   if (threadIdx.x < 4) tile[threadIdx.x] = threadIdx.x;  // there
   __syncthreads();
@@ -1624,7 +1624,7 @@ TEST_KERNEL(fence_behind_the_barrier) {
     bulk_wait<0>();
   }
 }
-EXPORT_KERNEL(fence_behind_the_barrier)
+EXPORT_KERNEL(fence_after_the_barrier)
 
 // The source may be read until the wait, whatever barrier comes before.
 TEST_KERNEL(cp_async_source_overwritten) {

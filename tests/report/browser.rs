@@ -1,8 +1,8 @@
 //! A headless Chromium, spoken to in the DevTools protocol over two pipes: JSON that ends in NUL.
 //!
 //! What a page does while it is open (requests, messages of the console) is collected from the
-//! moment that it is asked for. The browser is `chromium` in PATH, or ISOBATH_CHROMIUM. Without one,
-//! tests say "skipped"; with ISOBATH_REQUIRE_CHROMIUM=1 they fail.
+//! moment that it is asked for. The browser is `chromium` in PATH, or ISOBATH_CHROMIUM. Without
+//! one, tests say "skipped"; with ISOBATH_REQUIRE_CHROMIUM=1 they fail.
 
 use std::env;
 use std::io::{BufRead, BufReader, Write};

@@ -10,7 +10,8 @@ use tempfile::tempdir;
 use super::{bytes, mmlu, task};
 use crate::data::assert_message;
 
-/// What is read and what is scored of every choice, as text; the byte tokenizer's ids are its bytes.
+/// What is read and what is scored of every choice, as text; the byte tokenizer's ids are its
+/// bytes.
 fn texts(prompts: &Prompts) -> Vec<(String, String)> {
     let text = |ids: &[i32]| {
         let name =

@@ -27,8 +27,8 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     // Trainer::enqueue
     let step_tokens = config.train.grad_accumulation * tokens;
     let mut costs = vec![(1, Cost::zero(stored))];
-    // From the program: tokens, targets, documents and the scale of the gradient; each micro-batch into
-    // place.
+    // From the program: tokens, targets, documents and the scale of the gradient; each micro-batch
+    // into place.
     let arrays = 2 + u64::from(config.data.packs_documents());
     costs.push((arrays, Cost::copy(4, step_tokens)));
     costs.push((1, Cost::copy(4, 1)));

@@ -12,8 +12,8 @@ use crate::cuda::peaks::Peaks;
 use crate::error::Result;
 use crate::plan::{PlanReport, plan_of_gpu};
 
-/// For the driver's context, which is there before a run looks at what is free. What the driver takes
-/// after that is a row of the plan. Assumed, not measured.
+/// For the driver's context, which is there before a run looks at what is free. What the driver
+/// takes after that is a row of the plan. Assumed, not measured.
 const RESERVED_BYTES: u64 = 512 << 20;
 const RESERVED_SOURCE: &str = "512 MiB for the driver's context: assumed, not measured";
 

@@ -2,8 +2,8 @@
 //! that a machine needs for them. No device is asked.
 //!
 //! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
-//! through memory, as its products take on the tensor cores, and as what it has in host memory takes
-//! over the link; kernels run one after the other, without gaps.
+//! through memory, as its products take on the tensor cores, and as what it has in host memory
+//! takes over the link; kernels run one after the other, without gaps.
 
 use std::fmt;
 

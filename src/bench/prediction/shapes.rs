@@ -1,6 +1,6 @@
-//! Every matrix product of the paper's models, with what stands after it in its kernel, and what the
-//! cost model expects of it on an H200: a list for the next hour on a GPU, ranked by the
-//! time that is at stake. No device is asked, and nothing is measured.
+//! Every matrix product of the paper's models, with what stands after it in its kernel, and what
+//! the cost model expects of it on an H200: a list for the next hour on a GPU, ranked by the time
+//! that is at stake. No device is asked, and nothing is measured.
 
 use std::fmt;
 
@@ -56,8 +56,8 @@ pub struct GemmRow {
     pub cluster: usize,
     /// Tiles for each multiprocessor.
     pub waves: f64,
-    /// Of the last wave counted whole and of what tiles overhang: FLOPs that are asked for, of those
-    /// that are done.
+    /// Of the last wave counted whole and of what tiles overhang: FLOPs that are asked for, of
+    /// those that are done.
     pub fill: f64,
     pub stages: usize,
     pub shared_bytes: usize,
@@ -238,7 +238,7 @@ fn ending(op: &str, what: &str) -> (Layout, Ending) {
 }
 
 impl GemmRow {
-    /// "memory" where its bytes alone take as long as is estimated.
+    /// "memory" where its bytes alone take all of the estimated time.
     pub fn bound(&self) -> &'static str {
         if self.memory_microseconds >= self.microseconds { "memory" } else { "products" }
     }

@@ -303,8 +303,8 @@ const SLOTS: usize = 5;
 
 impl Stopwatch {
     /// Microseconds of a launch in each of these sequences; each sequence launches its plans in
-    /// turn, so many launches in all. The first sequence comes once more before and does not
-    /// count, while the host is not yet ahead of the device.
+    /// turn, so many launches in all. The first sequence runs twice, and the first time does not
+    /// count: the host is not yet ahead of the device.
     pub fn time(
         &mut self,
         driver: &mut dyn Driver,

@@ -1,9 +1,9 @@
-//! The products of the paper's models, each with the kernel that is chosen for it: how fast they are
-//! in a burst, and how fast when one follows the other without an end.
+//! The products of the paper's models, each with the kernel that is chosen for it: how fast they
+//! are in a burst, and how fast when one follows the other without an end.
 //!
 //! A burst is a few tens of milliseconds of one product after a rest. A GPU that multiplies on
-//! lowers its clock until it draws no more than it may, so the sustained times come from passes over
-//! all products with no pause, 20 ms of each in turn, after one pass that does not count.
+//! lowers its clock until it draws no more than it may, so the sustained times come from passes
+//! over all products with no pause, 20 ms of each in turn, after one pass that does not count.
 
 use std::fmt;
 use std::io::BufRead;

@@ -4,9 +4,9 @@
 //! machine runs and this build holds. A plan is a pass over matrices at given addresses, of any
 //! batch and sequence; it is then launched as often as wanted. Only the plan of a backward pass in
 //! one ([`Passes::One`]) may allocate. The formulas, and what is written, stand at the heads of the
-//! kernel files: attention_sm90.cu is launched by sm90.rs, attention_backward_sm90.cu by one_pass.rs,
-//! attention_backward_short_sm90.cu by short.rs, attention_sm80.cu and attention_f32.cu by tiled.rs,
-//! attention_decode.cu here.
+//! kernel files: attention_sm90.cu is launched by sm90.rs, attention_backward_sm90.cu by
+//! one_pass.rs, attention_backward_short_sm90.cu by short.rs, attention_sm80.cu and
+//! attention_f32.cu by tiled.rs, attention_decode.cu here.
 
 mod maps;
 mod one_pass;
@@ -72,8 +72,8 @@ pub struct Angles {
 pub enum Passes {
     /// Once, of rows of at most 256 tokens: a block has a head to itself. Others are as for `Two`.
     Short,
-    /// Once: d_q, d_k and d_v together; d_q is summed in device memory. Sequences whose sums have no
-    /// place are refused.
+    /// Once: d_q, d_k and d_v together; d_q is summed in device memory. Sequences whose sums have
+    /// no place are refused.
     One,
     /// Twice: d_q, then d_k and d_v.
     Two,
@@ -193,7 +193,7 @@ impl Attention {
         Ok(Attention { device, heads, kernels, decode })
     }
 
-    /// Chooses how backward passes are run; else it depends on the sizes, by what is estimated.
+    /// Chooses how backward passes are run; otherwise the cost model does, by the sizes.
     ///
     /// Errors: a family or a head dim that has no such kernel.
     pub fn with_passes(mut self, passes: Passes) -> Result<Self> {
@@ -224,9 +224,9 @@ impl Attention {
         }
     }
 
-    /// Whether sums that several blocks add to are added up in one order, as they are unless this is
-    /// called. Only backward passes in one have such sums; without an order, the bits of d_q depend on
-    /// who comes first.
+    /// Whether sums that several blocks add to are added up in one order, as they are unless this
+    /// is called. Only backward passes in one have such sums; without an order, the bits of d_q
+    /// depend on who comes first.
     pub fn with_order(mut self, in_order: bool) -> Self {
         if let Kernels::Sm90(kernels) = &mut self.kernels {
             kernels.set_in_order(in_order);
@@ -265,8 +265,8 @@ impl Attention {
         matches!(self.kernels, Kernels::Sm90(_))
     }
 
-    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; sizes that the
-    /// passes that were chosen cannot do; no memory.
+    /// Errors: as [`Attention::plan_forward`]; angles for kernels that do not take them; sizes that
+    /// the passes that were chosen cannot do; no memory.
     pub fn plan_backward(
         &mut self,
         driver: &mut dyn Driver,

@@ -19,13 +19,13 @@ const fn stages(head_dim: usize) -> usize {
 const THREADS: u32 = 384;
 const DELTA_THREADS: u64 = 256;
 
-/// Sums of d_q that are added to at a time, one query head of each team's group, take no more, so that
-/// they and what is read for them fit in an L2 cache; and all sums no more than the second.
+/// Sums of d_q that are added to at a time, one query head of each team's group, take no more, so
+/// that they and what is read for them fit in an L2 cache; and all sums no more than the second.
 const MOST_ACTIVE_BYTES: usize = 32 << 20;
 const MOST_SUMS_BYTES: usize = 256 << 20;
 /// See [`Teams::pay`].
 const LEAST_KEY_TILES: usize = 4;
-/// A semaphore counts heads in 16 bits, and tiles of keys in 16.
+/// A semaphore counts a team's heads in its upper 16 bits, tiles of keys in its lower 16.
 const MOST_COUNT: usize = (1 << 16) - 1;
 
 /// How blocks are dealt to heads.
@@ -87,10 +87,10 @@ impl Teams {
         Scratch { bytes: semaphores_at + (places * size_of::<u32>()) as u64, semaphores_at }
     }
 
-    /// Estimated, as long as no GPU has timed it: whether five products for each step of the longest
-    /// block are less than the seven of two passes, whose blocks all take as long. Below 4 tiles of
-    /// keys the two warps that make d_q of complete sums would be what everybody waits for; with
-    /// documents, too, as each of them is short.
+    /// Estimated, as long as no GPU has timed it: whether five products for each step of the
+    /// longest block are less than the seven of two passes, whose blocks all take as long. Below 4
+    /// tiles of keys the two warps that make d_q of complete sums would be what everybody waits
+    /// for; with documents, too, as each of them is short.
     fn pay(&self, multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> bool {
         let key_tiles = sizes.sequence.div_ceil(KEYS);
         let all = longest(key_tiles, sizes.sequence.div_ceil(QUERIES), 1);
@@ -148,8 +148,8 @@ impl Kernels {
         Ok(Some(Kernels { heads, delta, backward }))
     }
 
-    /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says. `in_order`:
-    /// tiles of keys add to d_q one after the other, which decides its bits.
+    /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says.
+    /// `in_order`: tiles of keys add to d_q one after the other, which decides its bits.
     ///
     /// Errors: matrices that leave their buffers.
     pub fn backward(

@@ -1,5 +1,5 @@
-//! The kernels of kernels/attention_backward_short_sm90.cu: the whole backward pass of rows that are so
-//! short that a block has a head to itself.
+//! The kernels of kernels/attention_backward_short_sm90.cu: the whole backward pass of rows that
+//! are so short that a block has a head to itself.
 
 use super::maps::{self, BF16_BYTES, LOADED_ROWS, STORED_ROWS};
 use super::{AttentionBackward, Passes, Sizes, scale, scale_log2};
@@ -35,9 +35,9 @@ pub(super) fn chosen(
     }
 }
 
-/// Estimated, as long as no GPU has timed it, by what is read and written, in matrices of a query head: 8
-/// against 12 in two passes, each of which has items of 128 rows to deal. So it is where a group makes
-/// heads of k and v few that it does not pay.
+/// Estimated, as long as no GPU has timed it, by what is read and written, in matrices of a query
+/// head: 8 against 12 in two passes, each of which has items of 128 rows to deal. So it is where a
+/// group makes heads of k and v few that it does not pay.
 fn pays(multiprocessors: usize, HeadSpec { heads, kv_heads, .. }: HeadSpec, sizes: Sizes) -> bool {
     let (group, units) = (heads / kv_heads, sizes.batch * kv_heads);
     let items = sizes.sequence.div_ceil(2 * ROWS);

@@ -1,6 +1,7 @@
-//! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and for
-//! backward those of short.rs and one_pass.rs where they are estimated to be faster. As many blocks as
-//! there are multiprocessors, each of which takes item after item: a tile of a head's rows.
+//! bf16 with wgmma and TMA on compute capability 9.0: the kernels of kernels/attention_sm90.cu, and
+//! for backward those of short.rs and one_pass.rs where they are estimated to be faster. As many
+//! blocks as there are multiprocessors, each of which takes item after item: a tile of a head's
+//! rows.
 
 use super::maps::{BF16_BYTES, LOADED_ROWS, STORED_ROWS, map};
 use super::one_pass::{self, Teams};
@@ -24,9 +25,9 @@ const fn forward_rows(head_dim: usize) -> &'static [usize] {
     if head_dim <= 64 { &[128, 192] } else { &[128] }
 }
 
-/// Estimated, as long as no GPU has timed it: an item takes as many steps as its last row sees tiles
-/// of keys, and the time of one more in which nothing is hidden; three consumers make a step 10%
-/// faster for each of their rows.
+/// Estimated, as long as no GPU has timed it: an item takes as many steps as its last row sees
+/// tiles of keys, and the time of one more in which nothing is hidden; three consumers make a step
+/// 10% faster for each of their rows.
 fn forward_cost(sequence: usize, rows: usize) -> f64 {
     let steps = |tile: usize| sequence.min((tile + 1) * rows).div_ceil(FORWARD_KEYS) + 1;
     let steps: usize = (0..sequence.div_ceil(rows)).map(steps).sum();
@@ -54,7 +55,7 @@ pub(super) struct Kernels {
     backward_kv: KernelId,
     short: Option<short::Kernels>,
     one_pass: Option<one_pass::Kernels>,
-    /// `None`: by the cost model.
+    /// `None`: the cost model chooses.
     passes: Option<Passes>,
     /// What is added up by several blocks is added up in one order.
     in_order: bool,
@@ -186,7 +187,8 @@ impl Kernels {
     }
 
     /// As [`Kernels::set_passes`] said, or as pays, and which passes these are. Errors: as
-    /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no memory.
+    /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no
+    /// memory.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,

@@ -93,8 +93,8 @@ pub(super) fn made<K: Eq + Hash, V>(
 }
 
 impl Cuda {
-    /// The layer of one kind for `key`, made when it is first asked for, and the driver to launch it
-    /// with; `None` while a program is only prepared.
+    /// The layer of one kind for `key`, made when it is first asked for, and the driver to launch
+    /// it with; `None` while a program is only prepared.
     pub(super) fn norm(&mut self, columns: usize) -> Result<Ready<'_, Norm>> {
         let (driver, dtype) = (&mut *self.driver, self.dtype);
         let norm = made(&mut self.layers.norms, columns, || Norm::new(driver, dtype, columns))?;

@@ -1,4 +1,5 @@
-//! The output projection and its loss, in chunks of rows: logits, and then their gradient in their place.
+//! The output projection and its loss, in chunks of rows: logits, and then their gradient in their
+//! place.
 
 use super::layers::LossSize;
 use super::{Cuda, STREAM};

@@ -52,7 +52,7 @@ pub struct Cuda {
     offload_chunk: usize,
     layers: Layers,
     transfers: Option<Transfers>,
-    /// The program may enqueue a step before the one before it is over.
+    /// The program may enqueue a step before the previous one is over.
     steps_ahead: bool,
     /// Of what the layers allocated when they were made.
     scratch_bytes: u64,

@@ -312,8 +312,8 @@ pub struct Failure {
     pub golden: String,
 }
 
-/// The case that is about to run, the golden that it is compared with, all goldens as they are then,
-/// and what all cases before it did.
+/// The case that is about to run, the golden that it is compared with, all goldens as they are
+/// then, and what all cases before it did.
 pub type Progress<'a> = &'a mut dyn FnMut(&Case, &Golden, &Goldens, &Report);
 
 /// Runs those of the cases that this machine can run and compares each with its golden.

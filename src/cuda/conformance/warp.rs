@@ -278,7 +278,7 @@ fn atomics() -> Vec<Case> {
     let special = [
         [0x0000_0001, 0x0000_0000, 0x0000_0000], // one in memory: 0
         [0x3f80_0000, 0x007f_ffff, 0x807f_ffff], // two that are added: 1
-        [0x0080_0001, 0x8080_0000, 0x8000_0000], // one that is the sum: 0, and -0 does not change it
+        [0x0080_0001, 0x8080_0000, 0x8000_0000], // one that is the sum: 0, unchanged by -0
         [0x80c0_0000, 0x0080_0000, 0x8000_0000], // a negative one: -0
     ];
     let mut sums = bits(&Inputs::of("reduce before").normals(64));

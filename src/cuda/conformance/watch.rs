@@ -19,8 +19,8 @@ struct UnderWay {
 }
 
 impl Watch {
-    /// `hung`: called once, on the watch's thread, with what is known when a case has taken more than
-    /// `limit`. Its failure is in the report.
+    /// `hung`: called once, on the watch's thread, with what is known when a case has taken more
+    /// than `limit`. Its failure is in the report.
     pub fn start(limit: Duration, hung: impl FnOnce(&Goldens, &Report) + Send + 'static) -> Self {
         let watch = Watch(Arc::default());
         let seen = Watch(Arc::clone(&watch.0));

@@ -18,9 +18,9 @@ pub struct Launch {
     pub dynamic_shared_bytes: u32,
     /// All blocks are resident at once, so that they may wait for each other.
     pub cooperative: bool,
-    /// May begin before the kernel before it on the stream has ended, up to its
-    /// grid_dependency_wait ("programmatic dependent launch"; compute capability 9.0). A driver sets it
-    /// by itself where it may: see [`Driver::overlap`].
+    /// May begin before the previous kernel on its stream has ended, and runs up to its
+    /// grid_dependency_wait ("programmatic dependent launch"; compute capability 9.0). A driver
+    /// sets it by itself where it may: see [`Driver::overlap`].
     pub dependent: bool,
 }
 

@@ -1,11 +1,11 @@
 //! What the CUDA backend asks of a machine: memory, kernels, launches, streams, events, graphs.
 //!
 //! [`Driver`] has two implementations: a GPU (nvidia/), and immediate.rs for the machines of this
-//! process, which are the CPU machine (host/) and one for PTX in the tests. All rules that a launch,
-//! an argument list or a tensor map must keep stand here, once, and are checked before any machine
-//! sees them: what simt accepts, the GPU accepts. A driver owns what it allocates; addresses outside
-//! that are refused. Kernels are part of this program and trusted: a launch that passes these checks
-//! and still writes elsewhere is a bug that simt names.
+//! process, which are the CPU machine (host/) and one for PTX in the tests. All rules that a
+//! launch, an argument list or a tensor map must keep stand here, once, and are checked before any
+//! machine sees them: what simt accepts, the GPU accepts. A driver owns what it allocates;
+//! addresses outside that are refused. Kernels are part of this program and trusted: a launch that
+//! passes these checks and still writes elsewhere is a bug that simt names.
 
 mod arguments;
 mod capture;
@@ -98,9 +98,9 @@ pub struct KernelInfo {
     pub registers: Option<u32>,
     /// Spilled bytes of a thread.
     pub local_bytes: u32,
-    /// At least: a GPU's driver refuses what is too much. `None` on the CPU, where a variable is known
-    /// once a block has come to its declaration; the machine adds them up then and holds them to the
-    /// same limit.
+    /// At least: a GPU's driver refuses what is too much. `None` on the CPU, where a variable is
+    /// known once a block has come to its declaration; the machine adds them up then and holds them
+    /// to the same limit.
     pub static_shared_bytes: Option<u32>,
 }
 
@@ -116,8 +116,9 @@ pub trait Driver {
 
     /// Errors: no memory; `label` names the buffer there and in faults.
     fn allocate(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
-    /// A buffer of zeros in the host's memory that never moves, for [`Driver::on_device`] to copy from
-    /// and to while kernels run; everything else may reach it, too, but slowly. Errors: no memory.
+    /// A buffer of zeros in the host's memory that never moves, for [`Driver::on_device`] to copy
+    /// from and to while kernels run; everything else may reach it, too, but slowly. Errors: no
+    /// memory.
     fn allocate_host(&mut self, label: &str, bytes: u64) -> Result<Allocation>;
     /// Of all live buffers in this machine's memory.
     fn allocated_bytes(&self) -> u64;
@@ -139,8 +140,8 @@ pub trait Driver {
     fn peak_bytes(&self) -> Option<u64> {
         None
     }
-    /// Bytes of a memory of the machine's own that nobody has taken now; `None` where it is the host's,
-    /// of which other programs take and give back all the time.
+    /// Bytes of a memory of the machine's own that nobody has taken now; `None` where it is the
+    /// host's, of which other programs take and give back all the time.
     fn own_free_bytes(&self) -> Option<u64> {
         None
     }
@@ -173,8 +174,9 @@ pub trait Driver {
 
     fn to_device(&mut self, stream: StreamId, from: &[u8], to: DevicePointer) -> Result<()>;
     fn to_host(&mut self, stream: StreamId, from: DevicePointer, to: &mut [u8]) -> Result<()>;
-    /// Bytes of a buffer of [`Driver::allocate_host`], to be read and written at once: copies from and
-    /// to them that may still be under way are the caller's to wait for, see [`Driver::await_event`].
+    /// Bytes of a buffer of [`Driver::allocate_host`], to be read and written at once: copies from
+    /// and to them that may still be under way are the caller's to wait for, see
+    /// [`Driver::await_event`].
     fn host_bytes(&mut self, at: DevicePointer, bytes: u64) -> Result<&mut [u8]>;
     /// Errors: the ranges overlap.
     fn on_device(
@@ -232,8 +234,9 @@ impl dyn Driver + '_ {
     }
 }
 
-/// [`Driver::reserve_bytes`] of every GPU, in plans, too: graphs, kernels' code that is loaded when it is
-/// first asked for, and what allocations are rounded up to (2 MiB each). Estimated, not measured.
+/// [`Driver::reserve_bytes`] of every GPU, in plans, too: graphs, kernels' code that is loaded when
+/// it is first asked for, and what allocations are rounded up to (2 MiB each). Estimated, not
+/// measured.
 pub const GPU_RESERVE_BYTES: u64 = 512 << 20;
 
 // ------------------------------------------------------------------ errors of both machines

@@ -1,5 +1,5 @@
-//! Which kernel makes a product, in how many splits and clusters: a model of the time of each, whose
-//! constants stand in the tables of the families.
+//! Which kernel makes a product, in how many splits and clusters: a model of the time of each,
+//! whose constants stand in the tables of the families.
 
 use std::fmt;
 
@@ -30,8 +30,8 @@ pub struct Variant {
 pub(super) struct Speed {
     /// Of a machine full of these tiles, relative to the family's fastest.
     pub(super) relative: f64,
-    /// Products of the fastest tile in the time that a value of a factor takes from the L2 cache to its
-    /// multiprocessor, when all of them load; 0: it is part of `relative`.
+    /// Products of the fastest tile in the time that a value of a factor takes from the L2 cache to
+    /// its multiprocessor, when all of them load; 0: it is part of `relative`.
     pub(super) loaded: f64,
     /// Values of k that could be multiplied while a tile is written.
     pub(super) epilogue: f64,
@@ -52,7 +52,8 @@ impl Speed {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Choice {
     pub variant: &'static Variant,
-    /// Blocks that share the K of each tile of the last wave, where the tiles do not fill it; 1: none.
+    /// Blocks that share the K of each tile of the last wave, where the tiles do not fill it; 1:
+    /// none.
     pub splits: usize,
     /// Blocks, one below the other, that load B's tiles for each other; 1: none.
     pub cluster: usize,
@@ -133,8 +134,8 @@ impl Variant {
         }
     }
 
-    /// The most splits that a product [M,N,K] has on so many multiprocessors: in the last wave one block
-    /// for each, none of them without a step.
+    /// The most splits that a product [M,N,K] has on so many multiprocessors: in the last wave one
+    /// block for each, none of them without a step.
     pub fn most_splits(
         &self,
         [m, n, k]: [usize; 3],

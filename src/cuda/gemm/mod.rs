@@ -2,9 +2,10 @@
 //!
 //! [`Gemm`] knows the kernels of one machine and type. [`Gemm::plan`] checks a product and chooses
 //! among them; the plan is then launched as often as wanted, for the values that lie at its
-//! addresses at that time. [`Gemm::new`] allocates at most [`SEMAPHORE_BYTES`] on the device, for the
-//! launches of one stream; nothing else does. The families stand in files of their own, each with the
-//! table of its kernels: sm80.rs, sm90.rs, f32.rs; choice.rs chooses among them, tuned.rs before it.
+//! addresses at that time. [`Gemm::new`] allocates at most [`SEMAPHORE_BYTES`] on the device, for
+//! the launches of one stream; nothing else does. The families stand in files of their own, each
+//! with the table of its kernels: sm80.rs, sm90.rs, f32.rs; choice.rs chooses among them, tuned.rs
+//! before it.
 
 mod choice;
 mod f32;
@@ -75,10 +76,11 @@ pub enum Output {
     /// out [M,N] =, the first of its columns being heads that are rotated before the one rounding.
     /// For NT.
     Rotate(Rotation),
-    /// out [M,2,N] = A times each half of B [2,N,K], gate and up; product [M,N] = silu(gate) up. For
-    /// NT.
+    /// out [M,2,N] = A times each half of B [2,N,K], gate and up; product [M,N] = silu(gate) up.
+    /// For NT.
     SwiGlu { product: DevicePointer },
-    /// out [M,2,N] = the gradients of gate_up [M,2,N], where the product's own [M,N] is A B. For NN.
+    /// out [M,2,N] = the gradients of gate_up [M,2,N], where the product's own [M,N] is A B. For
+    /// NN.
     SwiGluGradient { gate_up: DevicePointer },
 }
 
@@ -276,8 +278,8 @@ impl Gemm {
         Ok(gemm.with_table(driver.properties(), tuned::built_in()))
     }
 
-    /// With the choices of this table instead of those that are compiled in. `machine`: the one that
-    /// this was made for.
+    /// With the choices of this table instead of those that are compiled in. `machine`: the one
+    /// that this was made for.
     pub fn with_table(self, machine: &Properties, table: &tuned::Table) -> Self {
         let variants: Vec<&Variant> = self.kernels.iter().map(|&(variant, _)| variant).collect();
         Gemm { timed: table.choices(machine, &variants), ..self }
@@ -387,8 +389,8 @@ impl Gemm {
         self.plan_with(driver, self.choose(layout, output, [m, n, k])?, product)
     }
 
-    /// A plan with one of [`Gemm::variants_for`], and splits up to [`Variant::most_splits`]. Errors: as
-    /// [`Gemm::plan`]; splits or clusters that there are not.
+    /// A plan with one of [`Gemm::variants_for`], and splits up to [`Variant::most_splits`].
+    /// Errors: as [`Gemm::plan`]; splits or clusters that there are not.
     pub fn plan_with(
         &self,
         driver: &mut dyn Driver,

@@ -1,6 +1,6 @@
 //! The kernels of kernels/gemm_sm90.cu: bf16 with wgmma and TMA on compute capability 9.0. As many
-//! blocks as there are multiprocessors, each of which takes tile after tile; where the last tiles are
-//! fewer than the blocks, several may share the K of one.
+//! blocks as there are multiprocessors, each of which takes tile after tile; where the last tiles
+//! are fewer than the blocks, several may share the K of one.
 
 use super::{Choice, Epilogue, Layout, Output, Product, Rotation, Speed, Variant};
 use crate::cuda::{
@@ -17,9 +17,10 @@ const STORE_TILES_BYTES: usize = 2 * 2 * 64 * 64 * BF16_BYTES;
 const BF16_BYTES: usize = 2;
 
 /// Estimated for an H200 whose multiprocessors each multiply 128 x 256 x 64 in 0.7 us (80% of the
-/// peak), load 65 bytes a nanosecond from the L2 cache, all at once (9.8 TB/s are reported at a clock of
-/// 1.98 GHz, here it is 1.755), and move 42 to and fro, or 110 alone: 64 KiB of bf16 are written in
-/// 1.6 us; 128 KiB of fp32, which the cache reads and writes, are added to in 6.2 us, or 2.4 us alone.
+/// peak), load 65 bytes a nanosecond from the L2 cache, all at once (9.8 TB/s are reported at a
+/// clock of 1.98 GHz, here it is 1.755), and move 42 to and fro, or 110 alone: 64 KiB of bf16 are
+/// written in 1.6 us; 128 KiB of fp32, which the cache reads and writes, are added to in 6.2 us, or
+/// 2.4 us alone.
 const LOADED: f64 = (128.0 * 256.0 * 64.0 / 700.0) / (65.0 / 2.0);
 const STORE_EPILOGUE: f64 = 143.0;
 const ADD_EPILOGUE: f64 = 570.0;
@@ -57,8 +58,8 @@ const fn shared(
     variant(layout, epilogue, kernel, 256, stages, 1.0, false)
 }
 
-/// Two consumers take tiles in turn, of `width` rows of B. The fewer, the more bytes of shared memory a
-/// product reads: 138 and 160 a clock at full speed, of 128.
+/// Two consumers take tiles in turn, of `width` rows of B. The fewer, the more bytes of shared
+/// memory a product reads: 138 and 160 a clock at full speed, of 128.
 const fn in_turn(
     layout: Layout,
     epilogue: Epilogue,
@@ -92,9 +93,10 @@ const fn variant(
         (Layout::Tn, _) => (0, ADD_EPILOGUE, Some(ADD_TURN)),
     };
     // Bytes that the epilogue moves, relative to a plain one: gate, up and product are 1.5; of the
-    // gradient, two are written, and of the two that are read half are there before. Heads of 64 read
-    // half as many bytes of angles as a tile of 256 columns writes. An addend, of which half is there
-    // before, is not estimated: it chooses no tile.
+    // gradient, two are written, and of the two that are read half are there before. Heads of 64
+    // read half as many bytes of angles as a tile of 256 columns writes. An addend, of which half
+    // is there before, would be 0.5 more; it is left out, so that it does not change which tile is
+    // chosen.
     let (halves_of_b, bytes) = match (epilogue, layout) {
         (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
         (Epilogue::SwiGlu, _) => (1, 3.0),

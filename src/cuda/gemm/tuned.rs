@@ -3,9 +3,9 @@
 //!
 //! `isobath bench gemm --tune` makes such a table; tuned.toml beside this file is compiled in, and
 //! comes before the model that chooses everything else. An entry counts for the machine of its name
-//! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has after the
-//! product; where only another ending of the same product was timed, its tile is taken over. Nothing
-//! is taken over to other sizes.
+//! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has after
+//! the product; where only another ending of the same product was timed, its tile is taken over.
+//! Nothing is taken over to other sizes.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -89,8 +89,8 @@ impl Table {
         })
     }
 
-    /// Whether every entry can be launched: the kernel exists, and its machine has that many splits;
-    /// and no product stands here twice. Errors: the first entry that cannot.
+    /// Whether every entry can be launched: the kernel exists, and its machine has that many
+    /// splits; and no product stands here twice. Errors: the first entry that cannot.
     pub fn check(&self) -> Result<(), String> {
         let mut seen = vec![];
         for machine in &self.machines {

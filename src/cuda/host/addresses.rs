@@ -38,7 +38,7 @@ fn line_of(address: usize) -> String {
     line().unwrap_or_else(|| format!("{address:#x}"))
 }
 
-/// The file that is mapped at this address, and how far behind its beginning the address lies. Read
+/// The file that is mapped at this address, and how far past its beginning the address lies. Read
 /// afresh each time: libraries are loaded while the program runs.
 fn image_of(address: usize) -> Option<(PathBuf, u64)> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;

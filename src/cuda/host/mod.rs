@@ -2,8 +2,8 @@
 //! `simt`.
 //!
 //! Binds kernels/host/abi.h, either as it was linked into this program or from a shared library
-//! (a changed kernel linked with the machine). What a kernel does wrong has every place named by file
-//! and line.
+//! (a changed kernel linked with the machine). What a kernel does wrong has every place named by
+//! file and line.
 
 mod abi;
 mod addresses;
@@ -132,8 +132,8 @@ impl Simt {
     }
 }
 
-// SAFETY: `allocate` hands on what simt's memory gives and fills (device_memory.cpp), until `free`; only
-// kernels hold references into it.
+// SAFETY: `allocate` hands on what simt's memory gives and fills (device_memory.cpp), until `free`;
+// only kernels hold references into it.
 unsafe impl Machine for Simt {
     const DEVICE: &'static str = DEVICE;
     /// Program, workers and stacks of a training run of 0.5M parameters on two cores: 88 MiB RSS

@@ -44,8 +44,8 @@ pub(super) fn parameters_of(function: sys::CUfunction) -> Option<Vec<u32>> {
     }
 }
 
-/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be told
-/// to (cuFuncLoad, CUDA 12.4): it takes memory, too.
+/// Brings a kernel's code onto the device now, not at its first launch, where the driver can be
+/// told to (cuFuncLoad, CUDA 12.4): it takes memory, too.
 pub(super) fn load_whole(function: sys::CUfunction) -> Result<(), DriverError> {
     if !has_function("cuFuncLoad") {
         return Ok(());

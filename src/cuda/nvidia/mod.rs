@@ -336,8 +336,8 @@ impl Driver for Nvidia {
         };
         // SAFETY: `malloc_host` gave as many bytes, which nobody else knows yet.
         unsafe { ptr::write_bytes(address.cast::<u8>(), 0, bytes as usize) };
-        // With unified addresses, which every GPU with these kernels has, the device knows it by the
-        // same one.
+        // With unified addresses, which every GPU with these kernels has, the device knows it by
+        // the same one.
         let buffer = Allocation { address: DevicePointer(address as u64), bytes };
         self.memory.add_on_host(buffer, label);
         Ok(buffer)
@@ -572,8 +572,8 @@ impl Driver for Nvidia {
         }
         self.bind()?;
         let stream = self.stream(stream)?.cu_stream();
-        // SAFETY: both ranges lie in live buffers of ours and do not overlap. Where a buffer lies, the
-        // driver tells from its unified address.
+        // SAFETY: both ranges lie in live buffers of ours and do not overlap. Where a buffer lies,
+        // the driver tells from its unified address.
         unsafe { sys::cuMemcpyAsync(to.0, from.0, bytes as usize, stream) }
             .result()
             .map_err(|error| self.failed(error))

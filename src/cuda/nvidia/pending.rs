@@ -4,7 +4,8 @@ use crate::cuda::driver::{KernelId, StreamId};
 
 /// How many launches an error names.
 const NAMED: usize = 8;
-/// How many are kept: several micro-batches of a deep model; after them the same kernels come again.
+/// How many are kept: several micro-batches of a deep model; after them the same kernels come
+/// again.
 const KEPT: usize = 1 << 14;
 
 /// Kernels that were launched and not seen to end.

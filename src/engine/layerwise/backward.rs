@@ -1,5 +1,5 @@
-//! Backward passes of a model in pieces: the gradient of the blocks' parameters, and the Jacobian of
-//! one block.
+//! Backward passes of a model in pieces: the gradient of the blocks' parameters, and the Jacobian
+//! of one block.
 //!
 //! Every block is a vector-Jacobian product that computes its forward pass again from the stream in
 //! front of it, so a backward pass holds the activations of one block at a time.

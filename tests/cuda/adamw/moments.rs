@@ -1,5 +1,5 @@
-//! Moments stored in bf16: the bits of a model of the kernel on the host, the mean and the spread of
-//! what is drawn, and a second moment that follows where rounding to nearest would not.
+//! Moments stored in bf16: the bits of a model of the kernel on the host, the mean and the spread
+//! of what is drawn, and a second moment that follows where rounding to nearest would not.
 
 use half::bf16;
 use isobath::cuda::adamw::ROUNDING_STREAM;
@@ -32,8 +32,8 @@ fn stored(computed: f32, random: u32) -> bf16 {
     bf16::from_bits(((computed.to_bits() + random) >> 16) as u16)
 }
 
-/// Both moments are those of a kernel that stores f32, rounded as `stored` says: less than a step of
-/// bf16 off. Returns what that kernel computes.
+/// Both moments are those of a kernel that stores f32, rounded as `stored` says: less than a step
+/// of bf16 off. Returns what that kernel computes.
 pub fn check_stored(
     driver: &mut dyn Driver,
     what: &str,
@@ -215,8 +215,8 @@ impl Draws {
     }
 }
 
-/// Element i of one agrees with element i + shift of the other as often as if they had nothing to do
-/// with each other.
+/// Element i of one agrees with element i + shift of the other as often as if they had nothing to
+/// do with each other.
 #[track_caller]
 fn assert_independent(what: &str, one: &Draws, other: &Draws, shift: usize) {
     let pairs = one.up.iter().zip(&other.up[shift..]);

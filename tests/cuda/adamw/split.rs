@@ -1,5 +1,5 @@
-//! Parameters stored as their bf16 copy and the lower halves of their bits: every bit of an update of
-//! f32 parameters, and the f32 copies of vectors.
+//! Parameters stored as their bf16 copy and the lower halves of their bits: every bit of an update
+//! of f32 parameters, and the f32 copies of vectors.
 
 use isobath::backend::VectorCopy;
 use isobath::cuda::halves;
@@ -166,8 +166,9 @@ fn halves_give_the_bits_of_f32_at_every_size() {
     });
 }
 
-/// Vectors that begin and end in every place of a vector of four and of a block, that touch, that are
-/// one element long, that span blocks, whose copies lie in another order; and a block without any.
+/// Vectors that begin and end in every place of a vector of four and of a block, that touch, that
+/// are one element long, that span blocks, whose copies lie in another order; and a block without
+/// any.
 #[test]
 fn vectors_have_their_copies_wherever_they_lie() {
     let elements = 4 * 2048 + 77;

@@ -37,8 +37,8 @@ fn sums_in_any_order_are_right_and_free_of_races() {
 }
 
 /// Where a team's blocks come to a tile of queries in another order than that of the keys, d_q has
-/// other bits, and nothing else. Keys are large and nearly alike, so that sums nearly cancel (dS of a
-/// row adds up to 0) and their last bits are seen in bf16.
+/// other bits, and nothing else. Keys are large and nearly alike, so that sums nearly cancel (dS of
+/// a row adds up to 0) and their last bits are seen in bf16.
 #[test]
 fn only_d_q_follows_who_comes_first() {
     if !has_simt() {

@@ -1,5 +1,5 @@
-//! Head dims, query heads for one of k and v, and lengths, with documents and without: Hopper's forward
-//! and every backward pass. By default each pair of them occurs; all of them on demand.
+//! Head dims, query heads for one of k and v, and lengths, with documents and without: Hopper's
+//! forward and every backward pass. By default each pair of them occurs; all of them on demand.
 
 use super::*;
 
@@ -109,8 +109,8 @@ fn every_combination_of_sizes() {
     }
 }
 
-/// Rows of at most `everywhere` tokens on every machine, and on simt twice: as always, and in a random
-/// order with the race detector. The same bits. Longer ones on simt or a GPU.
+/// Rows of at most `everywhere` tokens on every machine, and on simt twice: as always, and in a
+/// random order with the race detector. The same bits. Longer ones on simt or a GPU.
 fn check(points: impl Iterator<Item = Point>, everywhere: usize) {
     let (short, long): (Vec<_>, Vec<_>) = points.partition(|point| point.sequence <= everywhere);
     let [short, long] =

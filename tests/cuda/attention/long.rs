@@ -1,9 +1,10 @@
-//! The longest rows that the kernels are for, of short documents, so that the work is linear in them.
+//! The longest rows that the kernels are for, of short documents, so that the work is linear in
+//! them.
 
 use super::*;
 
-/// Documents of a stretch of this length, repeated to the end of the row. All tiles but those of 192
-/// rows begin it anew.
+/// Documents of a stretch of this length, repeated to the end of the row. All tiles but those of
+/// 192 rows begin it anew.
 const STRETCH: usize = 1024;
 const LENGTHS: [usize; 14] = [64, 1, 127, 100, 30, 2, 128, 5, 133, 90, 70, 66, 61, 110];
 

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Late keys are seen by few queries, each with a small share: in the largest error of a whole tensor
-/// their gradients do not count.
+/// Late keys are seen by few queries, each with a small share: in the largest error of a whole
+/// tensor their gradients do not count.
 #[test]
 fn late_rows_of_gradients_that_are_missing_are_seen() {
     let case = Case::new(Dtype::Bf16, heads(1, 1, 64), 1, 1024);

@@ -27,8 +27,8 @@ pub(super) enum Fusion {
     SwiGluGradient,
 }
 
-/// Of the factors: random normals; or integers whose sums are exact in fp32 in any order, with angles
-/// that are quarters of a turn, and gates whose sigmoid is one.
+/// Of the factors: random normals; or integers whose sums are exact in fp32 in any order, with
+/// angles that are quarters of a turn, and gates whose sigmoid is one.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Values {
     Normal,
@@ -118,7 +118,8 @@ impl Case {
         }
     }
 
-    /// Result and product: exact, and by the plain formula, every tensor rounded when it is written.
+    /// Result and product: exact, and by the plain formula, every tensor rounded when it is
+    /// written.
     fn expected(&self) -> [Found; 2] {
         let [m, _, k] = self.sizes;
         let columns = self.b.len() / k;
@@ -300,8 +301,8 @@ fn fitted(fusion: Fusion, [m, n, k]: [usize; 3]) -> (Fusion, [usize; 3]) {
 }
 
 /// The shapes of the plain kernels, and one whose last tile ends with its first box of 32 columns.
-/// Heads of several widths share kernels: of each width every shape has one kind of values, and of all
-/// together every kind. Blocks are alone and in pairs.
+/// Heads of several widths share kernels: of each width every shape has one kind of values, and of
+/// all together every kind. Blocks are alone and in pairs.
 fn each_case(
     driver: &mut dyn Driver,
     values: Values,

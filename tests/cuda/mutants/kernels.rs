@@ -144,9 +144,9 @@ impl Kernels {
         }
     }
 
-    /// The part of the text whose calls are broken: of the Hopper products, the epilogues that read,
-    /// or all but those; of attention, one pass after the other, and with the second
-    /// one what both share.
+    /// The part of the text whose calls are broken: of the Hopper products, the epilogues that
+    /// read, or all but those; of attention, one pass after the other, and with the second one what
+    /// both share.
     pub(super) fn breaks(self, text: &str, at: usize) -> bool {
         let section = |name: &str| {
             let start = text.find(&format!("---- {name}\n"));
@@ -374,7 +374,8 @@ pub(super) fn run_loss(
     Ok(all)
 }
 
-/// Layout, columns of the tile, splits, blocks of a cluster, M, N, K and whether there is an addend.
+/// Layout, columns of the tile, splits, blocks of a cluster, M, N, K and whether there is an
+/// addend.
 pub(super) type ProductCase = (Layout, usize, usize, usize, usize, usize, usize, bool);
 
 pub(super) const PRODUCTS: [ProductCase; 4] = [

@@ -67,7 +67,8 @@ fn schedules(variant: Variant) -> Vec<Options> {
 struct Source {
     kernels: Kernels,
     text: String,
-    /// By [`Variant`], each compiled when it is first asked for: few planted bugs get to the plain one.
+    /// By [`Variant`], each compiled when it is first asked for: few planted bugs get to the plain
+    /// one.
     libraries: [OnceLock<Result<PathBuf, String>>; 2],
 }
 

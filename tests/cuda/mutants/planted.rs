@@ -330,7 +330,7 @@ const PLANTED: &[Planted] = &[
     ),
     planted(
         Kernels::GemmSm90,
-        "factors are loaded before the kernel before has ended",
+        "factors are loaded before the previous kernel has ended",
         &[(
             "  begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
             "  if (threadIdx.x > 0) begin_after_previous();\n\n  if (threadIdx.x < WARPGROUP) {",
@@ -342,7 +342,7 @@ const PLANTED: &[Planted] = &[
     ),
     planted(
         Kernels::AttentionOnePass,
-        "threads without work do not wait for the kernel before",
+        "threads without work do not wait for the previous kernel",
         &[(
             "  begin_after_previous();\n\n  const S shared",
             "  if (threadIdx.x != 69) begin_after_previous();\n\n  const S shared",

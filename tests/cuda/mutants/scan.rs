@@ -57,7 +57,7 @@ impl Call<'_> {
     }
 }
 
-/// The text from an opening bracket to the one that closes it, and what is after.
+/// The text between an opening bracket and the one that closes it, and where the rest begins.
 fn bracketed(text: &str, open: char, close: char) -> Option<(&str, usize)> {
     let inner = text.strip_prefix(open)?;
     let mut depth = 1;

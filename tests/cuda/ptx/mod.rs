@@ -132,8 +132,8 @@ impl Interpreter {
     }
 }
 
-// SAFETY: `Global` gives whole buffers that are written, and keeps them until `free`; a run holds no
-// reference into them.
+// SAFETY: `Global` gives whole buffers that are written, and keeps them until `free`; a run holds
+// no reference into them.
 unsafe impl Machine for Interpreter {
     const DEVICE: &'static str = DEVICE;
     const PROCESS_BYTES: u64 = 0;

@@ -401,7 +401,7 @@ impl Body {
     }
 }
 
-/// `$L__BB0_3:` and what is after it.
+/// The label that a text begins with, as `$L__BB0_3:` does, and what comes after the colon.
 fn label(text: &str) -> Option<(&str, &str)> {
     let end = text.find(|it: char| !(it.is_alphanumeric() || it == '_' || it == '$'))?;
     let behind = text[end..].strip_prefix(':')?;
