@@ -8,8 +8,10 @@
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use isobath::Result;
 use isobath::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, HeadSpec, LossSpec, NORM_PARTIAL_ROWS,
-    NormSpec, Sink,
+    AdamWStep, AttentionBackward, AttentionForward, AttentionSpec, Backend, CrossEntropyBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, HeadSpec,
+    LinearBackward, LinearForward, LossSpec, NORM_PARTIAL_ROWS, NormBackward, NormForward,
+    NormSpec, Rotary, Sink, SwiGluBackward, SwiGluForward,
 };
 use isobath::config::{Config, ModelConfig, NormKind};
 use isobath::cpu::Cpu;
@@ -103,10 +105,10 @@ impl Ops<'_> {
         let (t, c, v) = (self.tokens(), self.model.hidden, self.model.vocab);
         let [table, out] = [self.tensor(&[v, c])?, self.tensor(&[t, c])?];
         self.time(group, "embedding forward", floats(2 * t * c), |cpu| {
-            cpu.embedding_forward(tokens, table, out)
+            cpu.embedding_forward(EmbeddingForward { tokens, table, out })
         });
         self.time(group, "embedding backward", floats(3 * t * c), |cpu| {
-            cpu.embedding_backward(tokens, out, table)
+            cpu.embedding_backward(EmbeddingBackward { tokens, d_out: out, d_table: table })
         });
         Ok(())
     }
@@ -119,11 +121,21 @@ impl Ops<'_> {
         let [gain, d_gain, rstd] = [self.tensor(&[c])?, self.tensor(&[c])?, self.tensor(&[t])?];
         let partial = self.tensor(&[t.div_ceil(NORM_PARTIAL_ROWS), c])?;
         self.time(group, "norm forward", floats(2 * t * c), |cpu| {
-            cpu.norm_forward(spec, inp, gain, out, None, rstd)
+            cpu.norm_forward(NormForward { spec, inp, gain, out, mean: None, rstd })
         });
         let sink = Sink { to: d_inp, accumulate: false };
         self.time(group, "norm backward", floats(3 * t * c), |cpu| {
-            cpu.norm_backward(spec, inp, gain, None, rstd, out, partial, sink, d_gain)
+            cpu.norm_backward(NormBackward {
+                spec,
+                inp,
+                gain,
+                mean: None,
+                rstd,
+                d_out: out,
+                partial,
+                d_inp: sink,
+                d_gain,
+            })
         });
         Ok(())
     }
@@ -151,10 +163,15 @@ impl Ops<'_> {
         let [weight, d_weight] = [self.tensor(&[o, i])?, self.tensor(&[o, i])?];
         let d_inp = Sink { to: self.tensor(&[t, i])?, accumulate: false };
         self.time(group, &format!("linear {name} forward"), flops(2 * t * i * o), |cpu| {
-            cpu.linear_forward(inp, weight, residual.then_some(add), out)
+            cpu.linear_forward(LinearForward {
+                inp,
+                weight,
+                residual: residual.then_some(add),
+                out,
+            })
         });
         self.time(group, &format!("linear {name} backward"), flops(4 * t * i * o), |cpu| {
-            cpu.linear_backward(inp, weight, out, d_inp, d_weight)
+            cpu.linear_backward(LinearBackward { inp, weight, d_out: out, d_inp, d_weight })
         });
         Ok(())
     }
@@ -172,10 +189,10 @@ impl Ops<'_> {
         self.cpu.write(table, &rotary_table(self.model, self.sequence))?;
         let rotated = self.tokens() * (spec.heads + spec.kv_heads) * spec.head_dim;
         self.time(group, "rotary forward", floats(2 * rotated), |cpu| {
-            cpu.rotary_forward(spec, table, positions, qkv)
+            cpu.rotary_forward(Rotary { heads: spec, table, positions, qkv })
         });
         self.time(group, "rotary backward", floats(2 * rotated), |cpu| {
-            cpu.rotary_backward(spec, table, positions, qkv)
+            cpu.rotary_backward(Rotary { heads: spec, table, positions, qkv })
         });
         Ok(())
     }
@@ -189,10 +206,25 @@ impl Ops<'_> {
         let [lse, delta] = [self.tensor(&[b, heads.heads, s])?, self.tensor(&[b, heads.heads, s])?];
         let product = b * s * s * columns; // half of a product of all queries and all keys
         self.time(group, "attention forward", flops(2 * product), |cpu| {
-            cpu.attention_forward(spec, qkv, None, out, lse)
+            cpu.attention_forward(AttentionForward {
+                spec,
+                qkv,
+                document_starts: None,
+                out,
+                log_sum_exp: lse,
+            })
         });
         self.time(group, "attention backward", flops(5 * product), |cpu| {
-            cpu.attention_backward(spec, qkv, None, out, lse, d_out, delta, d_qkv)
+            cpu.attention_backward(AttentionBackward {
+                spec,
+                qkv,
+                document_starts: None,
+                out,
+                log_sum_exp: lse,
+                d_out,
+                delta,
+                d_qkv,
+            })
         });
         Ok(())
     }
@@ -201,9 +233,11 @@ impl Ops<'_> {
         let (t, f) = (self.tokens(), self.model.ffn);
         let [inp, d_inp, out] =
             [self.tensor(&[t, 2 * f])?, self.tensor(&[t, 2 * f])?, self.tensor(&[t, f])?];
-        self.time(group, "swiglu forward", floats(3 * t * f), |cpu| cpu.swiglu_forward(inp, out));
+        self.time(group, "swiglu forward", floats(3 * t * f), |cpu| {
+            cpu.swiglu_forward(SwiGluForward { inp, out })
+        });
         self.time(group, "swiglu backward", floats(5 * t * f), |cpu| {
-            cpu.swiglu_backward(inp, out, d_inp)
+            cpu.swiglu_backward(SwiGluBackward { inp, d_out: out, d_inp })
         });
         Ok(())
     }
@@ -216,12 +250,22 @@ impl Ops<'_> {
         let [logits, losses, scale] =
             [self.tensor(&[LOSS_CHUNK, v])?, self.tensor(&[t])?, self.tensor(&[1])?];
         self.time(group, "cross-entropy forward", flops(2 * t * c * v), |cpu| {
-            cpu.cross_entropy_forward(spec, inp, weight, targets, logits, losses)
+            cpu.cross_entropy_forward(CrossEntropyForward {
+                spec,
+                inp,
+                weight,
+                targets,
+                logits,
+                losses,
+            })
         });
         self.time(group, "cross-entropy backward", flops(6 * t * c * v), |cpu| {
-            cpu.cross_entropy_backward(
-                spec, inp, weight, targets, scale, logits, losses, d_inp, d_weight,
-            )
+            cpu.cross_entropy_backward(CrossEntropyBackward {
+                forward: CrossEntropyForward { spec, inp, weight, targets, logits, losses },
+                scale,
+                d_inp,
+                d_weight,
+            })
         });
         Ok(())
     }

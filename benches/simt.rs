@@ -11,7 +11,7 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use half::bf16;
 use isobath::Result;
-use isobath::backend::NormSpec;
+use isobath::backend::{NormSpec, Sink};
 use isobath::config::{Dtype, NormKind};
 use isobath::cuda::gemm::{Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options, present};
@@ -197,20 +197,19 @@ impl Kernels {
         let rstd = driver.upload("rstd", &vec![1.0f32; rows])?.address;
         let partials = (4 * norm.partials(rows) * columns) as u64;
         let partial = driver.allocate("partial", partials)?.address;
-        let forward = NormForward { inp, gain, out, mean: None, rstd };
-        let accumulate = false;
+        let spec = NormSpec { kind: NormKind::Rms, eps: 1e-6, depth: 2 };
+        let forward = NormForward { spec, inp, gain, out, mean: None, rstd };
+        let d_inp = Sink { to: d_inp, accumulate: false };
         let backward =
-            NormBackward { inp, gain, mean: None, rstd, d_out, partial, d_inp, accumulate, d_gain };
+            NormBackward { spec, inp, gain, mean: None, rstd, d_out, partial, d_inp, d_gain };
         Ok(Kernels { norm, rows, forward, backward })
     }
 
-    const SPEC: NormSpec = NormSpec { kind: NormKind::Rms, eps: 1e-6, depth: 2 };
-
     fn forward(&self, driver: &mut dyn Driver) -> Result<()> {
-        self.norm.forward(driver, StreamId::MAIN, Self::SPEC, self.rows, &self.forward)
+        self.norm.forward(driver, StreamId::MAIN, self.rows, &self.forward)
     }
 
     fn backward(&self, driver: &mut dyn Driver) -> Result<()> {
-        self.norm.backward(driver, StreamId::MAIN, Self::SPEC, self.rows, &self.backward)
+        self.norm.backward(driver, StreamId::MAIN, self.rows, &self.backward)
     }
 }

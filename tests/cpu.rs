@@ -82,11 +82,22 @@ fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize) {
     let partial = view(cpu, &[t.div_ceil(NORM_PARTIAL_ROWS), c]);
     let (d_inp, d_gain) = (view(cpu, &[t, c]), view(cpu, &[c]));
     let mut forward = |cpu: &mut Cpu<f64>| {
-        cpu.norm_forward(spec, inp, gain, out, mean, rstd).unwrap();
+        cpu.norm_forward(NormForward { spec, inp, gain, out, mean, rstd }).unwrap();
     };
     forward(cpu);
     let sink = Sink { to: d_inp, accumulate: false };
-    cpu.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
+    cpu.norm_backward(NormBackward {
+        spec,
+        inp,
+        gain,
+        mean,
+        rstd,
+        d_out,
+        partial,
+        d_inp: sink,
+        d_gain,
+    })
+    .unwrap();
     let name = format!("{kind:?} [{t},{c}] depth {depth}");
     let outs = [(out, d_out)];
     check(&format!("{name} d_inp"), cpu, inp, d_inp, &outs, &mut forward);
@@ -95,7 +106,18 @@ fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize) {
     forward(cpu);
     let once = values(cpu, d_inp);
     let sink = Sink { to: d_inp, accumulate: true };
-    cpu.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
+    cpu.norm_backward(NormBackward {
+        spec,
+        inp,
+        gain,
+        mean,
+        rstd,
+        d_out,
+        partial,
+        d_inp: sink,
+        d_gain,
+    })
+    .unwrap();
     let twice: Vec<f64> = once.iter().map(|d| 2.0 * d).collect();
     assert_close("accumulated d_inp", &values(cpu, d_inp), &twice, 1e-12);
 }
@@ -119,12 +141,19 @@ fn scaled_residual_case(t: usize, c: usize, gains: usize, spec: ResidualSpec) {
     let d_gain = filled(cpu, &[gains.max(1)], 5);
     let before = values(cpu, d_gain);
     let mut forward = |cpu: &mut Cpu<f64>| {
-        cpu.scaled_residual_forward(spec, inp, residual, gain, out).unwrap();
+        cpu.scaled_residual_forward(ScaledResidualForward { spec, inp, residual, gain, out })
+            .unwrap();
     };
     // d_out becomes the gradient of the residual, so the differences read a copy.
     let d_residual = filled(cpu, &[t, c], 4);
     let gradient = gain.map(|gain| GainGradient { inp, gain, partial, d_gain });
-    cpu.scaled_residual_backward(spec, d_residual, d_inp, gradient).unwrap();
+    cpu.scaled_residual_backward(ScaledResidualBackward {
+        spec,
+        d_out: d_residual,
+        d_inp,
+        gain: gradient,
+    })
+    .unwrap();
     let name = format!("[{t},{c}] gains {gains} {spec:?}");
     let outs = [(out, d_out)];
     check(&format!("{name} d_inp"), cpu, inp, d_inp, &outs, &mut forward);
@@ -156,8 +185,17 @@ fn norm_multiplies_by_the_rounded_effective_gain() {
     cpu.write(folded, &divided).unwrap();
     let (scaled, stock, rstd) = (view(cpu, &[t, c]), view(cpu, &[t, c]), view(cpu, &[t]));
     let spec = |depth| NormSpec { kind: NormKind::Rms, eps: 1e-6, depth };
-    cpu.norm_forward(spec(3), inp, gain, scaled, None, rstd).unwrap();
-    cpu.norm_forward(spec(1), inp, folded, stock, None, rstd).unwrap();
+    cpu.norm_forward(NormForward { spec: spec(3), inp, gain, out: scaled, mean: None, rstd })
+        .unwrap();
+    cpu.norm_forward(NormForward {
+        spec: spec(1),
+        inp,
+        gain: folded,
+        out: stock,
+        mean: None,
+        rstd,
+    })
+    .unwrap();
     assert_eq!(cpu.values(scaled).to_vec(), cpu.values(stock).to_vec());
 }
 
@@ -170,18 +208,19 @@ fn linear_gradients() {
         let d_out = filled(cpu, &[t, o], 4);
         let (d_inp, d_weight) = (filled(cpu, &[t, i], 5), view(cpu, &[o, i]));
         let mut forward = |cpu: &mut Cpu<f64>| {
-            cpu.linear_forward(inp, weight, Some(residual), out).unwrap();
+            cpu.linear_forward(LinearForward { inp, weight, residual: Some(residual), out })
+                .unwrap();
         };
         forward(cpu);
         let sink = Sink { to: d_inp, accumulate: false };
-        cpu.linear_backward(inp, weight, d_out, sink, d_weight).unwrap();
+        cpu.linear_backward(LinearBackward { inp, weight, d_out, d_inp: sink, d_weight }).unwrap();
         let outs = [(out, d_out)];
         check("linear d_inp", cpu, inp, d_inp, &outs, &mut forward);
         check("linear d_weight", cpu, weight, d_weight, &outs, &mut forward);
         check("linear d_residual", cpu, residual, d_out, &outs, &mut forward);
         let expected: Vec<f64> = values(cpu, d_weight).iter().map(|d| 2.0 * d).collect();
         let sink = Sink { to: d_inp, accumulate: true };
-        cpu.linear_backward(inp, weight, d_out, sink, d_weight).unwrap();
+        cpu.linear_backward(LinearBackward { inp, weight, d_out, d_inp: sink, d_weight }).unwrap();
         assert_close("accumulated d_weight", &values(cpu, d_weight), &expected, 1e-12);
     }
 }
@@ -192,9 +231,9 @@ fn swiglu_gradients() {
     let (t, f) = (35, 5);
     let (inp, out) = (filled(cpu, &[t, 2 * f], 1), view(cpu, &[t, f]));
     let (d_out, d_inp) = (filled(cpu, &[t, f], 2), view(cpu, &[t, 2 * f]));
-    cpu.swiglu_backward(inp, d_out, d_inp).unwrap();
+    cpu.swiglu_backward(SwiGluBackward { inp, d_out, d_inp }).unwrap();
     check("swiglu", cpu, inp, d_inp, &[(out, d_out)], |cpu| {
-        cpu.swiglu_forward(inp, out).unwrap();
+        cpu.swiglu_forward(SwiGluForward { inp, out }).unwrap();
     });
 }
 
@@ -205,9 +244,9 @@ fn embedding_gradients_with_repeated_tokens() {
     let ids = index(cpu, &[2, 5, 2, 2, 0]);
     let (table, out) = (filled(cpu, &[v, c], 1), view(cpu, &[5, c]));
     let (d_out, d_table) = (filled(cpu, &[5, c], 2), view(cpu, &[v, c]));
-    cpu.embedding_backward(ids, d_out, d_table).unwrap();
+    cpu.embedding_backward(EmbeddingBackward { tokens: ids, d_out, d_table }).unwrap();
     check("embedding", cpu, table, d_table, &[(out, d_out)], |cpu| {
-        cpu.embedding_forward(ids, table, out).unwrap();
+        cpu.embedding_forward(EmbeddingForward { tokens: ids, table, out }).unwrap();
     });
 }
 
@@ -230,10 +269,10 @@ fn rotary_gradients_and_known_rotation() {
     let d_out = filled(cpu, &[t, columns], 2);
     let d_inp = view(cpu, &[t, columns]);
     cpu.copy(d_out, d_inp).unwrap();
-    cpu.rotary_backward(heads, table, positions, d_inp).unwrap();
+    cpu.rotary_backward(Rotary { heads, table, positions, qkv: d_inp }).unwrap();
     let mut forward = |cpu: &mut Cpu<f64>| {
         cpu.copy(inp, out).unwrap();
-        cpu.rotary_forward(heads, table, positions, out).unwrap();
+        cpu.rotary_forward(Rotary { heads, table, positions, qkv: out }).unwrap();
     };
     check("rotary", cpu, inp, d_inp, &[(out, d_out)], &mut forward);
     // Token 0 stands at position 3: pair (0, 3) of its first head turns by 1.5.
@@ -255,7 +294,14 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec, starts: Option
     let d_out = filled(cpu, &[t, heads.heads * d], 2);
     let d_qkv = filled(cpu, &[t, columns], 3);
     let documents = starts.map(|starts| index(cpu, starts));
-    cpu.attention_forward(spec, qkv, documents, out, lse).unwrap();
+    cpu.attention_forward(AttentionForward {
+        spec,
+        qkv,
+        document_starts: documents,
+        out,
+        log_sum_exp: lse,
+    })
+    .unwrap();
 
     // The plain formula.
     let (x, found) = (values(cpu, qkv), values(cpu, out));
@@ -283,9 +329,26 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec, starts: Option
     let name = format!("attention B{batch} S{sequence} {heads:?} {starts:?}");
     assert_close(&name, &found, &expected, 1e-12);
 
-    cpu.attention_backward(spec, qkv, documents, out, lse, d_out, delta, d_qkv).unwrap();
+    cpu.attention_backward(AttentionBackward {
+        spec,
+        qkv,
+        document_starts: documents,
+        out,
+        log_sum_exp: lse,
+        d_out,
+        delta,
+        d_qkv,
+    })
+    .unwrap();
     check(&name, cpu, qkv, d_qkv, &[(out, d_out)], |cpu| {
-        cpu.attention_forward(spec, qkv, documents, out, lse).unwrap();
+        cpu.attention_forward(AttentionForward {
+            spec,
+            qkv,
+            document_starts: documents,
+            out,
+            log_sum_exp: lse,
+        })
+        .unwrap();
     });
 }
 
@@ -334,8 +397,25 @@ fn packed_documents_attend_as_if_alone() {
         let (out, d_qkv) = (view(cpu, &[t, 24]), view(cpu, &[t, columns]));
         let (lse, delta) = (view(cpu, &[1, 4, t]), view(cpu, &[1, 4, t]));
         let starts = starts.map(|starts| index(cpu, starts));
-        cpu.attention_forward(spec, qkv, starts, out, lse).unwrap();
-        cpu.attention_backward(spec, qkv, starts, out, lse, d_out, delta, d_qkv).unwrap();
+        cpu.attention_forward(AttentionForward {
+            spec,
+            qkv,
+            document_starts: starts,
+            out,
+            log_sum_exp: lse,
+        })
+        .unwrap();
+        cpu.attention_backward(AttentionBackward {
+            spec,
+            qkv,
+            document_starts: starts,
+            out,
+            log_sum_exp: lse,
+            d_out,
+            delta,
+            d_qkv,
+        })
+        .unwrap();
         [values(cpu, out), values(cpu, d_qkv)]
     };
     let [out, d_qkv] = run(qkv, d_out, Some(&starts_of(&lengths)));
@@ -361,7 +441,14 @@ fn attention_does_not_overflow_with_large_scores() {
     let qkv = view(cpu, &[3, 12]);
     cpu.values_mut(qkv).fill(100.0);
     let (out, lse) = (view(cpu, &[3, 4]), view(cpu, &[1, 1, 3]));
-    cpu.attention_forward(spec, qkv, None, out, lse).unwrap();
+    cpu.attention_forward(AttentionForward {
+        spec,
+        qkv,
+        document_starts: None,
+        out,
+        log_sum_exp: lse,
+    })
+    .unwrap();
     assert_eq!(cpu.values(out), [100.0; 12]);
 }
 
@@ -373,7 +460,14 @@ fn cached_attention_equals_attention() {
     let spec = AttentionSpec { heads, batch: 1, sequence: t };
     let (qkv, out) = (filled(cpu, &[t, columns], 1), view(cpu, &[t, 24]));
     let lse = view(cpu, &[1, 4, t]);
-    cpu.attention_forward(spec, qkv, None, out, lse).unwrap();
+    cpu.attention_forward(AttentionForward {
+        spec,
+        qkv,
+        document_starts: None,
+        out,
+        log_sum_exp: lse,
+    })
+    .unwrap();
     let expected = values(cpu, out);
     let (keys, cached) = (view(cpu, &[80, 12]), view(cpu, &[80, 12]));
     // 70 tokens at once, then one by one.
@@ -388,7 +482,15 @@ fn cached_attention_equals_attention() {
         };
         let (qkv, out) = (rows(qkv, columns), rows(out, 24));
         cpu.values_mut(out).fill(f64::NAN);
-        cpu.cached_attention_forward(heads, qkv, keys, cached, positions, out).unwrap();
+        cpu.cached_attention_forward(CachedAttention {
+            heads,
+            qkv,
+            keys,
+            values: cached,
+            positions,
+            out,
+        })
+        .unwrap();
         start += count;
     }
     assert_close("cached", &values(cpu, out), &expected, 1e-12);
@@ -408,8 +510,13 @@ fn cross_entropy_case(t: usize, v: usize, classes: usize, chunk: usize, z_loss: 
     cpu.values_mut(scales).fill(0.25);
     let logits = view(cpu, &[chunk, v]);
     let (d_inp, d_weight) = (view(cpu, &[t, c]), view(cpu, &[v, c]));
-    cpu.cross_entropy_backward(spec, inp, weight, targets, scale, logits, losses, d_inp, d_weight)
-        .unwrap();
+    cpu.cross_entropy_backward(CrossEntropyBackward {
+        forward: CrossEntropyForward { spec, inp, weight, targets, logits, losses },
+        scale,
+        d_inp,
+        d_weight,
+    })
+    .unwrap();
     let with_gradient = values(cpu, losses);
     assert_eq!(with_gradient[t / 2], 0.0, "an ignored target has no loss");
 
@@ -427,7 +534,15 @@ fn cross_entropy_case(t: usize, v: usize, classes: usize, chunk: usize, z_loss: 
     assert_close("losses", &with_gradient, &expected, 1e-12);
 
     let mut forward = |cpu: &mut Cpu<f64>| {
-        cpu.cross_entropy_forward(spec, inp, weight, targets, logits, losses).unwrap();
+        cpu.cross_entropy_forward(CrossEntropyForward {
+            spec,
+            inp,
+            weight,
+            targets,
+            logits,
+            losses,
+        })
+        .unwrap();
     };
     forward(cpu);
     assert_eq!(values(cpu, losses), with_gradient, "the two passes must agree to the bit");

@@ -10,7 +10,7 @@ use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::parameters::ParameterTable;
 use isobath::model::pieces::{BlockTape, record_block};
 use isobath::model::{record_decode, record_loss};
-use isobath::tape::{Access, External, Program, Purpose, Step, Tape};
+use isobath::tape::{Access, External, Program, Purpose, Step, Tape, ValueId};
 use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
 
 use crate::support::{assert_close, normals, run_config, small_model, tokens};
@@ -418,7 +418,7 @@ fn documents_that_are_none_are_refused() {
 }
 
 /// Plays a program and checks that nothing overwrites what is still to be read.
-fn check_memory(program: Program, kept: &[isobath::tape::ValueId]) {
+fn check_memory(program: Program, kept: &[ValueId]) {
     let arena = BufferId(0);
     let elsewhere =
         View { buffer: BufferId(1), offset: 0, kind: Kind::Statistic, shape: Shape::new(&[0]) };
@@ -441,7 +441,7 @@ fn check_memory(program: Program, kept: &[isobath::tape::ValueId]) {
         }
         if access == Access::Write {
             owner.insert(id, (view.offset, end));
-        } else if !is_input(at, &steps, id) {
+        } else if !is_input(&steps, id) {
             assert!(owner.contains_key(&id), "step {at} reads {id:?}, which was overwritten");
         }
     };
@@ -461,11 +461,7 @@ fn check_memory(program: Program, kept: &[isobath::tape::ValueId]) {
 }
 
 /// Whether a value is never written by the program.
-fn is_input(
-    _at: usize,
-    steps: &[isobath::tape::Step<isobath::tape::ValueId>],
-    id: isobath::tape::ValueId,
-) -> bool {
+fn is_input(steps: &[Step<ValueId>], id: ValueId) -> bool {
     !steps.iter().any(|step| step.operands().contains(&(id, Access::Write)))
 }
 

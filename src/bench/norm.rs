@@ -6,7 +6,7 @@ use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
-use crate::backend::NormSpec;
+use crate::backend::{NormSpec, Sink};
 use crate::config::{Dtype, NormKind};
 use crate::cuda::norm::{Norm, NormBackward, NormForward};
 use crate::cuda::{DevicePointer, Driver, StreamId};
@@ -65,16 +65,16 @@ pub(super) fn rows(
 
     let timing = copies.time(driver, samples, |driver, it| {
         let Buffers { inp, gain, out, mean, rstd, .. } = *it;
-        let args = NormForward { inp, gain, out, mean, rstd };
-        kernels.forward(driver, StreamId::MAIN, spec, rows, &args)
+        let args = NormForward { spec, inp, gain, out, mean, rstd };
+        kernels.forward(driver, StreamId::MAIN, rows, &args)
     })?;
     table.push(Row::new(Cost::norm_forward(norm, dtype, [rows, columns]), &timing));
     for accumulate in [false, true] {
         let timing = copies.time(driver, samples, |driver, it| {
-            let Buffers { inp, gain, out: d_inp, mean, rstd, d_out, partial, d_gain } = *it;
-            let args =
-                NormBackward { inp, gain, mean, rstd, d_out, partial, d_inp, accumulate, d_gain };
-            kernels.backward(driver, StreamId::MAIN, spec, rows, &args)
+            let Buffers { inp, gain, out, mean, rstd, d_out, partial, d_gain } = *it;
+            let d_inp = Sink { to: out, accumulate };
+            let args = NormBackward { spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain };
+            kernels.backward(driver, StreamId::MAIN, rows, &args)
         })?;
         let cost = Cost::norm_backward(norm, dtype, [rows, columns], partials, accumulate);
         table.push(Row::new(cost, &timing));

@@ -27,8 +27,10 @@ use std::ops::Range;
 use memory::Memory;
 
 use crate::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink, VectorCopy,
+    AdamWStep, AttentionBackward, AttentionForward, Backend, CachedAttention, CrossEntropyBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, GainGradient,
+    LinearBackward, LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
+    ScaledResidualForward, SwiGluBackward, SwiGluForward, VectorCopy,
 };
 use crate::error::{Error, Result};
 use crate::host_memory;
@@ -55,6 +57,12 @@ impl<T: Float> Cpu<T> {
     pub fn values_mut(&mut self, view: View) -> &mut [T] {
         let ([values], []) = self.memory.borrow([view], []);
         values
+    }
+
+    fn rotate(&mut self, op: Rotary, inverse: bool) {
+        let ([qkv], [table], [positions]) =
+            self.memory.borrow_with_index::<T, 1, 1, 1>([op.qkv], [op.table], [op.positions]);
+        pointwise::rotary(op.heads, table, positions, qkv, inverse);
     }
 }
 
@@ -142,7 +150,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()> {
+    fn embedding_forward(&mut self, op: EmbeddingForward) -> Result<()> {
+        let EmbeddingForward { tokens, table, out } = op;
         let c = table.shape.columns();
         let ([out], [table], [tokens]) =
             self.memory.borrow_with_index::<T, 1, 1, 1>([out], [table], [tokens]);
@@ -150,7 +159,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()> {
+    fn embedding_backward(&mut self, op: EmbeddingBackward) -> Result<()> {
+        let EmbeddingBackward { tokens, d_out, d_table } = op;
         let c = d_table.shape.columns();
         let ([d_table], [d_out], [tokens]) =
             self.memory.borrow_with_index::<T, 1, 1, 1>([d_table], [d_out], [tokens]);
@@ -158,15 +168,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn norm_forward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        out: View,
-        mean: Option<View>,
-        rstd: View,
-    ) -> Result<()> {
+    fn norm_forward(&mut self, op: NormForward) -> Result<()> {
+        let NormForward { spec, inp, gain, out, mean, rstd } = op;
         // Absent operands are empty views, so that one call borrows all of them.
         let empty = View { shape: crate::tensor::Shape::new(&[0]), ..inp };
         let ([out, rstd, mean_out], [inp, gain]) =
@@ -176,18 +179,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn norm_backward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        mean: Option<View>,
-        rstd: View,
-        d_out: View,
-        partial: View,
-        d_inp: Sink<View>,
-        d_gain: View,
-    ) -> Result<()> {
+    fn norm_backward(&mut self, op: NormBackward) -> Result<()> {
+        let NormBackward { spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain } = op;
         let accumulate = d_inp.accumulate;
         let ([partial, d_inp, d_gain], [inp, gain, mean_in, rstd, d_out]) =
             self.memory.borrow::<T, 3, 5>(
@@ -202,14 +195,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn scaled_residual_forward(
-        &mut self,
-        spec: ResidualSpec,
-        inp: View,
-        residual: View,
-        gain: Option<View>,
-        out: View,
-    ) -> Result<()> {
+    fn scaled_residual_forward(&mut self, op: ScaledResidualForward) -> Result<()> {
+        let ScaledResidualForward { spec, inp, residual, gain, out } = op;
         let columns = inp.shape.columns();
         let ([out], [inp, residual, values]) =
             self.memory.borrow::<T, 1, 3>([out], [inp, residual, gain.unwrap_or(inp)]);
@@ -217,13 +204,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn scaled_residual_backward(
-        &mut self,
-        spec: ResidualSpec,
-        d_out: View,
-        d_inp: View,
-        gain: Option<GainGradient<View>>,
-    ) -> Result<()> {
+    fn scaled_residual_backward(&mut self, op: ScaledResidualBackward) -> Result<()> {
+        let ScaledResidualBackward { spec, d_out, d_inp, gain } = op;
         let columns = d_out.shape.columns();
         let Some(gain) = gain else {
             let ([d_out, d_inp], []) = self.memory.borrow::<T, 2, 0>([d_out, d_inp], []);
@@ -238,13 +220,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn linear_forward(
-        &mut self,
-        inp: View,
-        weight: View,
-        residual: Option<View>,
-        out: View,
-    ) -> Result<()> {
+    fn linear_forward(&mut self, op: LinearForward) -> Result<()> {
+        let LinearForward { inp, weight, residual, out } = op;
         let sizes = [inp.shape.rows(), inp.shape.columns(), out.shape.columns()];
         let ([out], [inp, weight, add]) =
             self.memory.borrow::<T, 1, 3>([out], [inp, weight, residual.unwrap_or(inp)]);
@@ -252,14 +229,8 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn linear_backward(
-        &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_inp: Sink<View>,
-        d_weight: View,
-    ) -> Result<()> {
+    fn linear_backward(&mut self, op: LinearBackward) -> Result<()> {
+        let LinearBackward { inp, weight, d_out, d_inp, d_weight } = op;
         let sizes = [inp.shape.rows(), inp.shape.columns(), d_out.shape.columns()];
         let accumulate = d_inp.accumulate;
         let ([d_inp, d_weight], [inp, weight, d_out]) =
@@ -269,40 +240,18 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn rotary_forward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        let ([qkv], [table], [positions]) =
-            self.memory.borrow_with_index::<T, 1, 1, 1>([qkv], [table], [positions]);
-        pointwise::rotary(heads, table, positions, qkv, false);
+    fn rotary_forward(&mut self, op: Rotary) -> Result<()> {
+        self.rotate(op, false);
         Ok(())
     }
 
-    fn rotary_backward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        let ([d_qkv], [table], [positions]) =
-            self.memory.borrow_with_index::<T, 1, 1, 1>([d_qkv], [table], [positions]);
-        pointwise::rotary(heads, table, positions, d_qkv, true);
+    fn rotary_backward(&mut self, op: Rotary) -> Result<()> {
+        self.rotate(op, true);
         Ok(())
     }
 
-    fn attention_forward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-    ) -> Result<()> {
+    fn attention_forward(&mut self, op: AttentionForward) -> Result<()> {
+        let AttentionForward { spec, qkv, document_starts, out, log_sum_exp } = op;
         let starts = document_starts.unwrap_or(nothing_at(qkv));
         let ([out, log_sum_exp], [qkv], [starts]) =
             self.memory.borrow_with_index::<T, 2, 1, 1>([out, log_sum_exp], [qkv], [starts]);
@@ -311,17 +260,9 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn attention_backward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        d_qkv: View,
-    ) -> Result<()> {
+    fn attention_backward(&mut self, op: AttentionBackward) -> Result<()> {
+        let AttentionBackward { spec, qkv, document_starts, out, log_sum_exp, d_out, delta, d_qkv } =
+            op;
         let starts = document_starts.unwrap_or(nothing_at(qkv));
         let ([delta, d_qkv], [qkv, out, log_sum_exp, d_out], [starts]) =
             self.memory.borrow_with_index::<T, 2, 4, 1>(
@@ -337,44 +278,32 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn cached_attention_forward(
-        &mut self,
-        heads: HeadSpec,
-        qkv: View,
-        keys: View,
-        values: View,
-        positions: View,
-        out: View,
-    ) -> Result<()> {
+    fn cached_attention_forward(&mut self, op: CachedAttention) -> Result<()> {
+        let CachedAttention { heads, qkv, keys, values, positions, out } = op;
         let ([keys, values, out], [qkv], [positions]) =
             self.memory.borrow_with_index::<T, 3, 1, 1>([keys, values, out], [qkv], [positions]);
         attention::cached(heads, qkv, keys, values, positions, out);
         Ok(())
     }
 
-    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()> {
+    fn swiglu_forward(&mut self, op: SwiGluForward) -> Result<()> {
+        let SwiGluForward { inp, out } = op;
         let f = out.shape.columns();
         let ([out], [inp]) = self.memory.borrow::<T, 1, 1>([out], [inp]);
         pointwise::swiglu_forward(inp, out, f);
         Ok(())
     }
 
-    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()> {
+    fn swiglu_backward(&mut self, op: SwiGluBackward) -> Result<()> {
+        let SwiGluBackward { inp, d_out, d_inp } = op;
         let f = d_out.shape.columns();
         let ([d_inp], [inp, d_out]) = self.memory.borrow::<T, 1, 2>([d_inp], [inp, d_out]);
         pointwise::swiglu_backward(inp, d_out, d_inp, f);
         Ok(())
     }
 
-    fn cross_entropy_forward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        logits: View,
-        losses: View,
-    ) -> Result<()> {
+    fn cross_entropy_forward(&mut self, op: CrossEntropyForward) -> Result<()> {
+        let CrossEntropyForward { spec, inp, weight, targets, logits, losses } = op;
         let [v, c] = [weight.shape.rows(), weight.shape.columns()];
         let ([logits, losses], [inp, weight], [targets]) =
             self.memory.borrow_with_index::<T, 2, 2, 1>([logits, losses], [inp, weight], [targets]);
@@ -383,18 +312,9 @@ impl<T: Float> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn cross_entropy_backward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        scale: View,
-        logits: View,
-        losses: View,
-        d_inp: View,
-        d_weight: View,
-    ) -> Result<()> {
+    fn cross_entropy_backward(&mut self, op: CrossEntropyBackward) -> Result<()> {
+        let CrossEntropyBackward { forward, scale, d_inp, d_weight } = op;
+        let CrossEntropyForward { spec, inp, weight, targets, logits, losses } = forward;
         let [v, c] = [weight.shape.rows(), weight.shape.columns()];
         let ([logits, losses, d_inp, d_weight], [inp, weight, scale], [targets]) =
             self.memory.borrow_with_index::<T, 4, 3, 1>(

@@ -6,6 +6,7 @@
 
 use super::rows::{Rows, THREADS, WARP, Walk};
 use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
+use crate::backend;
 use crate::config::Dtype;
 use crate::error::Result;
 
@@ -21,27 +22,10 @@ const MAX_GROUPS: usize = 65535;
 /// How far ahead of the last token the backward pass counts: two steps of the scan.
 const SCANNED_AHEAD: usize = 2 * 4 * THREADS;
 
-/// Addresses of [`Embedding::forward`].
-#[derive(Clone, Copy, Debug)]
-pub struct EmbeddingForward {
-    /// [T], i32; one outside the table ends the kernel with a trap.
-    pub tokens: DevicePointer,
-    /// [V,C]
-    pub table: DevicePointer,
-    /// [T,C]
-    pub out: DevicePointer,
-}
-
-/// Addresses of [`Embedding::backward`].
-#[derive(Clone, Copy, Debug)]
-pub struct EmbeddingBackward {
-    /// [T], i32; those outside the table are left out.
-    pub tokens: DevicePointer,
-    /// [T,C]
-    pub d_out: DevicePointer,
-    /// [V,C], f32, +=
-    pub d_table: DevicePointer,
-}
+/// Addresses of [`Embedding::forward`]; a token outside the table ends the kernel with a trap.
+pub type EmbeddingForward = backend::EmbeddingForward<DevicePointer>;
+/// Addresses of [`Embedding::backward`]; tokens outside the table are left out.
+pub type EmbeddingBackward = backend::EmbeddingBackward<DevicePointer>;
 
 /// The kernels for rows of one type and width on one machine.
 #[derive(Clone, Debug)]

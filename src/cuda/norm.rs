@@ -6,7 +6,7 @@
 
 use super::rows::vector;
 use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
-use crate::backend::{NORM_PARTIAL_ROWS, NormSpec};
+use crate::backend::{self, NORM_PARTIAL_ROWS, NormSpec};
 use crate::config::{Dtype, NormKind};
 use crate::error::{Error, Result};
 
@@ -47,42 +47,9 @@ const GAIN_COLUMNS: usize = 32;
 const GAIN_THREADS: u32 = 256;
 
 /// Addresses of [`Norm::forward`]; rows of activations lie one after another without gaps.
-#[derive(Clone, Copy, Debug)]
-pub struct NormForward {
-    /// [T,C]
-    pub inp: DevicePointer,
-    /// [C], f32
-    pub gain: DevicePointer,
-    /// [T,C]
-    pub out: DevicePointer,
-    /// [T], f32; of a LayerNorm only.
-    pub mean: Option<DevicePointer>,
-    /// [T], f32
-    pub rstd: DevicePointer,
-}
-
-/// Addresses of [`Norm::backward`].
-#[derive(Clone, Copy, Debug)]
-pub struct NormBackward {
-    /// [T,C]
-    pub inp: DevicePointer,
-    /// [C], f32
-    pub gain: DevicePointer,
-    /// [T], f32; of a LayerNorm only.
-    pub mean: Option<DevicePointer>,
-    /// [T], f32
-    pub rstd: DevicePointer,
-    /// [T,C]
-    pub d_out: DevicePointer,
-    /// [partials(T),C], f32, scratch
-    pub partial: DevicePointer,
-    /// [T,C]
-    pub d_inp: DevicePointer,
-    /// d_inp += instead of =
-    pub accumulate: bool,
-    /// [C], f32, +=
-    pub d_gain: DevicePointer,
-}
+pub type NormForward = backend::NormForward<DevicePointer>;
+/// Addresses of [`Norm::backward`]; `partial` has at least [`Norm::partials`] rows.
+pub type NormBackward = backend::NormBackward<DevicePointer>;
 
 /// The kernels for rows of one type and width on one machine.
 #[derive(Clone, Debug)]
@@ -170,11 +137,10 @@ impl Norm {
         &self,
         driver: &mut dyn Driver,
         stream: StreamId,
-        spec: NormSpec,
         rows: usize,
         args: &NormForward,
     ) -> Result<()> {
-        let Some(counted_rows) = self.check(spec, rows, args.mean)? else { return Ok(()) };
+        let Some(counted_rows) = self.check(args.spec, rows, args.mean)? else { return Ok(()) };
         let arguments = Arguments::new()
             .with(args.inp)
             .with(args.gain)
@@ -183,8 +149,8 @@ impl Norm {
             .with(args.rstd)
             .with(counted_rows)
             .with(self.columns as i32)
-            .with(spec.eps as f32)
-            .with(sqrt_depth(spec));
+            .with(args.spec.eps as f32)
+            .with(sqrt_depth(args.spec));
         let blocks = rows.div_ceil(self.block_rows).min(self.forward_blocks);
         driver.launch(&self.launch(self.forward, blocks, stream), &arguments)
     }
@@ -194,11 +160,10 @@ impl Norm {
         &self,
         driver: &mut dyn Driver,
         stream: StreamId,
-        spec: NormSpec,
         rows: usize,
         args: &NormBackward,
     ) -> Result<()> {
-        let Some(counted_rows) = self.check(spec, rows, args.mean)? else { return Ok(()) };
+        let Some(counted_rows) = self.check(args.spec, rows, args.mean)? else { return Ok(()) };
         let partials = self.partials(rows);
         let arguments = Arguments::new()
             .with(args.inp)
@@ -207,11 +172,11 @@ impl Norm {
             .with(args.rstd)
             .with(args.d_out)
             .with(args.partial)
-            .with(args.d_inp)
-            .with(i32::from(args.accumulate))
+            .with(args.d_inp.to)
+            .with(i32::from(args.d_inp.accumulate))
             .with(counted_rows)
             .with(self.columns as i32)
-            .with(sqrt_depth(spec));
+            .with(sqrt_depth(args.spec));
         driver.launch(&self.launch(self.backward, partials, stream), &arguments)?;
 
         let arguments = Arguments::new()
@@ -219,7 +184,7 @@ impl Norm {
             .with(args.d_gain)
             .with(partials as i32)
             .with(self.columns as i32)
-            .with(sqrt_depth(spec));
+            .with(sqrt_depth(args.spec));
         let blocks = self.columns.div_ceil(GAIN_COLUMNS) as u32;
         let launch = Launch::new(self.gain, [blocks, 1, 1], [GAIN_THREADS, 1, 1]).on(stream);
         driver.launch(&launch, &arguments)

@@ -5,7 +5,7 @@
 
 use super::rows::{Rows, THREADS, VECTOR_BYTES, WARP, Walk, vector};
 use super::{Arguments, DevicePointer, Driver, KernelId, Launch, StreamId};
-use crate::backend::HeadSpec;
+use crate::backend::{self, HeadSpec};
 use crate::config::Dtype;
 use crate::error::Result;
 
@@ -29,24 +29,9 @@ pub struct Rotary {
 }
 
 /// Addresses of [`Pointwise::swiglu_forward`].
-#[derive(Clone, Copy, Debug)]
-pub struct SwigluForward {
-    /// [T,2F]: gate, then up.
-    pub inp: DevicePointer,
-    /// [T,F]
-    pub out: DevicePointer,
-}
-
+pub type SwiGluForward = backend::SwiGluForward<DevicePointer>;
 /// Addresses of [`Pointwise::swiglu_backward`].
-#[derive(Clone, Copy, Debug)]
-pub struct SwigluBackward {
-    /// [T,2F]: gate, then up.
-    pub inp: DevicePointer,
-    /// [T,F]
-    pub d_out: DevicePointer,
-    /// [T,2F], written.
-    pub d_inp: DevicePointer,
-}
+pub type SwiGluBackward = backend::SwiGluBackward<DevicePointer>;
 
 /// The kernels for activations of one type on one machine.
 #[derive(Clone, Debug)]
@@ -125,7 +110,7 @@ impl Pointwise {
         stream: StreamId,
         rows: usize,
         ffn: usize,
-        args: &SwigluForward,
+        args: &SwiGluForward,
     ) -> Result<()> {
         let op = self.op("swiglu_forward");
         op.aligned(&[("inp", args.inp), ("out", args.out)])?;
@@ -141,7 +126,7 @@ impl Pointwise {
         stream: StreamId,
         rows: usize,
         ffn: usize,
-        args: &SwigluBackward,
+        args: &SwiGluBackward,
     ) -> Result<()> {
         let op = self.op("swiglu_backward");
         op.aligned(&[("inp", args.inp), ("d_out", args.d_out), ("d_inp", args.d_inp)])?;

@@ -11,7 +11,12 @@ use std::collections::{HashMap, HashSet};
 
 use super::recompute::not_kept;
 use super::{Access, External, Gradient, Op, Role, Step, Tape, Value, ValueId};
-use crate::backend::{GainGradient, NORM_PARTIAL_ROWS, Sink};
+use crate::backend::{
+    AttentionBackward, AttentionForward, CrossEntropyBackward, CrossEntropyForward,
+    EmbeddingBackward, EmbeddingForward, GainGradient, LinearBackward, LinearForward,
+    NORM_PARTIAL_ROWS, NormBackward, NormForward, Rotary, ScaledResidualBackward,
+    ScaledResidualForward, Sink, SwiGluBackward, SwiGluForward,
+};
 use crate::config::Recompute;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
@@ -112,7 +117,7 @@ impl<'a> Pass<'a> {
         };
         for recorded in &ops {
             // The loss is computed with its gradient, from one computation of the logits.
-            if !matches!(recorded.op, Op::CrossEntropy { .. }) {
+            if !matches!(recorded.op, Op::CrossEntropy(..)) {
                 pass.steps.push(Step::Forward(recorded.op));
             }
         }
@@ -220,31 +225,28 @@ impl<'a> Pass<'a> {
     /// The backward rules, one arm an op. Gradients are known by the names of the forward pass.
     fn backward(&mut self, op: Op<ValueId>) -> Result<()> {
         match op {
-            Op::Embedding { tokens, table, out } => {
+            Op::Embedding(EmbeddingForward { tokens, table, out }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let d_table = self.parameter_gradient(table)?;
-                self.steps.push(Step::Backward(Gradient::Embedding { tokens, d_out, d_table }));
+                let gradient = EmbeddingBackward { tokens, d_out, d_table };
+                self.steps.push(Step::Backward(Gradient::Embedding(gradient)));
             }
-            Op::Norm { spec, inp, gain, out, mean, rstd } => {
+            Op::Norm(NormForward { spec, inp, gain, out, mean, rstd }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
-                let kept = self.activation(inp);
-                let (mean, rstd) = (mean.map(|it| self.activation(it)), self.activation(rstd));
-                let partial = self.gain_partial(out);
-                let d_inp = self.sink(inp);
-                let d_gain = self.parameter_gradient(gain)?;
-                self.steps.push(Step::Backward(Gradient::Norm {
+                let gradient = NormBackward {
                     spec,
-                    inp: kept,
+                    inp: self.activation(inp),
                     gain,
-                    mean,
-                    rstd,
+                    mean: mean.map(|it| self.activation(it)),
+                    rstd: self.activation(rstd),
                     d_out,
-                    partial,
-                    d_inp,
-                    d_gain,
-                }));
+                    partial: self.gain_partial(out),
+                    d_inp: self.sink(inp),
+                    d_gain: self.parameter_gradient(gain)?,
+                };
+                self.steps.push(Step::Backward(Gradient::Norm(gradient)));
             }
-            Op::ScaledResidual { spec, inp, residual, gain, out } => {
+            Op::ScaledResidual(ScaledResidualForward { spec, inp, residual, gain, out }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let gain = match gain {
                     None => None,
@@ -255,70 +257,63 @@ impl<'a> Pass<'a> {
                         d_gain: self.parameter_gradient(gain)?,
                     }),
                 };
-                self.written(inp, |d_inp| Gradient::ScaledResidual { spec, d_out, d_inp, gain });
+                self.written(inp, |d_inp| {
+                    Gradient::ScaledResidual(ScaledResidualBackward { spec, d_out, d_inp, gain })
+                });
                 self.pass_on(d_out, residual);
             }
-            Op::Linear { inp, weight, residual, out } => {
+            Op::Linear(LinearForward { inp, weight, residual, out }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
-                let kept = self.activation(inp);
-                let d_inp = self.sink(inp);
-                let d_weight = self.parameter_gradient(weight)?;
-                self.steps.push(Step::Backward(Gradient::Linear {
-                    inp: kept,
+                let gradient = LinearBackward {
+                    inp: self.activation(inp),
                     weight,
                     d_out,
-                    d_inp,
-                    d_weight,
-                }));
+                    d_inp: self.sink(inp),
+                    d_weight: self.parameter_gradient(weight)?,
+                };
+                self.steps.push(Step::Backward(Gradient::Linear(gradient)));
                 if let Some(residual) = residual {
                     self.pass_on(d_out, residual);
                 }
             }
-            Op::Rotary { heads, table, positions, qkv } => {
-                let Some(&d_qkv) = self.gradients.get(&qkv) else { return Ok(()) };
-                self.steps.push(Step::Backward(Gradient::Rotary {
-                    heads,
-                    table,
-                    positions,
-                    d_qkv,
-                }));
+            Op::Rotary(rotary) => {
+                let Some(&d_qkv) = self.gradients.get(&rotary.qkv) else { return Ok(()) };
+                let gradient = Rotary { qkv: d_qkv, ..rotary };
+                self.steps.push(Step::Backward(Gradient::Rotary(gradient)));
             }
-            Op::Attention { spec, qkv, document_starts, out, log_sum_exp } => {
+            Op::Attention(AttentionForward { spec, qkv, document_starts, out, log_sum_exp }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let shape = self.values[log_sum_exp.0].shape;
                 let delta = self.push("attention delta", shape, Kind::Statistic);
                 let [kept, out, log_sum_exp] =
                     [qkv, out, log_sum_exp].map(|it| self.activation(it));
-                self.written(qkv, |d_qkv| Gradient::Attention {
-                    spec,
-                    qkv: kept,
-                    document_starts,
-                    out,
-                    log_sum_exp,
-                    d_out,
-                    delta,
-                    d_qkv,
+                self.written(qkv, |d_qkv| {
+                    Gradient::Attention(AttentionBackward {
+                        spec,
+                        qkv: kept,
+                        document_starts,
+                        out,
+                        log_sum_exp,
+                        d_out,
+                        delta,
+                        d_qkv,
+                    })
                 });
             }
-            Op::CachedAttention { .. } => return Err(Error::NoGradient { op: op.name() }),
-            Op::SwiGlu { inp, out } => {
+            Op::CachedAttention(_) => return Err(Error::NoGradient { op: op.name() }),
+            Op::SwiGlu(SwiGluForward { inp, out }) => {
                 let Some(&d_out) = self.gradients.get(&out) else { return Ok(()) };
                 let kept = self.activation(inp);
-                self.written(inp, |d_inp| Gradient::SwiGlu { inp: kept, d_out, d_inp });
+                self.written(inp, |d_inp| {
+                    Gradient::SwiGlu(SwiGluBackward { inp: kept, d_out, d_inp })
+                });
             }
-            Op::CrossEntropy { spec, inp, weight, targets, scale, logits, losses } => {
+            Op::CrossEntropy(forward, scale) => {
+                let CrossEntropyForward { inp, weight, .. } = forward;
                 let d_weight = self.parameter_gradient(weight)?;
-                let kept = self.activation(inp);
-                self.written(inp, |d_inp| Gradient::CrossEntropy {
-                    spec,
-                    inp: kept,
-                    weight,
-                    targets,
-                    scale,
-                    logits,
-                    losses,
-                    d_inp,
-                    d_weight,
+                let forward = CrossEntropyForward { inp: self.activation(inp), ..forward };
+                self.written(inp, |d_inp| {
+                    Gradient::CrossEntropy(CrossEntropyBackward { forward, scale, d_inp, d_weight })
                 });
             }
         }

@@ -7,187 +7,81 @@
 use std::collections::HashSet;
 
 use super::ValueId;
-use super::op::{Access, Gradient, Op};
+use super::op::{Gradient, Op};
 use super::step::Step;
-use crate::backend::{AttentionSpec, Backend, HeadSpec, Sink};
+use crate::backend::{
+    Access, AttentionBackward, Backend, LinearBackward, LinearForward, Rotary, Sink,
+    SwiGluBackward, SwiGluForward,
+};
 use crate::error::{Error, Result};
 use crate::tensor::View;
-
-use Access::{Read, Update, Write};
 
 /// Two steps, one directly after the other. Where a backend has no kernel that does both, they run one
 /// after the other.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Fused<H> {
-    /// [`Op::Linear`], and [`Op::Rotary`] of what it gives.
-    LinearRotary { inp: H, weight: H, heads: HeadSpec, table: H, positions: H, qkv: H },
-    /// [`Op::Linear`], and [`Op::SwiGlu`] of what it gives.
-    LinearSwiGlu { inp: H, weight: H, gate_up: H, out: H },
-    /// [`Gradient::Linear`], and [`Gradient::SwiGlu`] of its `d_inp`, which nobody else reads.
-    LinearSwiGluBackward {
-        inp: H,
-        weight: H,
-        d_out: H,
-        d_weight: H,
-        gate_up: H,
-        d_inp: H,
-        d_gate_up: H,
-    },
-    /// [`Gradient::Attention`], and [`Gradient::Rotary`] of its `d_qkv`.
-    AttentionRotaryBackward {
-        spec: AttentionSpec,
-        qkv: H,
-        document_starts: Option<H>,
-        out: H,
-        log_sum_exp: H,
-        d_out: H,
-        delta: H,
-        table: H,
-        positions: H,
-        d_qkv: H,
-    },
+    /// A product, and the rotation of what it gives.
+    LinearRotary(LinearForward<H>, Rotary<H>),
+    /// A product, and SwiGLU of what it gives.
+    LinearSwiGlu(LinearForward<H>, SwiGluForward<H>),
+    /// Gradients of a product, and of SwiGLU from the d_inp of the first, which nobody else reads.
+    LinearSwiGluBackward(LinearBackward<H>, SwiGluBackward<H>),
+    /// The gradient of attention, and the rotation back of its d_qkv.
+    AttentionRotaryBackward(AttentionBackward<H>, Rotary<H>),
 }
 
 impl<H: Copy> Fused<H> {
     pub fn name(&self) -> &'static str {
         match self {
-            Fused::LinearRotary { .. } => "linear, rotary",
-            Fused::LinearSwiGlu { .. } => "linear, swiglu",
-            Fused::LinearSwiGluBackward { .. } => "gradients of linear, swiglu",
-            Fused::AttentionRotaryBackward { .. } => "gradients of attention, rotary",
+            Fused::LinearRotary(..) => "linear, rotary",
+            Fused::LinearSwiGlu(..) => "linear, swiglu",
+            Fused::LinearSwiGluBackward(..) => "gradients of linear, swiglu",
+            Fused::AttentionRotaryBackward(..) => "gradients of attention, rotary",
         }
     }
 
     /// Whether it consists of gradients.
     pub fn is_backward(&self) -> bool {
         match self {
-            Fused::LinearRotary { .. } | Fused::LinearSwiGlu { .. } => false,
-            Fused::LinearSwiGluBackward { .. } | Fused::AttentionRotaryBackward { .. } => true,
+            Fused::LinearRotary(..) | Fused::LinearSwiGlu(..) => false,
+            Fused::LinearSwiGluBackward(..) | Fused::AttentionRotaryBackward(..) => true,
         }
     }
 
     /// One by one.
     pub fn parts(self) -> [Step<H>; 2] {
         match self {
-            Fused::LinearRotary { inp, weight, heads, table, positions, qkv } => [
-                Step::Forward(Op::Linear { inp, weight, residual: None, out: qkv }),
-                Step::Forward(Op::Rotary { heads, table, positions, qkv }),
-            ],
-            Fused::LinearSwiGlu { inp, weight, gate_up, out } => [
-                Step::Forward(Op::Linear { inp, weight, residual: None, out: gate_up }),
-                Step::Forward(Op::SwiGlu { inp: gate_up, out }),
-            ],
-            Fused::LinearSwiGluBackward {
-                inp,
-                weight,
-                d_out,
-                d_weight,
-                gate_up,
-                d_inp,
-                d_gate_up,
-            } => {
-                let scratch = Sink { to: d_inp, accumulate: false };
-                [
-                    Step::Backward(Gradient::Linear {
-                        inp,
-                        weight,
-                        d_out,
-                        d_inp: scratch,
-                        d_weight,
-                    }),
-                    Step::Backward(Gradient::SwiGlu {
-                        inp: gate_up,
-                        d_out: d_inp,
-                        d_inp: d_gate_up,
-                    }),
-                ]
+            Fused::LinearRotary(linear, rotary) => {
+                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::Rotary(rotary))]
             }
-            Fused::AttentionRotaryBackward {
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            } => [
-                Step::Backward(Gradient::Attention {
-                    spec,
-                    qkv,
-                    document_starts,
-                    out,
-                    log_sum_exp,
-                    d_out,
-                    delta,
-                    d_qkv,
-                }),
-                Step::Backward(Gradient::Rotary { heads: spec.heads, table, positions, d_qkv }),
+            Fused::LinearSwiGlu(linear, swiglu) => {
+                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::SwiGlu(swiglu))]
+            }
+            Fused::LinearSwiGluBackward(linear, swiglu) => {
+                [Step::Backward(Gradient::Linear(linear)), Step::Backward(Gradient::SwiGlu(swiglu))]
+            }
+            Fused::AttentionRotaryBackward(attention, rotary) => [
+                Step::Backward(Gradient::Attention(attention)),
+                Step::Backward(Gradient::Rotary(rotary)),
             ],
         }
     }
 
-    /// The same over other handles; `f` sees each operand once, with its access.
+    /// The same over other handles; `f` sees the operands of the first, then those of the second.
     pub fn map<K>(self, f: &mut impl FnMut(H, Access) -> K) -> Fused<K> {
         match self {
-            Fused::LinearRotary { inp, weight, heads, table, positions, qkv } => {
-                Fused::LinearRotary {
-                    inp: f(inp, Read),
-                    weight: f(weight, Read),
-                    heads,
-                    table: f(table, Read),
-                    positions: f(positions, Read),
-                    qkv: f(qkv, Write),
-                }
+            Fused::LinearRotary(linear, rotary) => {
+                Fused::LinearRotary(linear.map(f), rotary.map(f))
             }
-            Fused::LinearSwiGlu { inp, weight, gate_up, out } => Fused::LinearSwiGlu {
-                inp: f(inp, Read),
-                weight: f(weight, Read),
-                gate_up: f(gate_up, Write),
-                out: f(out, Write),
-            },
-            Fused::LinearSwiGluBackward {
-                inp,
-                weight,
-                d_out,
-                d_weight,
-                gate_up,
-                d_inp,
-                d_gate_up,
-            } => Fused::LinearSwiGluBackward {
-                inp: f(inp, Read),
-                weight: f(weight, Read),
-                d_out: f(d_out, Read),
-                d_weight: f(d_weight, Update),
-                gate_up: f(gate_up, Read),
-                d_inp: f(d_inp, Write),
-                d_gate_up: f(d_gate_up, Write),
-            },
-            Fused::AttentionRotaryBackward {
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            } => Fused::AttentionRotaryBackward {
-                spec,
-                qkv: f(qkv, Read),
-                document_starts: document_starts.map(|starts| f(starts, Read)),
-                out: f(out, Read),
-                log_sum_exp: f(log_sum_exp, Read),
-                d_out: f(d_out, Read),
-                delta: f(delta, Write),
-                table: f(table, Read),
-                positions: f(positions, Read),
-                d_qkv: f(d_qkv, Write),
-            },
+            Fused::LinearSwiGlu(linear, swiglu) => {
+                Fused::LinearSwiGlu(linear.map(f), swiglu.map(f))
+            }
+            Fused::LinearSwiGluBackward(linear, swiglu) => {
+                Fused::LinearSwiGluBackward(linear.map(f), swiglu.map(f))
+            }
+            Fused::AttentionRotaryBackward(attention, rotary) => {
+                Fused::AttentionRotaryBackward(attention.map(f), rotary.map(f))
+            }
         }
     }
 }
@@ -213,7 +107,7 @@ impl Fused<View> {
     /// Whether what the first leaves to the second has no memory.
     fn needs_one_kernel(&self) -> bool {
         match self {
-            Fused::LinearSwiGluBackward { d_inp, .. } => d_inp.shape.elements() == 0,
+            Fused::LinearSwiGluBackward(linear, _) => linear.d_inp.to.shape.elements() == 0,
             _ => false,
         }
     }
@@ -221,45 +115,14 @@ impl Fused<View> {
     /// Whether the backend did both.
     fn run_as_one(&self, backend: &mut impl Backend) -> Result<bool> {
         match *self {
-            Fused::LinearRotary { inp, weight, heads, table, positions, qkv } => {
-                backend.linear_rotary_forward(heads, inp, weight, table, positions, qkv)
+            Fused::LinearRotary(linear, rotary) => backend.linear_rotary_forward(linear, rotary),
+            Fused::LinearSwiGlu(linear, swiglu) => backend.linear_swiglu_forward(linear, swiglu),
+            Fused::LinearSwiGluBackward(linear, swiglu) => {
+                backend.linear_swiglu_backward(linear, swiglu)
             }
-            Fused::LinearSwiGlu { inp, weight, gate_up, out } => {
-                backend.linear_swiglu_forward(inp, weight, gate_up, out)
+            Fused::AttentionRotaryBackward(attention, rotary) => {
+                backend.attention_rotary_backward(attention, rotary)
             }
-            Fused::LinearSwiGluBackward {
-                inp,
-                weight,
-                d_out,
-                d_weight,
-                gate_up,
-                d_inp,
-                d_gate_up,
-            } => backend
-                .linear_swiglu_backward(inp, weight, d_out, d_weight, gate_up, d_inp, d_gate_up),
-            Fused::AttentionRotaryBackward {
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            } => backend.attention_rotary_backward(
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                table,
-                positions,
-                d_qkv,
-            ),
         }
     }
 }
@@ -285,8 +148,8 @@ pub(super) fn fuse(steps: Vec<Step<ValueId>>, kept: &[ValueId]) -> Vec<Step<Valu
 /// Gradients between SwiGLU's and that of the linear layer after it: no other step knows of them, and
 /// a device that computes both at once does not, either.
 pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
-    let between = |step: &Step<ValueId>| match *step {
-        Step::Fused(Fused::LinearSwiGluBackward { d_inp, .. }) => Some(d_inp),
+    let between = |step: &Step<ValueId>| match step {
+        Step::Fused(Fused::LinearSwiGluBackward(linear, _)) => Some(linear.d_inp.to),
         _ => None,
     };
     steps.iter().filter_map(between).collect()
@@ -299,56 +162,28 @@ fn joined(
     read_once: impl Fn(ValueId) -> bool,
 ) -> Option<Fused<ValueId>> {
     match (before, step) {
-        (Step::Forward(Op::Linear { inp, weight, residual: None, out }), Step::Forward(next)) => {
+        (Step::Forward(Op::Linear(linear)), Step::Forward(next)) if linear.residual.is_none() => {
             match next {
-                Op::Rotary { heads, table, positions, qkv } if qkv == out => {
-                    Some(Fused::LinearRotary { inp, weight, heads, table, positions, qkv })
+                Op::Rotary(rotary) if rotary.qkv == linear.out => {
+                    Some(Fused::LinearRotary(linear, rotary))
                 }
-                Op::SwiGlu { inp: gate_up, out: product } if gate_up == out => {
-                    Some(Fused::LinearSwiGlu { inp, weight, gate_up, out: product })
+                Op::SwiGlu(swiglu) if swiglu.inp == linear.out => {
+                    Some(Fused::LinearSwiGlu(linear, swiglu))
                 }
                 _ => None,
             }
         }
-        (
-            Step::Backward(Gradient::Linear { inp, weight, d_out, d_inp, d_weight }),
-            Step::Backward(Gradient::SwiGlu { inp: gate_up, d_out: d_product, d_inp: d_gate_up }),
-        ) => {
-            let between = Sink { to: d_product, accumulate: false };
-            (d_inp == between && read_once(d_product)).then_some(Fused::LinearSwiGluBackward {
-                inp,
-                weight,
-                d_out,
-                d_weight,
-                gate_up,
-                d_inp: d_product,
-                d_gate_up,
-            })
+        (Step::Backward(Gradient::Linear(linear)), Step::Backward(Gradient::SwiGlu(swiglu))) => {
+            let between = Sink { to: swiglu.d_out, accumulate: false };
+            (linear.d_inp == between && read_once(swiglu.d_out))
+                .then_some(Fused::LinearSwiGluBackward(linear, swiglu))
         }
         (
-            Step::Backward(Gradient::Attention {
-                spec,
-                qkv,
-                document_starts,
-                out,
-                log_sum_exp,
-                d_out,
-                delta,
-                d_qkv,
-            }),
-            Step::Backward(Gradient::Rotary { heads, table, positions, d_qkv: rotated }),
-        ) if rotated == d_qkv && heads == spec.heads => Some(Fused::AttentionRotaryBackward {
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            table,
-            positions,
-            d_qkv,
-        }),
+            Step::Backward(Gradient::Attention(attention)),
+            Step::Backward(Gradient::Rotary(rotary)),
+        ) if rotary.qkv == attention.d_qkv && rotary.heads == attention.spec.heads => {
+            Some(Fused::AttentionRotaryBackward(attention, rotary))
+        }
         _ => None,
     }
 }

@@ -18,11 +18,16 @@ mod step;
 
 pub use fused::Fused;
 pub use memory::{MemoryLine, MemoryPlan};
-pub use op::{Access, Gradient, Op};
+pub use op::{Gradient, Op};
 pub use program::{BoundProgram, Program, Purpose};
 pub use step::Step;
 
-use crate::backend::{AttentionSpec, HeadSpec, LossSpec, NormSpec, ResidualSpec};
+pub use crate::backend::Access;
+use crate::backend::{
+    AttentionForward, AttentionSpec, CachedAttention, CrossEntropyForward, EmbeddingForward,
+    HeadSpec, LinearForward, LossSpec, NormForward, NormSpec, ResidualSpec, Rotary,
+    ScaledResidualForward, SwiGluForward,
+};
 use crate::config::NormKind;
 use crate::error::{Error, Result};
 use crate::tensor::{Kind, Shape};
@@ -178,7 +183,7 @@ impl Tape {
         let [t] = self.sizes("embedding", tokens)?;
         let [_, c] = self.sizes("embedding", table)?;
         let out = self.activation("embedding", &[t, c]);
-        self.record(Op::Embedding { tokens, table, out });
+        self.record(Op::Embedding(EmbeddingForward { tokens, table, out }));
         Ok(out)
     }
 
@@ -192,7 +197,7 @@ impl Tape {
             NormKind::Layer => Some(self.statistic("norm mean", &[t])),
         };
         let rstd = self.statistic("norm rstd", &[t]);
-        self.record(Op::Norm { spec, inp, gain, out, mean, rstd });
+        self.record(Op::Norm(NormForward { spec, inp, gain, out, mean, rstd }));
         Ok(out)
     }
 
@@ -212,7 +217,7 @@ impl Tape {
             self.check("scaled residual", "gain", gain, &[expected])?;
         }
         let out = self.activation("residual stream", &[t, c]);
-        self.record(Op::ScaledResidual { spec, inp, residual, gain, out });
+        self.record(Op::ScaledResidual(ScaledResidualForward { spec, inp, residual, gain, out }));
         Ok(out)
     }
 
@@ -231,7 +236,7 @@ impl Tape {
             self.check("linear", "residual", residual, &[t, o])?;
         }
         let out = self.activation(name, &[t, o]);
-        self.record(Op::Linear { inp, weight, residual, out });
+        self.record(Op::Linear(LinearForward { inp, weight, residual, out }));
         Ok(out)
     }
 
@@ -247,7 +252,7 @@ impl Tape {
         let [p, _] = self.sizes("rotary", table)?;
         self.check("rotary", "table", table, &[p, heads.head_dim])?;
         self.check("rotary", "qkv", qkv, &[t, heads.qkv_columns()])?;
-        self.record(Op::Rotary { heads, table, positions, qkv });
+        self.record(Op::Rotary(Rotary { heads, table, positions, qkv }));
         Ok(())
     }
 
@@ -265,7 +270,13 @@ impl Tape {
         }
         let out = self.activation("attention", &[b * s, heads.heads * heads.head_dim]);
         let log_sum_exp = self.statistic("log-sum-exp", &[b, heads.heads, s]);
-        self.record(Op::Attention { spec, qkv, document_starts, out, log_sum_exp });
+        self.record(Op::Attention(AttentionForward {
+            spec,
+            qkv,
+            document_starts,
+            out,
+            log_sum_exp,
+        }));
         Ok(out)
     }
 
@@ -285,7 +296,14 @@ impl Tape {
         self.check("cached attention", "keys", keys, &[p, columns])?;
         self.check("cached attention", "values", values, &[p, columns])?;
         let out = self.activation("attention", &[t, heads.heads * heads.head_dim]);
-        self.record(Op::CachedAttention { heads, qkv, keys, values, positions, out });
+        self.record(Op::CachedAttention(CachedAttention {
+            heads,
+            qkv,
+            keys,
+            values,
+            positions,
+            out,
+        }));
         Ok(out)
     }
 
@@ -294,7 +312,7 @@ impl Tape {
         let [t, two_f] = self.sizes("swiglu", inp)?;
         let out = self.activation("swiglu", &[t, two_f / 2]);
         self.check("swiglu", "inp", inp, &[t, two_f / 2 * 2])?;
-        self.record(Op::SwiGlu { inp, out });
+        self.record(Op::SwiGlu(SwiGluForward { inp, out }));
         Ok(out)
     }
 
@@ -319,7 +337,8 @@ impl Tape {
         let spec = LossSpec { classes, chunk, z_loss };
         let logits = self.activation("logits", &[chunk, v]);
         let losses = self.statistic("losses", &[t]);
-        self.record(Op::CrossEntropy { spec, inp, weight, targets, scale, logits, losses });
+        let op = CrossEntropyForward { spec, inp, weight, targets, logits, losses };
+        self.record(Op::CrossEntropy(op, scale));
         Ok(losses)
     }
 }

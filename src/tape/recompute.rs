@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use super::{Access, Op, Recorded, Step, ValueId};
+use crate::backend::{AttentionForward, NormForward, SwiGluForward};
 use crate::config::Recompute;
 
 /// Every activation that is not kept at `level`, and the ops that write it, in order.
@@ -51,18 +52,18 @@ fn weakest_levels(ops: &[Recorded]) -> HashMap<ValueId, Recompute> {
             }
         }
         match *op {
-            Op::Norm { out, .. } | Op::SwiGlu { out, .. } => {
+            Op::Norm(NormForward { out, .. }) | Op::SwiGlu(SwiGluForward { out, .. }) => {
                 levels.insert(out, Recompute::Norms);
             }
-            Op::Attention { qkv, out, log_sum_exp, .. } => {
+            Op::Attention(AttentionForward { qkv, out, log_sum_exp, .. }) => {
                 levels.extend([qkv, out, log_sum_exp].map(|id| (id, Recompute::Attention)));
             }
-            Op::Embedding { .. }
-            | Op::ScaledResidual { .. }
-            | Op::Linear { .. }
-            | Op::Rotary { .. }
-            | Op::CachedAttention { .. }
-            | Op::CrossEntropy { .. } => {}
+            Op::Embedding(_)
+            | Op::ScaledResidual(_)
+            | Op::Linear(_)
+            | Op::Rotary(_)
+            | Op::CachedAttention(_)
+            | Op::CrossEntropy(..) => {}
         }
     }
     levels

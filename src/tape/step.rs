@@ -1,8 +1,8 @@
 //! What a program consists of: ops, their gradients and sums, and two of them that run as one.
 
 use super::fused::Fused;
-use super::op::{Access, Gradient, Op};
-use crate::backend::Backend;
+use super::op::{Gradient, Op};
+use crate::backend::{Access, Backend};
 use crate::error::Result;
 use crate::tensor::View;
 

@@ -8,7 +8,7 @@ mod planted;
 
 use std::sync::OnceLock;
 
-use isobath::backend::{AttentionSpec, Backend, HeadSpec};
+use isobath::backend::{self, AttentionSpec, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::attention::{Angles, Attention, AttentionBackward, AttentionForward, Passes};
@@ -320,8 +320,25 @@ fn exact(case: Case, inputs: &Inputs) -> Outputs {
     let log_sum_exp = filled(cpu, &statistics, &[]);
     let delta = filled(cpu, &statistics, &[]);
     let starts = inputs.document_starts.as_ref().map(|starts| filled_index(cpu, starts));
-    cpu.attention_forward(spec, qkv, starts, out, log_sum_exp).unwrap();
-    cpu.attention_backward(spec, qkv, starts, out, log_sum_exp, d_out, delta, d_qkv).unwrap();
+    cpu.attention_forward(backend::AttentionForward {
+        spec,
+        qkv,
+        document_starts: starts,
+        out,
+        log_sum_exp,
+    })
+    .unwrap();
+    cpu.attention_backward(backend::AttentionBackward {
+        spec,
+        qkv,
+        document_starts: starts,
+        out,
+        log_sum_exp,
+        d_out,
+        delta,
+        d_qkv,
+    })
+    .unwrap();
     let mut values = |view: View| cpu.values(view).to_vec();
     Outputs {
         out: values(out),

@@ -1,6 +1,6 @@
 //! kernels/embedding.cu against the f64 CPU backend, with texts of every kind.
 
-use isobath::backend::Backend;
+use isobath::backend::{self, Backend};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::embedding::{Embedding, EmbeddingBackward, EmbeddingForward};
@@ -82,7 +82,12 @@ fn check_backward(
         let d_out: Vec<f64> = inside.iter().flat_map(|&row| row_of(row).to_vec()).collect();
         let cpu_tokens = filled_index(cpu, &kept);
         let cpu_d_out = filled(cpu, &[kept.len(), columns], &d_out);
-        cpu.embedding_backward(cpu_tokens, cpu_d_out, cpu_d_table).unwrap();
+        cpu.embedding_backward(backend::EmbeddingBackward {
+            tokens: cpu_tokens,
+            d_out: cpu_d_out,
+            d_table: cpu_d_table,
+        })
+        .unwrap();
     }
     let what = format!("{dtype} d_table [{vocab},{columns}] of {rows} tokens");
     assert_exact(&what, Dtype::F32, &found, &plain, cpu.values(cpu_d_table));

@@ -1,10 +1,10 @@
 //! kernels/norm.cu against the f64 CPU backend: every variant, type, kind and option.
 
-use isobath::backend::{Backend, NORM_PARTIAL_ROWS, NormSpec, Sink};
+use isobath::backend::{self, Backend, NORM_PARTIAL_ROWS, NormSpec, Sink};
 use isobath::config::{Dtype, NormKind};
 use isobath::cpu::Cpu;
 use isobath::cuda::norm::{Norm, NormBackward, NormForward};
-use isobath::cuda::{DevicePointer, Driver, StreamId};
+use isobath::cuda::{Driver, StreamId};
 use isobath::tensor::View;
 
 use super::machines::*;
@@ -81,13 +81,14 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
     let rstd = unwritten(driver, "rstd", Dtype::F32, rows);
     let mean_address = case.is_layer().then_some(mean.address);
     let forward = NormForward {
+        spec: case.spec(),
         inp: inp.address,
         gain: gain.address,
         out: out.address,
         mean: mean_address,
         rstd: rstd.address,
     };
-    norm.forward(driver, StreamId::MAIN, case.spec(), rows, &forward).unwrap();
+    norm.forward(driver, StreamId::MAIN, rows, &forward).unwrap();
 
     let d_out = upload(driver, "d_out", dtype, &inputs.d_out);
     let d_inp = match case.accumulate {
@@ -97,17 +98,17 @@ fn on_device(driver: &mut dyn Driver, case: Case, inputs: &Inputs) -> Outputs {
     let d_gain = upload(driver, "d_gain", Dtype::F32, &inputs.d_gain_before);
     let partial = unwritten(driver, "partial", Dtype::F32, norm.partials(rows) * columns);
     let backward = NormBackward {
+        spec: case.spec(),
         inp: inp.address,
         gain: gain.address,
         mean: mean_address,
         rstd: rstd.address,
         d_out: d_out.address,
         partial: partial.address,
-        d_inp: d_inp.address,
-        accumulate: case.accumulate,
+        d_inp: Sink { to: d_inp.address, accumulate: case.accumulate },
         d_gain: d_gain.address,
     };
-    norm.backward(driver, StreamId::MAIN, case.spec(), rows, &backward).unwrap();
+    norm.backward(driver, StreamId::MAIN, rows, &backward).unwrap();
 
     let means = download(driver, Dtype::F32, mean);
     if !case.is_layer() {
@@ -138,13 +139,25 @@ fn exact(case: Case, inputs: &Inputs) -> Outputs {
     let out = filled(cpu, &matrix, &[]);
     let rstd = filled(cpu, &[rows], &[]);
     let mean = case.is_layer().then(|| filled(cpu, &[rows], &[]));
-    cpu.norm_forward(case.spec(), inp, gain, out, mean, rstd).unwrap();
+    cpu.norm_forward(backend::NormForward { spec: case.spec(), inp, gain, out, mean, rstd })
+        .unwrap();
     let d_out = filled(cpu, &matrix, &inputs.d_out);
     let partial = filled(cpu, &[rows.div_ceil(NORM_PARTIAL_ROWS), columns], &[]);
     let d_inp = filled(cpu, &matrix, &inputs.d_inp_before);
     let d_gain = filled(cpu, &[columns], &inputs.d_gain_before);
     let sink = Sink { to: d_inp, accumulate: case.accumulate };
-    cpu.norm_backward(case.spec(), inp, gain, mean, rstd, d_out, partial, sink, d_gain).unwrap();
+    cpu.norm_backward(backend::NormBackward {
+        spec: case.spec(),
+        inp,
+        gain,
+        mean,
+        rstd,
+        d_out,
+        partial,
+        d_inp: sink,
+        d_gain,
+    })
+    .unwrap();
     let mut values = |view: View| cpu.values(view).to_vec();
     Outputs {
         out: values(out),
@@ -341,22 +354,22 @@ fn what_cannot_be_normalised_is_refused() {
         let norm = Norm::new(driver, Dtype::F32, 8).unwrap();
         let buffer = driver.allocate("all", 8 * 4).unwrap();
         let all = buffer.address;
-        let forward = |mean: Option<DevicePointer>| NormForward {
+        let forward = |kind, mean| NormForward {
+            spec: NormSpec { kind, eps: EPS, depth: 1 },
             inp: all,
             gain: all,
             out: all,
             mean,
             rstd: all,
         };
-        let spec = |kind| NormSpec { kind, eps: EPS, depth: 1 };
         let mut refused = |kind, rows, mean| {
-            let launched = norm.forward(driver, StreamId::MAIN, spec(kind), rows, &forward(mean));
+            let launched = norm.forward(driver, StreamId::MAIN, rows, &forward(kind, mean));
             launched.unwrap_err().to_string()
         };
         assert!(refused(NormKind::Layer, 1, None).contains("without a mean"));
         assert!(refused(NormKind::Rms, 1, Some(all)).contains("with a mean"));
         assert!(refused(NormKind::Rms, i32::MAX as usize, None).contains("i32"));
         // No rows: nothing to do, and nothing that a driver could refuse.
-        norm.forward(driver, StreamId::MAIN, spec(NormKind::Rms), 0, &forward(None)).unwrap();
+        norm.forward(driver, StreamId::MAIN, 0, &forward(NormKind::Rms, None)).unwrap();
     });
 }

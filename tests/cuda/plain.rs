@@ -9,8 +9,10 @@ use std::collections::HashMap;
 use half::bf16;
 use isobath::Result;
 use isobath::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    ResidualSpec, Sink,
+    AdamWStep, AttentionBackward, AttentionForward, Backend, CachedAttention, CrossEntropyBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, LinearBackward,
+    LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
+    ScaledResidualForward, Sink, SwiGluBackward, SwiGluForward,
 };
 use isobath::cpu::Cpu;
 use isobath::tensor::{BufferId, IGNORE_INDEX, Kind, Shape, View};
@@ -58,23 +60,18 @@ impl Plain {
         View { offset: view.offset + 4 * first * columns, shape, ..view }
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn cross_entropy(
         &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: &[i32],
-        logits: View,
-        losses: View,
+        op: CrossEntropyForward,
         gradients: Option<(f32, View, View)>,
     ) -> Result<()> {
-        let weight = self.weight(weight)?;
+        let CrossEntropyForward { spec, inp, weight, targets, logits, losses } = op;
+        let (weight, targets) = (self.weight(weight)?, self.index(targets));
         let columns = weight.shape.rows();
         for first in (0..targets.len()).step_by(spec.chunk) {
             let rows = spec.chunk.min(targets.len() - first);
             let (inp, logits) = (Self::rows(inp, first, rows), Self::rows(logits, 0, rows));
-            self.cpu.linear_forward(inp, weight, None, logits)?;
+            self.cpu.linear_forward(LinearForward { inp, weight, residual: None, out: logits })?;
             self.round_in_place(logits);
             let mut found = Vec::new();
             let values = self.cpu.values_mut(logits).chunks_mut(columns);
@@ -102,7 +99,13 @@ impl Plain {
             self.cpu.values_mut(Self::rows(losses, first, rows)).copy_from_slice(&found);
             if let Some((_, d_inp, d_weight)) = gradients {
                 let d_inp = Sink { to: Self::rows(d_inp, first, rows), accumulate: false };
-                self.cpu.linear_backward(inp, weight, logits, d_inp, d_weight)?;
+                self.cpu.linear_backward(LinearBackward {
+                    inp,
+                    weight,
+                    d_out: logits,
+                    d_inp,
+                    d_weight,
+                })?;
                 self.round_in_place(d_inp.to);
             }
         }
@@ -154,203 +157,89 @@ impl Backend for Plain {
         self.round_in_place(to);
         Ok(())
     }
-    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()> {
-        self.cpu.embedding_forward(tokens, table, out)?;
-        self.round_in_place(out);
+    fn embedding_forward(&mut self, op: EmbeddingForward) -> Result<()> {
+        self.cpu.embedding_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()> {
-        self.cpu.embedding_backward(tokens, d_out, d_table)
+    fn embedding_backward(&mut self, op: EmbeddingBackward) -> Result<()> {
+        self.cpu.embedding_backward(op)
     }
-    fn norm_forward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        out: View,
-        mean: Option<View>,
-        rstd: View,
-    ) -> Result<()> {
-        self.cpu.norm_forward(spec, inp, gain, out, mean, rstd)?;
-        self.round_in_place(out);
+    fn norm_forward(&mut self, op: NormForward) -> Result<()> {
+        self.cpu.norm_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn norm_backward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        mean: Option<View>,
-        rstd: View,
-        d_out: View,
-        partial: View,
-        d_inp: Sink<View>,
-        d_gain: View,
-    ) -> Result<()> {
-        self.cpu.norm_backward(spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain)?;
-        self.round_in_place(d_inp.to);
+    fn norm_backward(&mut self, op: NormBackward) -> Result<()> {
+        self.cpu.norm_backward(op)?;
+        self.round_in_place(op.d_inp.to);
         Ok(())
     }
-    fn scaled_residual_forward(
-        &mut self,
-        spec: ResidualSpec,
-        inp: View,
-        residual: View,
-        gain: Option<View>,
-        out: View,
-    ) -> Result<()> {
-        self.cpu.scaled_residual_forward(spec, inp, residual, gain, out)?;
-        self.round_in_place(out);
+    fn scaled_residual_forward(&mut self, op: ScaledResidualForward) -> Result<()> {
+        self.cpu.scaled_residual_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-
-    fn scaled_residual_backward(
-        &mut self,
-        spec: ResidualSpec,
-        d_out: View,
-        d_inp: View,
-        gain: Option<GainGradient<View>>,
-    ) -> Result<()> {
-        self.cpu.scaled_residual_backward(spec, d_out, d_inp, gain)?;
-        self.round_in_place(d_out);
-        self.round_in_place(d_inp);
+    fn scaled_residual_backward(&mut self, op: ScaledResidualBackward) -> Result<()> {
+        self.cpu.scaled_residual_backward(op)?;
+        self.round_in_place(op.d_out);
+        self.round_in_place(op.d_inp);
         Ok(())
     }
-
-    fn linear_forward(
-        &mut self,
-        inp: View,
-        weight: View,
-        residual: Option<View>,
-        out: View,
-    ) -> Result<()> {
-        let weight = self.weight(weight)?;
-        self.cpu.linear_forward(inp, weight, residual, out)?;
-        self.round_in_place(out);
+    fn linear_forward(&mut self, op: LinearForward) -> Result<()> {
+        let weight = self.weight(op.weight)?;
+        self.cpu.linear_forward(LinearForward { weight, ..op })?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn linear_backward(
-        &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_inp: Sink<View>,
-        d_weight: View,
-    ) -> Result<()> {
-        let weight = self.weight(weight)?;
-        self.cpu.linear_backward(inp, weight, d_out, d_inp, d_weight)?;
-        self.round_in_place(d_inp.to);
+    fn linear_backward(&mut self, op: LinearBackward) -> Result<()> {
+        let weight = self.weight(op.weight)?;
+        self.cpu.linear_backward(LinearBackward { weight, ..op })?;
+        self.round_in_place(op.d_inp.to);
         Ok(())
     }
-    fn rotary_forward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        self.cpu.rotary_forward(heads, table, positions, qkv)?;
-        self.round_in_place(qkv);
+    fn rotary_forward(&mut self, op: Rotary) -> Result<()> {
+        self.cpu.rotary_forward(op)?;
+        self.round_in_place(op.qkv);
         Ok(())
     }
-    fn rotary_backward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        self.cpu.rotary_backward(heads, table, positions, d_qkv)?;
-        self.round_in_place(d_qkv);
+    fn rotary_backward(&mut self, op: Rotary) -> Result<()> {
+        self.cpu.rotary_backward(op)?;
+        self.round_in_place(op.qkv);
         Ok(())
     }
-    fn attention_forward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-    ) -> Result<()> {
-        self.cpu.attention_forward(spec, qkv, document_starts, out, log_sum_exp)?;
-        self.round_in_place(out);
+    fn attention_forward(&mut self, op: AttentionForward) -> Result<()> {
+        self.cpu.attention_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn attention_backward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        self.cpu.attention_backward(
-            spec,
-            qkv,
-            document_starts,
-            out,
-            log_sum_exp,
-            d_out,
-            delta,
-            d_qkv,
-        )?;
-        self.round_in_place(d_qkv);
+    fn attention_backward(&mut self, op: AttentionBackward) -> Result<()> {
+        self.cpu.attention_backward(op)?;
+        self.round_in_place(op.d_qkv);
         Ok(())
     }
-    fn cached_attention_forward(
-        &mut self,
-        heads: HeadSpec,
-        qkv: View,
-        keys: View,
-        values: View,
-        positions: View,
-        out: View,
-    ) -> Result<()> {
-        self.cpu.cached_attention_forward(heads, qkv, keys, values, positions, out)?;
-        self.round_in_place(out);
+    fn cached_attention_forward(&mut self, op: CachedAttention) -> Result<()> {
+        self.cpu.cached_attention_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()> {
-        self.cpu.swiglu_forward(inp, out)?;
-        self.round_in_place(out);
+    fn swiglu_forward(&mut self, op: SwiGluForward) -> Result<()> {
+        self.cpu.swiglu_forward(op)?;
+        self.round_in_place(op.out);
         Ok(())
     }
-    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()> {
-        self.cpu.swiglu_backward(inp, d_out, d_inp)?;
-        self.round_in_place(d_inp);
+    fn swiglu_backward(&mut self, op: SwiGluBackward) -> Result<()> {
+        self.cpu.swiglu_backward(op)?;
+        self.round_in_place(op.d_inp);
         Ok(())
     }
-    fn cross_entropy_forward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        logits: View,
-        losses: View,
-    ) -> Result<()> {
-        let targets = self.index(targets);
-        self.cross_entropy(spec, inp, weight, &targets, logits, losses, None)
+    fn cross_entropy_forward(&mut self, op: CrossEntropyForward) -> Result<()> {
+        self.cross_entropy(op, None)
     }
-    fn cross_entropy_backward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        scale: View,
-        logits: View,
-        losses: View,
-        d_inp: View,
-        d_weight: View,
-    ) -> Result<()> {
-        let targets = self.index(targets);
+    fn cross_entropy_backward(&mut self, op: CrossEntropyBackward) -> Result<()> {
+        let CrossEntropyBackward { forward, scale, d_inp, d_weight } = op;
         let scale = self.cpu.values(scale)[0];
-        let gradients = Some((scale, d_inp, d_weight));
-        self.cross_entropy(spec, inp, weight, &targets, logits, losses, gradients)
+        self.cross_entropy(forward, Some((scale, d_inp, d_weight)))
     }
     fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {
         self.cpu.gradient_norm(buffers)

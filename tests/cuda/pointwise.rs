@@ -1,10 +1,10 @@
 //! kernels/pointwise.cu against the f64 CPU backend: rotary, SwiGLU, addition and casts.
 
 use half::bf16;
-use isobath::backend::{Backend, HeadSpec};
+use isobath::backend::{self, Backend, HeadSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
-use isobath::cuda::pointwise::{Pointwise, Rotary, SwigluBackward, SwigluForward};
+use isobath::cuda::pointwise::{Pointwise, Rotary, SwiGluBackward, SwiGluForward};
 use isobath::cuda::{DevicePointer, Driver, StreamId};
 use isobath::random::Philox;
 
@@ -82,8 +82,22 @@ fn check_rotary(
     let cpu_table = filled(cpu, &[POSITIONS, heads.head_dim], &table);
     let cpu_positions = filled_index(cpu, &positions);
     match inverse {
-        false => cpu.rotary_forward(heads, cpu_table, cpu_positions, rotated).unwrap(),
-        true => cpu.rotary_backward(heads, cpu_table, cpu_positions, rotated).unwrap(),
+        false => cpu
+            .rotary_forward(backend::Rotary {
+                heads,
+                table: cpu_table,
+                positions: cpu_positions,
+                qkv: rotated,
+            })
+            .unwrap(),
+        true => cpu
+            .rotary_backward(backend::Rotary {
+                heads,
+                table: cpu_table,
+                positions: cpu_positions,
+                qkv: rotated,
+            })
+            .unwrap(),
     }
     let plain = plain_rotary(dtype, heads, &table, &positions, &qkv, inverse);
     let what = format!("rotary {dtype} {heads:?} {rows} rows, inverse {inverse}");
@@ -167,10 +181,10 @@ fn swiglu_on_device(
     let out = unwritten(driver, "out", dtype, rows * ffn);
     let d_inp = unwritten(driver, "d_inp", dtype, rows * 2 * ffn);
     let inp = upload(driver, "inp", dtype, inp).address;
-    let args = SwigluForward { inp, out: out.address };
+    let args = SwiGluForward { inp, out: out.address };
     kernels.swiglu_forward(driver, StreamId::MAIN, rows, ffn, &args).unwrap();
     let d_out = upload(driver, "d_out", dtype, d_out).address;
-    let args = SwigluBackward { inp, d_out, d_inp: d_inp.address };
+    let args = SwiGluBackward { inp, d_out, d_inp: d_inp.address };
     kernels.swiglu_backward(driver, StreamId::MAIN, rows, ffn, &args).unwrap();
     (download(driver, dtype, out), download(driver, dtype, d_inp))
 }
@@ -204,10 +218,15 @@ fn check_swiglu(driver: &mut dyn Driver, dtype: Dtype, rows: usize, ffn: usize) 
     let cpu = &mut Cpu::<f64>::new();
     let cpu_inp = filled(cpu, &[rows, 2 * ffn], &inp);
     let cpu_out = filled(cpu, &[rows, ffn], &[]);
-    cpu.swiglu_forward(cpu_inp, cpu_out).unwrap();
+    cpu.swiglu_forward(backend::SwiGluForward { inp: cpu_inp, out: cpu_out }).unwrap();
     let cpu_d_out = filled(cpu, &[rows, ffn], &d_out);
     let cpu_d_inp = filled(cpu, &[rows, 2 * ffn], &[]);
-    cpu.swiglu_backward(cpu_inp, cpu_d_out, cpu_d_inp).unwrap();
+    cpu.swiglu_backward(backend::SwiGluBackward {
+        inp: cpu_inp,
+        d_out: cpu_d_out,
+        d_inp: cpu_d_inp,
+    })
+    .unwrap();
     let what = format!("swiglu {dtype} {rows} rows of {ffn}");
     assert_exact(&format!("{what}, out"), dtype, &out, &plain_out, cpu.values(cpu_out));
     assert_exact(&format!("{what}, d_inp"), dtype, &d_inp, &plain_d_inp, cpu.values(cpu_d_inp));
@@ -383,9 +402,9 @@ fn what_the_kernels_cannot_take_is_refused() {
         }
         let kernels = Pointwise::new(driver, Dtype::Bf16).unwrap();
         let mut swiglu = |rows, ffn, inp| {
-            let args = SwigluForward { inp, out: all };
+            let args = SwiGluForward { inp, out: all };
             let forward = kernels.swiglu_forward(driver, main, rows, ffn, &args);
-            let args = SwigluBackward { inp, d_out: all, d_inp: all };
+            let args = SwiGluBackward { inp, d_out: all, d_inp: all };
             let backward = kernels.swiglu_backward(driver, main, rows, ffn, &args);
             let (forward, backward) = (forward.unwrap_err(), backward.unwrap_err());
             format!("{forward} {backward}")

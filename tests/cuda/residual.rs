@@ -1,6 +1,6 @@
 //! kernels/residual.cu against the f64 CPU backend, with and without gains and scales.
 
-use isobath::backend::{Backend, GainGradient, NORM_PARTIAL_ROWS, ResidualSpec};
+use isobath::backend::{self, Backend, GainGradient, NORM_PARTIAL_ROWS, ResidualSpec};
 use isobath::config::Dtype;
 use isobath::cpu::Cpu;
 use isobath::cuda::residual::{
@@ -80,13 +80,20 @@ fn on_cpu(case: Case, with: &Operands) -> Results {
     let residual = filled(cpu, &sizes, &with.residual);
     let gain = (gains > 0).then(|| filled(cpu, &[gains], &with.gain));
     let out = filled(cpu, &sizes, &[]);
-    cpu.scaled_residual_forward(spec, inp, residual, gain, out).unwrap();
+    cpu.scaled_residual_forward(backend::ScaledResidualForward { spec, inp, residual, gain, out })
+        .unwrap();
     let d_out = filled(cpu, &sizes, &with.d_out);
     let d_inp = filled(cpu, &sizes, &[]);
     let partial = filled(cpu, &[rows.div_ceil(NORM_PARTIAL_ROWS), columns], &[]);
     let d_gain = filled(cpu, &[gains.max(1)], &with.d_gain);
     let gradient = gain.map(|gain| GainGradient { inp, gain, partial, d_gain });
-    cpu.scaled_residual_backward(spec, d_out, d_inp, gradient).unwrap();
+    cpu.scaled_residual_backward(backend::ScaledResidualBackward {
+        spec,
+        d_out,
+        d_inp,
+        gain: gradient,
+    })
+    .unwrap();
     let mut read = |view: View| cpu.values(View { kind: Kind::Activation, ..view }).to_vec();
     let mut d_gain = read(d_gain);
     d_gain.truncate(gains);

@@ -2,7 +2,10 @@
 //! that training runs (`launches`, one exhaustive match over them), and of what the trainer does
 //! around it.
 
-use crate::backend::{LossSpec, Sink};
+use crate::backend::{
+    CachedAttention, EmbeddingBackward, EmbeddingForward, LinearBackward, LinearForward, LossSpec,
+    NormBackward, Rotary, ScaledResidualBackward, ScaledResidualForward,
+};
 use crate::bench::cost::{Cost, element_bytes};
 use crate::config::{Config, Dtype};
 use crate::cuda::adamw::Scalars;
@@ -65,27 +68,29 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             parts.iter().flat_map(|step| launches(step, program, dtype, machine)).collect()
         }),
         Step::Forward(op) => match op {
-            Op::Embedding { table, out, .. } => {
+            Op::Embedding(EmbeddingForward { table, out, .. }) => {
                 vec![Cost::embedding_forward(dtype, [rows(out), rows(table), columns(out)])]
             }
-            Op::Norm { spec, inp, .. } => vec![Cost::norm_forward(spec.kind, dtype, matrix(inp))],
-            Op::ScaledResidual { gain, out, .. } => {
+            Op::Norm(op) => vec![Cost::norm_forward(op.spec.kind, dtype, matrix(op.inp))],
+            Op::ScaledResidual(ScaledResidualForward { gain, out, .. }) => {
                 vec![Cost::scaled_residual_forward(dtype, matrix(out), gain.is_some())]
             }
-            Op::Linear { inp, residual, out, .. } => {
+            Op::Linear(LinearForward { inp, residual, out, .. }) => {
                 let sizes = [rows(inp), columns(out), columns(inp)];
                 vec![product(Layout::Nt, sizes, store(residual.is_some()))]
             }
-            Op::Rotary { heads, table, qkv, .. } => {
+            Op::Rotary(Rotary { heads, table, qkv, .. }) => {
                 vec![Cost::rotary("rotary_forward", heads, dtype, rows(qkv), rows(table))]
             }
-            Op::Attention { spec, .. } => vec![Cost::attention_forward(spec, dtype)],
-            Op::CachedAttention { heads, qkv, keys, .. } => {
+            Op::Attention(op) => vec![Cost::attention_forward(op.spec, dtype)],
+            Op::CachedAttention(CachedAttention { heads, qkv, keys, .. }) => {
                 vec![Cost::attention_decode(heads, dtype, rows(qkv), rows(keys))]
             }
-            Op::SwiGlu { out, .. } => vec![Cost::swiglu_forward(dtype, rows(out), columns(out))],
-            Op::CrossEntropy { spec, inp, weight, .. } => chunks(spec, rows(inp), |t| {
-                let [v, c] = matrix(weight);
+            Op::SwiGlu(op) => {
+                vec![Cost::swiglu_forward(dtype, rows(op.out), columns(op.out))]
+            }
+            Op::CrossEntropy(op, _) => chunks(op.spec, rows(op.inp), |t| {
+                let [v, c] = matrix(op.weight);
                 vec![
                     product(Layout::Nt, [t, v, c], store(false)),
                     Cost::loss_forward(dtype, [t, v]),
@@ -93,38 +98,38 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             }),
         },
         Step::Backward(gradient) => match gradient {
-            Gradient::Embedding { d_out, d_table, .. } => {
+            Gradient::Embedding(EmbeddingBackward { d_out, d_table, .. }) => {
                 let sizes = [rows(d_out), rows(d_table), columns(d_table)];
                 vec![Cost::embedding_backward(dtype, sizes)]
             }
-            Gradient::Norm { spec, inp, partial, d_inp: Sink { accumulate, .. }, .. } => {
+            Gradient::Norm(NormBackward { spec, inp, partial, d_inp, .. }) => {
                 let [t, c] = matrix(inp);
                 let on_machine = Norm::partials_on(machine.multiprocessors, dtype, c, t);
                 let partials = on_machine.unwrap_or(rows(partial));
-                vec![Cost::norm_backward(spec.kind, dtype, [t, c], partials, accumulate)]
+                vec![Cost::norm_backward(spec.kind, dtype, [t, c], partials, d_inp.accumulate)]
             }
-            Gradient::ScaledResidual { spec, d_out, gain, .. } => {
+            Gradient::ScaledResidual(ScaledResidualBackward { spec, d_out, gain, .. }) => {
                 let gain = gain.map(|it| rows(it.partial));
                 let in_place = spec.stream_scale != 1.0;
                 vec![Cost::scaled_residual_backward(dtype, matrix(d_out), gain, in_place)]
             }
-            Gradient::Linear { inp, d_out, d_inp: Sink { accumulate, .. }, .. } => {
+            Gradient::Linear(LinearBackward { inp, d_out, d_inp, .. }) => {
                 let [t, inputs] = matrix(inp);
                 let outputs = columns(d_out);
                 vec![
-                    product(Layout::Nn, [t, inputs, outputs], store(accumulate)),
+                    product(Layout::Nn, [t, inputs, outputs], store(d_inp.accumulate)),
                     product(Layout::Tn, [outputs, inputs, t], Output::Accumulate),
                 ]
             }
-            Gradient::Rotary { heads, table, d_qkv, .. } => {
-                vec![Cost::rotary("rotary_backward", heads, dtype, rows(d_qkv), rows(table))]
+            Gradient::Rotary(Rotary { heads, table, qkv, .. }) => {
+                vec![Cost::rotary("rotary_backward", heads, dtype, rows(qkv), rows(table))]
             }
-            Gradient::Attention { spec, .. } => vec![Cost::attention_backward(spec, dtype)],
-            Gradient::SwiGlu { d_out, .. } => {
-                vec![Cost::swiglu_backward(dtype, rows(d_out), columns(d_out))]
+            Gradient::Attention(op) => vec![Cost::attention_backward(op.spec, dtype)],
+            Gradient::SwiGlu(op) => {
+                vec![Cost::swiglu_backward(dtype, rows(op.d_out), columns(op.d_out))]
             }
-            Gradient::CrossEntropy { spec, inp, weight, .. } => chunks(spec, rows(inp), |t| {
-                let [v, c] = matrix(weight);
+            Gradient::CrossEntropy(op) => chunks(op.forward.spec, rows(op.forward.inp), |t| {
+                let [v, c] = matrix(op.forward.weight);
                 vec![
                     product(Layout::Nt, [t, v, c], store(false)),
                     Cost::loss_backward(dtype, [t, v], loss_shape(dtype, v)),
@@ -151,23 +156,23 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
     let columns = |id: ValueId| shape(id).columns();
     let null = DevicePointer::NULL;
     match *fused {
-        Fused::LinearRotary { inp, heads, table, qkv, .. } => {
+        Fused::LinearRotary(LinearForward { inp, out, .. }, Rotary { heads, table, .. }) => {
             let output = Output::Rotate(Rotation {
                 table: null,
                 positions: null,
                 columns: (heads.heads + heads.kv_heads) * heads.head_dim,
                 head_dim: heads.head_dim,
             });
-            let sizes = [rows(inp), columns(qkv), columns(inp)];
+            let sizes = [rows(inp), columns(out), columns(inp)];
             fuses(dtype, Layout::Nt, output)
                 .then(|| vec![Cost::product_rotary(heads, dtype, sizes, rows(table))])
         }
-        Fused::LinearSwiGlu { inp, gate_up, .. } => {
-            let sizes = [rows(inp), columns(gate_up), columns(inp)];
+        Fused::LinearSwiGlu(LinearForward { inp, out, .. }, _) => {
+            let sizes = [rows(inp), columns(out), columns(inp)];
             fuses(dtype, Layout::Nt, Output::SwiGlu { product: null })
                 .then(|| vec![Cost::product_swiglu(dtype, sizes)])
         }
-        Fused::LinearSwiGluBackward { inp, d_out, .. } => {
+        Fused::LinearSwiGluBackward(LinearBackward { inp, d_out, .. }, _) => {
             let [t, inputs, outputs] = [rows(inp), columns(inp), columns(d_out)];
             fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }).then(|| {
                 let d_weight = [outputs, inputs, t];
@@ -178,8 +183,9 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             })
         }
         // Of Hopper's kernels, as the products are.
-        Fused::AttentionRotaryBackward { spec, table, .. } => (dtype == Dtype::Bf16)
-            .then(|| vec![Cost::attention_rotary_backward(spec, dtype, rows(table))]),
+        Fused::AttentionRotaryBackward(attention, rotary) => (dtype == Dtype::Bf16).then(|| {
+            vec![Cost::attention_rotary_backward(attention.spec, dtype, rows(rotary.table))]
+        }),
     }
 }
 

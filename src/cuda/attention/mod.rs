@@ -15,7 +15,7 @@ mod sm90;
 mod tiled;
 
 use super::{Arguments, DevicePointer, Driver, Family, KernelId, Launch, StreamId};
-use crate::backend::{AttentionSpec, HeadSpec};
+use crate::backend::{self, AttentionSpec, HeadSpec};
 use crate::config::Dtype;
 use crate::error::{Error, Result};
 
@@ -28,20 +28,8 @@ pub fn head_dims() -> [usize; HEAD_DIMS.len()] {
 
 const DECODE_THREADS: u32 = 256;
 
-/// Sizes and addresses of a forward pass, with T = B S.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct AttentionForward {
-    pub spec: AttentionSpec,
-    /// [T,(H+2K)D]
-    pub qkv: DevicePointer,
-    /// [T], i32, where a row holds several documents: as the backend's contract says, which nobody
-    /// checks here.
-    pub document_starts: Option<DevicePointer>,
-    /// [T,HD]
-    pub out: DevicePointer,
-    /// [B,H,S], f32
-    pub log_sum_exp: DevicePointer,
-}
+/// Sizes and addresses of a forward pass; nobody checks the document starts.
+pub type AttentionForward = backend::AttentionForward<DevicePointer>;
 
 /// Sizes and addresses of a backward pass: what the forward pass read and wrote, and more.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::hash::Hash;
 
 use super::{Cuda, STREAM};
-use crate::backend::{FlatBuffers, HeadSpec};
+use crate::backend::{self, FlatBuffers, HeadSpec};
 use crate::config::Dtype;
 use crate::cuda::adamw::AdamW;
-use crate::cuda::attention::{Attention, AttentionBackward, AttentionForward, AttentionPlan};
+use crate::cuda::attention::{
+    Angles, Attention, AttentionBackward, AttentionForward, AttentionPlan,
+};
 use crate::cuda::embedding::Embedding;
 use crate::cuda::gemm::{Gemm, GemmPlan, Product};
 use crate::cuda::loss::Loss;
@@ -125,8 +127,18 @@ impl Cuda {
         if self.preparing { Ok(()) } else { plan.launch(&mut *self.driver, STREAM) }
     }
 
-    pub(super) fn attend_backward(&mut self, pass: AttentionBackward) -> Result<()> {
-        let heads = pass.forward.spec.heads;
+    /// Rotated back by `angles`, if there are any.
+    pub(super) fn attend_backward(
+        &mut self,
+        op: backend::AttentionBackward,
+        angles: Option<Angles>,
+    ) -> Result<()> {
+        let op = op.map(&mut |view, _| self.address(view));
+        let backend::AttentionBackward { spec, qkv, document_starts, out, log_sum_exp, .. } = op;
+        let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
+        let (d_out, delta, d_qkv) = (op.d_out, op.delta, op.d_qkv);
+        let pass = AttentionBackward { forward, d_out, delta, d_qkv, angles };
+        let heads = spec.heads;
         self.attention(heads)?;
         let Layers { attentions, attention_backwards, .. } = &mut self.layers;
         let attention = attentions.get_mut(&heads).expect("it was just made");

@@ -3,26 +3,16 @@
 
 use super::layers::LossSize;
 use super::{Cuda, STREAM};
-use crate::backend::LossSpec;
+use crate::backend::CrossEntropyForward;
 use crate::cuda::gemm::{Layout, Output, Product};
 use crate::cuda::loss::{LossBackward, LossForward};
 use crate::error::Result;
 use crate::tensor::View;
 
-/// What a loss reads and writes besides gradients.
-#[derive(Clone, Copy)]
-pub(super) struct LossOperands {
-    pub(super) inp: View,
-    pub(super) weight: View,
-    pub(super) targets: View,
-    pub(super) logits: View,
-    pub(super) losses: View,
-}
-
 impl Cuda {
     /// Logits [rows,V] of a chunk that begins at `first` of inp [T,C].
-    fn logits(&mut self, first: usize, rows: usize, operands: &LossOperands) -> Result<()> {
-        let LossOperands { inp, weight, logits, .. } = *operands;
+    fn logits(&mut self, first: usize, rows: usize, op: &CrossEntropyForward) -> Result<()> {
+        let CrossEntropyForward { inp, weight, logits, .. } = *op;
         let [v, c] = [weight.shape.rows(), weight.shape.columns()];
         self.multiply(Product {
             layout: Layout::Nt,
@@ -39,17 +29,16 @@ impl Cuda {
     /// Runs over all tokens in chunks; `gradients`: (scale, d_inp, d_weight).
     pub(super) fn cross_entropy(
         &mut self,
-        spec: LossSpec,
-        operands: LossOperands,
+        op: CrossEntropyForward,
         gradients: Option<(View, View, View)>,
     ) -> Result<()> {
-        let LossOperands { inp, weight, targets, logits, losses } = operands;
+        let CrossEntropyForward { spec, inp, weight, targets, logits, losses } = op;
         let [t, v, c] = [inp.shape.rows(), weight.shape.rows(), weight.shape.columns()];
         let size = LossSize { classes: spec.classes, columns: v };
         let z_loss = spec.z_loss as f32;
         for first in (0..t).step_by(spec.chunk) {
             let rows = spec.chunk.min(t - first);
-            self.logits(first, rows, &operands)?;
+            self.logits(first, rows, &op)?;
             let (targets, losses) = (self.row(targets, first), self.row(losses, first));
             let logits = self.address(logits);
             let scale = gradients.map(|(scale, ..)| self.address(scale));

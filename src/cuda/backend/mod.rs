@@ -15,22 +15,22 @@ use std::ops::Range;
 use half::bf16;
 
 use layers::Layers;
-use loss::LossOperands;
 
 use crate::backend::{
-    AdamWStep, AttentionSpec, Backend, FlatBuffers, GainGradient, HeadSpec, LossSpec, NormSpec,
-    OFFLOAD_CHUNK, Reading, Recording, ResidualSpec, Sink, VectorCopy, transfer_bytes,
+    AdamWStep, AttentionBackward, AttentionForward, AttentionSpec, Backend, CachedAttention,
+    CrossEntropyBackward, CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers,
+    LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading, Recording,
+    Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward, SwiGluForward,
+    VectorCopy, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
-use crate::cuda::attention::{Angles, AttentionBackward, AttentionForward, backward_scratch_bytes};
-use crate::cuda::embedding::{EmbeddingBackward, EmbeddingForward};
+use crate::cuda::attention::{Angles, backward_scratch_bytes};
 use crate::cuda::gemm::{Layout, Output, Product, Rotation};
-use crate::cuda::norm::{NormBackward, NormForward};
 use crate::cuda::nvtx;
 use crate::cuda::offload::Offload;
 use crate::cuda::peaks::Peaks;
-use crate::cuda::pointwise::{Rotary, SwigluBackward, SwigluForward};
+use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
 use crate::cuda::transfers::Transfers;
 use crate::cuda::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, Switches, halves};
@@ -142,13 +142,49 @@ impl Cuda {
         buffer.address.offset(view.offset as u64)
     }
 
-    /// d_weight += d_out^T inp
-    fn weight_gradient(&mut self, inp: View, d_out: View, d_weight: View) -> Result<()> {
+    /// inp weight^T, and what `output` makes of it, `columns` wide.
+    fn multiply_forward(
+        &mut self,
+        op: LinearForward,
+        columns: usize,
+        output: Output,
+    ) -> Result<()> {
+        self.multiply(Product {
+            layout: Layout::Nt,
+            m: op.inp.shape.rows(),
+            n: columns,
+            k: op.inp.shape.columns(),
+            a: self.address(op.inp),
+            b: self.address(op.weight),
+            out: self.address(op.out),
+            output,
+        })
+    }
+
+    /// d_out weight to `to`, as `output` says; d_weight += d_out^T inp.
+    fn multiply_backward(
+        &mut self,
+        op: LinearBackward,
+        to: DevicePointer,
+        output: Output,
+    ) -> Result<()> {
+        let LinearBackward { inp, weight, d_out, d_weight, .. } = op;
+        let (tokens, inner, outer) = (inp.shape.rows(), inp.shape.columns(), d_out.shape.columns());
+        self.multiply(Product {
+            layout: Layout::Nn,
+            m: tokens,
+            n: inner,
+            k: outer,
+            a: self.address(d_out),
+            b: self.address(weight),
+            out: to,
+            output,
+        })?;
         self.multiply(Product {
             layout: Layout::Tn,
-            m: d_out.shape.columns(),
-            n: inp.shape.columns(),
-            k: inp.shape.rows(),
+            m: outer,
+            n: inner,
+            k: tokens,
             a: self.address(d_out),
             b: self.address(inp),
             out: self.address(d_weight),
@@ -156,18 +192,11 @@ impl Cuda {
         })
     }
 
-    fn rotate(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        qkv: View,
-        inverse: bool,
-    ) -> Result<()> {
-        let rows = qkv.shape.rows();
-        let [table, positions, qkv] = [table, positions, qkv].map(|view| self.address(view));
+    fn rotate(&mut self, op: Rotary, inverse: bool) -> Result<()> {
+        let rows = op.qkv.shape.rows();
+        let Rotary { heads, table, positions, qkv } = op.map(&mut |view, _| self.address(view));
         let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
-        let args = Rotary { table, positions, qkv, inverse };
+        let args = pointwise::Rotary { table, positions, qkv, inverse };
         pointwise.rotary(driver, STREAM, heads, rows, &args)
     }
 
@@ -465,107 +494,56 @@ impl Backend for Cuda {
         }
     }
 
-    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()> {
-        let [rows, vocab] = [out.shape.rows(), table.shape.rows()];
-        let [tokens, table_at, out] = [tokens, table, out].map(|view| self.address(view));
-        let Some((driver, embedding)) = self.embedding(table.shape.columns())? else {
-            return Ok(());
-        };
-        let args = EmbeddingForward { tokens, table: table_at, out };
-        embedding.forward(driver, STREAM, rows, vocab, &args)
-    }
-
-    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()> {
-        let [rows, vocab] = [d_out.shape.rows(), d_table.shape.rows()];
-        let columns = d_table.shape.columns();
-        let [tokens, d_out, d_table] = [tokens, d_out, d_table].map(|view| self.address(view));
+    fn embedding_forward(&mut self, op: EmbeddingForward) -> Result<()> {
+        let [rows, vocab, columns] =
+            [op.out.shape.rows(), op.table.shape.rows(), op.table.shape.columns()];
+        let op = op.map(&mut |view, _| self.address(view));
         let Some((driver, embedding)) = self.embedding(columns)? else { return Ok(()) };
-        let args = EmbeddingBackward { tokens, d_out, d_table };
-        embedding.backward(driver, STREAM, rows, vocab, &args)
+        embedding.forward(driver, STREAM, rows, vocab, &op)
     }
 
-    fn norm_forward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        out: View,
-        mean: Option<View>,
-        rstd: View,
-    ) -> Result<()> {
-        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
-        let addresses = NormForward {
-            inp: self.address(inp),
-            gain: self.address(gain),
-            out: self.address(out),
-            mean: mean.map(|mean| self.address(mean)),
-            rstd: self.address(rstd),
-        };
+    fn embedding_backward(&mut self, op: EmbeddingBackward) -> Result<()> {
+        let [rows, vocab, columns] =
+            [op.d_out.shape.rows(), op.d_table.shape.rows(), op.d_table.shape.columns()];
+        let op = op.map(&mut |view, _| self.address(view));
+        let Some((driver, embedding)) = self.embedding(columns)? else { return Ok(()) };
+        embedding.backward(driver, STREAM, rows, vocab, &op)
+    }
+
+    fn norm_forward(&mut self, op: NormForward) -> Result<()> {
+        let [rows, columns] = [op.inp.shape.rows(), op.inp.shape.columns()];
+        let op = op.map(&mut |view, _| self.address(view));
         let Some((driver, norm)) = self.norm(columns)? else { return Ok(()) };
-        norm.forward(driver, STREAM, spec, rows, &addresses)
+        norm.forward(driver, STREAM, rows, &op)
     }
 
-    fn norm_backward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        mean: Option<View>,
-        rstd: View,
-        d_out: View,
-        partial: View,
-        d_inp: Sink<View>,
-        d_gain: View,
-    ) -> Result<()> {
-        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
-        let addresses = NormBackward {
-            inp: self.address(inp),
-            gain: self.address(gain),
-            mean: mean.map(|mean| self.address(mean)),
-            rstd: self.address(rstd),
-            d_out: self.address(d_out),
-            partial: self.address(partial),
-            d_inp: self.address(d_inp.to),
-            accumulate: d_inp.accumulate,
-            d_gain: self.address(d_gain),
-        };
-        let scratch_rows = partial.shape.rows();
+    fn norm_backward(&mut self, op: NormBackward) -> Result<()> {
+        let [rows, columns] = [op.inp.shape.rows(), op.inp.shape.columns()];
+        let scratch_rows = op.partial.shape.rows();
+        let op = op.map(&mut |view, _| self.address(view));
         let Some((driver, norm)) = self.norm(columns)? else { return Ok(()) };
         assert!(norm.partials(rows) <= scratch_rows, "too few rows for partial sums");
-        norm.backward(driver, STREAM, spec, rows, &addresses)
+        norm.backward(driver, STREAM, rows, &op)
     }
 
-    fn scaled_residual_forward(
-        &mut self,
-        spec: ResidualSpec,
-        inp: View,
-        residual: View,
-        gain: Option<View>,
-        out: View,
-    ) -> Result<()> {
-        let [rows, columns] = [inp.shape.rows(), inp.shape.columns()];
+    fn scaled_residual_forward(&mut self, op: ScaledResidualForward) -> Result<()> {
+        let [rows, columns] = [op.inp.shape.rows(), op.inp.shape.columns()];
         let addresses = ResidualForward {
-            inp: self.address(inp),
-            residual: self.address(residual),
-            gain: gain.map(|gain| self.gain(gain)),
-            out: self.address(out),
+            inp: self.address(op.inp),
+            residual: self.address(op.residual),
+            gain: op.gain.map(|gain| self.gain(gain)),
+            out: self.address(op.out),
         };
         let Some((driver, layer)) = self.scaled_residual(columns)? else { return Ok(()) };
-        layer.forward(driver, STREAM, spec, rows, &addresses)
+        layer.forward(driver, STREAM, op.spec, rows, &addresses)
     }
 
-    fn scaled_residual_backward(
-        &mut self,
-        spec: ResidualSpec,
-        d_out: View,
-        d_inp: View,
-        gain: Option<GainGradient<View>>,
-    ) -> Result<()> {
-        let [rows, columns] = [d_out.shape.rows(), d_out.shape.columns()];
+    fn scaled_residual_backward(&mut self, op: ScaledResidualBackward) -> Result<()> {
+        let [rows, columns] = [op.d_out.shape.rows(), op.d_out.shape.columns()];
         let addresses = ResidualBackward {
-            d_out: self.address(d_out),
-            d_inp: self.address(d_inp),
-            gain: gain.map(|it| GainBackward {
+            d_out: self.address(op.d_out),
+            d_inp: self.address(op.d_inp),
+            gain: op.gain.map(|it| GainBackward {
                 gain: self.gain(it.gain),
                 inp: self.address(it.inp),
                 partial: self.address(it.partial),
@@ -573,270 +551,123 @@ impl Backend for Cuda {
             }),
         };
         let Some((driver, layer)) = self.scaled_residual(columns)? else { return Ok(()) };
-        layer.backward(driver, STREAM, spec, rows, &addresses)
+        layer.backward(driver, STREAM, op.spec, rows, &addresses)
     }
 
-    fn linear_forward(
-        &mut self,
-        inp: View,
-        weight: View,
-        residual: Option<View>,
-        out: View,
-    ) -> Result<()> {
-        self.multiply(Product {
-            layout: Layout::Nt,
-            m: inp.shape.rows(),
-            n: out.shape.columns(),
-            k: inp.shape.columns(),
-            a: self.address(inp),
-            b: self.address(weight),
-            out: self.address(out),
-            output: Output::Store { addend: residual.map(|residual| self.address(residual)) },
-        })
+    fn linear_forward(&mut self, op: LinearForward) -> Result<()> {
+        let addend = op.residual.map(|residual| self.address(residual));
+        self.multiply_forward(op, op.out.shape.columns(), Output::Store { addend })
     }
 
-    fn linear_backward(
-        &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_inp: Sink<View>,
-        d_weight: View,
-    ) -> Result<()> {
-        let (tokens, inner, outer) = (inp.shape.rows(), inp.shape.columns(), d_out.shape.columns());
-        let to = self.address(d_inp.to);
-        self.multiply(Product {
-            layout: Layout::Nn,
-            m: tokens,
-            n: inner,
-            k: outer,
-            a: self.address(d_out),
-            b: self.address(weight),
-            out: to,
-            output: Output::Store { addend: d_inp.accumulate.then_some(to) },
-        })?;
-        self.weight_gradient(inp, d_out, d_weight)
+    fn linear_backward(&mut self, op: LinearBackward) -> Result<()> {
+        let to = self.address(op.d_inp.to);
+        let addend = op.d_inp.accumulate.then_some(to);
+        self.multiply_backward(op, to, Output::Store { addend })
     }
 
-    fn rotary_forward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()> {
-        self.rotate(heads, table, positions, qkv, false)
+    fn rotary_forward(&mut self, op: Rotary) -> Result<()> {
+        self.rotate(op, false)
     }
 
-    fn rotary_backward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        self.rotate(heads, table, positions, d_qkv, true)
+    fn rotary_backward(&mut self, op: Rotary) -> Result<()> {
+        self.rotate(op, true)
     }
 
-    fn attention_forward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-    ) -> Result<()> {
-        let [qkv, out, log_sum_exp] = [qkv, out, log_sum_exp].map(|view| self.address(view));
-        let document_starts = document_starts.map(|view| self.address(view));
-        self.attend(AttentionForward { spec, qkv, document_starts, out, log_sum_exp })
+    fn attention_forward(&mut self, op: AttentionForward) -> Result<()> {
+        let op = op.map(&mut |view, _| self.address(view));
+        self.attend(op)
     }
 
-    fn attention_backward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        d_qkv: View,
-    ) -> Result<()> {
-        let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
-        let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
-        let document_starts = document_starts.map(|view| self.address(view));
-        let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
-        let angles = None;
-        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })
+    fn attention_backward(&mut self, op: AttentionBackward) -> Result<()> {
+        self.attend_backward(op, None)
     }
 
-    fn attention_rotary_backward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<bool> {
-        self.attention(spec.heads)?;
-        if !self.layers.attentions[&spec.heads].rotates_back() {
-            return Ok(false);
-        }
-        let views = [qkv, out, log_sum_exp, d_out, delta, d_qkv];
-        let [qkv, out, log_sum_exp, d_out, delta, d_qkv] = views.map(|view| self.address(view));
-        let document_starts = document_starts.map(|view| self.address(view));
-        let [table, positions] = [table, positions].map(|view| self.address(view));
-        let forward = AttentionForward { spec, qkv, document_starts, out, log_sum_exp };
-        let angles = Some(Angles { table, positions });
-        self.attend_backward(AttentionBackward { forward, d_out, delta, d_qkv, angles })?;
-        Ok(true)
-    }
-
-    fn cached_attention_forward(
-        &mut self,
-        heads: HeadSpec,
-        qkv: View,
-        keys: View,
-        values: View,
-        positions: View,
-        out: View,
-    ) -> Result<()> {
-        let [tokens, context] = [qkv.shape.rows(), keys.shape.rows()];
-        let views = [qkv, keys, values, positions, out];
-        let [qkv, keys, values, positions, out] = views.map(|view| self.address(view));
+    fn cached_attention_forward(&mut self, op: CachedAttention) -> Result<()> {
+        let [tokens, context] = [op.qkv.shape.rows(), op.keys.shape.rows()];
+        let op = op.map(&mut |view, _| self.address(view));
+        let CachedAttention { heads, qkv, keys, values, positions, out } = op;
         let Some((driver, attention)) = self.attention(heads)? else { return Ok(()) };
         attention.decode(driver, STREAM, tokens, context, qkv, keys, values, positions, out)
     }
 
-    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()> {
-        let [rows, ffn] = [out.shape.rows(), out.shape.columns()];
-        let [inp, out] = [inp, out].map(|view| self.address(view));
+    fn swiglu_forward(&mut self, op: SwiGluForward) -> Result<()> {
+        let [rows, ffn] = [op.out.shape.rows(), op.out.shape.columns()];
+        let op = op.map(&mut |view, _| self.address(view));
         let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
-        pointwise.swiglu_forward(driver, STREAM, rows, ffn, &SwigluForward { inp, out })
+        pointwise.swiglu_forward(driver, STREAM, rows, ffn, &op)
     }
 
-    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()> {
-        let [rows, ffn] = [d_out.shape.rows(), d_out.shape.columns()];
-        let [inp, d_out, d_inp] = [inp, d_out, d_inp].map(|view| self.address(view));
+    fn swiglu_backward(&mut self, op: SwiGluBackward) -> Result<()> {
+        let [rows, ffn] = [op.d_out.shape.rows(), op.d_out.shape.columns()];
+        let op = op.map(&mut |view, _| self.address(view));
         let Some((driver, pointwise)) = self.pointwise() else { return Ok(()) };
-        let args = SwigluBackward { inp, d_out, d_inp };
-        pointwise.swiglu_backward(driver, STREAM, rows, ffn, &args)
+        pointwise.swiglu_backward(driver, STREAM, rows, ffn, &op)
     }
 
-    fn linear_rotary_forward(
-        &mut self,
-        heads: HeadSpec,
-        inp: View,
-        weight: View,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<bool> {
+    fn cross_entropy_forward(&mut self, op: CrossEntropyForward) -> Result<()> {
+        self.cross_entropy(op, None)
+    }
+
+    fn cross_entropy_backward(&mut self, op: CrossEntropyBackward) -> Result<()> {
+        let CrossEntropyBackward { forward, scale, d_inp, d_weight } = op;
+        self.cross_entropy(forward, Some((scale, d_inp, d_weight)))
+    }
+
+    fn linear_rotary_forward(&mut self, linear: LinearForward, rotary: Rotary) -> Result<bool> {
+        let heads = rotary.heads;
         let output = Output::Rotate(Rotation {
-            table: self.address(table),
-            positions: self.address(positions),
+            table: self.address(rotary.table),
+            positions: self.address(rotary.positions),
             columns: (heads.heads + heads.kv_heads) * heads.head_dim,
             head_dim: heads.head_dim,
         });
-        if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return Ok(false);
+        let fuses = self.layers.gemm.fuses(Layout::Nt, output);
+        if fuses {
+            self.multiply_forward(linear, linear.out.shape.columns(), output)?;
         }
-        self.multiply(Product {
-            layout: Layout::Nt,
-            m: inp.shape.rows(),
-            n: qkv.shape.columns(),
-            k: inp.shape.columns(),
-            a: self.address(inp),
-            b: self.address(weight),
-            out: self.address(qkv),
-            output,
-        })?;
-        Ok(true)
+        Ok(fuses)
     }
 
     fn linear_swiglu_forward(
         &mut self,
-        inp: View,
-        weight: View,
-        gate_up: View,
-        out: View,
+        linear: LinearForward,
+        swiglu: SwiGluForward,
     ) -> Result<bool> {
-        let output = Output::SwiGlu { product: self.address(out) };
-        if !self.layers.gemm.fuses(Layout::Nt, output) {
-            return Ok(false);
+        let output = Output::SwiGlu { product: self.address(swiglu.out) };
+        let fuses = self.layers.gemm.fuses(Layout::Nt, output);
+        if fuses {
+            self.multiply_forward(linear, swiglu.out.shape.columns(), output)?;
         }
-        self.multiply(Product {
-            layout: Layout::Nt,
-            m: inp.shape.rows(),
-            n: out.shape.columns(),
-            k: inp.shape.columns(),
-            a: self.address(inp),
-            b: self.address(weight),
-            out: self.address(gate_up),
-            output,
-        })?;
-        Ok(true)
+        Ok(fuses)
     }
 
     fn linear_swiglu_backward(
         &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_weight: View,
-        gate_up: View,
-        _d_inp: View,
-        d_gate_up: View,
+        linear: LinearBackward,
+        swiglu: SwiGluBackward,
     ) -> Result<bool> {
-        let output = Output::SwiGluGradient { gate_up: self.address(gate_up) };
-        if !self.layers.gemm.fuses(Layout::Nn, output) {
-            return Ok(false);
+        let output = Output::SwiGluGradient { gate_up: self.address(swiglu.inp) };
+        let fuses = self.layers.gemm.fuses(Layout::Nn, output);
+        if fuses {
+            self.multiply_backward(linear, self.address(swiglu.d_inp), output)?;
         }
-        self.multiply(Product {
-            layout: Layout::Nn,
-            m: inp.shape.rows(),
-            n: inp.shape.columns(),
-            k: d_out.shape.columns(),
-            a: self.address(d_out),
-            b: self.address(weight),
-            out: self.address(d_gate_up),
-            output,
-        })?;
-        self.weight_gradient(inp, d_out, d_weight)?;
-        Ok(true)
+        Ok(fuses)
     }
 
-    fn cross_entropy_forward(
+    fn attention_rotary_backward(
         &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        logits: View,
-        losses: View,
-    ) -> Result<()> {
-        self.cross_entropy(spec, LossOperands { inp, weight, targets, logits, losses }, None)
-    }
-
-    fn cross_entropy_backward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        scale: View,
-        logits: View,
-        losses: View,
-        d_inp: View,
-        d_weight: View,
-    ) -> Result<()> {
-        let operands = LossOperands { inp, weight, targets, logits, losses };
-        self.cross_entropy(spec, operands, Some((scale, d_inp, d_weight)))
+        attention: AttentionBackward,
+        rotary: Rotary,
+    ) -> Result<bool> {
+        let heads = attention.spec.heads;
+        self.attention(heads)?;
+        let fuses = self.layers.attentions[&heads].rotates_back();
+        if fuses {
+            let [table, positions] =
+                [rotary.table, rotary.positions].map(|view| self.address(view));
+            self.attend_backward(attention, Some(Angles { table, positions }))?;
+        }
+        Ok(fuses)
     }
 
     fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()> {

@@ -35,6 +35,7 @@ fn check(sequence: usize) -> Check {
             d_out: repeated(&inputs.d_out, out, times),
         },
         plain: longer(plain),
+        plain_of_rounded: OnceLock::new(),
         exact: longer(exact),
         whole: false,
     }

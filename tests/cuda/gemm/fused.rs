@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use isobath::backend::HeadSpec;
 use isobath::config::Dtype;
 use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product, Rotation, Variant};
-use isobath::cuda::pointwise::{Pointwise, SwigluForward};
+use isobath::cuda::pointwise::{Pointwise, SwiGluForward};
 use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 
 use super::super::machines::*;
@@ -419,7 +419,7 @@ fn swiglu_alone(
     let [m, n, _] = case.sizes;
     let inp = upload(driver, "gate and up", BF16, gate_up);
     let out = unwritten(driver, "product", BF16, m * n);
-    let args = SwigluForward { inp: inp.address, out: out.address };
+    let args = SwiGluForward { inp: inp.address, out: out.address };
     kernels.swiglu_forward(driver, StreamId::MAIN, m, n, &args).unwrap();
     let found = download(driver, BF16, out);
     driver.release(inp).unwrap();

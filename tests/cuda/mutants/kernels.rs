@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use isobath::backend::{AttentionSpec, HeadSpec, NormSpec};
+use isobath::backend::{AttentionSpec, HeadSpec, NormSpec, Sink};
 use isobath::config::{Dtype, NormKind};
 use isobath::cuda::attention::{Attention, AttentionBackward, AttentionForward, Passes};
 use isobath::cuda::gemm::{Choice, Gemm, Layout, Output, Product};
@@ -306,25 +306,26 @@ pub(super) fn run_norm(
         let partial = unwritten(driver, "partial", Dtype::F32, partials * columns);
         let of_layer = (kind == NormKind::Layer).then_some(mean.address);
         let forward = NormForward {
+            spec,
             inp: inp.address,
             gain: gain.address,
             out: out.address,
             mean: of_layer,
             rstd: rstd.address,
         };
-        norm.forward(driver, StreamId::MAIN, spec, rows, &forward)?;
+        norm.forward(driver, StreamId::MAIN, rows, &forward)?;
         let backward = NormBackward {
+            spec,
             inp: inp.address,
             gain: gain.address,
             mean: of_layer,
             rstd: rstd.address,
             d_out: d_out.address,
             partial: partial.address,
-            d_inp: d_inp.address,
-            accumulate,
+            d_inp: Sink { to: d_inp.address, accumulate },
             d_gain: d_gain.address,
         };
-        norm.backward(driver, StreamId::MAIN, spec, rows, &backward)?;
+        norm.backward(driver, StreamId::MAIN, rows, &backward)?;
         for (dtype, buffer) in
             [(dtype, out), (Dtype::F32, rstd), (dtype, d_inp), (Dtype::F32, d_gain)]
         {

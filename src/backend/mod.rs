@@ -8,6 +8,8 @@
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
+mod operands;
+
 use std::ffi::CStr;
 use std::ops::Range;
 
@@ -15,28 +17,14 @@ use crate::error::Result;
 use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
 
-/// Where an activation gradient goes, and whether something is there already.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Sink<H> {
-    pub to: H,
-    /// `+=` instead of `=`.
-    pub accumulate: bool,
-}
+pub use operands::{
+    Access, AttentionBackward, AttentionForward, CachedAttention, CrossEntropyBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, GainGradient, LinearBackward,
+    LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
+    ScaledResidualForward, Sink, SwiGluBackward, SwiGluForward,
+};
 
-/// What the gradient of a branch's gain is made of and where it goes.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct GainGradient<H> {
-    /// [T,C], what was multiplied by the gain.
-    pub inp: H,
-    /// [C] or [1]
-    pub gain: H,
-    /// [ceil(T/NORM_PARTIAL_ROWS), C], scratch.
-    pub partial: H,
-    /// As gain; added to.
-    pub d_gain: H,
-}
-
-/// Rows of a partial sum of a gain's gradient, see [`Backend::norm_backward`].
+/// Rows of a partial sum of a gain's gradient, see [`NormBackward`].
 pub const NORM_PARTIAL_ROWS: usize = 64;
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -408,222 +396,45 @@ pub trait Backend {
     /// to += from
     fn add(&mut self, from: View, to: View) -> Result<()>;
 
-    /// out[t] = table[tokens[t]]; out [T,C], table [V,C], tokens [T].
-    fn embedding_forward(&mut self, tokens: View, table: View, out: View) -> Result<()>;
-    /// d_table[tokens[t]] += d_out[t]
-    fn embedding_backward(&mut self, tokens: View, d_out: View, d_table: View) -> Result<()>;
+    // Each op and its gradient; formulas and shapes stand at their operands.
 
-    /// out = normalise(inp) * (gain / sqrt(depth)). inp, out [T,C]; gain [C]; rstd [T], and mean
-    /// [T] for LayerNorm, are kept for backward.
-    fn norm_forward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        out: View,
-        mean: Option<View>,
-        rstd: View,
-    ) -> Result<()>;
-    /// partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch; d_gain += its column sums / sqrt(depth).
-    #[allow(clippy::too_many_arguments)]
-    fn norm_backward(
-        &mut self,
-        spec: NormSpec,
-        inp: View,
-        gain: View,
-        mean: Option<View>,
-        rstd: View,
-        d_out: View,
-        partial: View,
-        d_inp: Sink<View>,
-        d_gain: View,
-    ) -> Result<()>;
+    fn embedding_forward(&mut self, op: EmbeddingForward) -> Result<()>;
+    fn embedding_backward(&mut self, op: EmbeddingBackward) -> Result<()>;
+    fn norm_forward(&mut self, op: NormForward) -> Result<()>;
+    fn norm_backward(&mut self, op: NormBackward) -> Result<()>;
+    fn scaled_residual_forward(&mut self, op: ScaledResidualForward) -> Result<()>;
+    fn scaled_residual_backward(&mut self, op: ScaledResidualBackward) -> Result<()>;
+    fn linear_forward(&mut self, op: LinearForward) -> Result<()>;
+    fn linear_backward(&mut self, op: LinearBackward) -> Result<()>;
+    fn rotary_forward(&mut self, op: Rotary) -> Result<()>;
+    /// The inverse rotation, of a gradient.
+    fn rotary_backward(&mut self, op: Rotary) -> Result<()>;
+    fn attention_forward(&mut self, op: AttentionForward) -> Result<()>;
+    fn attention_backward(&mut self, op: AttentionBackward) -> Result<()>;
+    fn cached_attention_forward(&mut self, op: CachedAttention) -> Result<()>;
+    fn swiglu_forward(&mut self, op: SwiGluForward) -> Result<()>;
+    fn swiglu_backward(&mut self, op: SwiGluBackward) -> Result<()>;
+    fn cross_entropy_forward(&mut self, op: CrossEntropyForward) -> Result<()>;
+    fn cross_entropy_backward(&mut self, op: CrossEntropyBackward) -> Result<()>;
 
-    /// out = stream_scale residual + branch_scale gain inp; inp, residual, out [T,C]; gain [C], or
-    /// [1] for all columns; without one it is 1.
-    fn scaled_residual_forward(
-        &mut self,
-        spec: ResidualSpec,
-        inp: View,
-        residual: View,
-        gain: Option<View>,
-        out: View,
-    ) -> Result<()>;
-    /// d_inp = branch_scale gain d_out; then d_out *= stream_scale, which makes it the gradient of
-    /// the residual. With a gain, d_gain += branch_scale times the sum over tokens of d_out inp,
-    /// over columns, too, for a gain of [1]; partial [ceil(T/NORM_PARTIAL_ROWS), C] is scratch.
-    fn scaled_residual_backward(
-        &mut self,
-        spec: ResidualSpec,
-        d_out: View,
-        d_inp: View,
-        gain: Option<GainGradient<View>>,
-    ) -> Result<()>;
+    // Two ops in one kernel: the second reads, or changes in place, what the first gives. False:
+    // there is none that does both, and nothing was done; what lies between the two may be rounded
+    // there, or not.
 
-    /// out = inp weight^T (+ residual); inp [T,I], weight [O,I], out and residual [T,O].
-    fn linear_forward(
-        &mut self,
-        inp: View,
-        weight: View,
-        residual: Option<View>,
-        out: View,
-    ) -> Result<()>;
-    /// d_inp = d_out weight; d_weight += d_out^T inp, where a GPU may take subnormal numbers (below
-    /// 2^-126) for zeros.
-    fn linear_backward(
-        &mut self,
-        inp: View,
-        weight: View,
-        d_out: View,
-        d_inp: Sink<View>,
-        d_weight: View,
-    ) -> Result<()>;
-
-    /// Rotates q and k of qkv [T,(H+2K)D] in place (rotate-half); v stays. table [P,D]: cosines
-    /// of the D/2 angles of each position, then their sines; positions [T].
-    fn rotary_forward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        qkv: View,
-    ) -> Result<()>;
-    /// The inverse rotation, in place.
-    fn rotary_backward(
-        &mut self,
-        heads: HeadSpec,
-        table: View,
-        positions: View,
-        d_qkv: View,
-    ) -> Result<()>;
-
-    /// Causal softmax(q k^T / sqrt(D)) v with K kv heads, read from qkv [T,(H+2K)D] where they
-    /// lie; out [T,HD]; log_sum_exp [B,H,S]. Query i of a row sees keys document_starts[i] to i
-    /// of it: document_starts [T], an index within the row each, at most i, not descending along
-    /// the row. `None`: every row is one document.
-    fn attention_forward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-    ) -> Result<()>;
-    /// delta [B,H,S] is scratch for the row sums of out * d_out.
-    #[allow(clippy::too_many_arguments)]
-    fn attention_backward(
-        &mut self,
-        spec: AttentionSpec,
-        qkv: View,
-        document_starts: Option<View>,
-        out: View,
-        log_sum_exp: View,
-        d_out: View,
-        delta: View,
-        d_qkv: View,
-    ) -> Result<()>;
-
-    /// Writes the new k and v to rows `positions` of the cache, then attends to every row up to
-    /// its own. qkv [T,(H+2K)D] of one sequence; keys, values [P,KD]; positions [T] ascending by 1.
-    fn cached_attention_forward(
-        &mut self,
-        heads: HeadSpec,
-        qkv: View,
-        keys: View,
-        values: View,
-        positions: View,
-        out: View,
-    ) -> Result<()>;
-
-    /// out = silu(gate) * up; inp [T,2F] holds gate, then up; out [T,F].
-    fn swiglu_forward(&mut self, inp: View, out: View) -> Result<()>;
-    fn swiglu_backward(&mut self, inp: View, d_out: View, d_inp: View) -> Result<()>;
-
-    // Two ops in one kernel. False: there is none that does both, and nothing was done; what lies
-    // between the two may be rounded there, or not.
-
-    /// qkv = inp weight^T, then [`Backend::rotary_forward`].
-    fn linear_rotary_forward(
-        &mut self,
-        _heads: HeadSpec,
-        _inp: View,
-        _weight: View,
-        _table: View,
-        _positions: View,
-        _qkv: View,
-    ) -> Result<bool> {
+    fn linear_rotary_forward(&mut self, _: LinearForward, _: Rotary) -> Result<bool> {
         Ok(false)
     }
-    /// gate_up = inp weight^T, then out as of [`Backend::swiglu_forward`], of the rounded gate_up.
-    fn linear_swiglu_forward(
-        &mut self,
-        _inp: View,
-        _weight: View,
-        _gate_up: View,
-        _out: View,
-    ) -> Result<bool> {
+    /// SwiGLU is that of the rounded product.
+    fn linear_swiglu_forward(&mut self, _: LinearForward, _: SwiGluForward) -> Result<bool> {
         Ok(false)
     }
-    /// [`Backend::linear_backward`], whose d_inp is scratch, then [`Backend::swiglu_backward`] of
-    /// it.
-    #[allow(clippy::too_many_arguments)]
-    fn linear_swiglu_backward(
-        &mut self,
-        _inp: View,
-        _weight: View,
-        _d_out: View,
-        _d_weight: View,
-        _gate_up: View,
-        _d_inp: View,
-        _d_gate_up: View,
-    ) -> Result<bool> {
+    /// The first one's d_inp is scratch.
+    fn linear_swiglu_backward(&mut self, _: LinearBackward, _: SwiGluBackward) -> Result<bool> {
         Ok(false)
     }
-    /// [`Backend::attention_backward`], then [`Backend::rotary_backward`] of d_qkv.
-    #[allow(clippy::too_many_arguments)]
-    fn attention_rotary_backward(
-        &mut self,
-        _spec: AttentionSpec,
-        _qkv: View,
-        _document_starts: Option<View>,
-        _out: View,
-        _log_sum_exp: View,
-        _d_out: View,
-        _delta: View,
-        _table: View,
-        _positions: View,
-        _d_qkv: View,
-    ) -> Result<bool> {
+    fn attention_rotary_backward(&mut self, _: AttentionBackward, _: Rotary) -> Result<bool> {
         Ok(false)
     }
-
-    /// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus
-    /// z_loss log^2(Z); 0 where the target is IGNORE_INDEX. inp [T,C], weight [V,C], losses [T];
-    /// logits [chunk,V] is scratch.
-    fn cross_entropy_forward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        logits: View,
-        losses: View,
-    ) -> Result<()>;
-    /// Losses as in the forward pass, and the gradients of scale[0] * sum(losses), from one
-    /// computation of the logits: in training this replaces the forward pass.
-    #[allow(clippy::too_many_arguments)]
-    fn cross_entropy_backward(
-        &mut self,
-        spec: LossSpec,
-        inp: View,
-        weight: View,
-        targets: View,
-        scale: View,
-        logits: View,
-        losses: View,
-        d_inp: View,
-        d_weight: View,
-    ) -> Result<()>;
 
     /// grad_norm[0] = Euclidean norm of the gradients, summed in f64 in a fixed order.
     fn gradient_norm(&mut self, buffers: &FlatBuffers) -> Result<()>;
