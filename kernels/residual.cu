@@ -13,7 +13,7 @@
 
 constexpr int WARP = 32;
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
-// Rows of a block, and of a partial sum: NORM_PARTIAL_ROWS in src/backend.rs.
+// Rows of a block, and of a partial sum: NORM_PARTIAL_ROWS in src/backend/mod.rs.
 constexpr int CHUNK = 64;
 // Rows that a warp loads before the first is used: two loads of each operand are under way; with
 // four the registers do not suffice for the blocks below.

@@ -555,8 +555,8 @@ fn a_product_joins_what_follows_it() {
     assert_eq!(fused(&ffn(false, true)), [forward], "two gradients make that of the product");
 }
 
-/// What a profiler shows as the backward pass: all gradients, the first of which is a fused one where
-/// a block ends with its FFN.
+/// What a profiler shows as the backward pass: all gradients, the first of which is a fused one
+/// where a block ends with its FFN.
 #[test]
 fn the_backward_pass_of_a_block_begins_with_its_first_gradient() {
     let model = small_model();

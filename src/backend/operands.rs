@@ -312,8 +312,8 @@ pub struct AttentionForward<H = View> {
     pub spec: AttentionSpec,
     /// [T,(H+2K)D]
     pub qkv: H,
-    /// [T], i32: an index within the row each, at most i, not descending along the row. `None`: every
-    /// row is one document.
+    /// [T], i32: an index within the row each, at most i, not descending along the row. `None`:
+    /// every row is one document.
     pub document_starts: Option<H>,
     /// [T,HD]
     pub out: H,

@@ -1,23 +1,19 @@
 //! Steps that run as one: what makes a tensor, and what would read all of it once more.
 //!
-//! [`fuse`] finds them in a finished list of steps, so neither recording nor the backward rules know
-//! of them. Which there are is said once, by [`Fused`]; what runs them and what estimates their time
-//! are matches over it.
+//! Which there are is said once, by [`Fused`]; what finds them (fuse.rs), what runs them and what
+//! estimates their time are matches over it.
 
-use std::collections::HashSet;
-
-use super::ValueId;
 use super::op::{Gradient, Op};
 use super::step::Step;
 use crate::backend::{
-    Access, AttentionBackward, Backend, LinearBackward, LinearForward, Rotary, Sink,
-    SwiGluBackward, SwiGluForward,
+    Access, AttentionBackward, Backend, LinearBackward, LinearForward, Rotary, SwiGluBackward,
+    SwiGluForward,
 };
 use crate::error::{Error, Result};
 use crate::tensor::View;
 
-/// Two steps, one directly after the other. Where a backend has no kernel that does both, they run one
-/// after the other.
+/// Two steps, one directly after the other. Where a backend has no kernel that does both, they run
+/// one by one.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Fused<H> {
     /// A product, and the rotation of what it gives.
@@ -124,66 +120,5 @@ impl Fused<View> {
                 backend.attention_rotary_backward(attention, rotary)
             }
         }
-    }
-}
-
-// ------------------------------------------------------------------ what is joined
-
-/// Joins neighbours; what is `kept`, or read by any other step, stays a result of its own.
-pub(super) fn fuse(steps: Vec<Step<ValueId>>, kept: &[ValueId]) -> Vec<Step<ValueId>> {
-    let mut all: Vec<Step<ValueId>> = Vec::with_capacity(steps.len());
-    for (index, &step) in steps.iter().enumerate() {
-        let read_once = |id: ValueId| {
-            let later = steps[index + 1..].iter().flat_map(|step| step.operands());
-            !kept.contains(&id) && !later.into_iter().any(|(other, _)| other == id)
-        };
-        match all.last().and_then(|&before| joined(before, step, read_once)) {
-            Some(fused) => *all.last_mut().expect("it has a last one") = Step::Fused(fused),
-            None => all.push(step),
-        }
-    }
-    all
-}
-
-/// Gradients between SwiGLU's and that of the linear layer after it: no other step knows of them, and
-/// a device that computes both at once does not, either.
-pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
-    let between = |step: &Step<ValueId>| match step {
-        Step::Fused(Fused::LinearSwiGluBackward(linear, _)) => Some(linear.d_inp.to),
-        _ => None,
-    };
-    steps.iter().filter_map(between).collect()
-}
-
-/// The two as one; `read_once`: by no step after them.
-fn joined(
-    before: Step<ValueId>,
-    step: Step<ValueId>,
-    read_once: impl Fn(ValueId) -> bool,
-) -> Option<Fused<ValueId>> {
-    match (before, step) {
-        (Step::Forward(Op::Linear(linear)), Step::Forward(next)) if linear.residual.is_none() => {
-            match next {
-                Op::Rotary(rotary) if rotary.qkv == linear.out => {
-                    Some(Fused::LinearRotary(linear, rotary))
-                }
-                Op::SwiGlu(swiglu) if swiglu.inp == linear.out => {
-                    Some(Fused::LinearSwiGlu(linear, swiglu))
-                }
-                _ => None,
-            }
-        }
-        (Step::Backward(Gradient::Linear(linear)), Step::Backward(Gradient::SwiGlu(swiglu))) => {
-            let between = Sink { to: swiglu.d_out, accumulate: false };
-            (linear.d_inp == between && read_once(swiglu.d_out))
-                .then_some(Fused::LinearSwiGluBackward(linear, swiglu))
-        }
-        (
-            Step::Backward(Gradient::Attention(attention)),
-            Step::Backward(Gradient::Rotary(rotary)),
-        ) if rotary.qkv == attention.d_qkv && rotary.heads == attention.spec.heads => {
-            Some(Fused::AttentionRotaryBackward(attention, rotary))
-        }
-        _ => None,
     }
 }

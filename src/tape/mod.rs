@@ -9,6 +9,7 @@
 //! knows neither a device nor a model.
 
 mod differentiate;
+mod fuse;
 mod fused;
 mod memory;
 mod op;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::differentiate::{Gradients, inference_steps, training_steps, vector_jacobian_steps};
-use super::fused::{fuse, scratch_of_pairs};
+use super::fuse::{fuse, scratch_of_pairs};
 use super::memory::MemoryPlan;
 use super::{External, Role, Step, Tape, Value, ValueId};
 use crate::backend::Backend;

@@ -31,8 +31,8 @@ impl<H: Copy> Step<H> {
         }
     }
 
-    /// Whether it belongs to the backward pass wherever it stands. Ops run in either pass: again in the
-    /// backward pass, where their results were not kept.
+    /// Whether it belongs to the backward pass wherever it stands. Ops run in either pass: again in
+    /// the backward pass, where their results were not kept.
     pub fn is_backward(&self) -> bool {
         match self {
             Step::Forward(_) => false,
