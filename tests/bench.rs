@@ -4,8 +4,8 @@ use std::process::Output;
 
 use isobath::bench::cost::Cost;
 use isobath::bench::{
-    self, Benchmark, GemmPrediction, KernelFamily, Machine, Prediction, ProductsRequest, Request,
-    Sizes, StepProduct, StepRequest, Unit,
+    self, Benchmark, FusionTime, GemmPrediction, KernelFamily, Machine, Prediction,
+    ProductsRequest, Request, Sizes, StepProduct, StepRequest, Unit,
 };
 use isobath::config::{Attention, Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
@@ -13,7 +13,7 @@ use isobath::cuda::gemm::{self, Ending, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, Peaks};
-use isobath::cuda::{Cuda, DevicePointer, Driver, Family};
+use isobath::cuda::{Cuda, DevicePointer, Driver, Family, Fusion};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::plan::PlanReport;
@@ -133,7 +133,7 @@ fn a_training_step_counts_its_formula_in_each_type() {
         return;
     }
     let sets = ["model.layers=1", "data.sequence=32", "train.grad_accumulation=3"];
-    let step = StepRequest { preset: None, sets: sets.map(String::from).to_vec() };
+    let step = StepRequest { sets: sets.map(String::from).to_vec(), ..Default::default() };
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let request = Request { step: step.clone(), dtype: Some(dtype), ..small(Benchmark::Step) };
         // hidden 64, ffn 176, 2 heads of 32 and one for keys and values, 512 tokens
@@ -253,7 +253,10 @@ fn impossible_sizes_are_refused() {
         return;
     }
     let step = |sets: &[&str]| Request {
-        step: StepRequest { preset: None, sets: sets.iter().map(ToString::to_string).collect() },
+        step: StepRequest {
+            sets: sets.iter().map(ToString::to_string).collect(),
+            ..Default::default()
+        },
         ..small(Benchmark::Step)
     };
     let norm = || small(Benchmark::Norm);
@@ -356,7 +359,7 @@ fn a_prediction_multiplies_as_often_as_the_plans_formula_says() {
 
 #[test]
 fn a_prediction_adds_up_and_stays_below_the_peak() {
-    let config = StepRequest { preset: Some("130m".to_string()), sets: vec![] };
+    let config = StepRequest { preset: Some("130m".to_string()), ..Default::default() };
     let config = config.resolve(Machine::Gpu, None).unwrap();
     let prediction = Prediction::new(&config).unwrap();
     let [datasheet, measured] = &prediction.roofs[..] else { panic!("{prediction}") };
@@ -406,9 +409,81 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
 
     let without = Prediction::new(&Config { dtype: Dtype::F32, ..config }).unwrap();
     assert_eq!(without.roofs.len(), 1, "nobody measured fp32 products");
-    let odd = StepRequest { preset: Some("40m".to_string()), sets: vec![] };
+    let odd = StepRequest { preset: Some("40m".to_string()), ..Default::default() };
     let error = Prediction::new(&odd.resolve(Machine::Gpu, None).unwrap()).unwrap_err();
     assert!(matches!(&error, Error::Config { what, .. } if what.contains("head dim of 52")));
+}
+
+/// What lies between two ops is stored and read once more, by so many kernels more.
+#[test]
+fn a_prediction_says_what_each_fusion_is_worth() {
+    let config = unpadded();
+    let prediction = Prediction::new(&config).unwrap();
+    let (model, train) = (&config.model, &config.train);
+    let tokens = train.micro_batch * config.data.sequence;
+    let passes = (model.layers * train.grad_accumulation) as u64;
+    let rotated = (model.heads + model.kv_heads) * model.head_dim();
+    let bf16 = |columns: usize| (2 * tokens * columns) as u64;
+    // A residual would be read where its product is stored, anyway.
+    let expected = [
+        (Fusion::Residual, 2, 2 * (3 - 1) * bf16(model.hidden)),
+        (Fusion::Rotary, 1, 2 * bf16(rotated)),
+        (Fusion::SwiGlu, 1, bf16(2 * model.ffn)),
+        (Fusion::SwiGluBackward, 1, 2 * bf16(model.ffn)),
+        (Fusion::RotaryBackward, 1, 2 * bf16(rotated)),
+    ];
+    let found: Vec<_> =
+        prediction.fusions.iter().map(|it| (it.fusion, it.more_launches, it.more_bytes)).collect();
+    assert_eq!(
+        found,
+        expected.map(|(it, launches, bytes)| (it, launches * passes, bytes * passes))
+    );
+    for FusionTime { fusion, more_bytes, more_milliseconds, .. } in &prediction.fusions {
+        assert_eq!(more_milliseconds.len(), prediction.roofs.len());
+        // Where the products' time hides their bytes, all of the new kernel's come on top.
+        for (more, roof) in more_milliseconds.iter().zip(&prediction.roofs) {
+            let least = *more_bytes as f64 / roof.bytes_per_second * 1e3;
+            assert!(*more >= 0.999 * least, "{fusion}: {more} ms, {least} for the bytes");
+        }
+    }
+    let text = prediction.to_string();
+    assert!(text.contains("a step without"), "{text}");
+    for fusion in Fusion::ALL {
+        assert!(text.contains(&format!("\n{fusion} ")), "{fusion} is missing in:\n{text}");
+    }
+    let f32 = Prediction::new(&Config { dtype: Dtype::F32, ..config }).unwrap();
+    let more: Vec<u64> = f32.fusions.iter().map(|it| it.more_launches).collect();
+    assert_eq!(more, [2 * passes, 0, 0, 0, 0], "the kernels for f32 add a residual, and no more");
+}
+
+/// Once with all fusions, then without those that are named, each in a row of its own.
+#[test]
+fn a_step_is_timed_without_the_fusions_that_are_named() {
+    if skipped() {
+        return;
+    }
+    let without = vec![vec![Fusion::Rotary], vec![Fusion::Residual, Fusion::SwiGluBackward]];
+    let sets = vec!["data.sequence=32".to_string()];
+    let step = StepRequest { sets, without: without.clone(), ..Default::default() };
+    let request = Request { step, samples: Some(2), ..small(Benchmark::Step) };
+    let report = bench::run(open, &request, |_| ()).unwrap();
+    let details: Vec<_> = report.rows.iter().map(|row| row.step.as_ref().unwrap()).collect();
+    let named: Vec<_> = details.iter().map(|it| it.without.clone()).collect();
+    assert_eq!(named, [vec![], without[0].clone(), without[1].clone()]);
+    let launches = |row: usize| details[row].families.iter().map(|it| it.launches).sum::<usize>();
+    // Of two layers.
+    assert_eq!([1, 2].map(|row| launches(row) - launches(0)), [2, 2 * (2 + 1)]);
+    assert!(details[2].memory.planned > details[0].memory.planned, "it has an operand more");
+    assert_eq!(details[0].percent_over_whole, None);
+    for (row, step) in report.rows.iter().zip(&details).skip(1) {
+        let ratio = row.median_microseconds / report.rows[0].median_microseconds;
+        let percent = step.percent_over_whole.unwrap();
+        assert!((percent - 100.0 * (ratio - 1.0)).abs() < 1e-9, "{percent}");
+    }
+    let text = report.to_string();
+    for part in ["step, bf16, without residual, swiglu-backward", " % time\n"] {
+        assert!(text.contains(part), "`{part}` is missing in:\n{text}");
+    }
 }
 
 #[test]
@@ -529,7 +604,7 @@ fn a_step_is_the_sum_of_its_families() {
         return;
     }
     let sets = ["train.grad_accumulation=2", "model.layers=3"].map(String::from).to_vec();
-    let step = StepRequest { preset: None, sets };
+    let step = StepRequest { sets, ..Default::default() };
     let config = step.resolve(Machine::Cpu, None).unwrap();
     let one_ms_each = || -> Result<Box<dyn Driver>> {
         let counting = Counting::new(Host::new(Options::default())?);
@@ -1220,6 +1295,9 @@ fn wrong_arguments_of_bench_are_refused() {
         ("gemm --table --device simt --preset 8m", &[], &["8m", "9m"]),
         ("gemm --stdin --product 8,8,8", &[], &["--product says which product"]),
         ("gemm --stdin --preset 9m", &[], &["--preset applies only to step"]),
+        ("gemm --without rotary", &[], &["--without applies only to step"]),
+        ("step --without norm", &[], &["--without", "rotary-backward"]),
+        ("--predict --without rotary", &[], &["--without", "bench step --without"]),
         ("--predict --set model.vocab=0", &[], &["vocabulary is not known", "model.vocab"]),
     ];
     for (arguments, variables, parts) in refused {

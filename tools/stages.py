@@ -204,7 +204,16 @@ def benches(args):
         Stage("bench step", step, 40),
         Stage("bench step without overlap", step, 40, environment=without_overlap),
         *[Stage(f"bench {name}", bench(args, name), 60) for name in KERNELS],
+        fusions(args),
     ]
+
+
+def fusions(args):
+    """What each fusion is worth, in a model whose products leave the memory the least idle."""
+    without = "residual", "rotary", "swiglu", "swiglu-backward", "rotary-backward", "all"
+    model = ["--preset", "130m"] if args.device == "cuda" else []
+    command = [*bench(args, "step", samples=5), *model]
+    return Stage("bench fusions", [*command, *(f"--without={it}" for it in without)], 60)
 
 
 def products(args, results):

@@ -28,7 +28,7 @@ pub use cost::KernelFamily;
 pub use launched::FamilyShare;
 pub use prediction::machine_plan::{Fit, Level, MachinePlan, StateFormat};
 pub use prediction::shapes::{GemmPrediction, GemmRow};
-pub use prediction::{FamilyTime, Kernel, Prediction, Roof};
+pub use prediction::{FamilyTime, FusionTime, Kernel, Prediction, Roof};
 pub use product::StepProduct;
 pub use products::table::{Mean, Speed, TableReport, TableRow, answer, table};
 pub use products::tune::{Candidate, TuneReport, TunedProduct, tune};
@@ -149,7 +149,7 @@ pub fn run(
     let counts_bytes = table.rows.iter().any(|row| row.work.unit == Unit::Bytes);
     let copy = if counts_bytes { Some(copy::row(driver, request.samples)?) } else { None };
     if let Some(config) = step {
-        step::row(&mut open, &config, request.samples, &mut table)?;
+        step::rows(&mut open, &config, &request.step, request.samples, &mut table)?;
     }
     let mut rows = table.rows;
     let properties = driver.properties().clone();

@@ -9,8 +9,8 @@ use super::launched::FamilyShare;
 use super::sizes::Sizes;
 use super::timing::Timing;
 use crate::config::Dtype;
-use crate::cuda::Properties;
 use crate::cuda::peaks::Peaks;
+use crate::cuda::{Fusion, Properties};
 use crate::sensors::Conditions;
 use crate::throughput::MemoryUse;
 use crate::version::Program;
@@ -82,6 +82,10 @@ impl OverPlain {
 #[derive(Serialize, Clone, Debug)]
 pub struct StepDetails {
     pub tokens_per_second: f64,
+    /// The fusions that were left out.
+    pub without: Vec<Fusion>,
+    /// Of the time of a step with all of them, what this one takes longer.
+    pub percent_over_whole: Option<f64>,
     /// Of steps that were launched kernel by kernel, with events in between; together more than the
     /// median.
     pub families: Vec<FamilyShare>,
@@ -193,6 +197,9 @@ impl fmt::Display for Report {
             }
             if let Some(step) = &row.step {
                 write!(f, "  {:.0} tokens/s", step.tokens_per_second)?;
+                if let Some(percent) = step.percent_over_whole {
+                    write!(f, "  {percent:+.1} % time")?;
+                }
             }
             writeln!(f)?;
         }

@@ -10,7 +10,7 @@ use super::report::{Row, StepDetails, TimedRows};
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::{Config, Dtype};
-use crate::cuda::{Cuda, Driver, StreamId, Switches};
+use crate::cuda::{Cuda, Driver, Fusion, Fusions, StreamId, Switches};
 use crate::engine::{Plan, Rows, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::model::init::initial_parameters;
@@ -26,6 +26,8 @@ pub struct StepRequest {
     pub preset: Option<String>,
     /// key=value
     pub sets: Vec<String>,
+    /// The step is timed once more without each of these sets of fusions.
+    pub without: Vec<Vec<Fusion>>,
 }
 
 /// Of the machine that a preset is chosen for when nobody names one.
@@ -87,45 +89,111 @@ const WARM_UP: u64 = 2;
 /// How often a GPU is asked for its clocks.
 const READINGS_EVERY: Duration = Duration::from_millis(200);
 
-/// Times steps as training runs them, then others launch by launch. `open` opens the machine for
-/// each of the two; the first is closed before the second is opened, since both need its memory.
-pub(super) fn row(
+/// Times steps with all fusions, then without each set of them. `open` opens the machine for each
+/// time; the last one is closed before, since both need its memory.
+pub(super) fn rows(
     open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
     config: &Config,
+    request: &StepRequest,
     asked: Option<usize>,
     table: &mut TimedRows,
 ) -> Result<()> {
     let parameters = initial_parameters(&ParameterTable::new(&config.model), config.seed);
-    let driver = open()?;
-    let samples = samples(&*driver, asked) as u64;
-    let switches = Switches::from_env()?;
-    let mut steps = Steps::new(driver, config, &parameters, switches)?;
-    let monitor = steps.driver().sensors().map(|it| Monitor::start(it, READINGS_EVERY));
-    let mut events = vec![];
-    for step in 1..=WARM_UP + samples {
-        steps.run()?;
-        if step < WARM_UP {
-            continue;
-        }
-        let event = steps.driver().new_event()?;
-        steps.driver().record(event, StreamId::MAIN)?;
-        events.push(event);
-        if step == WARM_UP {
-            steps.free_after_warm_up = steps.driver().own_free_bytes();
-        }
-        monitor.iter().for_each(|monitor| monitor.training(true));
+    let step = Step { config, parameters: &parameters, switches: Switches::from_env()?, asked };
+    let whole = step.row(open, &[], None, table)?;
+    for without in &request.without {
+        step.row(open, without, Some(whole), table)?;
     }
-    steps.wait()?;
-    let timing = Timing::new(between(steps.driver(), &events)?, 1);
-    steps.driver().synchronize()?;
-    let conditions = monitor.and_then(Monitor::finish);
-    let memory = steps.memory();
-    drop(steps);
+    Ok(())
+}
 
-    let tokens = config.tokens_per_step();
-    let cost = Cost {
+/// What every timing of a step has in common.
+struct Step<'a> {
+    config: &'a Config,
+    parameters: &'a [f32],
+    switches: Switches,
+    /// Samples.
+    asked: Option<usize>,
+}
+
+impl Step<'_> {
+    /// Times steps as training runs them, then others launch by launch. `whole`: microseconds of
+    /// the step with every fusion. Gives its own.
+    fn row(
+        &self,
+        open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
+        without: &[Fusion],
+        whole: Option<f64>,
+        table: &mut TimedRows,
+    ) -> Result<f64> {
+        let Step { config, parameters, switches, asked } = *self;
+        let fusions = Fusions::without(without);
+        let driver = open()?;
+        let samples = samples(&*driver, asked) as u64;
+        let mut steps = Steps::new(driver, config, parameters, switches, fusions.clone())?;
+        let monitor = steps.driver().sensors().map(|it| Monitor::start(it, READINGS_EVERY));
+        let mut events = vec![];
+        for step in 1..=WARM_UP + samples {
+            steps.run()?;
+            if step < WARM_UP {
+                continue;
+            }
+            let event = steps.driver().new_event()?;
+            steps.driver().record(event, StreamId::MAIN)?;
+            events.push(event);
+            if step == WARM_UP {
+                steps.free_after_warm_up = steps.driver().own_free_bytes();
+            }
+            monitor.iter().for_each(|monitor| monitor.training(true));
+        }
+        steps.wait()?;
+        let timing = Timing::new(between(steps.driver(), &events)?, 1);
+        steps.driver().synchronize()?;
+        let conditions = monitor.and_then(Monitor::finish);
+        let memory = steps.memory();
+        drop(steps);
+
+        let row = Row::new(cost(config, without)?, &timing);
+        (table.told)(&row);
+
+        let (driver, launched) = WithEvents::new(open()?);
+        let one_by_one = Switches { graphs: false, ..switches };
+        let mut steps = Steps::new(Box::new(driver), config, parameters, one_by_one, fusions)?;
+        let mut timed = vec![];
+        for step in 1..=WARM_UP + samples {
+            if step <= WARM_UP {
+                steps.run()?;
+                continue;
+            }
+            launched.start();
+            steps.run()?;
+            steps.wait()?;
+            timed.push(launched.finish(steps.driver())?);
+        }
+
+        let median = timing.median();
+        let details = StepDetails {
+            tokens_per_second: config.tokens_per_step() as f64 / median * 1e6,
+            without: without.to_vec(),
+            percent_over_whole: whole.map(|whole| 100.0 * (median / whole - 1.0)),
+            families: shares(&timed)?,
+            memory,
+            conditions,
+        };
+        table.push(Row { step: Some(details), ..row });
+        Ok(median)
+    }
+}
+
+fn cost(config: &Config, without: &[Fusion]) -> Result<Cost> {
+    let names: Vec<String> = without.iter().map(ToString::to_string).collect();
+    let what = match names.is_empty() {
+        true => format!("step, {}", config.dtype),
+        false => format!("step, {}, without {}", config.dtype, names.join(", ")),
+    };
+    Ok(Cost {
         op: "step",
-        what: format!("step, {}", config.dtype),
+        what,
         dtype: config.dtype,
         sizes: Sizes::Step {
             preset: config.name.clone(),
@@ -137,35 +205,9 @@ pub(super) fn row(
         },
         bytes: 0,
         bytes_formula: "",
-        flops: PlanReport::new(config)?.flops_per_token * tokens,
+        flops: PlanReport::new(config)?.flops_per_token * config.tokens_per_step(),
         flops_formula: FLOPS_FORMULA,
-    };
-    let row = Row::new(cost, &timing);
-    (table.told)(&row);
-
-    let (driver, launched) = WithEvents::new(open()?);
-    let one_by_one = Switches { graphs: false, ..switches };
-    let mut steps = Steps::new(Box::new(driver), config, &parameters, one_by_one)?;
-    let mut timed = vec![];
-    for step in 1..=WARM_UP + samples {
-        if step <= WARM_UP {
-            steps.run()?;
-            continue;
-        }
-        launched.start();
-        steps.run()?;
-        steps.wait()?;
-        timed.push(launched.finish(steps.driver())?);
-    }
-
-    let details = StepDetails {
-        tokens_per_second: tokens as f64 / timing.median() * 1e6,
-        families: shares(&timed)?,
-        memory,
-        conditions,
-    };
-    table.push(Row { step: Some(details), ..row });
-    Ok(())
+    })
 }
 
 /// Training steps on the same random tokens.
@@ -187,9 +229,11 @@ impl<'a> Steps<'a> {
         config: &'a Config,
         parameters: &[f32],
         switches: Switches,
+        fusions: Fusions,
     ) -> Result<Self> {
         let backend = Cuda::new(driver, config.dtype, None)?
             .with_switches(switches)
+            .with_fusions(fusions)
             .with_deterministic(config.train.deterministic);
         let plan = Plan::new(config, &backend)?;
         let planned = plan.memory().total;

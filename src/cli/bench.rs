@@ -14,7 +14,7 @@ use isobath::config::{DeviceKind, Dtype, NormKind};
 use isobath::cuda::gemm::Layout;
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::host::{Asynchronous, Options, Order};
-use isobath::cuda::{self, Driver, Family};
+use isobath::cuda::{self, Driver, Family, Fusion};
 use isobath::{Error, Result, durable};
 use serde::Serialize;
 
@@ -85,6 +85,10 @@ pub struct BenchArgs {
     /// train.micro_batch=4; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    /// step: time it once more without these fusions (residual, rotary, swiglu, swiglu-backward,
+    /// rotary-backward, joined by commas, or all); may be repeated
+    #[arg(long, value_name = "FUSIONS", value_parser = fusions)]
+    without: Vec<Fusions>,
     /// Measurements; the median is reported [default: 30; for --table what 50 ms hold, for --tune
     /// 20; on simt 3, or 1]
     #[arg(long)]
@@ -147,7 +151,7 @@ impl BenchArgs {
     fn check_flags(&self, mode: Mode) -> Result<()> {
         use Benchmark::{Adamw, Attention, Gemm, Loss, Norm, Step};
         let of_models = ![Mode::Time, Mode::Stdin].contains(&mode) && self.benchmark == Gemm;
-        let flags: [(&str, bool, &[Benchmark]); 11] = [
+        let flags: [(&str, bool, &[Benchmark]); 12] = [
             ("--norm", self.norm.is_some(), &[Norm]),
             ("--rows", self.rows.is_some(), &[Norm, Loss]),
             ("--columns", self.columns.is_some(), &[Norm]),
@@ -159,6 +163,7 @@ impl BenchArgs {
             ("--elements", self.elements.is_some(), &[Adamw]),
             ("--preset", !self.presets.is_empty(), &[Step]),
             ("--set", !self.sets.is_empty(), &[Step]),
+            ("--without", !self.without.is_empty(), &[Step]),
         ];
         let predictable = [Benchmark::All, Benchmark::Gemm].contains(&self.benchmark);
         let measured = !predictable
@@ -218,6 +223,13 @@ impl BenchArgs {
                 remedy: "give --vocab once".to_string(),
             });
         }
+        if !self.without.is_empty() && mode != Mode::Time {
+            return Err(Error::Usage {
+                what: "--without times a step, and --predict says of every fusion what it is worth"
+                    .to_string(),
+                remedy: "leave it out, or run `isobath bench step --without ...`".to_string(),
+            });
+        }
         let sized = self.product.is_some();
         let named = [&self.presets, &self.sets].iter().any(|it| !it.is_empty());
         if sized && (mode == Mode::Stdin || named || of_models && !self.vocabs.is_empty()) {
@@ -246,7 +258,11 @@ impl BenchArgs {
     }
 
     fn step(&self) -> StepRequest {
-        StepRequest { preset: self.presets.first().cloned(), sets: self.sets.clone() }
+        StepRequest {
+            preset: self.presets.first().cloned(),
+            sets: self.sets.clone(),
+            without: self.without.clone(),
+        }
     }
 
     fn vocabs(&self) -> Vec<usize> {
@@ -316,6 +332,18 @@ fn sizes<const N: usize>(text: &str) -> Result<[usize; N], String> {
     let sizes = sizes.and_then(|sizes| sizes.try_into().ok());
     let example = ["4096"; N].join(",");
     sizes.ok_or_else(|| format!("give {N} sizes such as {example}"))
+}
+
+/// One set of `--without`; a Vec alone would be taken for several values.
+type Fusions = Vec<Fusion>;
+
+fn fusions(text: &str) -> Result<Fusions, String> {
+    if text == "all" {
+        return Ok(Fusion::ALL.to_vec());
+    }
+    text.split(',')
+        .map(|name| name.trim().parse().map_err(|error: Error| error.to_string()))
+        .collect()
 }
 
 /// Seconds.

@@ -10,6 +10,7 @@ pub mod conformance;
 mod driver;
 pub mod embedding;
 mod family;
+mod fusions;
 pub mod gemm;
 pub mod halves;
 pub mod host;
@@ -30,6 +31,7 @@ mod transfers;
 pub use backend::Cuda;
 pub use driver::*;
 pub use family::Family;
+pub use fusions::{Fusion, Fusions};
 pub use immediate::{Immediate, Machine};
 pub use overlap::Overlap;
 

@@ -5,7 +5,7 @@ use isobath::backend::Backend;
 use isobath::config::{Attention, Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
 use isobath::cuda::host::{Host, Options};
-use isobath::cuda::{Cuda, Driver, Family};
+use isobath::cuda::{Cuda, Driver, Family, Fusion, Fusions};
 use isobath::engine::{DecoderPlan, Evaluator, Parameters, Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
 use isobath::model::parameters::ParameterTable;
@@ -205,6 +205,47 @@ fn every_backward_pass_of_attention_trains_as_on_the_cpu() {
                 check_parity(&f32, &expected, &found);
             }
         }
+    }
+}
+
+/// Without a fusion its op has a kernel of its own, in each of two layers, and the model is as exact
+/// as the plain formulas.
+#[test]
+fn a_model_without_fusions_trains_as_on_the_cpu() {
+    const STEPS: u64 = 2;
+    let mut config = config(Dtype::Bf16, Recompute::None);
+    config.model.layers = 2;
+    let exact = trained(&config, STEPS, Cpu::<f64>::new());
+    let plain = trained(&config, STEPS, Plain::default());
+    let check = |driver: Box<dyn Driver>, without: &[Fusion]| {
+        let backend = Cuda::new(driver, Dtype::Bf16, None).unwrap();
+        // Without graphs, so that each launch is counted.
+        let backend = backend.with_graphs(false).with_fusions(Fusions::without(without));
+        let found = trained(&config, STEPS, backend);
+        check_bf16(&format!("without {without:?}"), &config, &found, &plain, &exact);
+    };
+    let sets = Fusion::ALL.map(|it| vec![it]).into_iter().chain([Fusion::ALL.to_vec()]);
+    for without in sets {
+        if has_simt() {
+            let driver = Counting::new(Host::new(Options::default()).unwrap());
+            let counts = driver.counts.clone();
+            check(Box::new(driver), &without);
+            let micro_batches = 2 * STEPS as usize;
+            let expected = |fusions: &[Fusion], each: usize| {
+                let several = fusions.iter().filter(|it| without.contains(it)).count();
+                (several * each * config.model.layers * micro_batches) as u64
+            };
+            for (kernel, launches) in [
+                ("add_bf16", expected(&[Fusion::Residual], 2)),
+                ("rotary_bf16", expected(&[Fusion::Rotary, Fusion::RotaryBackward], 1)),
+                ("swiglu_forward_bf16", expected(&[Fusion::SwiGlu], 1)),
+                ("swiglu_backward_bf16", expected(&[Fusion::SwiGluBackward], 1)),
+            ] {
+                let found = counts.borrow().get(kernel).copied().unwrap_or(0);
+                assert_eq!(found, launches, "{kernel} without {without:?}");
+            }
+        }
+        machines().into_iter().skip(usize::from(has_simt())).for_each(|it| check(it, &without));
     }
 }
 

@@ -13,14 +13,18 @@ use crate::cuda::gemm::{Layout, Output, Rotation};
 use crate::cuda::loss::Shape;
 use crate::cuda::norm::Norm;
 use crate::cuda::peaks::Peaks;
-use crate::cuda::{DevicePointer, Family};
+use crate::cuda::{DevicePointer, Family, Fusion, Fusions};
 use crate::engine::Plan;
 use crate::error::Result;
 use crate::tape::{Fused, Gradient, Op, Program, Step, ValueId};
 use crate::tensor::Kind;
 
 /// Everything that one training step launches on the device, with how often.
-pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec<(u64, Cost)>> {
+pub(super) fn launches_of_a_step(
+    config: &Config,
+    machine: &Peaks,
+    fusions: &Fusions,
+) -> Result<Vec<(u64, Cost)>> {
     let plan = Plan::without_device(config)?;
     let program = plan.training_program();
     let micro_batches = config.train.grad_accumulation as u64;
@@ -37,7 +41,7 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
     costs.push((1, Cost::copy(4, 1)));
     costs.push((arrays * micro_batches, Cost::copy(4, tokens)));
     for step in program.steps() {
-        for cost in launches(step, program, config.dtype, machine) {
+        for cost in launches(step, program, config.dtype, machine, fusions) {
             costs.push((micro_batches, cost));
         }
     }
@@ -55,7 +59,13 @@ pub(super) fn launches_of_a_step(config: &Config, machine: &Peaks) -> Result<Vec
 }
 
 /// The kernels that the backend launches for a step, in order.
-fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Peaks) -> Vec<Cost> {
+fn launches(
+    step: &Step<ValueId>,
+    program: &Program,
+    dtype: Dtype,
+    machine: &Peaks,
+    fusions: &Fusions,
+) -> Vec<Cost> {
     let shape = |id: ValueId| program.value(id).shape;
     let rows = |id: ValueId| shape(id).rows();
     let columns = |id: ValueId| shape(id).columns();
@@ -63,9 +73,10 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
     let store = |addend: bool| Output::Store { addend: addend.then_some(DevicePointer::NULL) };
     let product = |layout, sizes, output| Cost::product(layout, dtype, sizes, output);
     match *step {
-        Step::Fused(fused) => together(&fused, program, dtype).unwrap_or_else(|| {
+        Step::Fused(fused) => together(&fused, program, dtype, fusions).unwrap_or_else(|| {
             let parts = fused.parts();
-            parts.iter().flat_map(|step| launches(step, program, dtype, machine)).collect()
+            let launches = |step| launches(step, program, dtype, machine, fusions);
+            parts.iter().flat_map(launches).collect()
         }),
         Step::Forward(op) => match op {
             Op::Embedding(EmbeddingForward { table, out, .. }) => {
@@ -77,7 +88,13 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
             }
             Op::Linear(LinearForward { inp, residual, out, .. }) => {
                 let sizes = [rows(inp), columns(out), columns(inp)];
-                vec![product(Layout::Nt, sizes, store(residual.is_some()))]
+                match residual.is_some() && !fusions.has(Fusion::Residual) {
+                    false => vec![product(Layout::Nt, sizes, store(residual.is_some()))],
+                    true => vec![
+                        product(Layout::Nt, sizes, store(false)),
+                        Cost::add(dtype, shape(out).elements()),
+                    ],
+                }
             }
             Op::Rotary(Rotary { heads, table, qkv, .. }) => {
                 vec![Cost::rotary("rotary_forward", heads, dtype, rows(qkv), rows(table))]
@@ -150,7 +167,12 @@ fn launches(step: &Step<ValueId>, program: &Program, dtype: Dtype, machine: &Pea
 }
 
 /// The kernels of a fused step; `None`: its two parts have kernels of their own.
-fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<Vec<Cost>> {
+fn together(
+    fused: &Fused<ValueId>,
+    program: &Program,
+    dtype: Dtype,
+    fusions: &Fusions,
+) -> Option<Vec<Cost>> {
     let shape = |id: ValueId| program.value(id).shape;
     let rows = |id: ValueId| shape(id).rows();
     let columns = |id: ValueId| shape(id).columns();
@@ -164,17 +186,19 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
                 head_dim: heads.head_dim,
             });
             let sizes = [rows(inp), columns(out), columns(inp)];
-            fuses(dtype, Layout::Nt, output)
+            (fusions.has(Fusion::Rotary) && fuses(dtype, Layout::Nt, output))
                 .then(|| vec![Cost::product_rotary(heads, dtype, sizes, rows(table))])
         }
         Fused::LinearSwiGlu(LinearForward { inp, out, .. }, _) => {
             let sizes = [rows(inp), columns(out), columns(inp)];
-            fuses(dtype, Layout::Nt, Output::SwiGlu { product: null })
+            let output = Output::SwiGlu { product: null };
+            (fusions.has(Fusion::SwiGlu) && fuses(dtype, Layout::Nt, output))
                 .then(|| vec![Cost::product_swiglu(dtype, sizes)])
         }
         Fused::LinearSwiGluBackward(LinearBackward { inp, d_out, .. }, _) => {
             let [t, inputs, outputs] = [rows(inp), columns(inp), columns(d_out)];
-            fuses(dtype, Layout::Nn, Output::SwiGluGradient { gate_up: null }).then(|| {
+            let output = Output::SwiGluGradient { gate_up: null };
+            (fusions.has(Fusion::SwiGluBackward) && fuses(dtype, Layout::Nn, output)).then(|| {
                 let d_weight = [outputs, inputs, t];
                 vec![
                     Cost::product_swiglu_gradient(dtype, [t, inputs, outputs]),
@@ -183,9 +207,11 @@ fn together(fused: &Fused<ValueId>, program: &Program, dtype: Dtype) -> Option<V
             })
         }
         // Of Hopper's kernels, as the products are.
-        Fused::AttentionRotaryBackward(attention, rotary) => (dtype == Dtype::Bf16).then(|| {
-            vec![Cost::attention_rotary_backward(attention.spec, dtype, rows(rotary.table))]
-        }),
+        Fused::AttentionRotaryBackward(attention, rotary) => {
+            (fusions.has(Fusion::RotaryBackward) && dtype == Dtype::Bf16).then(|| {
+                vec![Cost::attention_rotary_backward(attention.spec, dtype, rows(rotary.table))]
+            })
+        }
     }
 }
 

@@ -19,9 +19,9 @@ use launches::launches_of_a_step;
 use super::cost::{Cost, KernelFamily};
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::attention;
 use crate::cuda::gemm::Rates;
 use crate::cuda::peaks::{H200, Peaks};
+use crate::cuda::{Fusion, Fusions, attention};
 use crate::error::{Error, Result};
 use crate::plan::{FLOPS_FORMULA, PlanReport};
 
@@ -69,6 +69,18 @@ pub struct Prediction {
     pub roofs: Vec<Roof>,
     pub families: Vec<FamilyTime>,
     pub kernels: Vec<Kernel>,
+    /// What ops that share a kernel would cost on their own; `bench step --without` measures it.
+    pub fusions: Vec<FusionTime>,
+}
+
+/// A training step without one of its fusions.
+#[derive(Serialize, Clone, Debug)]
+pub struct FusionTime {
+    pub fusion: Fusion,
+    pub more_launches: u64,
+    pub more_bytes: u64,
+    /// At least so many more, under each roof.
+    pub more_milliseconds: Vec<f64>,
 }
 
 /// All kernels of one family, in a training step.
@@ -128,6 +140,16 @@ impl Prediction {
     ///
     /// Errors: a broken shape rule; an unknown vocabulary; sizes without a kernel.
     pub fn on(config: &Config, machine: &Peaks) -> Result<Self> {
+        let whole = Prediction::with(config, machine, &Fusions::default())?;
+        let fusions = Fusion::ALL.into_iter().map(|fusion| {
+            let without = Prediction::with(config, machine, &Fusions::without(&[fusion]))?;
+            Ok(whole.lacking(fusion, &without))
+        });
+        Ok(Prediction { fusions: fusions.collect::<Result<_>>()?, ..whole })
+    }
+
+    /// Of a step with these fusions; it says nothing of single ones.
+    fn with(config: &Config, machine: &Peaks, fusions: &Fusions) -> Result<Self> {
         let config = &config.with_vocab()?;
         let head_dim = config.model.head_dim();
         let head_dims = attention::head_dims();
@@ -141,7 +163,7 @@ impl Prediction {
             });
         }
         let mut kernels: Vec<Kernel> = vec![];
-        for (launches, cost) in launches_of_a_step(config, machine)? {
+        for (launches, cost) in launches_of_a_step(config, machine, fusions)? {
             match kernels.iter_mut().find(|kernel| kernel.is(&cost)) {
                 Some(kernel) => kernel.launches += launches,
                 None => kernels.push(Kernel::new(launches, cost)),
@@ -169,6 +191,7 @@ impl Prediction {
             roofs: vec![],
             families: vec![],
             kernels,
+            fusions: vec![],
         };
         let peak = machine.flops_per_second(config.dtype);
         let link = machine.link_bytes_per_second;
@@ -187,6 +210,21 @@ impl Prediction {
         prediction.families =
             families.map(|it| Ok(prediction.family(it?))).collect::<Result<_>>()?;
         Ok(prediction)
+    }
+
+    fn launches(&self) -> u64 {
+        self.kernels.iter().map(|kernel| kernel.launches).sum()
+    }
+
+    /// What `without` takes more.
+    fn lacking(&self, fusion: Fusion, without: &Prediction) -> FusionTime {
+        let roofs = self.roofs.iter().zip(&without.roofs);
+        FusionTime {
+            fusion,
+            more_launches: without.launches() - self.launches(),
+            more_bytes: without.bytes - self.bytes,
+            more_milliseconds: roofs.map(|(a, b)| b.milliseconds - a.milliseconds).collect(),
+        }
     }
 
     fn family(&self, family: KernelFamily) -> FamilyTime {
@@ -317,11 +355,30 @@ impl fmt::Display for Prediction {
             self.flops as f64 / 1e12
         )?;
         writeln!(f)?;
-        self.write_roofs(f)
+        self.write_roofs(f)?;
+        writeln!(f)?;
+        self.write_fusions(f)
     }
 }
 
 impl Prediction {
+    fn write_fusions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<24} {:>8} {:>9}", "a step without", "launches", "GB")?;
+        for roof in &self.roofs {
+            write!(f, " {:>13}", format!("ms, {}", roof.name))?;
+        }
+        writeln!(f)?;
+        for FusionTime { fusion, more_launches, more_bytes, more_milliseconds } in &self.fusions {
+            let more = format!("+{:.2}", *more_bytes as f64 / 1e9);
+            write!(f, "{fusion:<24} {:>8} {more:>9}", format!("+{more_launches}"))?;
+            for milliseconds in more_milliseconds {
+                write!(f, " {:>13}", format!("+{milliseconds:.3}"))?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+
     /// What takes how long, in a table without the single kernels.
     pub(super) fn write_families(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<10} {:>8} {:>9} {:>9}", "kernels", "launches", "GB", "TFLOP")?;

@@ -85,7 +85,7 @@ impl ProductsRequest {
             return Ok(layouts.filter(|&layout| is_asked(layout)).map(one).collect());
         }
         let mut rows = if self.presets.is_empty() && self.vocabs.is_empty() && on_cpu(driver) {
-            let tiny = StepRequest { preset: None, sets: self.sets.clone() };
+            let tiny = StepRequest { sets: self.sets.clone(), ..StepRequest::default() };
             let tiny = tiny.resolve(Machine::Cpu, Some(Dtype::Bf16))?;
             shapes::rows(&tiny, &H200, tuned::built_in())?
         } else {

@@ -33,7 +33,9 @@ use crate::cuda::peaks::Peaks;
 use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
 use crate::cuda::transfers::Transfers;
-use crate::cuda::{Allocation, DevicePointer, Driver, Family, GraphId, StreamId, Switches, halves};
+use crate::cuda::{
+    Allocation, DevicePointer, Driver, Family, Fusion, Fusions, GraphId, StreamId, Switches, halves,
+};
 use crate::error::Result;
 use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
@@ -62,6 +64,7 @@ pub struct Cuda {
     graphs: bool,
     /// Equal steps give equal bits.
     deterministic: bool,
+    fusions: Fusions,
 }
 
 impl Cuda {
@@ -88,6 +91,7 @@ impl Cuda {
             preparing: false,
             graphs: true,
             deterministic: true,
+            fusions: Fusions::default(),
         })
     }
 
@@ -107,6 +111,12 @@ impl Cuda {
     /// Before anything is prepared.
     pub fn with_deterministic(self, deterministic: bool) -> Self {
         Cuda { deterministic, ..self }
+    }
+
+    /// Only these; without one, its op has a kernel of its own, which may round once more. Before
+    /// anything is planned.
+    pub fn with_fusions(self, fusions: Fusions) -> Self {
+        Cuda { fusions, ..self }
     }
 
     pub fn with_switches(mut self, switches: Switches) -> Self {
@@ -200,6 +210,10 @@ impl Cuda {
         pointwise.rotary(driver, STREAM, heads, rows, &args)
     }
 
+    fn fuses(&self, fusion: Fusion, layout: Layout, output: Output) -> bool {
+        self.fusions.has(fusion) && self.layers.gemm.fuses(layout, output)
+    }
+
     fn gain(&self, gain: View) -> Gain {
         Gain { gain: self.address(gain), count: gain.shape.elements() }
     }
@@ -280,7 +294,7 @@ impl Backend for Cuda {
 
     fn fuses_swiglu_backward(&self) -> bool {
         let output = Output::SwiGluGradient { gate_up: DevicePointer::NULL };
-        self.layers.gemm.fuses(Layout::Nn, output)
+        self.fuses(Fusion::SwiGluBackward, Layout::Nn, output)
     }
 
     fn begin_preparation(&mut self) -> bool {
@@ -555,8 +569,13 @@ impl Backend for Cuda {
     }
 
     fn linear_forward(&mut self, op: LinearForward) -> Result<()> {
+        let columns = op.out.shape.columns();
         let addend = op.residual.map(|residual| self.address(residual));
-        self.multiply_forward(op, op.out.shape.columns(), Output::Store { addend })
+        if self.fusions.has(Fusion::Residual) {
+            return self.multiply_forward(op, columns, Output::Store { addend });
+        }
+        self.multiply_forward(op, columns, Output::Store { addend: None })?;
+        op.residual.map_or(Ok(()), |residual| self.add(residual, op.out))
     }
 
     fn linear_backward(&mut self, op: LinearBackward) -> Result<()> {
@@ -621,7 +640,7 @@ impl Backend for Cuda {
             columns: (heads.heads + heads.kv_heads) * heads.head_dim,
             head_dim: heads.head_dim,
         });
-        let fuses = self.layers.gemm.fuses(Layout::Nt, output);
+        let fuses = self.fuses(Fusion::Rotary, Layout::Nt, output);
         if fuses {
             self.multiply_forward(linear, linear.out.shape.columns(), output)?;
         }
@@ -634,7 +653,7 @@ impl Backend for Cuda {
         swiglu: SwiGluForward,
     ) -> Result<bool> {
         let output = Output::SwiGlu { product: self.address(swiglu.out) };
-        let fuses = self.layers.gemm.fuses(Layout::Nt, output);
+        let fuses = self.fuses(Fusion::SwiGlu, Layout::Nt, output);
         if fuses {
             self.multiply_forward(linear, swiglu.out.shape.columns(), output)?;
         }
@@ -647,7 +666,7 @@ impl Backend for Cuda {
         swiglu: SwiGluBackward,
     ) -> Result<bool> {
         let output = Output::SwiGluGradient { gate_up: self.address(swiglu.inp) };
-        let fuses = self.layers.gemm.fuses(Layout::Nn, output);
+        let fuses = self.fuses(Fusion::SwiGluBackward, Layout::Nn, output);
         if fuses {
             self.multiply_backward(linear, self.address(swiglu.d_inp), output)?;
         }
@@ -661,7 +680,8 @@ impl Backend for Cuda {
     ) -> Result<bool> {
         let heads = attention.spec.heads;
         self.attention(heads)?;
-        let fuses = self.layers.attentions[&heads].rotates_back();
+        let rotates_back = self.layers.attentions[&heads].rotates_back();
+        let fuses = self.fusions.has(Fusion::RotaryBackward) && rotates_back;
         if fuses {
             let [table, positions] =
                 [rotary.table, rotary.positions].map(|view| self.address(view));
