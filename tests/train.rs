@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use isobath::checkpoint::latest;
 use isobath::config::{Config, NormKind, Placement, Rows};
+use isobath::cpu::Cpu;
+use isobath::engine::Plan;
 use isobath::rundir::checkpoint_folder;
 use isobath::train::{Console, Interrupt, Outcome, Run, train};
 use tempfile::tempdir;
@@ -95,6 +97,10 @@ fn samples_have_as_many_tokens_as_are_asked_for() {
     for (tokens, samples) in [(12, 2), (0, 0)] {
         let out = folder.path().join(format!("run-{tokens}"));
         config.train.sample_tokens = tokens;
+        let mut sized = config.clone();
+        sized.model.vocab = 256;
+        let plan = Plan::new(&sized, &Cpu::<f32>::new()).unwrap();
+        assert_eq!(plan.memory().sampling > 0, samples > 0, "what has no samples plans for none");
         let outcome = run(&config, &out, false);
         let lines = json_lines(&out.join("samples.jsonl"));
         assert_eq!((lines.len(), outcome.sample.is_some()), (samples, samples > 0));

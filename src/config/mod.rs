@@ -283,7 +283,7 @@ pub struct TrainConfig {
     pub eval_tokens: u64,
     /// Steps between samples; 0: only at the end.
     pub sample_every: u64,
-    /// Most tokens of a sample; 0: no samples.
+    /// Most tokens of a sample, which has room for 256 with its prompt; 0: no samples.
     pub sample_tokens: usize,
     /// Weight of log^2(Z) in the loss; 0: off.
     pub z_loss: f64,

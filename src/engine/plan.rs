@@ -23,7 +23,8 @@ pub struct Plan {
     pub table: ParameterTable,
     pub(super) training: LossProgram,
     pub(super) evaluation: LossProgram,
-    pub(super) sampling: DecoderPlan,
+    /// `None`: the run draws no samples.
+    pub(super) sampling: Option<DecoderPlan>,
     pub(super) flat_bytes: usize,
     /// Of each of the two.
     pub(super) moment_bytes: usize,
@@ -174,7 +175,9 @@ impl Plan {
         // Held-out loss is plain cross-entropy.
         let evaluation = program(Purpose::Inference, 0.0)?;
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
-        let sampling = DecoderPlan::new(&config.model, &table, context, &element_bytes)?;
+        let sampling = (config.train.sample_tokens > 0)
+            .then(|| DecoderPlan::new(&config.model, &table, context, &element_bytes))
+            .transpose()?;
         let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
         let moment_element_bytes = element_bytes(optim::moment_kind(&config.optimizer));
         let moment_bytes = table.stored_elements() * moment_element_bytes;
@@ -224,7 +227,8 @@ impl Plan {
 
     pub fn memory(&self) -> MemoryTable {
         let flat = self.flat_bytes as u64;
-        let (activations, sampling) = (self.arena_bytes() as u64, self.sampling.bytes() as u64);
+        let activations = self.arena_bytes() as u64;
+        let sampling = self.sampling.as_ref().map_or(0, DecoderPlan::bytes) as u64;
         let ParameterBytes { master, working, vectors } = self.parameter_bytes;
         let (parameters, working_copy) = ((master + vectors) as u64, working as u64);
         let batches = self.batch_bytes as u64;

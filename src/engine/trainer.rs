@@ -49,7 +49,7 @@ pub struct Trainer<B> {
     training: BoundLoss,
     evaluation: BoundLoss,
     arena_holds: Use,
-    decoder: Decoder,
+    decoder: Option<Decoder>,
     batches: Batches,
     /// What is computed for a micro-batch, by its place.
     computing: [[Replay; 2]; 2],
@@ -147,7 +147,7 @@ impl<B: Backend> Trainer<B> {
         evaluation.prepare(&mut backend)?;
         let (config, seed) = (config.model.clone(), config.seed);
         training.write_constants(&config, &mut backend)?;
-        let decoder = sampling.allocate(&parameters, &mut backend)?;
+        let decoder = sampling.map(|it| it.allocate(&parameters, &mut backend)).transpose()?;
         let arena_holds = Use::Training;
         let mut trainer = Trainer {
             backend,
@@ -406,9 +406,9 @@ impl<B: Backend> Trainer<B> {
         Ok(())
     }
 
-    /// What a sample is drawn from: the model as it stands.
-    pub fn decoder(&mut self) -> (&mut Decoder, &mut B) {
-        (&mut self.decoder, &mut self.backend)
+    /// What a sample is drawn from: the model as it stands. `None`: `train.sample_tokens` was 0.
+    pub fn decoder(&mut self) -> Option<(&mut Decoder, &mut B)> {
+        Some((self.decoder.as_mut()?, &mut self.backend))
     }
 
     /// The device and the flat master parameters on it.

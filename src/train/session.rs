@@ -205,8 +205,13 @@ impl<B: Backend> Session<B> {
     /// Whether something is to happen after `step` before the next one begins.
     fn pauses_after(&self, step: u64) -> bool {
         let (train, checkpoint) = (&self.config.train, &self.config.checkpoint);
-        let dues = [train.eval_every, train.sample_every, checkpoint.every];
-        self.interrupt.asked() || dues.into_iter().any(|every| self.due(step, every))
+        let due = self.samples_after(step)
+            || [train.eval_every, checkpoint.every].into_iter().any(|every| self.due(step, every));
+        self.interrupt.asked() || due
+    }
+
+    fn samples_after(&self, step: u64) -> bool {
+        self.config.train.sample_tokens > 0 && self.due(step, self.config.train.sample_every)
     }
 
     /// What follows a step: evaluation and sample if they are due, then its line in the metrics.
@@ -232,8 +237,7 @@ impl<B: Backend> Session<B> {
             record.evaluation = Some(evaluation);
         }
         let mut sample = None;
-        let train = &self.config.train;
-        if train.sample_tokens > 0 && self.due(record.step, train.sample_every) {
+        if self.samples_after(record.step) {
             sample = self.sample(record.step)?;
             match &sample {
                 None => {
@@ -326,7 +330,8 @@ impl<B: Backend> Session<B> {
         };
         let tokenizer = self.material.tokenizer();
         let interrupt = self.interrupt;
-        let (decoder, backend) = self.trainer.decoder();
+        let decoder = self.trainer.decoder();
+        let (decoder, backend) = decoder.expect("a run that draws samples has planned for them");
         let go_on = |_| Ok(!interrupt.asked());
         let (prompt, count) = (&self.prompt, self.config.train.sample_tokens);
         let tokens = generate(decoder, prompt, count, &sampling, tokenizer, backend, go_on)?;

@@ -151,7 +151,7 @@ fn step(config: &Config, trainer: &mut Trainer<Cuda>, step: u64) {
 /// An evaluation and a sample.
 fn look(config: &Config, trainer: &mut Trainer<Cuda>) {
     trainer.evaluate(Batch::new(config, 9).rows()).unwrap();
-    let (decoder, backend) = trainer.decoder();
+    let (decoder, backend) = trainer.decoder().unwrap();
     decoder.clear();
     // A whole chunk of a prompt, and tokens on their own.
     let prompt: Vec<u32> = (0..64).map(|i| i % 50).collect();

@@ -232,7 +232,7 @@ fn evaluations_samples_and_a_resumption_in_between_change_no_bit() {
                     let (loss, _) = trainer.evaluate(held_out.rows()).unwrap();
                     trained.held_out.push(loss.to_bits());
                 }
-                let (decoder, backend) = trainer.decoder();
+                let (decoder, backend) = trainer.decoder().unwrap();
                 decoder.clear();
                 for token in [1, 2, 3] {
                     let logits = decoder.push(&[token], backend).unwrap();
