@@ -85,19 +85,11 @@ fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize) {
         cpu.norm_forward(NormForward { spec, inp, gain, out, mean, rstd }).unwrap();
     };
     forward(cpu);
-    let sink = Sink { to: d_inp, accumulate: false };
-    cpu.norm_backward(NormBackward {
-        spec,
-        inp,
-        gain,
-        mean,
-        rstd,
-        d_out,
-        partial,
-        d_inp: sink,
-        d_gain,
-    })
-    .unwrap();
+    let backward = |accumulate| {
+        let d_inp = Sink { to: d_inp, accumulate };
+        NormBackward { spec, inp, gain, mean, rstd, d_out, partial, d_inp, d_gain }
+    };
+    cpu.norm_backward(backward(false)).unwrap();
     let name = format!("{kind:?} [{t},{c}] depth {depth}");
     let outs = [(out, d_out)];
     check(&format!("{name} d_inp"), cpu, inp, d_inp, &outs, &mut forward);
@@ -105,19 +97,7 @@ fn norm_case(kind: NormKind, t: usize, c: usize, depth: usize) {
     // A second backward pass adds where it is told to; the differences left other statistics.
     forward(cpu);
     let once = values(cpu, d_inp);
-    let sink = Sink { to: d_inp, accumulate: true };
-    cpu.norm_backward(NormBackward {
-        spec,
-        inp,
-        gain,
-        mean,
-        rstd,
-        d_out,
-        partial,
-        d_inp: sink,
-        d_gain,
-    })
-    .unwrap();
+    cpu.norm_backward(backward(true)).unwrap();
     let twice: Vec<f64> = once.iter().map(|d| 2.0 * d).collect();
     assert_close("accumulated d_inp", &values(cpu, d_inp), &twice, 1e-12);
 }
