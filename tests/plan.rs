@@ -155,13 +155,14 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
     let shown = String::from_utf8(shown.stdout).unwrap();
     let largest = format!("{} x 256 tokens", on_h200["levels"][3]["largest_micro_batch"]);
     for part in [
-        "on one NVIDIA H200; predicted, not measured",
+        "on one NVIDIA H200, and what is expected; predicted, not measured",
         "MFU = (6*N_matmul + 6*L*S*C",
         "* tokens/s / 989.5e12",
         "in 141824.0 MiB of memory (139 GiB, as seen on a rented NVIDIA H200",
         "assumed, not measured",
         "graphs and code (estimated)                    512.0",
         "tokens/s: with that one, an upper bound",
+        "expected: estimated, confirmed by no GPU",
         &largest,
         "bf16+16          bf16    false               12.00",
     ] {
@@ -290,7 +291,9 @@ fn a_plan_for_a_smaller_machine_says_that_nothing_fits() {
     let on_h100 = plan(&["--preset", "7b", "--device", "h100"]);
     assert_eq!(on_h100["predicted"]["machine"], "NVIDIA H100 80GB HBM3");
     // Nobody measured one.
-    assert_eq!(on_h100["predicted"]["roofs"].as_array().unwrap().len(), 1);
+    let roofs = on_h100["predicted"]["roofs"].as_array().unwrap();
+    let names: Vec<&str> = roofs.iter().map(|roof| roof["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["datasheet", "expected"]);
     assert_eq!(sum(&on_h100["levels"], |it| it["largest_micro_batch"].as_f64().unwrap()), 0.0);
     let shown = isobath().args(["plan", "--preset", "7b", "--device", "h100"]).output().unwrap();
     assert!(String::from_utf8(shown.stdout).unwrap().contains("not one row fits"));

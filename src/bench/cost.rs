@@ -26,6 +26,8 @@ pub struct Cost {
     pub flops: u64,
     /// Empty where there are none.
     pub flops_formula: &'static str,
+    /// Of scores and logits; elsewhere there are few.
+    pub exponentials: u64,
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
@@ -73,6 +75,11 @@ fn product(sizes: &[usize]) -> u64 {
     sizes.iter().map(|&size| size as u64).product()
 }
 
+/// Each query sees half of its row.
+fn causal_scores(spec: AttentionSpec) -> u64 {
+    product(&[spec.batch, spec.heads.heads, spec.sequence, spec.sequence]) / 2
+}
+
 impl Cost {
     /// One that multiplies nothing.
     fn moving(
@@ -84,7 +91,17 @@ impl Cost {
         bytes_formula: &'static str,
     ) -> Self {
         let what = format!("{op}, {dtype}{detail}");
-        Cost { op, what, dtype, sizes, bytes, bytes_formula, flops: 0, flops_formula: "" }
+        Cost {
+            op,
+            what,
+            dtype,
+            sizes,
+            bytes,
+            bytes_formula,
+            flops: 0,
+            flops_formula: "",
+            exponentials: 0,
+        }
     }
 
     /// The name of a product's op.
@@ -253,6 +270,7 @@ impl Cost {
         Cost {
             flops: 2 * product(&[batch, heads, sequence, sequence, head_dim]),
             flops_formula: "2 products of 2 B H S^2 D, half of it causal: 2 B H S^2 D",
+            exponentials: causal_scores(spec),
             ..Cost::moving("attention_forward", "", dtype, sizes, bytes, formula)
         }
     }
@@ -270,6 +288,7 @@ impl Cost {
             flops_formula: "5 products (scores again, d_scores, d_q, d_k, d_v) of 2 B H S^2 D, \
                             half of it causal: 5 B H S^2 D; whatever a kernel does twice does not \
                             count",
+            exponentials: causal_scores(spec),
             ..Cost::moving("attention_backward", "", dtype, sizes, bytes, formula)
         }
     }
@@ -286,6 +305,7 @@ impl Cost {
             flops: forward.flops + backward.flops,
             flops_formula: "2 products forward and 5 backward, half of each causal: 7 B H S^2 D; \
                             whatever a kernel does twice does not count",
+            exponentials: forward.exponentials + backward.exponentials,
             ..backward
         }
     }
@@ -367,7 +387,8 @@ impl Cost {
     pub fn loss_forward(dtype: Dtype, [t, v]: [usize; 2]) -> Self {
         let bytes = element_bytes(dtype) * product(&[t, v]) + 8 * t as u64;
         let formula = "logits [T,V]; targets and losses [T]";
-        Cost::moving("loss_forward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
+        let moving = Cost::moving("loss_forward", "", dtype, Sizes::Loss { t, v }, bytes, formula);
+        Cost { exponentials: product(&[t, v]), ..moving }
     }
 
     /// `shape`: of the kernel, which reads what it cannot hold a second time.
@@ -382,7 +403,8 @@ impl Cost {
                  targets and losses [T]; scale"
             }
         };
-        Cost::moving("loss_backward", "", dtype, Sizes::Loss { t, v }, bytes, formula)
+        let moving = Cost::moving("loss_backward", "", dtype, Sizes::Loss { t, v }, bytes, formula);
+        Cost { exponentials: product(&[t, v]), ..moving }
     }
 
     pub fn gradient_norm(n: usize) -> Self {

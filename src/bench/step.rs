@@ -207,6 +207,7 @@ fn cost(config: &Config, without: &[Fusion]) -> Result<Cost> {
         bytes_formula: "",
         flops: PlanReport::new(config)?.flops_per_token * config.tokens_per_step(),
         flops_formula: FLOPS_FORMULA,
+        exponentials: 0,
     })
 }
 

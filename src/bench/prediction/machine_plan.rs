@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Prediction;
 use crate::config::{Config, Dtype, Master, Recompute};
+use crate::cuda::Fusions;
 use crate::cuda::peaks::Peaks;
 use crate::error::Result;
 use crate::plan::{PlanReport, plan_of_gpu};
@@ -68,7 +69,7 @@ pub struct Fit {
     pub milliseconds: Vec<f64>,
     /// Rows of the largest micro-batch that fits; 0: none does.
     pub largest_micro_batch: usize,
-    /// With that one, at most, under each roof; empty where none fits.
+    /// With that one, under each roof; empty where none fits.
     pub most_tokens_per_second: Vec<f64>,
 }
 
@@ -132,13 +133,14 @@ impl StateFormat {
 
 impl Fit {
     fn new(config: &Config, machine: &Peaks, usable_bytes: u64) -> Result<Self> {
-        let prediction = Prediction::on(config, machine)?;
+        let all = Fusions::default();
+        let prediction = Prediction::with(config, machine, &all)?;
         let largest_micro_batch = largest_micro_batch(config, machine, usable_bytes)?;
         let mut most_tokens_per_second = Vec::new();
         if largest_micro_batch > 0 {
             let mut config = config.clone();
             config.train.micro_batch = largest_micro_batch;
-            let roofs = Prediction::on(&config, machine)?.roofs;
+            let roofs = Prediction::with(&config, machine, &all)?.roofs;
             most_tokens_per_second.extend(roofs.iter().map(|roof| roof.tokens_per_second));
         }
         Ok(Fit {
@@ -202,7 +204,8 @@ impl fmt::Display for MachinePlan {
         writeln!(
             f,
             "the least that a training step of {grad_accumulation} x {micro_batch} x {sequence} \
-             tokens takes on one {machine}; predicted, not measured\n"
+             tokens takes on one {machine}, and what is \
+             expected; predicted, not measured\n"
         )?;
         self.predicted.write_families(f)?;
         writeln!(f)?;
@@ -240,7 +243,7 @@ impl fmt::Display for MachinePlan {
         writeln!(
             f,
             "largest micro-batch: in {:.1} MiB of memory ({}; without {}); tokens/s: with that one, \
-             an upper bound, under each roof",
+             an upper bound under each roof but for what is expected",
             mib(self.usable_bytes),
             self.memory_source,
             self.reserved_source

@@ -1,9 +1,10 @@
 //! How fast a training step can be at best: its kernels, their bytes and FLOPs, and the least time
-//! that a machine needs for them. No device is asked.
+//! that a machine needs for them; and how fast it is expected to be (expected.rs). No device is
+//! asked.
 //!
 //! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
-//! through memory, as its products take on the tensor cores, and as what it has in host memory
-//! takes over the link; kernels run one after the other, without gaps.
+//! through memory, its products on the tensor cores, its exponentials on the special function units,
+//! and what it has in host memory over the link; kernels run one after another, without gaps.
 
 use std::fmt;
 
@@ -12,8 +13,10 @@ use serde::Serialize;
 pub mod machine_plan;
 pub mod shapes;
 
+mod expected;
 mod launches;
 
+use expected::Expected;
 use launches::launches_of_a_step;
 
 use super::cost::{Cost, KernelFamily};
@@ -65,7 +68,7 @@ pub struct Prediction {
     /// Of one training step.
     pub bytes: u64,
     pub flops: u64,
-    /// The datasheet's, then what was measured, where that is known.
+    /// The datasheet's; what was measured, where that is known; in bf16 what is expected.
     pub roofs: Vec<Roof>,
     pub families: Vec<FamilyTime>,
     pub kernels: Vec<Kernel>,
@@ -79,7 +82,7 @@ pub struct FusionTime {
     pub fusion: Fusion,
     pub more_launches: u64,
     pub more_bytes: u64,
-    /// At least so many more, under each roof.
+    /// So many more, under each roof.
     pub more_milliseconds: Vec<f64>,
 }
 
@@ -90,7 +93,7 @@ pub struct FamilyTime {
     pub launches: u64,
     pub bytes: u64,
     pub flops: u64,
-    /// At least, under each roof.
+    /// Under each roof.
     pub milliseconds: Vec<f64>,
 }
 
@@ -109,15 +112,17 @@ pub struct Kernel {
     pub bytes_formula: &'static str,
     pub flops: u64,
     pub flops_formula: &'static str,
+    pub exponentials: u64,
     /// Over the link to the host's memory, in each direction.
     pub link_bytes: u64,
-    /// Least microseconds of one launch, under each roof.
+    /// Microseconds of one launch, under each roof.
     pub microseconds: Vec<f64>,
-    /// What takes longest under the first roof: "memory", "products" or "host link".
+    /// What takes longest under the first roof: "memory", "products", "exponentials" or "host link".
     pub bound: &'static str,
 }
 
-/// What a machine is taken to do at most, and the training step under it.
+/// What a machine is taken to do, at most or by the models of what is expected, and the training
+/// step on it.
 #[derive(Serialize, Clone, Debug)]
 pub struct Roof {
     pub name: &'static str,
@@ -193,18 +198,19 @@ impl Prediction {
             kernels,
             fusions: vec![],
         };
-        let peak = machine.flops_per_second(config.dtype);
-        let link = machine.link_bytes_per_second;
-        prediction.raise("datasheet", machine.bytes_per_second, peak, link, machine.source);
+        let least = |rates: [f64; 2]| move |kernel: &Kernel| kernel.least(machine, rates);
+        let datasheet = [machine.bytes_per_second, machine.flops_per_second(config.dtype)];
+        prediction.kernels.iter_mut().for_each(|it| it.bound = it.bound_by(machine, datasheet));
+        prediction.raise("datasheet", datasheet, machine.source, least(datasheet));
         if *machine == H200 && config.dtype == Dtype::Bf16 {
-            prediction.raise(
-                "measured",
-                H200_MEASURED_BYTES_PER_SECOND,
-                H200_MEASURED_BF16_FLOPS_PER_SECOND,
-                // Nobody measured it.
-                link,
-                H200_MEASURED_SOURCE,
-            );
+            let measured = [H200_MEASURED_BYTES_PER_SECOND, H200_MEASURED_BF16_FLOPS_PER_SECOND];
+            prediction.raise("measured", measured, H200_MEASURED_SOURCE, least(measured));
+        }
+        if config.dtype == Dtype::Bf16 {
+            let expected = Expected::new(config, machine);
+            let rates = [expected.bytes_per_second(), expected.flops_per_second()];
+            let microseconds = |kernel: &Kernel| expected.microseconds(kernel);
+            prediction.raise("expected", rates, expected::SOURCE, microseconds);
         }
         let families = KernelFamily::NAMES.iter().map(|name| name.parse());
         prediction.families =
@@ -242,30 +248,19 @@ impl Prediction {
         }
     }
 
-    /// Adds a roof, and every kernel's time under it.
+    /// A roof, from the microseconds of a launch under it.
     fn raise(
         &mut self,
         name: &'static str,
-        bytes_per_second: f64,
-        flops_per_second: f64,
-        link_bytes_per_second: f64,
+        [bytes_per_second, flops_per_second]: [f64; 2],
         source: &'static str,
+        microseconds: impl Fn(&Kernel) -> f64,
     ) {
         let mut total = 0.0;
         for kernel in &mut self.kernels {
-            let moving = kernel.bytes as f64 / bytes_per_second * 1e6;
-            let multiplying = kernel.flops as f64 / flops_per_second * 1e6;
-            let fetching = kernel.link_bytes as f64 / link_bytes_per_second * 1e6;
-            let least = moving.max(multiplying).max(fetching);
-            if kernel.microseconds.is_empty() {
-                kernel.bound = match least {
-                    _ if fetching == least && fetching > 0.0 => "host link",
-                    _ if moving > multiplying => "memory",
-                    _ => "products",
-                };
-            }
-            kernel.microseconds.push(least);
-            total += kernel.launches as f64 * least;
+            let each = microseconds(kernel);
+            kernel.microseconds.push(each);
+            total += kernel.launches as f64 * each;
         }
         let tokens_per_second = self.tokens_per_step as f64 / total * 1e6;
         let peak = self.roofs.first().map_or(flops_per_second, |roof| roof.flops_per_second);
@@ -283,7 +278,8 @@ impl Prediction {
 
 impl Kernel {
     fn new(launches: u64, cost: Cost) -> Self {
-        let Cost { op, what, dtype, sizes, bytes, bytes_formula, flops, flops_formula } = cost;
+        let Cost { op, what, dtype, sizes, bytes, bytes_formula, .. } = cost;
+        let Cost { flops, flops_formula, exponentials, .. } = cost;
         Kernel {
             op,
             what,
@@ -295,9 +291,35 @@ impl Kernel {
             bytes_formula,
             flops,
             flops_formula,
+            exponentials,
             link_bytes: 0,
             microseconds: vec![],
             bound: "",
+        }
+    }
+
+    /// Microseconds through memory, on the tensor cores, on the special function units, and over the
+    /// link to the host; `rates`: bytes and FLOPs in a second.
+    fn times(&self, machine: &Peaks, rates: [f64; 2]) -> [f64; 4] {
+        let amounts = [self.bytes, self.flops, self.exponentials, self.link_bytes];
+        let [bytes, flops] = rates;
+        let per_second =
+            [bytes, flops, machine.exponentials_per_second(), machine.link_bytes_per_second];
+        [0, 1, 2, 3].map(|at| amounts[at] as f64 / per_second[at] * 1e6)
+    }
+
+    /// Microseconds that it takes at least.
+    fn least(&self, machine: &Peaks, rates: [f64; 2]) -> f64 {
+        self.times(machine, rates).into_iter().fold(0.0, f64::max)
+    }
+
+    fn bound_by(&self, machine: &Peaks, rates: [f64; 2]) -> &'static str {
+        let [moving, multiplying, _, fetching] = self.times(machine, rates);
+        match self.least(machine, rates) {
+            least if fetching == least && fetching > 0.0 => "host link",
+            least if multiplying == least => "products",
+            least if moving == least => "memory",
+            _ => "exponentials",
         }
     }
 
@@ -314,7 +336,8 @@ impl fmt::Display for Prediction {
         writeln!(
             f,
             "{name} in {dtype}: the least that a training step of {} x {micro_batch} x {sequence} \
-             tokens takes on one {machine}; predicted, not measured\n",
+             tokens takes on one {machine}, and what is \
+             expected; predicted, not measured\n",
             self.grad_accumulation
         )?;
         let width = |text: fn(&Kernel) -> &str| {
@@ -367,14 +390,15 @@ impl Prediction {
         for roof in &self.roofs {
             write!(f, " {:>13}", format!("ms, {}", roof.name))?;
         }
-        writeln!(f)?;
+        writeln!(f, " {:>9}", "of a step")?;
         for FusionTime { fusion, more_launches, more_bytes, more_milliseconds } in &self.fusions {
             let more = format!("+{:.2}", *more_bytes as f64 / 1e9);
             write!(f, "{fusion:<24} {:>8} {more:>9}", format!("+{more_launches}"))?;
             for milliseconds in more_milliseconds {
                 write!(f, " {:>13}", format!("+{milliseconds:.3}"))?;
             }
-            writeln!(f)?;
+            let share = 100.0 * more_milliseconds[0] / self.roofs[0].milliseconds;
+            writeln!(f, " {:>7} %", format!("+{share:.1}"))?;
         }
         Ok(())
     }

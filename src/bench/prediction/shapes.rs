@@ -6,13 +6,14 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::expected::{chosen, step_product};
 use super::{FASTEST, Prediction, memory, rates};
 use crate::bench::product::StepProduct;
 use crate::bench::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::Family;
-use crate::cuda::gemm::tuned::{self, Table, Timed};
-use crate::cuda::gemm::{Choice, Ending, Layout, choose};
+use crate::cuda::Fusions;
+use crate::cuda::gemm::Choice;
+use crate::cuda::gemm::tuned::{self, Table};
 use crate::cuda::peaks::{H200, Peaks};
 use crate::error::Result;
 use crate::model::{self, parameters::WIDTH_MULTIPLE};
@@ -94,7 +95,7 @@ impl GemmPrediction {
         vocabs: &[usize],
         table: &Table,
     ) -> Result<Self> {
-        let mut products = chosen(presets, sets, vocabs, table)?;
+        let mut products = of_presets(presets, sets, vocabs, table)?;
         products.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
         let (bytes_per_second, bytes_source) = memory(&H200);
         let logarithms = products.iter().map(|row| row.share.ln()).sum::<f64>();
@@ -118,10 +119,10 @@ pub(in crate::bench) fn listed(
     sets: &[String],
     vocabs: &[usize],
 ) -> Result<Vec<GemmRow>> {
-    chosen(presets, sets, vocabs, tuned::built_in())
+    of_presets(presets, sets, vocabs, tuned::built_in())
 }
 
-fn chosen(
+fn of_presets(
     presets: &[String],
     sets: &[String],
     vocabs: &[usize],
@@ -164,18 +165,14 @@ pub(in crate::bench) fn rows(
     let heads = model::heads(&config.model);
     let mut rows: Vec<GemmRow> = vec![];
     let mut others = 0.0;
-    for kernel in Prediction::new(config)?.kernels {
+    for kernel in Prediction::with(config, machine, &Fusions::default())?.kernels {
         let Sizes::Product { m, n, k } = kernel.sizes else {
             others += kernel.launches as f64 * kernel.microseconds[0];
             continue;
         };
-        let (layout, ending) = ending(kernel.op, &kernel.what);
-        let product = StepProduct { layout, ending, m, n, k, heads };
-        let (tiled, output) = (product.tiled(), product.output());
-        let timed = timed(table, machine, &product);
-        let variants = Family::Sm90.variants_for(layout, output);
-        let predicted = || choose(variants, tiled, multiprocessors);
-        let Some(choice) = timed.and_then(Timed::choice).or_else(predicted) else { continue };
+        let product = step_product(&kernel, heads);
+        let tiled = product.tiled();
+        let Some((choice, timed)) = chosen(machine, table, &product) else { continue };
         if let Some(row) = rows.iter_mut().find(|it| it.product.is(&product)) {
             row.launches += kernel.launches;
             continue;
@@ -214,27 +211,6 @@ pub(in crate::bench) fn rows(
     let step = others / 1e3 + rows.iter().map(|row| row.milliseconds).sum::<f64>();
     rows.iter_mut().for_each(|row| row.step_share = row.milliseconds / step);
     Ok(rows)
-}
-
-/// Whether somebody timed this product on this machine.
-fn timed<'a>(table: &'a Table, machine: &Peaks, product: &StepProduct) -> Option<&'a Timed> {
-    let StepProduct { layout, ending, .. } = *product;
-    let key = (layout, ending, product.sizes());
-    table.find(machine.name, machine.multiprocessors, Family::Sm90, key)
-}
-
-/// What an op and its description ask of a product's kernel.
-fn ending(op: &str, what: &str) -> (Layout, Ending) {
-    let stored = if what.ends_with(", addend") { Ending::Addend } else { Ending::Plain };
-    match op {
-        "gemm_nt" => (Layout::Nt, stored),
-        "gemm_nn" => (Layout::Nn, stored),
-        "gemm_tn" => (Layout::Tn, Ending::Plain),
-        "gemm_nt_rotary" => (Layout::Nt, Ending::Rotary),
-        "gemm_nt_swiglu" => (Layout::Nt, Ending::SwiGlu),
-        "gemm_nn_swiglu" => (Layout::Nn, Ending::SwiGlu),
-        _ => unreachable!("{op} has the sizes of a product"),
-    }
 }
 
 impl GemmRow {

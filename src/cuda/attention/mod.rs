@@ -8,6 +8,7 @@
 //! one_pass.rs, attention_backward_short_sm90.cu by short.rs, attention_sm80.cu and
 //! attention_f32.cu by tiled.rs, attention_decode.cu here.
 
+pub mod estimate;
 mod maps;
 mod one_pass;
 mod short;

@@ -76,6 +76,11 @@ impl Teams {
         }
     }
 
+    /// Of the longest block.
+    pub fn scores(&self) -> f64 {
+        (self.steps * KEYS * QUERIES) as f64
+    }
+
     /// Tiles of queries that the sums of d_q have a place for.
     fn places(self, heads: HeadSpec, sizes: Sizes) -> usize {
         self.count * (heads.heads / heads.kv_heads) * sizes.sequence.div_ceil(QUERIES)

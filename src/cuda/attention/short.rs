@@ -47,6 +47,14 @@ fn pays(multiprocessors: usize, HeadSpec { heads, kv_heads, .. }: HeadSpec, size
     short <= 6 * (of_queries + of_keys)
 }
 
+/// Of the block that has the most heads.
+pub(super) fn scores(multiprocessors: usize, heads: HeadSpec, sizes: Sizes) -> f64 {
+    let (group, units) = (heads.heads / heads.kv_heads, sizes.batch * heads.kv_heads);
+    let tiles = sizes.sequence.div_ceil(ROWS);
+    let of_a_head = tiles * (tiles + 1) / 2 * ROWS * ROWS;
+    (units.div_ceil(multiprocessors) * group * of_a_head) as f64
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Kernels {
     heads: HeadSpec,

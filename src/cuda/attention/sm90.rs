@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 
 /// Rows of a result that a consumer computes; two consumers share an item of backward.
 const CONSUMER_ROWS: usize = 64;
-const BACKWARD_ROWS: usize = 128;
+pub(super) const BACKWARD_ROWS: usize = 128;
 
 /// Stages of the rings, and rows of the other side in each, as the kernels are compiled.
 const FORWARD_KEYS: usize = 128;
@@ -25,13 +25,22 @@ const fn forward_rows(head_dim: usize) -> &'static [usize] {
     if head_dim <= 64 { &[128, 192] } else { &[128] }
 }
 
-/// Estimated, as long as no GPU has timed it: an item takes as many steps as its last row sees
-/// tiles of keys, and the time of one more in which nothing is hidden; three consumers make a step
-/// 10% faster for each of their rows.
-fn forward_cost(sequence: usize, rows: usize) -> f64 {
-    let steps = |tile: usize| sequence.min((tile + 1) * rows).div_ceil(FORWARD_KEYS) + 1;
-    let steps: usize = (0..sequence.div_ceil(rows)).map(steps).sum();
-    (steps * rows) as f64 * if rows == 192 { 0.9 } else { 1.0 }
+/// Scores that an item takes the time of. Estimated, as long as no GPU has timed it: it takes as
+/// many steps as its last row sees tiles of keys, and the time of one more in which nothing is
+/// hidden; three consumers make a step 10% faster for each of their rows.
+pub(super) fn forward_item(sequence: usize, rows: usize, tile: usize) -> f64 {
+    let steps = sequence.min((tile + 1) * rows).div_ceil(FORWARD_KEYS) + 1;
+    (steps * FORWARD_KEYS * rows) as f64 * if rows == 192 { 0.9 } else { 1.0 }
+}
+
+/// Rows of an item, of those that there are kernels for: as is estimated to take the least.
+pub(super) fn rows_of_forward(head_dim: usize, sequence: usize) -> usize {
+    let cost = |rows: usize| -> f64 {
+        (0..sequence.div_ceil(rows)).map(|tile| forward_item(sequence, rows, tile)).sum()
+    };
+    let all = forward_rows(head_dim).iter().copied();
+    let cheapest = all.min_by(|&a, &b| cost(a).total_cmp(&cost(b)));
+    cheapest.expect("every head dim has a kernel")
 }
 
 const fn forward_stages(head_dim: usize) -> usize {
@@ -171,9 +180,9 @@ impl Kernels {
     ) -> Result<(Launch, Arguments)> {
         let HeadSpec { heads, kv_heads, head_dim } = self.heads;
         let ring_bytes = 2 * forward_stages(head_dim) * self.tile_bytes(FORWARD_KEYS);
-        let cost = |rows: usize| forward_cost(sizes.sequence, rows);
-        let cheapest = self.forward.iter().min_by(|a, b| cost(a.0).total_cmp(&cost(b.0)));
-        let &(rows, kernel) = cheapest.expect("every head dim has a kernel");
+        let rows = rows_of_forward(head_dim, sizes.sequence);
+        let found = self.forward.iter().find(|(of, _)| *of == rows);
+        let &(_, kernel) = found.expect("it is one of those that were looked up");
         // This item's own rows and the next one's, the ring, and a tile to store through.
         let shared_bytes = 3 * self.tile_bytes(rows) + ring_bytes;
         let walk = self.of_queries(driver, sizes);
