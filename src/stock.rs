@@ -13,11 +13,11 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::checkpoint::model_folder;
-use crate::config::ModelConfig;
+use crate::config::{Dtype, ModelConfig};
 use crate::data::tokenizer::Tokenizer;
 use crate::durable::sync_folder;
 use crate::error::{Error, Result};
-use crate::hf::{self, Export, ExportDtype, TokenizerFiles};
+use crate::hf::{self, Export, TokenizerFiles};
 use crate::model::parameters::{BlockParameters, ParameterId, ParameterTable};
 
 /// Layers counted from 1: "7", "3..5" (which includes 5), or several of these, "3..5,9".
@@ -64,7 +64,7 @@ pub struct Request {
     pub without: Layers,
     /// Must not exist.
     pub out: PathBuf,
-    pub dtype: ExportDtype,
+    pub dtype: Dtype,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize)]

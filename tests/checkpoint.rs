@@ -17,7 +17,7 @@ use isobath::cpu::Cpu;
 use isobath::data::loader::LoaderState;
 use isobath::engine::{self, Plan, StepOutcome, Trainer};
 use isobath::flat::{CHUNK_ELEMENTS, FlatBuffer, ReadFlat};
-use isobath::hf::{self, ExportDtype};
+use isobath::hf;
 use isobath::host_memory;
 use isobath::model::parameters::ParameterTable;
 use isobath::rundir::{RunDir, checkpoint_folder, checkpoint_steps};
@@ -95,7 +95,7 @@ impl Training {
             table: &self.table,
             state: &self.state,
             tokenizer: &small_tokenizer(),
-            dtype: ExportDtype::F32,
+            dtype: Dtype::F32,
         };
         checkpoint::save(run, &snapshot, read)
     }

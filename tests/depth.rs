@@ -6,7 +6,7 @@ mod plain;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use isobath::config::{DeviceKind, LnsPosition, ModelConfig, Placement};
+use isobath::config::{DeviceKind, Dtype, LnsPosition, ModelConfig, Placement};
 use isobath::cpu::Cpu;
 use isobath::data::source::TokenSource;
 use isobath::depth::{
@@ -14,7 +14,7 @@ use isobath::depth::{
     rescaled,
 };
 use isobath::engine::{Backward, Layerwise, Plan, Rows, Trainer};
-use isobath::hf::{Export, ExportDtype};
+use isobath::hf::Export;
 use isobath::loaded::LoadedModel;
 use isobath::model::init::initial_parameters;
 use isobath::model::parameters::ParameterTable;
@@ -41,7 +41,7 @@ fn loaded(config: &ModelConfig, parameters: &[f32]) -> (TempDir, LoadedModel) {
     let folder = tempdir().unwrap();
     let table = &ParameterTable::new(config);
     let tokenizer = &small_tokenizer();
-    let dtype = ExportDtype::F32;
+    let dtype = Dtype::F32;
     Export { config, table, tokenizer, dtype }.write(folder.path(), parameters).unwrap();
     let model = LoadedModel::open(folder.path()).unwrap();
     (folder, model)

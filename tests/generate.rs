@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use isobath::config::{DeviceKind, ModelConfig};
+use isobath::config::{DeviceKind, Dtype, ModelConfig};
 use isobath::cpu::Cpu;
 use isobath::data::Tokenizer;
 use isobath::engine::{Decoder, DecoderPlan, Evaluator, Parameters, Rows};
 use isobath::generate::{Request, Sampling, generate, generate_text};
-use isobath::hf::{Export, ExportDtype, TokenizerFiles};
+use isobath::hf::{Export, TokenizerFiles};
 use isobath::model::parameters::ParameterTable;
 use isobath::tensor::IGNORE_INDEX;
 use tempfile::tempdir;
@@ -180,7 +180,7 @@ fn export(folder: &Path) {
     let json = Tokenizer::bytes().unwrap().json().to_string();
     let tokenizer = TokenizerFiles { json, bos: None, eos: Some(256) };
     let (config, table, parameters, tokenizer) = (&config, &table, &parameters[..], &tokenizer);
-    let dtype = ExportDtype::F32;
+    let dtype = Dtype::F32;
     Export { config, table, tokenizer, dtype }.write(folder, parameters).unwrap();
 }
 

@@ -7,11 +7,12 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use isobath::config::{
-    DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, InitKind, LnsPosition, ModelConfig, NormKind, Placement,
+    self, DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, InitKind, LnsPosition, ModelConfig, NormKind,
+    Placement,
 };
 use isobath::cpu::Cpu;
 use isobath::engine::{Evaluator, Rows};
-use isobath::hf::{self, Export, ExportDtype, TokenizerFiles};
+use isobath::hf::{self, Export, TokenizerFiles};
 use isobath::model::parameters::ParameterTable;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -92,7 +93,7 @@ pub fn assert_same_bits(what: &str, found: &[f32], expected: &[f32]) {
     }
 }
 
-fn export(config: &ModelConfig, parameters: &[f32], dtype: ExportDtype, folder: &Path) {
+fn export(config: &ModelConfig, parameters: &[f32], dtype: config::Dtype, folder: &Path) {
     let table = &ParameterTable::new(config);
     let tokenizer = &small_tokenizer();
     let export = Export { config, table, tokenizer, dtype };
@@ -109,7 +110,7 @@ fn folder_of(config: &ModelConfig) -> (tempfile::TempDir, ParameterTable, Vec<f3
     let folder = tempfile::tempdir().unwrap();
     let table = ParameterTable::new(config);
     let parameters = random_parameters(&table, 7);
-    export(config, &parameters, ExportDtype::F32, folder.path());
+    export(config, &parameters, config::Dtype::F32, folder.path());
     (folder, table, parameters)
 }
 
@@ -344,7 +345,7 @@ fn folders_of_every_placement_compute_what_was_trained() {
         let mut parameters = random_parameters(&table, 7);
         with_branch_gains(&table, &mut parameters);
         let folder = tempfile::tempdir().unwrap();
-        export(&config, &parameters, ExportDtype::F32, folder.path());
+        export(&config, &parameters, config::Dtype::F32, folder.path());
         let (read, read_table, read_parameters) = hf::load_for_inference(folder.path()).unwrap();
         let before = losses(&config, &table, &parameters);
         let after = losses(&read, &read_table, &read_parameters);
@@ -405,7 +406,7 @@ fn bf16_export_rounds_to_nearest_even() {
     let table = ParameterTable::new(&config);
     let parameters = random_parameters(&table, 3);
     let folder = tempfile::tempdir().unwrap();
-    export(&config, &parameters, ExportDtype::Bf16, folder.path());
+    export(&config, &parameters, config::Dtype::Bf16, folder.path());
     let tensors = read_tensors(&folder.path().join("model.safetensors"));
     assert!(tensors.values().all(|(dtype, ..)| *dtype == Dtype::BF16));
     let rounded: Vec<f32> = parameters.iter().map(|w| bf16::from_f32(*w).to_f32()).collect();

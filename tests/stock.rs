@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use isobath::config::{ModelConfig, Placement};
+use isobath::config::{Dtype, ModelConfig, Placement};
 use isobath::cpu::Cpu;
 use isobath::engine::{Evaluator, Rows};
-use isobath::hf::{self, Export, ExportDtype, TokenizerFiles};
+use isobath::hf::{self, Export, TokenizerFiles};
 use isobath::model::parameters::ParameterTable;
 use isobath::stock::{Layers, Request, Written, write};
 use tempfile::tempdir;
@@ -21,7 +21,7 @@ fn folder_of(config: &ModelConfig, folder: &Path) -> (ParameterTable, Vec<f32>) 
     let json = isobath::data::tokenizer::Tokenizer::bytes().unwrap().json().to_string();
     let tokenizer = TokenizerFiles { json, bos: Some(3), eos: Some(256) };
     fs::create_dir_all(folder).unwrap();
-    let dtype = ExportDtype::F32;
+    let dtype = Dtype::F32;
     let export = Export { config, table: &table, tokenizer: &tokenizer, dtype };
     export.write(folder, &parameters[..]).unwrap();
     (table, parameters)
@@ -41,7 +41,7 @@ fn losses(folder: &Path) -> Vec<f32> {
 
 fn request(model: PathBuf, layers: &str, out: PathBuf) -> Request {
     let without = if layers.is_empty() { Layers::default() } else { layers.parse().unwrap() };
-    Request { model, without, out, dtype: ExportDtype::F32 }
+    Request { model, without, out, dtype: Dtype::F32 }
 }
 
 /// Layer l of an LNS model keeps the scale 1/sqrt(l), wherever it stands afterwards: the same
@@ -94,10 +94,8 @@ fn an_exported_model_computes_the_same_bits_and_bf16_halves_it() {
     folder_of(&lns(), &whole);
     let exported = write(&request(whole.clone(), "", out.clone())).unwrap();
     assert_eq!(losses(&out), losses(&whole));
-    let narrow = Request {
-        dtype: ExportDtype::Bf16,
-        ..request(whole.clone(), "", folder.path().join("bf16"))
-    };
+    let narrow =
+        Request { dtype: Dtype::Bf16, ..request(whole.clone(), "", folder.path().join("bf16")) };
     let narrow: Written = write(&narrow).unwrap();
     assert_eq!(narrow.parameters, exported.parameters);
     let size = |at: &Path| fs::metadata(at.join("model.safetensors")).unwrap().len();

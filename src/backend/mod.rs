@@ -13,6 +13,7 @@ mod operands;
 use std::ffi::CStr;
 use std::ops::Range;
 
+use crate::config::{Dtype, NormKind};
 use crate::error::Result;
 use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
@@ -29,7 +30,7 @@ pub const NORM_PARTIAL_ROWS: usize = 64;
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct NormSpec {
-    pub kind: crate::config::NormKind,
+    pub kind: NormKind,
     pub eps: f64,
     /// The gain is divided by sqrt(depth) before it is applied; 1: not scaled.
     pub depth: usize,
@@ -76,6 +77,15 @@ pub struct LossSpec {
     pub chunk: usize,
     /// Weight of log^2(Z), with Z the softmax's denominator; 0: off.
     pub z_loss: f64,
+}
+
+/// Bytes of an element on a device with kernels, whose activations have this type.
+pub fn kernel_element_bytes(kind: Kind, activation: Dtype) -> usize {
+    match kind {
+        Kind::Activation => activation.bytes(),
+        Kind::Bf16 | Kind::LowerHalf => 2,
+        Kind::Statistic | Kind::Index => 4,
+    }
 }
 
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the

@@ -24,12 +24,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::data::loader::LoaderState;
 use crate::durable::{Fingerprint, hexadecimal, remove_if_present, write_new};
 use crate::error::{Error, Result};
 use crate::flat::{Elements, FlatBuffer, ReadFlat, Reader, chunks, with_two_readers};
-use crate::hf::{Export, ExportDtype, TokenizerFiles};
+use crate::hf::{Export, TokenizerFiles};
 use crate::metrics::StepRecord;
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{RunDir, checkpoint_folder};
@@ -77,7 +77,7 @@ pub struct Snapshot<'a> {
     pub state: &'a TrainerState,
     pub tokenizer: &'a TokenizerFiles,
     /// Type of model.safetensors; the trainer's own state is always f32.
-    pub dtype: ExportDtype,
+    pub dtype: config::Dtype,
 }
 
 /// Contents of trainer.json.

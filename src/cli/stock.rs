@@ -3,17 +3,11 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use isobath::hf::ExportDtype;
+use clap::Args;
+use isobath::config::Dtype;
 use isobath::stock::{Layers, Request, Written, write};
 
 use super::output;
-
-#[derive(Clone, Copy, ValueEnum, Debug)]
-enum DtypeArg {
-    F32,
-    Bf16,
-}
 
 #[derive(Args, Debug)]
 struct Common {
@@ -23,9 +17,9 @@ struct Common {
     /// Folder to write; must not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Type of the written weights
+    /// Type of the written weights: f32 or bf16
     #[arg(long, default_value = "f32")]
-    dtype: DtypeArg,
+    dtype: Dtype,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -56,10 +50,6 @@ pub fn prune(args: PruneArgs) -> anyhow::Result<()> {
 
 fn run(common: Common, without: Layers) -> anyhow::Result<()> {
     let Common { model, out, dtype, json } = common;
-    let dtype = match dtype {
-        DtypeArg::F32 => ExportDtype::F32,
-        DtypeArg::Bf16 => ExportDtype::Bf16,
-    };
     let written = write(&Request { model, without, out, dtype })?;
     if json {
         return output::print_json(&written);

@@ -9,7 +9,9 @@ use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::parameters::ParameterBytes;
-use crate::backend::{AttentionSpec, Backend, OFFLOAD_CHUNK, VectorCopy, offload_bytes};
+use crate::backend::{
+    AttentionSpec, Backend, OFFLOAD_CHUNK, VectorCopy, kernel_element_bytes, offload_bytes,
+};
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
 use crate::host_memory;
@@ -143,16 +145,8 @@ impl Plan {
     /// For training on a GPU of compute capability 9.0 that need not be here, without what it
     /// allocates besides.
     pub fn without_device(config: &Config) -> Result<Self> {
-        let activation = match config.dtype {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        };
-        let element_bytes = |kind| match kind {
-            Kind::Activation => activation,
-            Kind::Bf16 | Kind::LowerHalf => 2,
-            Kind::Statistic | Kind::Index => 4,
-        };
-        // As the products of that capability do it, which are for bf16.
+        let element_bytes = |kind| kernel_element_bytes(kind, config.dtype);
+        // SwiGLU's gradient as the products of that capability make it, which are for bf16.
         Self::sized(config, element_bytes, config.dtype == Dtype::Bf16)
     }
 

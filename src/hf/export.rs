@@ -12,22 +12,12 @@ use serde_json::json;
 
 use super::{CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG};
 use super::{TokenizerFiles, folder_config};
-use crate::config::ModelConfig;
+use crate::config::{self, ModelConfig};
 use crate::durable::{Fingerprint, write_new};
 use crate::error::{Error, Result};
 use crate::flat::{CHUNK_ELEMENTS, Elements};
 use crate::model::parameters::{HfTensor, Parameter, ParameterTable, RowScale};
 use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
-
-/// Element type of model.safetensors.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum ExportDtype {
-    /// Nothing is rounded but the folded gains.
-    #[default]
-    F32,
-    /// Half the size; rounded to nearest even.
-    Bf16,
-}
 
 /// A model that is to be written; borrows everything.
 #[derive(Clone, Copy)]
@@ -35,7 +25,9 @@ pub struct Export<'a> {
     pub config: &'a ModelConfig,
     pub table: &'a ParameterTable,
     pub tokenizer: &'a TokenizerFiles,
-    pub dtype: ExportDtype,
+    /// Of model.safetensors: f32, in which nothing is rounded but the folded gains, or bf16, rounded
+    /// to nearest even.
+    pub dtype: config::Dtype,
 }
 
 impl Export<'_> {
@@ -63,8 +55,8 @@ impl Export<'_> {
     fn small_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let (bos, eos) = (self.tokenizer.bos, self.tokenizer.eos);
         let dtype = match self.dtype {
-            ExportDtype::F32 => "float32",
-            ExportDtype::Bf16 => "bfloat16",
+            config::Dtype::F32 => "float32",
+            config::Dtype::Bf16 => "bfloat16",
         };
         let config = folder_config::to_json(self.config, self.tokenizer, dtype);
         let generation = json!({"bos_token_id": bos, "eos_token_id": eos, "do_sample": true});
@@ -90,8 +82,8 @@ impl Export<'_> {
 
     fn entries(&self) -> Vec<Entry> {
         let dtype = match self.dtype {
-            ExportDtype::F32 => Dtype::F32,
-            ExportDtype::Bf16 => Dtype::BF16,
+            config::Dtype::F32 => Dtype::F32,
+            config::Dtype::Bf16 => Dtype::BF16,
         };
         let entry = |tensor: &HfTensor| Entry {
             name: tensor.name.clone(),
@@ -128,8 +120,8 @@ impl Export<'_> {
                         values = &folded;
                     }
                     match self.dtype {
-                        ExportDtype::F32 => file.write_f32(values)?,
-                        ExportDtype::Bf16 => {
+                        config::Dtype::F32 => file.write_f32(values)?,
+                        config::Dtype::Bf16 => {
                             rounded.clear();
                             rounded.extend(values.iter().map(|w| bf16::from_f32(*w)));
                             file.write_bf16(&rounded)?;

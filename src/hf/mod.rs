@@ -13,7 +13,7 @@ mod folder_config;
 mod import;
 mod tokenizer;
 
-pub use export::{Export, ExportDtype};
+pub use export::Export;
 pub use folder_config::{model_config, not_stock, trained_placement};
 pub use import::{HfModel, fill, fill_each, load, load_for_inference};
 pub use tokenizer::TokenizerFiles;

@@ -3,8 +3,6 @@
 //! Which there are is said once, by [`Fused`]; what finds them (fuse.rs), what runs them and what
 //! estimates their time are matches over it.
 
-use super::op::{Gradient, Op};
-use super::step::Step;
 use crate::backend::{
     Access, AttentionBackward, Backend, LinearBackward, LinearForward, Rotary, SwiGluBackward,
     SwiGluForward,
@@ -44,25 +42,6 @@ impl<H: Copy> Fused<H> {
         }
     }
 
-    /// One by one.
-    pub fn parts(self) -> [Step<H>; 2] {
-        match self {
-            Fused::LinearRotary(linear, rotary) => {
-                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::Rotary(rotary))]
-            }
-            Fused::LinearSwiGlu(linear, swiglu) => {
-                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::SwiGlu(swiglu))]
-            }
-            Fused::LinearSwiGluBackward(linear, swiglu) => {
-                [Step::Backward(Gradient::Linear(linear)), Step::Backward(Gradient::SwiGlu(swiglu))]
-            }
-            Fused::AttentionRotaryBackward(attention, rotary) => [
-                Step::Backward(Gradient::Attention(attention)),
-                Step::Backward(Gradient::Rotary(rotary)),
-            ],
-        }
-    }
-
     /// The same over other handles; `f` sees the operands of the first, then those of the second.
     pub fn map<K>(self, f: &mut impl FnMut(H, Access) -> K) -> Fused<K> {
         match self {
@@ -88,7 +67,7 @@ impl Fused<View> {
             return Ok(());
         }
         match self.needs_one_kernel() {
-            false => self.parts().iter().try_for_each(|part| part.run(backend)),
+            false => self.run_one_by_one(backend),
             true => Err(Error::Device {
                 device: backend.name().to_string(),
                 what:
@@ -105,6 +84,27 @@ impl Fused<View> {
         match self {
             Fused::LinearSwiGluBackward(linear, _) => linear.d_inp.to.shape.elements() == 0,
             _ => false,
+        }
+    }
+
+    fn run_one_by_one(&self, backend: &mut impl Backend) -> Result<()> {
+        match *self {
+            Fused::LinearRotary(linear, rotary) => {
+                backend.linear_forward(linear)?;
+                backend.rotary_forward(rotary)
+            }
+            Fused::LinearSwiGlu(linear, swiglu) => {
+                backend.linear_forward(linear)?;
+                backend.swiglu_forward(swiglu)
+            }
+            Fused::LinearSwiGluBackward(linear, swiglu) => {
+                backend.linear_backward(linear)?;
+                backend.swiglu_backward(swiglu)
+            }
+            Fused::AttentionRotaryBackward(attention, rotary) => {
+                backend.attention_backward(attention)?;
+                backend.rotary_backward(rotary)
+            }
         }
     }
 

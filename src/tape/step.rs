@@ -59,3 +59,24 @@ impl Step<View> {
         }
     }
 }
+
+impl<H: Copy> Fused<H> {
+    /// The two that it does, one by one.
+    pub fn parts(self) -> [Step<H>; 2] {
+        match self {
+            Fused::LinearRotary(linear, rotary) => {
+                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::Rotary(rotary))]
+            }
+            Fused::LinearSwiGlu(linear, swiglu) => {
+                [Step::Forward(Op::Linear(linear)), Step::Forward(Op::SwiGlu(swiglu))]
+            }
+            Fused::LinearSwiGluBackward(linear, swiglu) => {
+                [Step::Backward(Gradient::Linear(linear)), Step::Backward(Gradient::SwiGlu(swiglu))]
+            }
+            Fused::AttentionRotaryBackward(attention, rotary) => [
+                Step::Backward(Gradient::Attention(attention)),
+                Step::Backward(Gradient::Rotary(rotary)),
+            ],
+        }
+    }
+}

@@ -9,14 +9,14 @@ use super::start::{Start, begin, loader_options, restore};
 use super::{Console, Interrupt, Outcome, Run};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Snapshot, TrainerState};
-use crate::config::{Config, Format};
+use crate::config::{Config, Dtype, Format};
 use crate::data::batch::Batch;
 use crate::data::loader::Prefetch;
 use crate::data::material::{HeldOut, Material};
 use crate::engine::{Plan, Rows, StepOutcome, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, generate};
-use crate::hf::{ExportDtype, TokenizerFiles};
+use crate::hf::TokenizerFiles;
 use crate::metrics::{Evaluation, SampleRecord, SessionRecord, StepRecord};
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, flops_per_token};
@@ -366,7 +366,7 @@ impl<B: Backend> Session<B> {
             table: &table,
             state: &self.state,
             tokenizer: &tokenizer,
-            dtype: ExportDtype::F32,
+            dtype: Dtype::F32,
         };
         let trainer = &mut self.trainer;
         let folder = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {

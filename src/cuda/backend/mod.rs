@@ -21,7 +21,7 @@ use crate::backend::{
     CrossEntropyBackward, CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers,
     LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading, Recording,
     Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward, SwiGluForward,
-    VectorCopy, transfer_bytes,
+    VectorCopy, kernel_element_bytes, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
@@ -241,10 +241,7 @@ impl Backend for Cuda {
     }
 
     fn element_bytes(&self, kind: Kind) -> usize {
-        match (kind, self.dtype) {
-            (Kind::Activation, Dtype::Bf16) | (Kind::Bf16 | Kind::LowerHalf, _) => 2,
-            (Kind::Activation, Dtype::F32) | (Kind::Statistic | Kind::Index, _) => 4,
-        }
+        kernel_element_bytes(kind, self.dtype)
     }
 
     fn available_bytes(&self) -> Result<u64> {
