@@ -12,7 +12,7 @@ use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Ending, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
-use isobath::cuda::peaks::{self, Peaks};
+use isobath::cuda::peaks::{self, PRODUCTS, Peaks, ProductPeaks};
 use isobath::cuda::{Cuda, DevicePointer, Driver, Family, Fusion};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
@@ -221,18 +221,18 @@ fn percentages_are_those_of_the_ceilings() {
     let row = |op| report.rows.iter().find(|row| row.op == op).unwrap().clone();
     let mut product = row("gemm_nt");
     product.per_second = 494.75e12;
-    product.compare(report.copy.as_ref(), Some(&peaks::H200));
+    product.compare(report.copy.as_ref(), Some(&peaks::H200.products));
     assert_eq!((product.percent_of_peak, product.percent_of_copy), (Some(50.0), None));
     product.dtype = Dtype::F32;
-    product.compare(None, Some(&peaks::H200));
+    product.compare(None, Some(&peaks::H200.products));
     assert_eq!(product.percent_of_peak, Some(100.0 * 494.75 / 67.0), "without tensor cores");
     let (mut loss, mut copy) = (row("loss_forward"), report.copy.clone().unwrap());
     (loss.per_second, copy.per_second) = (3e12, 4e12);
-    loss.compare(Some(&copy), Some(&peaks::H200));
+    loss.compare(Some(&copy), Some(&peaks::H200.products));
     assert_eq!((loss.percent_of_copy, loss.percent_of_peak), (Some(75.0), None));
     let mut step = row("step");
     step.per_second = 395.8e12;
-    step.compare(report.copy.as_ref(), Some(&peaks::H200));
+    step.compare(report.copy.as_ref(), Some(&peaks::H200.products));
     report.rows = vec![loss, step];
     report.peak_source = Some(peaks::H200.source);
     let text = report.to_string();
@@ -244,6 +244,33 @@ fn percentages_are_those_of_the_ceilings() {
     assert_eq!(Peaks::of("NVIDIA H100 80GB HBM3"), Some(&peaks::H100));
     for other in ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "simt (CPU)"] {
         assert_eq!(Peaks::of(other), None, "another part, another peak");
+    }
+    assert_eq!(ProductPeaks::of("simt (CPU)"), None);
+}
+
+/// Dense figures are 16 times those of fp32 on machines for computing, 4 times on those for
+/// workstations, and twice on GeForce, which sums half as fast in fp32; with sparsity it would be
+/// twice as much.
+#[test]
+fn peaks_are_dense_and_each_machine_has_one() {
+    for (at, peaks) in PRODUCTS.iter().enumerate() {
+        let ratio = peaks.flops_per_second(Dtype::Bf16) / peaks.flops_per_second(Dtype::F32);
+        let expected = match peaks.name {
+            name if name.contains("GeForce") => 2.0,
+            name if ["A10", "A40", "L4", "RTX"].iter().any(|it| name.contains(it))
+                && !name.contains("A100") =>
+            {
+                4.0
+            }
+            _ => 16.0,
+        };
+        // The clock at which a datasheet counts tensor cores may be lower.
+        assert!((0.85..1.01).contains(&(ratio / expected)), "{}: {ratio}", peaks.name);
+        assert_eq!(ProductPeaks::of(peaks.name), Some(&PRODUCTS[at]), "{} twice", peaks.name);
+        assert!(peaks.source.contains("NVIDIA") && peaks.source.contains("bf16"), "{}", peaks.name);
+    }
+    for machine in peaks::MACHINES {
+        assert_eq!(ProductPeaks::of(machine.name), Some(&machine.products));
     }
 }
 

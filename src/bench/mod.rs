@@ -40,7 +40,7 @@ pub use step::{Machine, StepRequest};
 use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};
 use crate::cuda::gemm::Layout;
-use crate::cuda::peaks::Peaks;
+use crate::cuda::peaks::ProductPeaks;
 use crate::cuda::{Driver, Family};
 use crate::error::Result;
 use crate::version::Program;
@@ -153,7 +153,7 @@ pub fn run(
     }
     let mut rows = table.rows;
     let properties = driver.properties().clone();
-    let peaks = Peaks::of(&properties.name);
+    let peaks = ProductPeaks::of(&properties.name);
     rows.iter_mut().for_each(|row| row.compare(copy.as_ref(), peaks));
     let counts_flops = rows.iter().any(|row| row.work.unit == Unit::Flops);
     Ok(Report {

@@ -9,7 +9,7 @@ use super::launched::FamilyShare;
 use super::sizes::Sizes;
 use super::timing::Timing;
 use crate::config::Dtype;
-use crate::cuda::peaks::Peaks;
+use crate::cuda::peaks::ProductPeaks;
 use crate::cuda::{Fusion, Properties};
 use crate::sensors::Conditions;
 use crate::throughput::MemoryUse;
@@ -152,7 +152,7 @@ impl Row {
     }
 
     /// Compares with the ceiling of its unit, as far as there is one.
-    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&Peaks>) {
+    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&ProductPeaks>) {
         let percent = |ceiling: f64| 100.0 * self.per_second / ceiling;
         match self.work.unit {
             Unit::Bytes => self.percent_of_copy = copy.map(|copy| percent(copy.per_second)),

@@ -29,7 +29,7 @@ use crate::cuda::attention::{Angles, backward_scratch_bytes};
 use crate::cuda::gemm::{Layout, Output, Product, Rotation};
 use crate::cuda::nvtx;
 use crate::cuda::offload::Offload;
-use crate::cuda::peaks::Peaks;
+use crate::cuda::peaks::ProductPeaks;
 use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
 use crate::cuda::transfers::Transfers;
@@ -236,7 +236,7 @@ impl Backend for Cuda {
     }
 
     fn peak_flops_per_second(&self) -> Option<f64> {
-        let peaks = Peaks::of(&self.driver.properties().name)?;
+        let peaks = ProductPeaks::of(&self.driver.properties().name)?;
         Some(peaks.flops_per_second(self.dtype))
     }
 
