@@ -161,7 +161,8 @@ choice! {
         /// N(alpha x + f(x)), alpha = (2L)^(1/4); the first values of v, o and the FFN are
         /// multiplied by beta = (8L)^(-1/4): Wang et al. 2022, "DeepNet", decoder only.
         Deepnorm = "deepnorm",
-        /// The first `mix_post` of the blocks as `post`, the rest as `pre`: Li et al. 2024, "Mix-LN".
+        /// The first `mix_post` of the blocks as `post`, the rest as `pre`: Li et al. 2024,
+        /// "Mix-LN".
         Mix = "mix",
         /// x + N(f(N(x))): Ding et al. 2021, "CogView".
         Sandwich = "sandwich",
@@ -208,7 +209,8 @@ choice! {
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct DataConfig {
-    /// Text (.txt, .jsonl, also .gz or .zst), shards (.tok, or folders of them), or `bundled:austen`.
+    /// Text (.txt, .jsonl, also .gz or .zst), shards (.tok, or folders of them), or
+    /// `bundled:austen`.
     pub train: Vec<String>,
     /// As `train`; empty: the last `held_out` of `train` is kept out of training.
     pub valid: Vec<String>,

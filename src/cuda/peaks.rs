@@ -1,8 +1,8 @@
 //! What machines can do at most, as their vendor's documents have it.
 //!
 //! Only machines whose part is known from the name that the driver gives: an H100 of another form
-//! factor has other clocks and other memory. Tensor-core figures are dense, with sums in fp32; what a
-//! document prints with sparsity is twice as high.
+//! factor has other clocks and other memory. Tensor-core figures are dense, with sums in fp32; what
+//! a document prints with sparsity is twice as high.
 
 use crate::config::Dtype;
 

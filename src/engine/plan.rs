@@ -75,8 +75,8 @@ pub struct MemoryTable {
     /// The parameters as matmuls read them, where that is not f32.
     pub working_copy: u64,
     pub gradients: u64,
-    /// Both moments, or what those in host memory pass through, and what the optimizer needs besides:
-    /// the gradient's norm, scalars, scratch.
+    /// Both moments, or what those in host memory pass through, and what the optimizer needs
+    /// besides: the gradient's norm, scalars, scratch.
     pub moments: u64,
     /// The one arena that training and evaluation share.
     pub activations: u64,
