@@ -248,15 +248,16 @@ fn percentages_are_those_of_the_ceilings() {
     assert_eq!(ProductPeaks::of("simt (CPU)"), None);
 }
 
-/// Dense figures are 16 times those of fp32 on machines for computing, 4 times on those for
-/// workstations, and twice on GeForce, which sums half as fast in fp32; with sparsity it would be
-/// twice as much.
+/// Dense figures are 16 times those of fp32 on machines for computing (32 from Blackwell on), 4
+/// times on those for workstations, and twice on GeForce, which sums half as fast in fp32; with
+/// sparsity it would be twice as much.
 #[test]
 fn peaks_are_dense_and_each_machine_has_one() {
     for (at, peaks) in PRODUCTS.iter().enumerate() {
         let ratio = peaks.flops_per_second(Dtype::Bf16) / peaks.flops_per_second(Dtype::F32);
         let expected = match peaks.name {
             name if name.contains("GeForce") => 2.0,
+            "NVIDIA B200" => 32.0,
             name if ["A10", "A40", "L4", "RTX"].iter().any(|it| name.contains(it))
                 && !name.contains("A100") =>
             {

@@ -28,9 +28,10 @@ const NVL: &str = "NVIDIA H100 and H200 datasheets, NVL: 1671 TFLOP/s bf16 with 
                    dense; 60 TFLOP/s fp32";
 
 /// Every GPU whose products are known here.
-pub const PRODUCTS: [ProductPeaks; 20] = [
+pub const PRODUCTS: [ProductPeaks; 22] = [
     H200.products,
     H100.products,
+    // Of this one it is said that it computes as the H100 does.
     products("NVIDIA H800", 989.5, 67.0, SXM),
     products("NVIDIA GH200 480GB", 989.5, 67.0, SXM),
     products("NVIDIA H200 NVL", 835.5, 60.0, NVL),
@@ -73,13 +74,13 @@ pub const PRODUCTS: [ProductPeaks; 20] = [
         "NVIDIA RTX A6000",
         154.8,
         38.7,
-        "NVIDIA GA102 whitepaper: 154.8 TFLOP/s bf16 (309.7 with sparsity); 38.7 fp32",
+        "NVIDIA GA102 whitepaper: 154.8 TFLOP/s bf16 (309.6 with sparsity); 38.7 fp32",
     ),
     products(
         "NVIDIA RTX 6000 Ada Generation",
-        364.2,
+        364.0,
         91.1,
-        "NVIDIA Ada whitepaper: 364.2 TFLOP/s bf16 (728.5 with sparsity); 91.1 fp32",
+        "NVIDIA Ada whitepaper: 364 TFLOP/s bf16 (728 with sparsity); 91.1 fp32",
     ),
     products(
         "NVIDIA GeForce RTX 3090",
@@ -100,6 +101,18 @@ pub const PRODUCTS: [ProductPeaks; 20] = [
         104.8,
         "NVIDIA RTX Blackwell whitepaper: 209.5 TFLOP/s bf16 with sums in fp32 (419 with \
          sparsity); 104.8 fp32",
+    ),
+    products(
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        503.8,
+        125.0,
+        "NVIDIA RTX PRO Blackwell whitepaper: 503.8 TFLOP/s bf16, dense; 125 fp32",
+    ),
+    products(
+        "NVIDIA B200",
+        2250.0,
+        75.0,
+        "NVIDIA Blackwell datasheet: 4.5 PFLOP/s bf16 with sparsity, half of it dense; 75 fp32",
     ),
 ];
 
