@@ -12,7 +12,7 @@ use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::gemm::{self, Ending, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
-use isobath::cuda::peaks::{self, PRODUCTS, Peaks, ProductPeaks};
+use isobath::cuda::peaks::{self, MATMUL_PEAKS, MatmulPeaks, Peaks};
 use isobath::cuda::{Cuda, DevicePointer, Driver, Family, Fusion};
 use isobath::engine::{Plan, Rows, Trainer};
 use isobath::model::init::initial_parameters;
@@ -221,18 +221,18 @@ fn percentages_are_those_of_the_ceilings() {
     let row = |op| report.rows.iter().find(|row| row.op == op).unwrap().clone();
     let mut product = row("gemm_nt");
     product.per_second = 494.75e12;
-    product.compare(report.copy.as_ref(), Some(&peaks::H200.products));
+    product.compare(report.copy.as_ref(), Some(&peaks::H200.matmul));
     assert_eq!((product.percent_of_peak, product.percent_of_copy), (Some(50.0), None));
     product.dtype = Dtype::F32;
-    product.compare(None, Some(&peaks::H200.products));
+    product.compare(None, Some(&peaks::H200.matmul));
     assert_eq!(product.percent_of_peak, Some(100.0 * 494.75 / 67.0), "without tensor cores");
     let (mut loss, mut copy) = (row("loss_forward"), report.copy.clone().unwrap());
     (loss.per_second, copy.per_second) = (3e12, 4e12);
-    loss.compare(Some(&copy), Some(&peaks::H200.products));
+    loss.compare(Some(&copy), Some(&peaks::H200.matmul));
     assert_eq!((loss.percent_of_copy, loss.percent_of_peak), (Some(75.0), None));
     let mut step = row("step");
     step.per_second = 395.8e12;
-    step.compare(report.copy.as_ref(), Some(&peaks::H200.products));
+    step.compare(report.copy.as_ref(), Some(&peaks::H200.matmul));
     report.rows = vec![loss, step];
     report.peak_source = Some(peaks::H200.source);
     let text = report.to_string();
@@ -245,7 +245,7 @@ fn percentages_are_those_of_the_ceilings() {
     for other in ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "simt (CPU)"] {
         assert_eq!(Peaks::of(other), None, "another part, another peak");
     }
-    assert_eq!(ProductPeaks::of("simt (CPU)"), None);
+    assert_eq!(MatmulPeaks::of("simt (CPU)"), None);
 }
 
 /// Dense figures are 16 times those of fp32 on machines for computing (32 from Blackwell on), 4
@@ -253,7 +253,7 @@ fn percentages_are_those_of_the_ceilings() {
 /// sparsity it would be twice as much.
 #[test]
 fn peaks_are_dense_and_each_machine_has_one() {
-    for (at, peaks) in PRODUCTS.iter().enumerate() {
+    for (at, peaks) in MATMUL_PEAKS.iter().enumerate() {
         let ratio = peaks.flops_per_second(Dtype::Bf16) / peaks.flops_per_second(Dtype::F32);
         let expected = match peaks.name {
             name if name.contains("GeForce") => 2.0,
@@ -267,11 +267,11 @@ fn peaks_are_dense_and_each_machine_has_one() {
         };
         // The clock at which a datasheet counts tensor cores may be lower.
         assert!((0.85..1.01).contains(&(ratio / expected)), "{}: {ratio}", peaks.name);
-        assert_eq!(ProductPeaks::of(peaks.name), Some(&PRODUCTS[at]), "{} twice", peaks.name);
+        assert_eq!(MatmulPeaks::of(peaks.name), Some(&MATMUL_PEAKS[at]), "{} twice", peaks.name);
         assert!(peaks.source.contains("NVIDIA") && peaks.source.contains("bf16"), "{}", peaks.name);
     }
     for machine in peaks::MACHINES {
-        assert_eq!(ProductPeaks::of(machine.name), Some(&machine.products));
+        assert_eq!(MatmulPeaks::of(machine.name), Some(&machine.matmul));
     }
 }
 
@@ -412,9 +412,27 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     }
     assert!(measured.mfu < datasheet.mfu && datasheet.mfu < 1.0);
     assert!(expected.mfu < measured.mfu, "{} of {}", expected.mfu, measured.mfu);
-    for kernel in &prediction.kernels {
-        assert!(kernel.microseconds[2] > kernel.microseconds[0], "{}", kernel.what);
+    // Bytes at 78 % of the datasheet's and 2 us for each kernel; products as they are listed by
+    // themselves, and so much.
+    for (op, kernels) in [("norm_forward", 1.0), ("norm_backward", 2.0), ("loss_backward", 1.0)] {
+        let kernel = prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
+        let microseconds = kernel.bytes as f64 / (0.78 * 4.8e12) * 1e6 + 2.0 * kernels;
+        assert!((kernel.microseconds[2] / microseconds - 1.0).abs() < 1e-12, "{op}");
     }
+    let products = GemmPrediction::new(&["130m".to_string()], &[], &[]).unwrap().products;
+    for kernel in prediction.kernels.iter().filter(|it| it.product.is_some()) {
+        let Sizes::Product { m, n, k } = kernel.sizes else { panic!("{}", kernel.what) };
+        let listed = products.iter().find(|row| {
+            let product = row.product;
+            let of = (product.layout, product.ending, product.sizes());
+            (row.tokens, of.2, Some((of.0, of.1))) == (16_384, [m, n, k], kernel.product)
+        });
+        let microseconds = listed.unwrap_or_else(|| panic!("{}", kernel.what)).microseconds + 2.0;
+        assert!((kernel.microseconds[2] / microseconds - 1.0).abs() < 1e-12, "{}", kernel.what);
+    }
+    let sum: f64 =
+        prediction.kernels.iter().map(|it| it.launches as f64 * it.microseconds[2] / 1e3).sum();
+    assert!((expected.milliseconds / sum - 1.0).abs() < 1e-12);
     // Of each parameter, once a step; 512 rows are eight micro-batches.
     let find = |op| prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
     let stored = PlanReport::new(&config).unwrap().stored_elements;
@@ -466,17 +484,18 @@ fn what_is_expected_of_attention_is_near_what_was_published() {
         let kernel = prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
         kernel.flops as f64 / kernel.microseconds[2] / 1e6
     };
-    // FlashAttention-3 on an H100; cuDNN 9.19 on an H200, which had GQA.
-    for (op, head_dim, sequence, published, off) in [
-        ("attention_forward", 64, 16_384, 473.0, 0.12),
-        ("attention_forward", 128, 16_384, 616.0, 0.12),
-        ("attention_forward", 64, 2048, 371.0, 0.10),
-        ("attention_forward", 128, 2048, 521.0, 0.15),
-        ("attention_backward", 128, 8192, 541.0, 0.12),
+    // FlashAttention-3 on an H100; the last one, cuDNN's with grouped heads on an H200, is what the
+    // model was fitted to.
+    for (op, head_dim, sequence, published) in [
+        ("attention_forward", 64, 16_384, 473.0),
+        ("attention_forward", 128, 16_384, 616.0),
+        ("attention_forward", 64, 2048, 371.0),
+        ("attention_forward", 128, 2048, 521.0),
+        ("attention_backward", 128, 8192, 541.0),
     ] {
         let found = expected(op, head_dim, sequence);
         println!("{op} {head_dim} {sequence}: {found:.0} expected, {published} published");
-        assert!((found / published - 1.0).abs() < off, "{op} {head_dim} {sequence}: {found}");
+        assert!((found / published - 1.0).abs() < 0.12, "{op} {head_dim} {sequence}: {found}");
     }
 }
 
@@ -514,7 +533,7 @@ fn a_prediction_says_what_each_fusion_is_worth() {
     }
     let text = prediction.to_string();
     assert!(text.contains("a step without"), "{text}");
-    for fusion in Fusion::ALL {
+    for fusion in Fusion::ALL.iter() {
         assert!(text.contains(&format!("\n{fusion} ")), "{fusion} is missing in:\n{text}");
     }
     let f32 = Prediction::new(&Config { dtype: Dtype::F32, ..config }).unwrap();
@@ -522,34 +541,47 @@ fn a_prediction_says_what_each_fusion_is_worth() {
     assert_eq!(more, [2 * passes, 0, 0, 0, 0], "the kernels for f32 add a residual, and no more");
 }
 
-/// Once with all fusions, then without those that are named, each in a row of its own.
+/// Once with all fusions, then without those that are named, each in a row of its own, and at last
+/// once more with all.
 #[test]
 fn a_step_is_timed_without_the_fusions_that_are_named() {
     if skipped() {
         return;
     }
-    let without = vec![vec![Fusion::Rotary], vec![Fusion::Residual, Fusion::SwiGluBackward]];
+    let all = Fusion::ALL.to_vec();
+    let without = vec![vec![Fusion::Residual, Fusion::SwiGluBackward], all.clone()];
     let sets = vec!["data.sequence=32".to_string()];
-    let step = StepRequest { sets, without: without.clone(), ..Default::default() };
-    let request = Request { step, samples: Some(2), ..small(Benchmark::Step) };
-    let report = bench::run(open, &request, |_| ()).unwrap();
-    let details: Vec<_> = report.rows.iter().map(|row| row.step.as_ref().unwrap()).collect();
-    let named: Vec<_> = details.iter().map(|it| it.without.clone()).collect();
-    assert_eq!(named, [vec![], without[0].clone(), without[1].clone()]);
-    let launches = |row: usize| details[row].families.iter().map(|it| it.launches).sum::<usize>();
-    // Of two layers.
-    assert_eq!([1, 2].map(|row| launches(row) - launches(0)), [2, 2 * (2 + 1)]);
-    assert!(details[2].memory.planned > details[0].memory.planned, "it has an operand more");
-    assert_eq!(details[0].percent_over_whole, None);
-    for (row, step) in report.rows.iter().zip(&details).skip(1) {
-        let ratio = row.median_microseconds / report.rows[0].median_microseconds;
-        let percent = step.percent_over_whole.unwrap();
-        assert!((percent - 100.0 * (ratio - 1.0)).abs() < 1e-9, "{percent}");
-    }
+    let step = StepRequest { sets, ..Default::default() };
+    let request = Request { step, without, samples: Some(2), ..small(Benchmark::Step) };
+    // Each launch takes as long, so that what is launched more is the time.
+    let one_ms_each = || -> Result<Box<dyn Driver>> {
+        let counting = Counting::new(Host::new(Options::default())?);
+        Ok(Box::new(Counting { one_ms_each: true, ..counting }))
+    };
+    let report = bench::run(one_ms_each, &request, |_| ()).unwrap();
+    let rows: Vec<_> = report.rows.iter().map(|row| (row, row.step.as_ref().unwrap())).collect();
+    let [whole, two, none, again] = rows[..] else { panic!("{report}") };
+    assert_eq!([whole, again].map(|(_, step)| step.without.len()), [0, 0]);
+    assert_eq!((two.1.without.len(), &none.1.without), (2, &all));
+    assert!(two.1.memory.planned > whole.1.memory.planned, "it has an operand more");
+    assert_eq!(again.0.what, "step, bf16, again");
+    // Of two layers; graphs count as one launch each, so the ratio is not known.
+    let percents = [whole, two, none, again].map(|(_, step)| step.percent_over_fused);
+    assert_eq!((percents[0], percents[3]), (None, Some(0.0)));
+    let families: Vec<usize> = rows.iter().map(|(_, step)| step.families.len()).collect();
+    assert!(families[0] > 0 && families[1..] == [0, 0, 0], "{families:?}");
     let text = report.to_string();
-    for part in ["step, bf16, without residual, swiglu-backward", " % time\n"] {
+    for part in ["step, bf16, without residual, swiglu-backward", " % over all fusions\n"] {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
+
+    let in_f32 = Request { dtype: Some(Dtype::F32), ..request.clone() };
+    let error = bench::run(open, &in_f32, |_| ()).unwrap_err();
+    assert!(matches!(error, Error::Usage { .. }), "{error}");
+    assert!(error.to_string().contains("--without swiglu-backward"), "{error}");
+    let of_residual = Request { without: vec![all], ..in_f32 };
+    let report = bench::run(open, &of_residual, |_| ()).unwrap();
+    assert_eq!(report.rows[1].step.as_ref().unwrap().without, [Fusion::Residual]);
 }
 
 #[test]
@@ -683,11 +715,7 @@ fn a_step_is_the_sum_of_its_families() {
     let prediction = Prediction::new(&config).unwrap();
     for share in &details.families {
         let of_family = |it: &&bench::Kernel| KernelFamily::of(it.op) == share.family;
-        // Passes in two kernels.
-        let kernels = |it: &bench::Kernel| match it.op {
-            "norm_backward" | "gradient_norm" => 2 * it.launches,
-            _ => it.launches,
-        };
+        let kernels = |it: &bench::Kernel| it.kernels * it.launches;
         let launches: u64 = prediction.kernels.iter().filter(of_family).map(kernels).sum();
         assert_eq!(share.launches as u64, launches, "{share:?}");
         assert_eq!(share.microseconds, 1e3 * share.launches as f64, "{share:?}");

@@ -56,6 +56,11 @@ pub struct HeadSpec {
 }
 
 impl HeadSpec {
+    /// Columns of q and k in it, which are rotated: (H + K) D.
+    pub fn rotated_columns(&self) -> usize {
+        (self.heads + self.kv_heads) * self.head_dim
+    }
+
     /// Columns of the fused projection: (H + 2K) D, q first, then k, then v.
     pub fn qkv_columns(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim

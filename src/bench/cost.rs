@@ -10,7 +10,7 @@ use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::choice::choice;
 use crate::config::{Dtype, Master, NormKind};
-use crate::cuda::gemm::{Epilogue, Layout, Output};
+use crate::cuda::gemm::{Ending, Epilogue, Layout, Output};
 use crate::cuda::loss::Shape;
 
 /// One launch of an op's kernels.
@@ -26,8 +26,12 @@ pub struct Cost {
     pub flops: u64,
     /// Empty where there are none.
     pub flops_formula: &'static str,
-    /// Of scores and logits; elsewhere there are few.
+    /// Of scores and logits; SwiGLU's, as many, are far below its bytes and products.
     pub exponentials: u64,
+    /// How many kernels one launch of the op is.
+    pub kernels: u64,
+    /// Of a matrix product: how its operands lie, and what stands after it.
+    pub product: Option<(Layout, Ending)>,
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
@@ -101,6 +105,8 @@ impl Cost {
             flops: 0,
             flops_formula: "",
             exponentials: 0,
+            kernels: 1,
+            product: None,
         }
     }
 
@@ -120,6 +126,7 @@ impl Cost {
     pub fn product(layout: Layout, dtype: Dtype, sizes: [usize; 3], output: Output) -> Self {
         let [m, n, _] = sizes;
         let out = product(&[m, n]);
+        let ending = output.ending();
         let (detail, written, bytes_formula) = match output {
             Output::Store { addend: Some(_) } => {
                 (", addend", 2 * element_bytes(dtype) * out, "A, B; addend and out [M,N]")
@@ -127,8 +134,7 @@ impl Cost {
             Output::Accumulate => ("", 2 * 4 * out, "A, B; out [M,N] in fp32, read and written"),
             _ => ("", element_bytes(dtype) * out, "A, B; out [M,N]"),
         };
-        let op = Self::product_op(layout, Epilogue::Plain);
-        Cost::multiplying(op, detail, dtype, sizes, written, bytes_formula)
+        Cost::multiplying((layout, ending), detail, dtype, sizes, written, bytes_formula)
     }
 
     /// NT, q and k rotated; `positions`: rows of the table.
@@ -142,8 +148,7 @@ impl Cost {
         let table = 4 * (product(&[positions, heads.head_dim]) + m as u64);
         let bytes = element_bytes(dtype) * product(&[m, n]) + table;
         let formula = "A, B; out [M,N]; table [P,D] once; positions [M]";
-        let op = Self::product_op(Layout::Nt, Epilogue::Rotary);
-        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nt, Ending::Rotary), "", dtype, sizes, bytes, formula)
     }
 
     /// NT of gate and up, N = 2F, and SwiGLU of them.
@@ -151,8 +156,7 @@ impl Cost {
         let [m, n, _] = sizes;
         let bytes = element_bytes(dtype) * (product(&[m, n]) + product(&[m, n / 2]));
         let formula = "A, B; gate and up [M,N]; their product [M,N/2]";
-        let op = Self::product_op(Layout::Nt, Epilogue::SwiGlu);
-        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nt, Ending::SwiGlu), "", dtype, sizes, bytes, formula)
     }
 
     /// NN with N = F, and the gradients of gate and up.
@@ -160,13 +164,12 @@ impl Cost {
         let [m, n, _] = sizes;
         let bytes = 4 * element_bytes(dtype) * product(&[m, n]);
         let formula = "A, B; gate, up and their gradients [M,N]";
-        let op = Self::product_op(Layout::Nn, Epilogue::SwiGlu);
-        Cost::multiplying(op, "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nn, Ending::SwiGlu), "", dtype, sizes, bytes, formula)
     }
 
     /// A product [M,N,K]; `bytes`: of what is neither A nor B.
     fn multiplying(
-        op: &'static str,
+        (layout, ending): (Layout, Ending),
         detail: &str,
         dtype: Dtype,
         [m, n, k]: [usize; 3],
@@ -175,7 +178,9 @@ impl Cost {
     ) -> Self {
         let read = element_bytes(dtype) * (product(&[m, k]) + product(&[n, k]));
         let sizes = Sizes::Product { m, n, k };
+        let op = Self::product_op(layout, ending.epilogue());
         Cost {
+            product: Some((layout, ending)),
             flops: 2 * product(&[m, n, k]),
             flops_formula: "2 M N K",
             ..Cost::moving(op, detail, dtype, sizes, read + bytes, bytes_formula)
@@ -218,7 +223,15 @@ impl Cost {
             + (2 * partials as u64 + 3) * 4 * c as u64
             + statistics(norm) * t as u64;
         let sizes = Sizes::Norm { t, c, norm, residual };
-        Cost::moving("norm_backward", &format!(", {norm}{detail}"), dtype, sizes, bytes, formula)
+        let moving = Cost::moving(
+            "norm_backward",
+            &format!(", {norm}{detail}"),
+            dtype,
+            sizes,
+            bytes,
+            formula,
+        );
+        Cost { kernels: 2, ..moving }
     }
 
     pub fn scaled_residual_forward(dtype: Dtype, [t, c]: [usize; 2], gain: bool) -> Self {
@@ -257,7 +270,8 @@ impl Cost {
             ),
         };
         let sizes = Sizes::ScaledResidual { t, c };
-        Cost::moving("scaled_residual_backward", detail, dtype, sizes, bytes, formula)
+        let moving = Cost::moving("scaled_residual_backward", detail, dtype, sizes, bytes, formula);
+        Cost { kernels: 1 + u64::from(gain.is_some()), ..moving }
     }
 
     pub fn attention_forward(spec: AttentionSpec, dtype: Dtype) -> Self {
@@ -409,7 +423,9 @@ impl Cost {
 
     pub fn gradient_norm(n: usize) -> Self {
         let bytes = 4 * n as u64;
-        Cost::moving("gradient_norm", "", Dtype::F32, Sizes::Flat { n }, bytes, "gradients [N]")
+        let sizes = Sizes::Flat { n };
+        let moving = Cost::moving("gradient_norm", "", Dtype::F32, sizes, bytes, "gradients [N]");
+        Cost { kernels: 2, ..moving }
     }
 
     /// `working`: the type of matmul operands; `moments`: what both are stored in.

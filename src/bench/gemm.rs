@@ -2,7 +2,7 @@
 //! of its weight (TN).
 
 use super::Request;
-use super::fusions;
+use super::endings;
 use super::layers::{LAYERS, ON_CPU};
 use super::product::StepProduct;
 use super::report::{Row, TimedRows};
@@ -41,7 +41,7 @@ pub(super) fn rows(
         }
     }
     if request.layout.is_none() && request.product.is_none() {
-        fusions::rows(driver, request, &kernels, table)?;
+        endings::rows(driver, request, &kernels, table)?;
     }
     kernels.release(driver)
 }

@@ -10,7 +10,7 @@ mod adamw;
 mod attention;
 mod copy;
 pub mod cost;
-mod fusions;
+mod endings;
 mod gemm;
 mod launched;
 mod layers;
@@ -40,8 +40,8 @@ pub use step::{Machine, StepRequest};
 use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};
 use crate::cuda::gemm::Layout;
-use crate::cuda::peaks::ProductPeaks;
-use crate::cuda::{Driver, Family};
+use crate::cuda::peaks::MatmulPeaks;
+use crate::cuda::{Driver, Family, Fusion};
 use crate::error::Result;
 use crate::version::Program;
 use report::TimedRows;
@@ -83,6 +83,8 @@ pub struct Request {
     /// N of an update.
     pub elements: Option<usize>,
     pub step: StepRequest,
+    /// The step is timed once more without each of these sets of fusions.
+    pub without: Vec<Vec<Fusion>>,
 }
 
 impl Request {
@@ -102,6 +104,7 @@ impl Request {
             attention: None,
             elements: None,
             step: StepRequest::default(),
+            without: vec![],
         }
     }
 
@@ -149,11 +152,11 @@ pub fn run(
     let counts_bytes = table.rows.iter().any(|row| row.work.unit == Unit::Bytes);
     let copy = if counts_bytes { Some(copy::row(driver, request.samples)?) } else { None };
     if let Some(config) = step {
-        step::rows(&mut open, &config, &request.step, request.samples, &mut table)?;
+        step::rows(&mut open, &config, &request.without, request.samples, &mut table)?;
     }
     let mut rows = table.rows;
     let properties = driver.properties().clone();
-    let peaks = ProductPeaks::of(&properties.name);
+    let peaks = MatmulPeaks::of(&properties.name);
     rows.iter_mut().for_each(|row| row.compare(copy.as_ref(), peaks));
     let counts_flops = rows.iter().any(|row| row.work.unit == Unit::Flops);
     Ok(Report {

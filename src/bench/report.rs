@@ -9,7 +9,7 @@ use super::launched::FamilyShare;
 use super::sizes::Sizes;
 use super::timing::Timing;
 use crate::config::Dtype;
-use crate::cuda::peaks::ProductPeaks;
+use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::{Fusion, Properties};
 use crate::sensors::Conditions;
 use crate::throughput::MemoryUse;
@@ -84,10 +84,11 @@ pub struct StepDetails {
     pub tokens_per_second: f64,
     /// The fusions that were left out.
     pub without: Vec<Fusion>,
-    /// Of the time of a step with all of them, what this one takes longer.
-    pub percent_over_whole: Option<f64>,
+    /// Of the time of steps with all of them, before and after, what this one takes longer; of the
+    /// one after, what it takes longer than the one before.
+    pub percent_over_fused: Option<f64>,
     /// Of steps that were launched kernel by kernel, with events in between; together more than the
-    /// median.
+    /// median. Of steps with all fusions.
     pub families: Vec<FamilyShare>,
     pub memory: MemoryUse,
     /// While the steps were timed, if the device tells.
@@ -152,7 +153,7 @@ impl Row {
     }
 
     /// Compares with the ceiling of its unit, as far as there is one.
-    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&ProductPeaks>) {
+    pub fn compare(&mut self, copy: Option<&Row>, peaks: Option<&MatmulPeaks>) {
         let percent = |ceiling: f64| 100.0 * self.per_second / ceiling;
         match self.work.unit {
             Unit::Bytes => self.percent_of_copy = copy.map(|copy| percent(copy.per_second)),
@@ -197,8 +198,8 @@ impl fmt::Display for Report {
             }
             if let Some(step) = &row.step {
                 write!(f, "  {:.0} tokens/s", step.tokens_per_second)?;
-                if let Some(percent) = step.percent_over_whole {
-                    write!(f, "  {percent:+.1} % time")?;
+                if let Some(percent) = step.percent_over_fused {
+                    write!(f, "  {percent:+.1} % over all fusions")?;
                 }
             }
             writeln!(f)?;
@@ -228,6 +229,9 @@ impl fmt::Display for Report {
 
 /// What takes how long, beside the whole; memory beside its plan; the device's own words.
 fn write_step(f: &mut fmt::Formatter<'_>, row: &Row, step: &StepDetails) -> fmt::Result {
+    if step.families.is_empty() {
+        return Ok(());
+    }
     let sum: f64 = step.families.iter().map(|it| it.microseconds).sum();
     writeln!(f, "\n{:<24} {:>8} {:>12} {:>8}", "kernels of a step", "launches", "us", "of sum")?;
     for FamilyShare { family, launches, microseconds } in &step.families {

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::cost::Cost;
-use super::launched::{WithEvents, shares};
+use super::launched::{FamilyShare, WithEvents, shares};
 use super::report::{Row, StepDetails, TimedRows};
 use super::sizes::Sizes;
 use super::timing::{Timing, between, integers_below, samples};
@@ -13,11 +13,11 @@ use crate::config::{Config, Dtype};
 use crate::cuda::{Cuda, Driver, Fusion, Fusions, StreamId, Switches};
 use crate::engine::{Plan, Rows, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
-use crate::model::init::initial_parameters;
 use crate::model::parameters::ParameterTable;
+use crate::model::{self, init::initial_parameters};
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, PlanReport};
-use crate::sensors::Monitor;
+use crate::sensors::{Conditions, Monitor};
 use crate::throughput::MemoryUse;
 
 /// Which training step; `isobath train` takes the same settings.
@@ -26,8 +26,6 @@ pub struct StepRequest {
     pub preset: Option<String>,
     /// key=value
     pub sets: Vec<String>,
-    /// The step is timed once more without each of these sets of fusions.
-    pub without: Vec<Vec<Fusion>>,
 }
 
 /// Of the machine that a preset is chosen for when nobody names one.
@@ -89,22 +87,81 @@ const WARM_UP: u64 = 2;
 /// How often a GPU is asked for its clocks.
 const READINGS_EVERY: Duration = Duration::from_millis(200);
 
-/// Times steps with all fusions, then without each set of them. `open` opens the machine for each
-/// time; the last one is closed before, since both need its memory.
+/// Times steps with all fusions; then without each set of them, and at last once more with all:
+/// the machine may have become slower meanwhile. `open` opens the machine for each time; the last
+/// one is closed before, since both need its memory.
+///
+/// Errors: a fusion that this machine does not have.
 pub(super) fn rows(
     open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
     config: &Config,
-    request: &StepRequest,
+    without: &[Vec<Fusion>],
     asked: Option<usize>,
     table: &mut TimedRows,
 ) -> Result<()> {
+    let without = present(open, config, without)?;
     let parameters = initial_parameters(&ParameterTable::new(&config.model), config.seed);
     let step = Step { config, parameters: &parameters, switches: Switches::from_env()?, asked };
-    let whole = step.row(open, &[], None, table)?;
-    for without in &request.without {
-        step.row(open, without, Some(whole), table)?;
+    let timed = step.time(open, &[])?;
+    let whole = Row::new(cost(config, "", &[])?, &timed.timing);
+    (table.told)(&whole);
+    let families = step.families(open)?;
+    let details = timed.details(config, &[], families);
+    table.push(Row { step: Some(details), ..whole });
+    if without.is_empty() {
+        return Ok(());
     }
+    let mut others = vec![];
+    for without in &without {
+        let timed = step.time(open, without)?;
+        let row = Row::new(cost(config, "", without)?, &timed.timing);
+        (table.told)(&row);
+        let details = timed.details(config, without, vec![]);
+        others.push(Row { step: Some(details), ..row });
+    }
+    let timed = step.time(open, &[])?;
+    let again = Row::new(cost(config, ", again", &[])?, &timed.timing);
+    (table.told)(&again);
+    let details = timed.details(config, &[], vec![]);
+    others.push(Row { step: Some(details), ..again.clone() });
+    let first = table.rows.last().expect("it was just timed").median_microseconds;
+    let between = f64::midpoint(first, again.median_microseconds);
+    for row in &mut others {
+        let all = if row.what == again.what { first } else { between };
+        let percent = 100.0 * (row.median_microseconds / all - 1.0);
+        row.step.iter_mut().for_each(|step| step.percent_over_fused = Some(percent));
+    }
+    table.rows.extend(others);
     Ok(())
+}
+
+/// The sets, of all fusions those that the machine has. Errors: others that it does not have.
+fn present(
+    open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
+    config: &Config,
+    without: &[Vec<Fusion>],
+) -> Result<Vec<Vec<Fusion>>> {
+    if without.is_empty() {
+        return Ok(vec![]);
+    }
+    let backend = Cuda::new(open()?, config.dtype, None)?;
+    let heads = model::heads(&config.model);
+    let sets = without.iter().map(|set| {
+        let found: Vec<Fusion> = set.iter().copied().filter(|it| backend.has(*it, heads)).collect();
+        let lacking = set.iter().find(|it| !found.contains(it));
+        match lacking.filter(|_| set.len() < Fusion::ALL.len()) {
+            None => Ok(found),
+            Some(fusion) => Err(Error::Usage {
+                what: format!(
+                    "--without {fusion}: the kernels for {} and a head dim of {} on this machine \
+                     have no such fusion, so that the step would be the same",
+                    config.dtype, heads.head_dim
+                ),
+                remedy: "leave it out, or time bf16 on compute capability 9.0".to_string(),
+            }),
+        }
+    });
+    sets.collect()
 }
 
 /// What every timing of a step has in common.
@@ -116,21 +173,24 @@ struct Step<'a> {
     asked: Option<usize>,
 }
 
+struct TimedStep {
+    timing: Timing,
+    memory: MemoryUse,
+    conditions: Option<Conditions>,
+}
+
 impl Step<'_> {
-    /// Times steps as training runs them, then others launch by launch. `whole`: microseconds of
-    /// the step with every fusion. Gives its own.
-    fn row(
+    /// As training runs them.
+    fn time(
         &self,
         open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
         without: &[Fusion],
-        whole: Option<f64>,
-        table: &mut TimedRows,
-    ) -> Result<f64> {
+    ) -> Result<TimedStep> {
         let Step { config, parameters, switches, asked } = *self;
-        let fusions = Fusions::without(without);
         let driver = open()?;
         let samples = samples(&*driver, asked) as u64;
-        let mut steps = Steps::new(driver, config, parameters, switches, fusions.clone())?;
+        let fusions = Fusions::without(without);
+        let mut steps = Steps::new(driver, config, parameters, switches, fusions)?;
         let monitor = steps.driver().sensors().map(|it| Monitor::start(it, READINGS_EVERY));
         let mut events = vec![];
         for step in 1..=WARM_UP + samples {
@@ -150,14 +210,19 @@ impl Step<'_> {
         let timing = Timing::new(between(steps.driver(), &events)?, 1);
         steps.driver().synchronize()?;
         let conditions = monitor.and_then(Monitor::finish);
-        let memory = steps.memory();
-        drop(steps);
+        Ok(TimedStep { timing, memory: steps.memory(), conditions })
+    }
 
-        let row = Row::new(cost(config, without)?, &timing);
-        (table.told)(&row);
-
+    /// Launch by launch, with events in between.
+    fn families(
+        &self,
+        open: &mut dyn FnMut() -> Result<Box<dyn Driver>>,
+    ) -> Result<Vec<FamilyShare>> {
+        let Step { config, parameters, switches, asked } = *self;
         let (driver, launched) = WithEvents::new(open()?);
+        let samples = samples(&driver, asked) as u64;
         let one_by_one = Switches { graphs: false, ..switches };
+        let fusions = Fusions::default();
         let mut steps = Steps::new(Box::new(driver), config, parameters, one_by_one, fusions)?;
         let mut timed = vec![];
         for step in 1..=WARM_UP + samples {
@@ -170,25 +235,32 @@ impl Step<'_> {
             steps.wait()?;
             timed.push(launched.finish(steps.driver())?);
         }
-
-        let median = timing.median();
-        let details = StepDetails {
-            tokens_per_second: config.tokens_per_step() as f64 / median * 1e6,
-            without: without.to_vec(),
-            percent_over_whole: whole.map(|whole| 100.0 * (median / whole - 1.0)),
-            families: shares(&timed)?,
-            memory,
-            conditions,
-        };
-        table.push(Row { step: Some(details), ..row });
-        Ok(median)
+        shares(&timed)
     }
 }
 
-fn cost(config: &Config, without: &[Fusion]) -> Result<Cost> {
+impl TimedStep {
+    fn details(
+        self,
+        config: &Config,
+        without: &[Fusion],
+        families: Vec<FamilyShare>,
+    ) -> StepDetails {
+        StepDetails {
+            tokens_per_second: config.tokens_per_step() as f64 / self.timing.median() * 1e6,
+            without: without.to_vec(),
+            percent_over_fused: None,
+            families,
+            memory: self.memory,
+            conditions: self.conditions,
+        }
+    }
+}
+
+fn cost(config: &Config, detail: &str, without: &[Fusion]) -> Result<Cost> {
     let names: Vec<String> = without.iter().map(ToString::to_string).collect();
     let what = match names.is_empty() {
-        true => format!("step, {}", config.dtype),
+        true => format!("step, {}{detail}", config.dtype),
         false => format!("step, {}, without {}", config.dtype, names.join(", ")),
     };
     Ok(Cost {
@@ -208,6 +280,8 @@ fn cost(config: &Config, without: &[Fusion]) -> Result<Cost> {
         flops: PlanReport::new(config)?.flops_per_token * config.tokens_per_step(),
         flops_formula: FLOPS_FORMULA,
         exponentials: 0,
+        kernels: 1,
+        product: None,
     })
 }
 

@@ -25,8 +25,8 @@ pub struct BenchArgs {
     /// What to time: gemm, attention, norm, loss, adamw, step (a whole training step), or all
     #[arg(default_value = "all")]
     benchmark: Benchmark,
-    /// Measure nothing: the least time of each kernel of a training step on an H200; gemm: the
-    /// estimate for every product of the paper's models
+    /// Measure nothing: the least and the expected time of each kernel of a training step on an
+    /// H200, and what each fusion saves; gemm: the estimate for every product of the paper's models
     #[arg(long)]
     predict: bool,
     /// gemm: every product of the paper's models with the kernel chosen for it, in a burst and
@@ -258,11 +258,7 @@ impl BenchArgs {
     }
 
     fn step(&self) -> StepRequest {
-        StepRequest {
-            preset: self.presets.first().cloned(),
-            sets: self.sets.clone(),
-            without: self.without.clone(),
-        }
+        StepRequest { preset: self.presets.first().cloned(), sets: self.sets.clone() }
     }
 
     fn vocabs(&self) -> Vec<usize> {
@@ -334,7 +330,7 @@ fn sizes<const N: usize>(text: &str) -> Result<[usize; N], String> {
     sizes.ok_or_else(|| format!("give {N} sizes such as {example}"))
 }
 
-/// One set of `--without`; a Vec alone would be taken for several values.
+/// One set of `--without`: clap takes a Vec in a Vec's place for several values.
 type Fusions = Vec<Fusion>;
 
 fn fusions(text: &str) -> Result<Fusions, String> {
@@ -390,6 +386,7 @@ fn time(args: BenchArgs) -> anyhow::Result<()> {
         attention: args.attention,
         elements: args.elements.map(usize::from),
         step: args.step(),
+        without: args.without.clone(),
     };
     print(&args, &bench::run(|| args.open(), &request, |row| eprintln!("{row}"))?)
 }

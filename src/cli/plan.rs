@@ -1,5 +1,5 @@
 //! `isobath plan`: what a configuration costs, without data or device; on a machine that is named
-//! but not here, also how long it takes at least. Of a run that starts from a folder, the folder's
+//! but not here, also how long it takes at least, and how long it is expected to. Of a run that starts from a folder, the folder's
 //! model is planned, as it would be trained.
 
 use clap::Args;
@@ -18,9 +18,9 @@ use super::output;
 pub struct PlanArgs {
     #[command(flatten)]
     values: ValueArgs,
-    /// Device to plan for; h200 or h100 (which need not be here): also the least time of a training
-    /// step by kernel family, and the largest micro-batch at each level of recomputation and with
-    /// each way to store optimizer state
+    /// Device to plan for; h200 or h100 (which need not be here): also the least and the expected
+    /// time of a training step by kernel family, and the largest micro-batch at each level of
+    /// recomputation and with each way to store optimizer state
     #[arg(long, value_parser = PossibleValuesParser::new(devices()))]
     device: Option<String>,
     /// Print one JSON object

@@ -14,6 +14,8 @@ macro_rules! choice {
         }
 
         impl $name {
+            pub const ALL: &'static [$name] = &[$($name::$value),+];
+
             /// Every value as it is written in a configuration.
             pub const NAMES: &'static [&'static str] = &[$($text),+];
 

@@ -19,16 +19,6 @@ choice! {
     }
 }
 
-impl Fusion {
-    pub const ALL: [Fusion; 5] = [
-        Fusion::Residual,
-        Fusion::Rotary,
-        Fusion::SwiGlu,
-        Fusion::SwiGluBackward,
-        Fusion::RotaryBackward,
-    ];
-}
-
 /// Those that are made use of, where the machine has kernels that do both.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Fusions {

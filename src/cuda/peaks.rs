@@ -6,9 +6,9 @@
 
 use crate::config::Dtype;
 
-/// Of products on one GPU: what MFU is a share of.
+/// Of matrix products on one GPU: what MFU is a share of.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct ProductPeaks {
+pub struct MatmulPeaks {
     /// As the driver names the machine.
     pub name: &'static str,
     bf16_flops_per_second: f64,
@@ -16,9 +16,9 @@ pub struct ProductPeaks {
     pub source: &'static str,
 }
 
-const fn products(name: &'static str, bf16: f64, f32: f64, source: &'static str) -> ProductPeaks {
+const fn matmul(name: &'static str, bf16: f64, f32: f64, source: &'static str) -> MatmulPeaks {
     let (bf16_flops_per_second, f32_flops_per_second) = (bf16 * 1e12, f32 * 1e12);
-    ProductPeaks { name, bf16_flops_per_second, f32_flops_per_second, source }
+    MatmulPeaks { name, bf16_flops_per_second, f32_flops_per_second, source }
 }
 
 const A100: &str = "NVIDIA A100 datasheet: 312 TFLOP/s bf16 (624 with sparsity); 19.5 fp32";
@@ -27,88 +27,88 @@ const SXM: &str = "NVIDIA H100 datasheet, SXM: 1979 TFLOP/s bf16 with sparsity, 
 const NVL: &str = "NVIDIA H100 and H200 datasheets, NVL: 1671 TFLOP/s bf16 with sparsity, half of it \
                    dense; 60 TFLOP/s fp32";
 
-/// Every GPU whose products are known here.
-pub const PRODUCTS: [ProductPeaks; 22] = [
-    H200.products,
-    H100.products,
+/// Every GPU whose peaks are known here.
+pub const MATMUL_PEAKS: [MatmulPeaks; 22] = [
+    H200.matmul,
+    H100.matmul,
     // Of this one it is said that it computes as the H100 does.
-    products("NVIDIA H800", 989.5, 67.0, SXM),
-    products("NVIDIA GH200 480GB", 989.5, 67.0, SXM),
-    products("NVIDIA H200 NVL", 835.5, 60.0, NVL),
-    products("NVIDIA H100 NVL", 835.5, 60.0, NVL),
-    products(
+    matmul("NVIDIA H800", 989.5, 67.0, SXM),
+    matmul("NVIDIA GH200 480GB", 989.5, 67.0, SXM),
+    matmul("NVIDIA H200 NVL", 835.5, 60.0, NVL),
+    matmul("NVIDIA H100 NVL", 835.5, 60.0, NVL),
+    matmul(
         "NVIDIA H100 PCIe",
         756.5,
         51.0,
         "NVIDIA H100 datasheet, PCIe: 1513 TFLOP/s bf16 with sparsity, half of it dense; 51 fp32",
     ),
-    products("NVIDIA A100-SXM4-40GB", 312.0, 19.5, A100),
-    products("NVIDIA A100-SXM4-80GB", 312.0, 19.5, A100),
-    products("NVIDIA A100-PCIE-40GB", 312.0, 19.5, A100),
-    products("NVIDIA A100 80GB PCIe", 312.0, 19.5, A100),
-    products(
+    matmul("NVIDIA A100-SXM4-40GB", 312.0, 19.5, A100),
+    matmul("NVIDIA A100-SXM4-80GB", 312.0, 19.5, A100),
+    matmul("NVIDIA A100-PCIE-40GB", 312.0, 19.5, A100),
+    matmul("NVIDIA A100 80GB PCIe", 312.0, 19.5, A100),
+    matmul(
         "NVIDIA A40",
         149.7,
         37.4,
         "NVIDIA A40 datasheet: 149.7 TFLOP/s bf16 (299.4 with sparsity); 37.4 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA A10",
         125.0,
         31.2,
         "NVIDIA A10 datasheet: 125 TFLOP/s bf16 (250 with sparsity); 31.2 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA L40S",
         362.05,
         91.6,
         "NVIDIA L40S datasheet: 362.05 TFLOP/s bf16 (733 with sparsity); 91.6 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA L4",
         121.0,
         30.3,
         "NVIDIA L4 datasheet: 242 TFLOP/s bf16 with sparsity, half of it dense; 30.3 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA RTX A6000",
         154.8,
         38.7,
         "NVIDIA GA102 whitepaper: 154.8 TFLOP/s bf16 (309.6 with sparsity); 38.7 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA RTX 6000 Ada Generation",
         364.0,
         91.1,
         "NVIDIA Ada whitepaper: 364 TFLOP/s bf16 (728 with sparsity); 91.1 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA GeForce RTX 3090",
         71.0,
         35.6,
         "NVIDIA GA102 whitepaper: 71 TFLOP/s bf16 with sums in fp32 (142 with sparsity); 35.6 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA GeForce RTX 4090",
         165.2,
         82.6,
         "NVIDIA Ada whitepaper: 165.2 TFLOP/s bf16 with sums in fp32 (330.4 with sparsity); 82.6 \
          fp32",
     ),
-    products(
+    matmul(
         "NVIDIA GeForce RTX 5090",
         209.5,
         104.8,
         "NVIDIA RTX Blackwell whitepaper: 209.5 TFLOP/s bf16 with sums in fp32 (419 with \
          sparsity); 104.8 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
         503.8,
         125.0,
         "NVIDIA RTX PRO Blackwell whitepaper: 503.8 TFLOP/s bf16, dense; 125 fp32",
     ),
-    products(
+    matmul(
         "NVIDIA B200",
         2250.0,
         75.0,
@@ -116,10 +116,10 @@ pub const PRODUCTS: [ProductPeaks; 22] = [
     ),
 ];
 
-impl ProductPeaks {
+impl MatmulPeaks {
     /// Of the machine that the driver names so, if it is known here.
-    pub fn of(name: &str) -> Option<&'static ProductPeaks> {
-        PRODUCTS.iter().find(|peaks| peaks.name == name)
+    pub fn of(name: &str) -> Option<&'static MatmulPeaks> {
+        MATMUL_PEAKS.iter().find(|peaks| peaks.name == name)
     }
 
     /// Of products of operands of this type: bf16 on tensor cores, fp32 without them.
@@ -138,7 +138,7 @@ pub struct Peaks {
     pub name: &'static str,
     /// As a command line names it.
     pub short_name: &'static str,
-    pub products: ProductPeaks,
+    pub matmul: MatmulPeaks,
     pub multiprocessors: usize,
     /// Of device memory, read and written together.
     pub bytes_per_second: f64,
@@ -153,7 +153,7 @@ pub struct Peaks {
 pub const H200: Peaks = Peaks {
     name: "NVIDIA H200",
     short_name: "h200",
-    products: products("NVIDIA H200", 989.5, 67.0, H200_SOURCE),
+    matmul: matmul("NVIDIA H200", 989.5, 67.0, H200_SOURCE),
     multiprocessors: 132,
     bytes_per_second: 4.8e12,
     link_bytes_per_second: 64e9,
@@ -167,7 +167,7 @@ const H200_SOURCE: &str = "NVIDIA H200 datasheet, SXM: 4.8 TB/s; 1979 TFLOP/s bf
 pub const H100: Peaks = Peaks {
     name: "NVIDIA H100 80GB HBM3",
     short_name: "h100",
-    products: products("NVIDIA H100 80GB HBM3", 989.5, 67.0, H100_SOURCE),
+    matmul: matmul("NVIDIA H100 80GB HBM3", 989.5, 67.0, H100_SOURCE),
     multiprocessors: 132,
     bytes_per_second: 3.35e12,
     link_bytes_per_second: 64e9,
@@ -198,8 +198,8 @@ impl Peaks {
         self.flops_per_second(Dtype::Bf16) / 256.0
     }
 
-    /// As [`ProductPeaks::flops_per_second`].
+    /// As [`MatmulPeaks::flops_per_second`].
     pub fn flops_per_second(&self, dtype: Dtype) -> f64 {
-        self.products.flops_per_second(dtype)
+        self.matmul.flops_per_second(dtype)
     }
 }

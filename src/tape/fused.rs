@@ -62,54 +62,8 @@ impl<H: Copy> Fused<H> {
 }
 
 impl Fused<View> {
-    pub(super) fn run(&self, backend: &mut impl Backend) -> Result<()> {
-        if self.run_as_one(backend)? {
-            return Ok(());
-        }
-        match self.needs_one_kernel() {
-            false => self.run_one_by_one(backend),
-            true => Err(Error::Device {
-                device: backend.name().to_string(),
-                what:
-                    "it was planned to compute SwiGLU's gradient with the product before it, and \
-                       cannot"
-                        .to_string(),
-                remedy: "plan for the device that trains".to_string(),
-            }),
-        }
-    }
-
-    /// Whether what the first leaves to the second has no memory.
-    fn needs_one_kernel(&self) -> bool {
-        match self {
-            Fused::LinearSwiGluBackward(linear, _) => linear.d_inp.to.shape.elements() == 0,
-            _ => false,
-        }
-    }
-
-    fn run_one_by_one(&self, backend: &mut impl Backend) -> Result<()> {
-        match *self {
-            Fused::LinearRotary(linear, rotary) => {
-                backend.linear_forward(linear)?;
-                backend.rotary_forward(rotary)
-            }
-            Fused::LinearSwiGlu(linear, swiglu) => {
-                backend.linear_forward(linear)?;
-                backend.swiglu_forward(swiglu)
-            }
-            Fused::LinearSwiGluBackward(linear, swiglu) => {
-                backend.linear_backward(linear)?;
-                backend.swiglu_backward(swiglu)
-            }
-            Fused::AttentionRotaryBackward(attention, rotary) => {
-                backend.attention_backward(attention)?;
-                backend.rotary_backward(rotary)
-            }
-        }
-    }
-
     /// Whether the backend did both.
-    fn run_as_one(&self, backend: &mut impl Backend) -> Result<bool> {
+    pub(super) fn run_as_one(&self, backend: &mut impl Backend) -> Result<bool> {
         match *self {
             Fused::LinearRotary(linear, rotary) => backend.linear_rotary_forward(linear, rotary),
             Fused::LinearSwiGlu(linear, swiglu) => backend.linear_swiglu_forward(linear, swiglu),
@@ -119,6 +73,22 @@ impl Fused<View> {
             Fused::AttentionRotaryBackward(attention, rotary) => {
                 backend.attention_rotary_backward(attention, rotary)
             }
+        }
+    }
+
+    /// Errors: what the first leaves to the second has no memory.
+    pub(super) fn check_that_parts_can_run(&self, device: &'static str) -> Result<()> {
+        match self {
+            Fused::LinearSwiGluBackward(linear, _) if linear.d_inp.to.shape.elements() == 0 => {
+                let what = "it was planned to compute SwiGLU's gradient with the product before it, \
+                            and cannot";
+                Err(Error::Device {
+                    device: device.to_string(),
+                    what: what.to_string(),
+                    remedy: "plan for the device that trains".to_string(),
+                })
+            }
+            _ => Ok(()),
         }
     }
 }

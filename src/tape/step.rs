@@ -54,7 +54,13 @@ impl Step<View> {
         match *self {
             Step::Forward(op) => op.run(backend),
             Step::Backward(gradient) => gradient.run(backend),
-            Step::Fused(fused) => fused.run(backend),
+            Step::Fused(fused) => {
+                if fused.run_as_one(backend)? {
+                    return Ok(());
+                }
+                fused.check_that_parts_can_run(backend.name())?;
+                fused.parts().iter().try_for_each(|part| part.run(backend))
+            }
             Step::Add { from, to } => backend.add(from, to),
         }
     }

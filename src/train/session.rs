@@ -204,10 +204,12 @@ impl<B: Backend> Session<B> {
 
     /// Whether something is to happen after `step` before the next one begins.
     fn pauses_after(&self, step: u64) -> bool {
-        let (train, checkpoint) = (&self.config.train, &self.config.checkpoint);
-        let due = self.samples_after(step)
-            || [train.eval_every, checkpoint.every].into_iter().any(|every| self.due(step, every));
-        self.interrupt.asked() || due
+        let saves = self.due(step, self.config.checkpoint.every);
+        self.interrupt.asked() || self.evaluates_after(step) || self.samples_after(step) || saves
+    }
+
+    fn evaluates_after(&self, step: u64) -> bool {
+        self.material.holds_out() && self.due(step, self.config.train.eval_every)
     }
 
     fn samples_after(&self, step: u64) -> bool {
@@ -222,10 +224,7 @@ impl<B: Backend> Session<B> {
         console: &Console,
     ) -> Result<(Option<Evaluation>, Option<SampleRecord>)> {
         let last = record.step == self.config.train.steps;
-        if self.material.holds_out()
-            && self.due(record.step, self.config.train.eval_every)
-            && record.evaluation.is_none()
-        {
+        if self.evaluates_after(record.step) && record.evaluation.is_none() {
             let most = if last { 0 } else { self.config.train.eval_tokens };
             let Some(evaluation) = self.evaluate(most)? else {
                 self.state.owed = Some(record);

@@ -872,12 +872,16 @@ fn gradients_are_rotated_back() {
             let rotary = Some((table.as_slice(), positions.as_slice()));
             let mut exact = exact(case, &inputs);
             exact.d_qkv = rotate_back(&exact.d_qkv, &|value| value);
-            let mut plain = plain(case, &inputs, false);
-            plain.d_qkv = rotate_back(&plain.d_qkv, &|value| rounded(case.dtype, value));
-            let [plain, exact] = [plain, exact].map(|it| it.gradients(of));
+            let exact = exact.gradients(of);
+            let plain = [false, true].map(|d_s_of_rounded| {
+                let mut plain = plain(case, &inputs, d_s_of_rounded);
+                plain.d_qkv = rotate_back(&plain.d_qkv, &|value| rounded(case.dtype, value));
+                plain.gradients(of)
+            });
             for kernels in hopper_kernels(driver, case) {
                 let found = rotated_back_on_device(driver, kernels, case, &inputs, rotary);
                 let found = found.gradients(of);
+                let plain = &plain[usize::from(kernels.d_s_of_rounded(of))];
                 for (part, name) in ["d_q", "d_k", "d_v"].into_iter().enumerate() {
                     let what = format!("{kernels:?} {name} rotated back, {of:?}");
                     assert_exact(&what, case.dtype, &found[part], &plain[part], &exact[part]);

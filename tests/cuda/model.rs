@@ -224,7 +224,7 @@ fn a_model_without_fusions_trains_as_on_the_cpu() {
         let found = trained(&config, STEPS, backend);
         check_bf16(&format!("without {without:?}"), &config, &found, &plain, &exact);
     };
-    let sets = Fusion::ALL.map(|it| vec![it]).into_iter().chain([Fusion::ALL.to_vec()]);
+    let sets = Fusion::ALL.iter().map(|&it| vec![it]).chain([Fusion::ALL.to_vec()]);
     for without in sets {
         if has_simt() {
             let driver = Counting::new(Host::new(Options::default()).unwrap());

@@ -10,26 +10,27 @@ use crate::bench::sizes::Sizes;
 use crate::config::{Config, Dtype};
 use crate::cuda::Family;
 use crate::cuda::attention::estimate::Busiest;
-use crate::cuda::gemm::tuned::{self, Table, Timed};
-use crate::cuda::gemm::{Choice, Ending, Layout, choose};
+use crate::cuda::gemm::tuned::{self, Table};
+use crate::cuda::gemm::{Choice, choose};
 use crate::cuda::peaks::Peaks;
 use crate::model;
 
-/// Of the datasheet's bytes a second: what norms reach on an H200 (3.7 to 3.8 of 4.8 TB/s).
+/// Of the datasheet's bytes a second: what RMSNorms of others reach on an H200 (3.7 to 3.8 of 4.8
+/// TB/s; QuACK's plots for an H100 have 77 % at rows of 1024).
 const MEMORY: f64 = 0.78;
 /// Between one kernel's last block and the next one's first at full speed.
 const LAUNCH_MICROSECONDS: f64 = 2.0;
-
 /// Exponentials that a score of a backward pass takes the time of: its own, dS, and what goes
-/// through shared memory.
+/// through shared memory. Fitted to one time: cuDNN's 541 TFLOP/s on an H200 at a head dim of 128
+/// and 8192 tokens.
 const BACKWARD_SPECIAL: f64 = 3.0;
 
 pub(super) const SOURCE: &str = "estimated, confirmed by no GPU: products by the cost model that \
      chooses their kernels (the fastest tile at 80 % of the datasheet); attention by its busiest \
-     block: products at 80 %, then 16 exponentials a clock, backward the time of three each \
-     (within 12 % of FlashAttention-3's published causal forward passes of 16384 tokens, and of \
-     cuDNN's backward ones of 8192); other kernels at 78 % of the datasheet's memory; 2 us for \
-     each launch";
+     block, rows taken for one document each: products at 80 %, then 16 exponentials a clock \
+     (within 12 % of FlashAttention-3's published causal forward passes), backward the time of \
+     three each (fitted to one of cuDNN's, at a head dim of 128); other kernels at 78 % of the \
+     datasheet's memory; 2 us for each kernel";
 
 /// Kernels for bf16 on a Hopper.
 pub(super) struct Expected<'a> {
@@ -55,34 +56,44 @@ impl<'a> Expected<'a> {
 
     /// Of one launch.
     pub fn microseconds(&self, kernel: &Kernel) -> f64 {
-        let computing = match kernel.sizes {
-            Sizes::Product { .. } => self.product_seconds(kernel),
-            Sizes::Attention { b, s, h, k, d } => {
+        let moving = kernel.bytes as f64 / self.bytes_per_second();
+        let over_link = kernel.link_bytes as f64 / self.machine.link_bytes_per_second;
+        let (seconds, kernels) = match (kernel.sizes.clone(), kernel.product) {
+            (Sizes::Product { m, n, k }, Some((layout, ending))) => {
+                let product = StepProduct { layout, ending, m, n, k, heads: self.heads };
+                match self.product_seconds(kernel, &product) {
+                    Timed(seconds) => return 1e6 * seconds,
+                    Estimated(seconds) => (seconds, kernel.kernels),
+                }
+            }
+            (Sizes::Attention { b, s, h, k, d }, _) => {
                 let heads = HeadSpec { heads: h, kv_heads: k, head_dim: d };
                 let spec = AttentionSpec { heads, batch: b, sequence: s };
-                self.attention_seconds(spec, kernel.op == "attention_backward")
+                let backward = kernel.op == "attention_backward";
+                let (computing, kernels) = self.attention_seconds(spec, backward);
+                (computing.max(moving), kernels)
             }
-            _ => 0.0,
+            _ => (moving.max(over_link), kernel.kernels),
         };
-        let moving = kernel.bytes as f64 / self.bytes_per_second();
-        let fetching = kernel.link_bytes as f64 / self.machine.link_bytes_per_second;
-        1e6 * computing.max(moving).max(fetching) + LAUNCH_MICROSECONDS
+        1e6 * seconds + kernels as f64 * LAUNCH_MICROSECONDS
     }
 
-    fn product_seconds(&self, kernel: &Kernel) -> f64 {
-        let product = step_product(kernel, self.heads);
-        let Some((choice, timed)) = chosen(self.machine, tuned::built_in(), &product) else {
-            return kernel.flops as f64 / self.flops_per_second();
+    /// With its bytes at the rate of the cost model. Sizes that no kernel takes: as the fastest tile
+    /// would do them.
+    fn product_seconds(&self, kernel: &Kernel, product: &StepProduct) -> ProductSeconds {
+        let Some((choice, timed)) = chosen(self.machine, tuned::built_in(), product) else {
+            return Estimated(kernel.flops as f64 / self.flops_per_second());
         };
+        if let Some(timed) = timed {
+            return Timed(timed.best.microseconds / 1e6);
+        }
         let rates = rates(self.machine, Dtype::Bf16);
         let multiprocessors = self.machine.multiprocessors;
-        match timed {
-            Some(timed) => timed.best.microseconds / 1e6,
-            None => choice.seconds(product.tiled(), kernel.bytes, multiprocessors, rates),
-        }
+        Estimated(choice.seconds(product.tiled(), kernel.bytes, multiprocessors, rates))
     }
 
-    fn attention_seconds(&self, spec: AttentionSpec, backward: bool) -> f64 {
+    /// And in how many kernels.
+    fn attention_seconds(&self, spec: AttentionSpec, backward: bool) -> (f64, u64) {
         let multiprocessors = self.machine.multiprocessors;
         let (busiest, special) = match backward {
             false => (Busiest::forward(multiprocessors, spec), 1.0),
@@ -90,29 +101,18 @@ impl<'a> Expected<'a> {
         };
         let flops = 2.0 * spec.heads.head_dim as f64 * busiest.products;
         let exponentials = special * busiest.scores;
-        multiprocessors as f64
-            * (flops / self.flops_per_second()
-                + exponentials / self.machine.exponentials_per_second())
+        let of_a_block =
+            flops / self.flops_per_second() + exponentials / self.machine.exponentials_per_second();
+        (multiprocessors as f64 * of_a_block, busiest.kernels)
     }
 }
 
-/// Of a kernel that has the sizes of one.
-pub(super) fn step_product(kernel: &Kernel, heads: HeadSpec) -> StepProduct {
-    let Sizes::Product { m, n, k } = kernel.sizes else {
-        unreachable!("{} is no product", kernel.op)
-    };
-    let stored = if kernel.what.ends_with(", addend") { Ending::Addend } else { Ending::Plain };
-    let (layout, ending) = match kernel.op {
-        "gemm_nt" => (Layout::Nt, stored),
-        "gemm_nn" => (Layout::Nn, stored),
-        "gemm_tn" => (Layout::Tn, Ending::Plain),
-        "gemm_nt_rotary" => (Layout::Nt, Ending::Rotary),
-        "gemm_nt_swiglu" => (Layout::Nt, Ending::SwiGlu),
-        "gemm_nn_swiglu" => (Layout::Nn, Ending::SwiGlu),
-        op => unreachable!("{op} has the sizes of a product"),
-    };
-    StepProduct { layout, ending, m, n, k, heads }
+/// As somebody timed it, with whatever lies between two launches; or by the cost model.
+enum ProductSeconds {
+    Timed(f64),
+    Estimated(f64),
 }
+use ProductSeconds::{Estimated, Timed};
 
 /// The kernel of a product on this machine, and what it took if somebody has timed it. `None`: there
 /// is none.
@@ -120,11 +120,11 @@ pub(super) fn chosen<'a>(
     machine: &Peaks,
     table: &'a Table,
     product: &StepProduct,
-) -> Option<(Choice, Option<&'a Timed>)> {
+) -> Option<(Choice, Option<&'a tuned::Timed>)> {
     let StepProduct { layout, ending, .. } = *product;
     let key = (layout, ending, product.sizes());
     let timed = table.find(machine.name, machine.multiprocessors, Family::Sm90, key);
     let variants = Family::Sm90.variants_for(layout, product.output());
     let predicted = || choose(variants, product.tiled(), machine.multiprocessors);
-    Some((timed.and_then(Timed::choice).or_else(predicted)?, timed))
+    Some((timed.and_then(tuned::Timed::choice).or_else(predicted)?, timed))
 }

@@ -182,7 +182,7 @@ fn together(
             let output = Output::Rotate(Rotation {
                 table: null,
                 positions: null,
-                columns: (heads.heads + heads.kv_heads) * heads.head_dim,
+                columns: heads.rotated_columns(),
                 head_dim: heads.head_dim,
             });
             let sizes = [rows(inp), columns(out), columns(inp)];

@@ -22,7 +22,7 @@ use launches::launches_of_a_step;
 use super::cost::{Cost, KernelFamily};
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::gemm::Rates;
+use crate::cuda::gemm::{Ending, Layout, Rates};
 use crate::cuda::peaks::{H200, Peaks};
 use crate::cuda::{Fusion, Fusions, attention};
 use crate::error::{Error, Result};
@@ -113,6 +113,10 @@ pub struct Kernel {
     pub flops: u64,
     pub flops_formula: &'static str,
     pub exponentials: u64,
+    /// How many kernels each of these launches is, but for attention.
+    pub kernels: u64,
+    /// Of a matrix product: how its operands lie, and what stands after it.
+    pub product: Option<(Layout, Ending)>,
     /// Over the link to the host's memory, in each direction.
     pub link_bytes: u64,
     /// Microseconds of one launch, under each roof.
@@ -146,7 +150,7 @@ impl Prediction {
     /// Errors: a broken shape rule; an unknown vocabulary; sizes without a kernel.
     pub fn on(config: &Config, machine: &Peaks) -> Result<Self> {
         let whole = Prediction::with(config, machine, &Fusions::default())?;
-        let fusions = Fusion::ALL.into_iter().map(|fusion| {
+        let fusions = Fusion::ALL.iter().map(|&fusion| {
             let without = Prediction::with(config, machine, &Fusions::without(&[fusion]))?;
             Ok(whole.lacking(fusion, &without))
         });
@@ -212,9 +216,8 @@ impl Prediction {
             let microseconds = |kernel: &Kernel| expected.microseconds(kernel);
             prediction.raise("expected", rates, expected::SOURCE, microseconds);
         }
-        let families = KernelFamily::NAMES.iter().map(|name| name.parse());
-        prediction.families =
-            families.map(|it| Ok(prediction.family(it?))).collect::<Result<_>>()?;
+        let families = KernelFamily::ALL.iter();
+        prediction.families = families.map(|&it| prediction.family(it)).collect();
         Ok(prediction)
     }
 
@@ -279,7 +282,7 @@ impl Prediction {
 impl Kernel {
     fn new(launches: u64, cost: Cost) -> Self {
         let Cost { op, what, dtype, sizes, bytes, bytes_formula, .. } = cost;
-        let Cost { flops, flops_formula, exponentials, .. } = cost;
+        let Cost { flops, flops_formula, exponentials, kernels, product, .. } = cost;
         Kernel {
             op,
             what,
@@ -292,6 +295,8 @@ impl Kernel {
             flops,
             flops_formula,
             exponentials,
+            kernels,
+            product,
             link_bytes: 0,
             microseconds: vec![],
             bound: "",
@@ -390,14 +395,20 @@ impl Prediction {
         for roof in &self.roofs {
             write!(f, " {:>13}", format!("ms, {}", roof.name))?;
         }
-        writeln!(f, " {:>9}", "of a step")?;
+        let last = self.roofs.len() - 1;
+        writeln!(
+            f,
+            "  of {} ms, {}",
+            self.roofs[last].milliseconds.round(),
+            self.roofs[last].name
+        )?;
         for FusionTime { fusion, more_launches, more_bytes, more_milliseconds } in &self.fusions {
             let more = format!("+{:.2}", *more_bytes as f64 / 1e9);
             write!(f, "{fusion:<24} {:>8} {more:>9}", format!("+{more_launches}"))?;
             for milliseconds in more_milliseconds {
                 write!(f, " {:>13}", format!("+{milliseconds:.3}"))?;
             }
-            let share = 100.0 * more_milliseconds[0] / self.roofs[0].milliseconds;
+            let share = 100.0 * more_milliseconds[last] / self.roofs[last].milliseconds;
             writeln!(f, " {:>7} %", format!("+{share:.1}"))?;
         }
         Ok(())

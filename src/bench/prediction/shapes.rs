@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::expected::{chosen, step_product};
+use super::expected::chosen;
 use super::{FASTEST, Prediction, memory, rates};
 use crate::bench::product::StepProduct;
 use crate::bench::sizes::Sizes;
@@ -166,11 +166,13 @@ pub(in crate::bench) fn rows(
     let mut rows: Vec<GemmRow> = vec![];
     let mut others = 0.0;
     for kernel in Prediction::with(config, machine, &Fusions::default())?.kernels {
-        let Sizes::Product { m, n, k } = kernel.sizes else {
-            others += kernel.launches as f64 * kernel.microseconds[0];
+        let (Sizes::Product { m, n, k }, Some((layout, ending))) = (kernel.sizes, kernel.product)
+        else {
+            // What is expected, as of the products.
+            others += kernel.launches as f64 * kernel.microseconds.last().copied().unwrap_or(0.0);
             continue;
         };
-        let product = step_product(&kernel, heads);
+        let product = StepProduct { layout, ending, m, n, k, heads };
         let tiled = product.tiled();
         let Some((choice, timed)) = chosen(machine, table, &product) else { continue };
         if let Some(row) = rows.iter_mut().find(|it| it.product.is(&product)) {

@@ -19,7 +19,7 @@ use crate::bench::report::Row;
 use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::{Choice, GemmPlan, Layout};
-use crate::cuda::peaks::ProductPeaks;
+use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::{Driver, Properties};
 use crate::error::{Error, Result};
 
@@ -142,7 +142,7 @@ pub fn table(
     let arena = Arena::new(driver, dtype, not_reached.iter().map(|it| &it.product))?;
     let limit = request.seconds.unwrap_or(if on_cpu(driver) { 0.0 } else { SECONDS });
     let late = |share: f64| limit > 0.0 && started.elapsed().as_secs_f64() > share * limit;
-    let peaks = ProductPeaks::of(&driver.properties().name);
+    let peaks = MatmulPeaks::of(&driver.properties().name);
     let peak = peaks.map(|it| it.flops_per_second(dtype));
     let mut stopwatch = Stopwatch::default();
     let mut timed: Vec<Timed> = vec![];
@@ -227,7 +227,7 @@ pub fn answer(
 ) -> Result<()> {
     let dtype = request.dtype();
     let kernels = request.kernels(driver)?;
-    let peaks = ProductPeaks::of(&driver.properties().name);
+    let peaks = MatmulPeaks::of(&driver.properties().name);
     let mut stopwatch = Stopwatch::default();
     let mut arena: Option<Arena> = None;
     for line in asked.lines() {

@@ -19,9 +19,9 @@ use layers::Layers;
 use crate::backend::{
     AdamWStep, AttentionBackward, AttentionForward, AttentionSpec, Backend, CachedAttention,
     CrossEntropyBackward, CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers,
-    LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading, Recording,
-    Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward, SwiGluForward,
-    VectorCopy, kernel_element_bytes, transfer_bytes,
+    HeadSpec, LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading,
+    Recording, Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward,
+    SwiGluForward, VectorCopy, kernel_element_bytes, transfer_bytes,
 };
 use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
@@ -29,7 +29,7 @@ use crate::cuda::attention::{Angles, backward_scratch_bytes};
 use crate::cuda::gemm::{Layout, Output, Product, Rotation};
 use crate::cuda::nvtx;
 use crate::cuda::offload::Offload;
-use crate::cuda::peaks::ProductPeaks;
+use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
 use crate::cuda::transfers::Transfers;
@@ -210,6 +210,32 @@ impl Cuda {
         pointwise.rotary(driver, STREAM, heads, rows, &args)
     }
 
+    /// Whether this machine's kernels for this type have it, in a model with such heads.
+    pub fn has(&self, fusion: Fusion, heads: HeadSpec) -> bool {
+        let null = DevicePointer::NULL;
+        let gemm = &self.layers.gemm;
+        match fusion {
+            Fusion::Residual => true,
+            Fusion::Rotary => {
+                let (columns, head_dim) = (heads.rotated_columns(), heads.head_dim);
+                let rotation = Rotation { table: null, positions: null, columns, head_dim };
+                gemm.fuses(Layout::Nt, Output::Rotate(rotation))
+            }
+            Fusion::SwiGlu => gemm.fuses(Layout::Nt, Output::SwiGlu { product: null }),
+            Fusion::SwiGluBackward => {
+                gemm.fuses(Layout::Nn, Output::SwiGluGradient { gate_up: null })
+            }
+            Fusion::RotaryBackward => self.attention_family() == Some(Family::Sm90),
+        }
+    }
+
+    /// Of the kernels that attention has here.
+    fn attention_family(&self) -> Option<Family> {
+        let properties = self.driver.properties();
+        let families = Family::chosen(self.name(), properties, self.dtype, self.family);
+        families.unwrap_or_default().first().copied()
+    }
+
     fn fuses(&self, fusion: Fusion, layout: Layout, output: Output) -> bool {
         self.fusions.has(fusion) && self.layers.gemm.fuses(layout, output)
     }
@@ -236,7 +262,7 @@ impl Backend for Cuda {
     }
 
     fn peak_flops_per_second(&self) -> Option<f64> {
-        let peaks = ProductPeaks::of(&self.driver.properties().name)?;
+        let peaks = MatmulPeaks::of(&self.driver.properties().name)?;
         Some(peaks.flops_per_second(self.dtype))
     }
 
@@ -278,11 +304,9 @@ impl Backend for Cuda {
     }
 
     fn attention_scratch_bytes(&self, spec: AttentionSpec, documents: bool) -> usize {
-        let properties = self.driver.properties();
-        let families = Family::chosen(self.name(), properties, self.dtype, self.family);
-        match families.unwrap_or_default().first() {
+        match self.attention_family() {
             Some(Family::Sm90) => {
-                let multiprocessors = properties.multiprocessors as usize;
+                let multiprocessors = self.driver.properties().multiprocessors as usize;
                 backward_scratch_bytes(multiprocessors, spec, documents) as usize
             }
             _ => 0,
@@ -634,7 +658,7 @@ impl Backend for Cuda {
         let output = Output::Rotate(Rotation {
             table: self.address(rotary.table),
             positions: self.address(rotary.positions),
-            columns: (heads.heads + heads.kv_heads) * heads.head_dim,
+            columns: heads.rotated_columns(),
             head_dim: heads.head_dim,
         });
         let fuses = self.fuses(Fusion::Rotary, Layout::Nt, output);

@@ -122,8 +122,6 @@ choice! {
 }
 
 impl Ending {
-    const ALL: [Ending; 4] = [Ending::Plain, Ending::Addend, Ending::Rotary, Ending::SwiGlu];
-
     /// Of the kernels that do it.
     pub fn epilogue(self) -> Epilogue {
         match self {
@@ -319,7 +317,7 @@ impl Gemm {
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
-        let mut endings = [output.ending()].into_iter().chain(Ending::ALL);
+        let mut endings = [output.ending()].into_iter().chain(Ending::ALL.iter().copied());
         match endings.find_map(|ending| self.timed(layout, output, sizes, ending)) {
             Some(timed) => Ok(timed),
             None => self.by_cost_model(layout, output, sizes),
