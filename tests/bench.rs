@@ -568,6 +568,7 @@ fn a_step_is_timed_without_the_fusions_that_are_named() {
     // Of two layers; graphs count as one launch each, so the ratio is not known.
     let percents = [whole, two, none, again].map(|(_, step)| step.percent_over_fused);
     assert_eq!((percents[0], percents[3]), (None, Some(0.0)));
+    assert!(percents[1].is_some() && percents[2].is_some(), "{percents:?}");
     let families: Vec<usize> = rows.iter().map(|(_, step)| step.families.len()).collect();
     assert!(families[0] > 0 && families[1..] == [0, 0, 0], "{families:?}");
     let text = report.to_string();

@@ -274,14 +274,8 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec, starts: Option
     let d_out = filled(cpu, &[t, heads.heads * d], 2);
     let d_qkv = filled(cpu, &[t, columns], 3);
     let documents = starts.map(|starts| index(cpu, starts));
-    cpu.attention_forward(AttentionForward {
-        spec,
-        qkv,
-        document_starts: documents,
-        out,
-        log_sum_exp: lse,
-    })
-    .unwrap();
+    let forward = AttentionForward { spec, qkv, document_starts: documents, out, log_sum_exp: lse };
+    cpu.attention_forward(forward).unwrap();
 
     // The plain formula.
     let (x, found) = (values(cpu, qkv), values(cpu, out));
@@ -321,14 +315,7 @@ fn attention_case(batch: usize, sequence: usize, heads: HeadSpec, starts: Option
     })
     .unwrap();
     check(&name, cpu, qkv, d_qkv, &[(out, d_out)], |cpu| {
-        cpu.attention_forward(AttentionForward {
-            spec,
-            qkv,
-            document_starts: documents,
-            out,
-            log_sum_exp: lse,
-        })
-        .unwrap();
+        cpu.attention_forward(forward).unwrap();
     });
 }
 

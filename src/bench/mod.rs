@@ -22,6 +22,7 @@ mod products;
 mod report;
 mod sizes;
 mod step;
+mod step_request;
 mod timing;
 
 pub use cost::KernelFamily;
@@ -35,7 +36,7 @@ pub use products::tune::{Candidate, TuneReport, TunedProduct, tune};
 pub use products::{ProductsRequest, Wanted};
 pub use report::{OverPlain, Report, Row, Unit, Work};
 pub use sizes::Sizes;
-pub use step::{Machine, StepRequest};
+pub use step_request::{Machine, StepRequest};
 
 use crate::config::choice::choice;
 use crate::config::{Dtype, NormKind};

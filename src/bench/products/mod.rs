@@ -14,7 +14,7 @@ use super::cost::element_bytes;
 use super::prediction::shapes::{self, GemmRow};
 use super::product::{Addresses, MOST_POSITIONS, Operands, StepProduct};
 use super::sizes;
-use super::step::{Machine, StepRequest};
+use super::step_request::{Machine, StepRequest};
 use super::timing::{between, check_fits, cold_copies, drawn_normals, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::{self, Table};
