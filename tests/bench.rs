@@ -4,8 +4,9 @@ use std::process::Output;
 
 use isobath::bench::cost::Cost;
 use isobath::bench::{
-    self, Benchmark, FusionTime, GemmPrediction, KernelFamily, Machine, Prediction,
-    ProductsRequest, Request, Sizes, StepProduct, StepRequest, Unit,
+    self, AdamwRequest, AttentionRequest, Benchmark, FusionTime, GemmPrediction, GemmRequest,
+    KernelFamily, LossRequest, Machine, NormRequest, Prediction, ProductsRequest, Request, Sizes,
+    StepProduct, StepRequest, TimedStepRequest, Unit,
 };
 use isobath::config::{Attention, Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
@@ -27,17 +28,31 @@ fn open() -> Result<Box<dyn Driver>> {
     Ok(Box::new(Host::new(Options::default())?))
 }
 
-fn small(benchmark: Benchmark) -> Request {
-    Request {
-        samples: Some(4),
-        rows: Some(16),
-        columns: Some(64),
-        vocab: Some(80),
-        product: Some([128, 64, 72]),
-        attention: Some([2, 40, 4, 2, 32]),
-        elements: Some(3000),
-        ..Request::new(benchmark)
-    }
+fn timed(benchmarks: Vec<Benchmark>, dtype: Option<Dtype>) -> Request {
+    Request { benchmarks, options: bench::Options { dtype, samples: Some(4) } }
+}
+
+const GEMM: GemmRequest = GemmRequest { product: Some([128, 64, 72]), layout: None, family: None };
+const ATTENTION: AttentionRequest =
+    AttentionRequest { shape: Some([2, 40, 4, 2, 32]), family: None };
+const NORM: NormRequest = NormRequest { kind: None, rows: Some(16), columns: Some(64) };
+const LOSS: LossRequest = LossRequest { rows: Some(16), vocab: Some(80) };
+const ADAMW: AdamwRequest = AdamwRequest { elements: Some(3000) };
+
+fn step(step: StepRequest) -> Benchmark {
+    Benchmark::Step(TimedStepRequest { step, without: vec![] })
+}
+
+fn all_small() -> Request {
+    let step = step(StepRequest::default());
+    let kernels = [
+        Benchmark::Gemm(GEMM),
+        Benchmark::Attention(ATTENTION),
+        Benchmark::Norm(NORM),
+        Benchmark::Loss(LOSS),
+        Benchmark::Adamw(ADAMW),
+    ];
+    timed(kernels.into_iter().chain([step]).collect(), None)
 }
 
 /// Whether there is no simt here, which the test then says.
@@ -46,8 +61,8 @@ fn skipped() -> bool {
 }
 
 /// Runs on simt and checks the arithmetic of every row.
-fn amounts(request: &Request) -> Vec<u64> {
-    let report = bench::run(open, request, |_| ()).unwrap();
+fn amounts(benchmark: Benchmark, dtype: Dtype) -> Vec<u64> {
+    let report = bench::run(open, &timed(vec![benchmark], Some(dtype)), |_| ()).unwrap();
     for row in report.rows.iter().chain(&report.copy) {
         assert_eq!(row.samples, 4);
         assert!(0.0 < row.fastest_microseconds);
@@ -79,28 +94,27 @@ fn work_is_counted_by_its_formula() {
         3 * activations + 5 * gain + statistics,
         4 * activations + 5 * gain + statistics,
     ];
-    assert_eq!(amounts(&small(Benchmark::Norm)), expected);
-    let wide = |request| Request { dtype: Some(Dtype::F32), ..request };
-    let layer_norm = Request { norm: NormKind::Layer, ..wide(small(Benchmark::Norm)) };
+    assert_eq!(amounts(Benchmark::Norm(NORM), Dtype::Bf16), expected);
+    let layer_norm = NormRequest { kind: Some(NormKind::Layer), ..NORM };
     let expected = [
         4 * activations + gain + 2 * statistics,
         6 * activations + 5 * gain + 2 * statistics,
         8 * activations + 5 * gain + 2 * statistics,
     ];
-    assert_eq!(amounts(&layer_norm), expected);
+    assert_eq!(amounts(Benchmark::Norm(layer_norm), Dtype::F32), expected);
 
-    let products = small(Benchmark::Gemm);
     let work = 2 * 128 * 64 * 72;
-    assert_eq!(amounts(&products), [work; 3], "every layout");
-    assert_eq!(amounts(&Request { layout: Some(Layout::Tn), ..products.clone() }), [work]);
+    let products = |request| amounts(Benchmark::Gemm(request), Dtype::Bf16);
+    assert_eq!(products(GEMM), [work; 3], "every layout");
+    assert_eq!(products(GemmRequest { layout: Some(Layout::Tn), ..GEMM }), [work]);
     let family = Some(Family::Sm90);
-    assert_eq!(amounts(&Request { family, ..products.clone() }), [work; 3], "every layout");
-    assert_eq!(amounts(&wide(products)), [work; 3]);
+    assert_eq!(products(GemmRequest { family, ..GEMM }), [work; 3], "every layout");
+    assert_eq!(amounts(Benchmark::Gemm(GEMM), Dtype::F32), [work; 3]);
 
     // Those that are not asked for by size: three layouts, then what is fused, of 256 each way.
-    let all = Request { product: None, ..small(Benchmark::Gemm) };
-    assert_eq!(amounts(&all), [2 * 256 * 256 * 256; 7]);
-    let fused = amounts(&Request { family: Some(Family::Sm80), ..all }).len() - 3;
+    let all = GemmRequest { product: None, ..GEMM };
+    assert_eq!(products(all.clone()), [2 * 256 * 256 * 256; 7]);
+    let fused = products(GemmRequest { family: Some(Family::Sm80), ..all }).len() - 3;
     assert_eq!(fused, 1, "an addend alone");
 
     // Two products, and five, of 2 B H S^2 D; the causal half of each. Five in two passes, in one
@@ -108,23 +122,23 @@ fn work_is_counted_by_its_formula() {
     let square = 2 * 4 * 40 * 40 * 32;
     let [five, seven] = [5, 7].map(|products| products * square);
     let expected = [2 * square, five, five, five, five, seven];
-    assert_eq!(amounts(&small(Benchmark::Attention)), expected);
-    assert_eq!(amounts(&wide(small(Benchmark::Attention))), [2 * square, five, seven]);
+    assert_eq!(amounts(Benchmark::Attention(ATTENTION), Dtype::Bf16), expected);
+    let expected = [2 * square, five, seven];
+    assert_eq!(amounts(Benchmark::Attention(ATTENTION), Dtype::F32), expected);
 
     let logits = 16 * 80 * 2;
-    let loss = [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4];
-    assert_eq!(amounts(&small(Benchmark::Loss)), loss);
+    let losses = |request| amounts(Benchmark::Loss(request), Dtype::Bf16);
+    assert_eq!(losses(LOSS), [logits + 2 * 4 * 16, 2 * logits + 2 * 4 * 16 + 4]);
     // A cluster holds the row; after the largest, all tiles but the last are read twice.
-    let gradient = |vocab| -> u64 {
-        amounts(&Request { rows: Some(1), vocab: Some(vocab), ..small(Benchmark::Loss) })[1]
-    };
+    let gradient = |vocab| losses(LossRequest { rows: Some(1), vocab: Some(vocab) })[1];
     assert_eq!(gradient(131_080), 2 * 2 * 131_080 + 2 * 4 + 4);
     assert_eq!(gradient(524_296), (2 * 524_296 + 524_288) * 2 + 2 * 4 + 4);
     assert_eq!(
-        amounts(&small(Benchmark::Adamw)),
+        amounts(Benchmark::Adamw(ADAMW), Dtype::Bf16),
         [4 * 3000, 30 * 3000, 22 * 3000, 28 * 3000, 20 * 3000]
     );
-    assert_eq!(amounts(&wide(small(Benchmark::Adamw))), [4 * 3000, 28 * 3000, 20 * 3000]);
+    let expected = [4 * 3000, 28 * 3000, 20 * 3000];
+    assert_eq!(amounts(Benchmark::Adamw(ADAMW), Dtype::F32), expected);
 }
 
 #[test]
@@ -133,14 +147,14 @@ fn a_training_step_counts_its_formula_in_each_type() {
         return;
     }
     let sets = ["model.layers=1", "data.sequence=32", "train.grad_accumulation=3"];
-    let step = StepRequest { sets: sets.map(String::from).to_vec(), ..Default::default() };
+    let sets = sets.map(String::from).to_vec();
+    let small = step(StepRequest { sets, ..Default::default() });
     for dtype in [Dtype::Bf16, Dtype::F32] {
-        let request = Request { step: step.clone(), dtype: Some(dtype), ..small(Benchmark::Step) };
         // hidden 64, ffn 176, 2 heads of 32 and one for keys and values, 512 tokens
         let matmuls = (2 + 2) * 32 * 64 + 64 * 64 + 3 * 176 * 64 + 512 * 64;
         let tokens = 3 * 2 * 32;
-        assert_eq!(amounts(&request), [6 * (matmuls + 32 * 64) * tokens]);
-        let report = bench::run(open, &request, |_| ()).unwrap();
+        assert_eq!(amounts(small.clone(), dtype), [6 * (matmuls + 32 * 64) * tokens]);
+        let report = bench::run(open, &timed(vec![small.clone()], Some(dtype)), |_| ()).unwrap();
         let row = &report.rows[0];
         let seconds = row.median_microseconds * 1e-6;
         let details = row.step.as_ref().unwrap();
@@ -157,7 +171,7 @@ fn each_row_is_told_when_it_has_been_timed() {
         return;
     }
     let mut told = vec![];
-    let request = small(Benchmark::All);
+    let request = all_small();
     let report = bench::run(open, &request, |row| told.push(row.clone())).unwrap();
     // A step first without its kernels, which take as long again.
     let steps: Vec<bool> =
@@ -184,7 +198,7 @@ fn samples_follow_each_other_without_a_gap() {
         let host = Host::new(Options::default())?;
         Ok(Box::new(Counting { calls: calls.clone(), ..Counting::new(host) }))
     };
-    bench::run(open, &small(Benchmark::Loss), |_| ()).unwrap();
+    bench::run(open, &timed(vec![Benchmark::Loss(LOSS)], None), |_| ()).unwrap();
     let calls = calls.borrow().join(" ");
     // Forward, backward, and the copy that they are compared with.
     let pass = "launch event ".repeat(5);
@@ -217,7 +231,7 @@ fn percentages_are_those_of_the_ceilings() {
     if skipped() {
         return;
     }
-    let mut report = bench::run(open, &small(Benchmark::All), |_| ()).unwrap();
+    let mut report = bench::run(open, &all_small(), |_| ()).unwrap();
     let row = |op| report.rows.iter().find(|row| row.op == op).unwrap().clone();
     let mut product = row("gemm_nt");
     product.per_second = 494.75e12;
@@ -280,32 +294,36 @@ fn impossible_sizes_are_refused() {
     if skipped() {
         return;
     }
-    let step = |sets: &[&str]| Request {
-        step: StepRequest {
-            sets: sets.iter().map(ToString::to_string).collect(),
-            ..Default::default()
-        },
-        ..small(Benchmark::Step)
+    let step = |sets: &[&str]| {
+        let sets = sets.iter().map(ToString::to_string).collect();
+        step(StepRequest { sets, ..Default::default() })
     };
-    let norm = || small(Benchmark::Norm);
-    let attention = |sizes| Request { attention: Some(sizes), ..small(Benchmark::Attention) };
+    let norm = |rows, columns| {
+        Benchmark::Norm(NormRequest { rows: Some(rows), columns: Some(columns), ..NORM })
+    };
+    let product =
+        |sizes| Benchmark::Gemm(GemmRequest { product: Some(sizes), ..GemmRequest::default() });
+    let attention =
+        |sizes| Benchmark::Attention(AttentionRequest { shape: Some(sizes), ..ATTENTION });
+    let loss = |vocab| Benchmark::Loss(LossRequest { vocab: Some(vocab), ..LOSS });
+    let update = |elements| Benchmark::Adamw(AdamwRequest { elements: Some(elements) });
     let refused = [
-        (Request { rows: Some(0), ..norm() }, "cannot be timed"),
-        (Request { rows: Some(usize::MAX), ..norm() }, "cannot be timed"),
-        (Request { rows: Some(1 << 31), columns: Some(8), ..norm() }, "cannot be timed"),
-        (Request { rows: Some(1 << 30), columns: Some(8192), ..norm() }, "these sizes need"),
-        (Request { columns: Some(63), ..norm() }, "63"),
-        (Request { product: Some([0, 8, 8]), ..small(Benchmark::Gemm) }, "cannot be timed"),
-        (Request { product: Some([1 << 30; 3]), ..small(Benchmark::Gemm) }, "cannot be timed"),
-        (Request { product: Some([8, 8, 1 << 38]), ..small(Benchmark::Gemm) }, "these sizes need"),
+        (norm(0, 64), "cannot be timed"),
+        (norm(usize::MAX, 64), "cannot be timed"),
+        (norm(1 << 31, 8), "cannot be timed"),
+        (norm(1 << 30, 8192), "these sizes need"),
+        (norm(16, 63), "63"),
+        (product([0, 8, 8]), "cannot be timed"),
+        (product([1 << 30; 3]), "cannot be timed"),
+        (product([8, 8, 1 << 38]), "these sizes need"),
         (attention([1, 0, 4, 2, 32]), "cannot be timed"),
         (attention([1, 1 << 25, 1, 1, 64]), "cannot be timed"),
         (attention([1, 64, 4, 3, 32]), "4 heads share 3 KV heads"),
         (attention([1, 64, 4, 2, 40]), "head dim of 40"),
-        (Request { vocab: Some(81), ..small(Benchmark::Loss) }, "81"),
-        (Request { vocab: Some(0), ..small(Benchmark::Loss) }, "cannot be timed"),
-        (Request { elements: Some(0), ..small(Benchmark::Adamw) }, "cannot be timed"),
-        (Request { elements: Some(1 << 43), ..small(Benchmark::Adamw) }, "these sizes need"),
+        (loss(81), "81"),
+        (loss(0), "cannot be timed"),
+        (update(0), "cannot be timed"),
+        (update(1 << 43), "these sizes need"),
         (step(&["model.heads=3"]), "model.heads"),
         (step(&["model.depth=3"]), "model.depth"),
         (step(&["model.heads=1", "model.hidden=40"]), "head dim"),
@@ -313,7 +331,8 @@ fn impossible_sizes_are_refused() {
         (step(&["model.init_std=1e38"]), "the loss is"),
         (step(&["optimizer.lr=1e300"]), "no finite f32"),
     ];
-    for (request, part) in refused {
+    for (benchmark, part) in refused {
+        let request = timed(vec![benchmark], None);
         let Err(error) = bench::run(open, &request, |_| ()) else { panic!("timed: {request:?}") };
         let error = error.to_string();
         assert!(error.contains(part), "{request:?}:\n`{part}` is missing in:\n{error}");
@@ -552,13 +571,17 @@ fn a_step_is_timed_without_the_fusions_that_are_named() {
     let without = vec![vec![Fusion::Residual, Fusion::SwiGluBackward], all.clone()];
     let sets = vec!["data.sequence=32".to_string()];
     let step = StepRequest { sets, ..Default::default() };
-    let request = Request { step, without, samples: Some(2), ..small(Benchmark::Step) };
+    let request = |dtype, without: &[Vec<Fusion>]| {
+        let step = TimedStepRequest { step: step.clone(), without: without.to_vec() };
+        let options = bench::Options { dtype, samples: Some(2) };
+        Request { benchmarks: vec![Benchmark::Step(step)], options }
+    };
     // Each launch takes as long, so that what is launched more is the time.
     let one_ms_each = || -> Result<Box<dyn Driver>> {
         let counting = Counting::new(Host::new(Options::default())?);
         Ok(Box::new(Counting { one_ms_each: true, ..counting }))
     };
-    let report = bench::run(one_ms_each, &request, |_| ()).unwrap();
+    let report = bench::run(one_ms_each, &request(None, &without), |_| ()).unwrap();
     let rows: Vec<_> = report.rows.iter().map(|row| (row, row.step.as_ref().unwrap())).collect();
     let [whole, two, none, again] = rows[..] else { panic!("{report}") };
     assert_eq!([whole, again].map(|(_, step)| step.without.len()), [0, 0]);
@@ -576,11 +599,11 @@ fn a_step_is_timed_without_the_fusions_that_are_named() {
         assert!(text.contains(part), "`{part}` is missing in:\n{text}");
     }
 
-    let in_f32 = Request { dtype: Some(Dtype::F32), ..request.clone() };
+    let in_f32 = request(Some(Dtype::F32), &without);
     let error = bench::run(open, &in_f32, |_| ()).unwrap_err();
     assert!(matches!(error, Error::Usage { .. }), "{error}");
     assert!(error.to_string().contains("--without swiglu-backward"), "{error}");
-    let of_residual = Request { without: vec![all], ..in_f32 };
+    let of_residual = request(Some(Dtype::F32), &[all]);
     let report = bench::run(open, &of_residual, |_| ()).unwrap();
     assert_eq!(report.rows[1].step.as_ref().unwrap().without, [Fusion::Residual]);
 }
@@ -709,7 +732,7 @@ fn a_step_is_the_sum_of_its_families() {
         let counting = Counting::new(Host::new(Options::default())?);
         Ok(Box::new(Counting { one_ms_each: true, ..counting }))
     };
-    let request = Request { step, ..small(Benchmark::Step) };
+    let request = timed(vec![Benchmark::Step(TimedStepRequest { step, without: vec![] })], None);
     let report = bench::run(one_ms_each, &request, |_| ()).unwrap();
     let row = &report.rows[0];
     let details = row.step.as_ref().unwrap();
@@ -1054,13 +1077,13 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
     if skipped() {
         return;
     }
-    let report = answer("--device simt --samples 1 --rows 16 --elements 4096 --json");
+    let report = answer("--device simt --samples 1 --json");
     assert_eq!(report["benchmark"], "all");
     assert!(report["machine"]["name"].is_string() && report["copy"]["per_second"].is_f64());
     let rows = report["rows"].as_array().unwrap();
     let sizes: Vec<(&str, &Value)> =
         rows.iter().map(|row| (row["op"].as_str().unwrap(), &row["sizes"])).collect();
-    let norm = |residual: bool| json!({"T": 16, "C": 1024, "norm": "rms", "residual": residual});
+    let norm = |residual: bool| json!({"T": 256, "C": 1024, "norm": "rms", "residual": residual});
     let expected = [
         ("gemm_nt", json!({"M": 256, "N": 256, "K": 256})),
         ("gemm_nn", json!({"M": 256, "N": 256, "K": 256})),
@@ -1078,13 +1101,13 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         ("norm_forward", norm(false)),
         ("norm_backward", norm(false)),
         ("norm_backward", norm(true)),
-        ("loss_forward", json!({"T": 16, "V": 2048})),
-        ("loss_backward", json!({"T": 16, "V": 2048})),
-        ("gradient_norm", json!({"N": 4096})),
-        ("adamw", json!({"N": 4096})), // with its state stored in each way
-        ("adamw", json!({"N": 4096})),
-        ("adamw", json!({"N": 4096})),
-        ("adamw", json!({"N": 4096})),
+        ("loss_forward", json!({"T": 64, "V": 2048})),
+        ("loss_backward", json!({"T": 64, "V": 2048})),
+        ("gradient_norm", json!({"N": 1 << 18})),
+        ("adamw", json!({"N": 1 << 18})), // with its state stored in each way
+        ("adamw", json!({"N": 1 << 18})),
+        ("adamw", json!({"N": 1 << 18})),
+        ("adamw", json!({"N": 1 << 18})),
     ];
     let (step, kernels) = sizes.split_last().unwrap();
     let expected: Vec<(&str, &Value)> = expected.iter().map(|(op, it)| (*op, it)).collect();
@@ -1363,36 +1386,37 @@ fn wrong_arguments_of_bench_are_refused() {
         ("gemm --layout tt", &[], &["--layout", "nt"]),
         ("gemm --family sm100", &[], &["--family", "sm90"]),
         ("norm --rows 0", &[], &["--rows"]),
-        ("norm --product 8,8,8", &[], &["--product applies only to gemm", "bench gemm"]),
-        ("gemm --rows 8", &[], &["--rows applies only to norm and loss", "bench norm"]),
-        ("adamw --preset 9m", &[], &["--preset applies only to step"]),
+        ("norm --product 8,8,8", &[], &["unexpected argument '--product'"]),
+        ("gemm --rows 8", &[], &["unexpected argument '--rows'"]),
+        ("adamw --preset 9m", &[], &["unexpected argument '--preset'"]),
+        ("--rows 8", &[], &["unexpected argument '--rows'"]),
         ("step --preset 8m --device simt", &[], &["8m", "9m"]),
+        ("step --preset 9m --preset 60m", &[], &["--preset", "multiple times"]),
         ("norm --order last", &[], &["--order", "fifo"]),
         ("norm --device cpu", &[], &["device cpu", "--device simt"]),
         ("norm --device simt", &[("SIMT_SEED", "first")], &["SIMT_SEED", "`first`"]),
-        ("norm --predict", &[], &["--predict measures nothing"]),
+        ("norm --predict", &[], &["unexpected argument '--predict'"]),
         ("gemm --predict --preset 8m", &[], &["8m", "9m"]),
-        ("gemm --predict --rows 8", &[], &["--rows applies only to norm"]),
-        ("--predict --race", &[], &["--predict measures nothing"]),
-        ("--predict --rows 8", &[], &["--rows applies only to norm"]),
+        ("gemm --predict --layout nt", &[], &["'--predict' cannot be used with '--layout"]),
+        ("--predict --race", &[], &["'--predict' cannot be used with '--race'"]),
+        ("step --predict --seed 1", &[], &["'--predict' cannot be used with '--seed"]),
         ("--predict --preset 8m", &[], &["8m", "9m"]),
-        ("--predict --preset 9m --preset 60m", &[], &["one preset"]),
-        ("--tune", &[], &["--tune applies only to gemm", "bench gemm --tune"]),
-        ("gemm --tune --table", &[], &["--table and --tune exclude each other"]),
-        ("gemm --table --out a.toml", &[], &["--out applies only to --tune"]),
-        ("gemm --seconds 5", &[], &["--seconds applies only to --table and --tune"]),
+        ("--tune", &[], &["unexpected argument '--tune'"]),
+        ("--device simt norm", &[], &["'norm'", "cannot be used with", "--device"]),
+        ("gemm --tune --table", &[], &["'--tune' cannot be used with '--table'"]),
+        ("gemm --table --out a.toml", &[], &["not provided", "--tune"]),
+        ("gemm --seconds 5", &[], &["not provided", "<--table|--tune>"]),
         ("gemm --table --seconds 0", &[], &["--seconds", "above 0"]),
-        ("gemm --tune --choices a.toml", &[], &["--choices applies only to --table and --stdin"]),
-        ("gemm --table --rows 8", &[], &["--rows applies only to norm"]),
-        ("gemm --vocab 32000", &[], &["--vocab applies only to loss"]),
-        ("loss --vocab 32000 --vocab 50257", &[], &["of one vocabulary"]),
-        ("gemm --table --product 8,8,8 --vocab 32000", &[], &["--product says which product"]),
+        ("gemm --tune --choices a.toml", &[], &["not provided", "<--table|--stdin>"]),
+        ("gemm --vocab 32000", &[], &["not provided", "<--predict|--table|--tune>"]),
+        ("loss --vocab 32000 --vocab 50257", &[], &["--vocab", "multiple times"]),
+        ("gemm --table --product 8,8,8 --vocab 32000", &[], &["--product", "--vocab"]),
         ("gemm --table --device simt --preset 8m", &[], &["8m", "9m"]),
-        ("gemm --stdin --product 8,8,8", &[], &["--product says which product"]),
-        ("gemm --stdin --preset 9m", &[], &["--preset applies only to step"]),
-        ("gemm --without rotary", &[], &["--without applies only to step"]),
+        ("gemm --stdin --product 8,8,8", &[], &["'--stdin' cannot be used with '--product"]),
+        ("gemm --stdin --preset 9m", &[], &["not provided", "<--predict|--table|--tune>"]),
+        ("gemm --without rotary", &[], &["unexpected argument '--without'"]),
         ("step --without norm", &[], &["--without", "rotary-backward"]),
-        ("--predict --without rotary", &[], &["--without", "bench step --without"]),
+        ("step --predict --without rotary", &[], &["'--predict' cannot be used with '--without"]),
         ("--predict --set model.vocab=0", &[], &["vocabulary is not known", "model.vocab"]),
     ];
     for (arguments, variables, parts) in refused {

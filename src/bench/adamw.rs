@@ -3,7 +3,7 @@
 
 use std::slice;
 
-use super::Request;
+use super::Options;
 use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
@@ -14,35 +14,43 @@ use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
+/// `None`: what suits the machine.
+#[derive(Clone, Default, Debug)]
+pub struct AdamwRequest {
+    /// N
+    pub elements: Option<usize>,
+}
+
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    request: &AdamwRequest,
+    options: Options,
     table: &mut TimedRows,
 ) -> Result<()> {
     let default = if on_cpu(driver) { 1 << 18 } else { 1 << 28 };
     let elements = request.elements.unwrap_or(default);
     sizes::check("an update", &[elements])?;
-    table.push(norm(driver, request, elements)?);
-    let masters: &[Master] = match request.kernel_dtype() {
+    table.push(norm(driver, options, elements)?);
+    let masters: &[Master] = match options.kernel_dtype() {
         Dtype::F32 => &[Master::F32],
         Dtype::Bf16 => &[Master::F32, Master::Split],
     };
     for &master in masters {
         for moments in [Dtype::F32, Dtype::Bf16] {
-            table.push(update(driver, request, part(elements, master, moments))?);
+            table.push(update(driver, options, part(elements, master, moments))?);
         }
     }
     Ok(())
 }
 
-fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<Row> {
+fn norm(driver: &mut dyn Driver, options: Options, elements: usize) -> Result<Row> {
     let flat = element_bytes(Dtype::F32) * elements as u64;
     let copies = Copies::new(driver, flat, flat + 4, |buffers| {
         let gradients = buffers.normals("gradients", Dtype::F32, elements)?;
         Ok((gradients, buffers.zeros("gradient norm", 4)?))
     })?;
     let kernels = AdamW::new(driver, part(elements, Master::F32, Dtype::F32), &[], &[])?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     let timing = copies.time(driver, samples, |driver, &(gradients, grad_norm)| {
         kernels.gradient_norm(driver, StreamId::MAIN, gradients, grad_norm)
     })?;
@@ -51,8 +59,8 @@ fn norm(driver: &mut dyn Driver, request: &Request, elements: usize) -> Result<R
     Ok(Row::new(Cost::gradient_norm(elements), &timing))
 }
 
-fn update(driver: &mut dyn Driver, request: &Request, part: FlatPart) -> Result<Row> {
-    let (dtype, elements) = (request.kernel_dtype(), part.elements as usize);
+fn update(driver: &mut dyn Driver, options: Options, part: FlatPart) -> Result<Row> {
+    let (dtype, elements) = (options.kernel_dtype(), part.elements as usize);
     let whole = 0..elements;
     let decay = slice::from_ref(&whole);
     let bytes = |dtype| element_bytes(dtype) * part.elements;
@@ -96,7 +104,7 @@ fn update(driver: &mut dyn Driver, request: &Request, part: FlatPart) -> Result<
         update: 1,
     };
     kernels.prepare(driver, StreamId::MAIN, &step)?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     let timing =
         copies.time(driver, samples, |driver, it| kernels.launch(driver, StreamId::MAIN, it))?;
     kernels.release(driver)?;

@@ -1,6 +1,6 @@
 //! Causal attention with grouped heads, forward and backward.
 
-use super::Request;
+use super::Options;
 use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
@@ -9,8 +9,17 @@ use crate::backend::{AttentionSpec, HeadSpec};
 use crate::cuda::attention::{
     Attention, AttentionBackward, AttentionForward, AttentionPlan, Passes,
 };
-use crate::cuda::{Driver, StreamId};
+use crate::cuda::{Driver, Family, StreamId};
 use crate::error::Result;
+
+/// `None`: what suits the machine.
+#[derive(Clone, Default, Debug)]
+pub struct AttentionRequest {
+    /// B, S, H, K, D
+    pub shape: Option<[usize; 5]>,
+    /// `None`: the best of the machine.
+    pub family: Option<Family>,
+}
 
 /// Tokens of every pass over heads of the same width in the table below, whatever their sequence;
 /// and values of a token's heads.
@@ -37,32 +46,35 @@ fn on_gpu() -> Vec<[usize; 5]> {
 
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    request: &AttentionRequest,
+    options: Options,
     table: &mut TimedRows,
 ) -> Result<()> {
-    let shapes = match request.attention {
+    let shapes = match request.shape {
         Some(shape) => vec![shape],
         None if on_cpu(driver) => vec![ON_CPU],
         None => on_gpu(),
     };
-    shapes.into_iter().try_for_each(|shape| rows_of(driver, request, shape, table))
+    let family = request.family;
+    shapes.into_iter().try_for_each(|shape| rows_of(driver, family, options, shape, table))
 }
 
 /// Forward; backward in every way that there are kernels for; and both, one after the other,
 /// backward in the way that a training step takes.
 fn rows_of(
     driver: &mut dyn Driver,
-    request: &Request,
+    family: Option<Family>,
+    options: Options,
     [batch, sequence, heads, kv_heads, head_dim]: [usize; 5],
     table: &mut TimedRows,
 ) -> Result<()> {
     sizes::check("attention (B, S, H, K, D)", &[batch, sequence, heads, kv_heads, head_dim])?;
     // Scores are never stored, but their products are counted.
     sizes::check("attention to scores", &[batch, heads, sequence, sequence])?;
-    let dtype = request.kernel_dtype();
+    let dtype = options.kernel_dtype();
     let heads = HeadSpec { heads, kv_heads, head_dim };
     let spec = AttentionSpec { heads, batch, sequence };
-    let mut chosen = Attention::new(driver, dtype, heads, request.family)?;
+    let mut chosen = Attention::new(driver, dtype, heads, family)?;
     let mut ways = vec![];
     for passes in chosen.all_passes(spec) {
         let kernels = chosen.clone().with_passes(passes)?;
@@ -106,7 +118,7 @@ fn rows_of(
         timed.push(Timed { plans: both.to_vec(), how: "" });
         Ok(timed)
     })?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     for index in 0..copies.copies[0].len() {
         let launch = |driver: &mut dyn Driver, timed: &Vec<Timed>| {
             timed[index].plans.iter().try_for_each(|plan| plan.launch(driver, StreamId::MAIN))

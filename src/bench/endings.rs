@@ -2,7 +2,7 @@
 //! gradient; and what that costs: each is timed in turn with the plain kernel of the same tile, on
 //! the same factors.
 
-use super::Request;
+use super::Options;
 use super::layers::{LAYERS, Layer, ON_CPU};
 use super::product::StepProduct;
 use super::report::{OverPlain, Row, TimedRows};
@@ -15,7 +15,7 @@ use crate::error::Result;
 /// None where the family has no such kernels.
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    options: Options,
     kernels: &Gemm,
     table: &mut TimedRows,
 ) -> Result<()> {
@@ -37,7 +37,7 @@ pub(super) fn rows(
         // On the CPU machine all sizes are the same.
         let is_new = !timed.iter().any(|it| it.is(&product));
         if is_new && kernels.fuses(layout, product.output()) {
-            table.push(row(driver, request, kernels, &product)?);
+            table.push(row(driver, options, kernels, &product)?);
             timed.push(product);
         }
     }
@@ -46,12 +46,12 @@ pub(super) fn rows(
 
 fn row(
     driver: &mut dyn Driver,
-    request: &Request,
+    options: Options,
     kernels: &Gemm,
     product: &StepProduct,
 ) -> Result<Row> {
     let StepProduct { layout, .. } = *product;
-    let dtype = request.kernel_dtype();
+    let dtype = options.kernel_dtype();
     let plain = StepProduct::plain(layout, product.sizes());
     let choice = kernels.choose(layout, product.output(), product.tiled())?;
     let tile = choice.variant.tile();
@@ -66,7 +66,7 @@ fn row(
         });
         Ok((with, without.transpose()?))
     })?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     let [with, without] = copies.time_in_turn(driver, samples, |driver, plans, turn| {
         let (with, without) = plans;
         let plan = if turn == 0 { Some(with) } else { without.as_ref() };

@@ -1,7 +1,7 @@
 //! The products of a training step: a layer forward (NT), and the gradients of its input (NN) and
 //! of its weight (TN).
 
-use super::Request;
+use super::Options;
 use super::endings;
 use super::layers::{LAYERS, ON_CPU};
 use super::product::StepProduct;
@@ -9,17 +9,29 @@ use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::gemm::{Gemm, Layout};
-use crate::cuda::{Driver, StreamId};
+use crate::cuda::{Driver, Family, StreamId};
 use crate::error::Result;
+
+/// `None`: what suits the machine.
+#[derive(Clone, Default, Debug)]
+pub struct GemmRequest {
+    /// M, N, K
+    pub product: Option<[usize; 3]>,
+    /// `None`: every layout that the family has.
+    pub layout: Option<Layout>,
+    /// `None`: the best of the machine.
+    pub family: Option<Family>,
+}
 
 const SQUARES: [usize; 2] = [4096, 8192];
 
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    request: &GemmRequest,
+    options: Options,
     table: &mut TimedRows,
 ) -> Result<()> {
-    let kernels = Gemm::new(driver, request.kernel_dtype(), request.family)?;
+    let kernels = Gemm::new(driver, options.kernel_dtype(), request.family)?;
     let layouts = match request.layout {
         Some(layout) => vec![layout],
         None => {
@@ -37,18 +49,18 @@ pub(super) fn rows(
             }
         };
         for product in products {
-            table.push(row(driver, request, &kernels, layout, product)?);
+            table.push(row(driver, options, &kernels, layout, product)?);
         }
     }
     if request.layout.is_none() && request.product.is_none() {
-        endings::rows(driver, request, &kernels, table)?;
+        endings::rows(driver, options, &kernels, table)?;
     }
     kernels.release(driver)
 }
 
 fn row(
     driver: &mut dyn Driver,
-    request: &Request,
+    options: Options,
     kernels: &Gemm,
     layout: Layout,
     [m, n, k]: [usize; 3],
@@ -56,7 +68,7 @@ fn row(
     for sides in [[m, k], [n, k], [m, n]] {
         sizes::check("a factor or result", &sides)?;
     }
-    let dtype = request.kernel_dtype();
+    let dtype = options.kernel_dtype();
     let product = StepProduct::plain(layout, [m, n, k]);
     let choice = kernels.choose(layout, product.output(), product.tiled())?;
     let bytes = product.bytes(dtype);
@@ -64,7 +76,7 @@ fn row(
         let at = product.allocate(buffers, dtype)?;
         kernels.plan_with(buffers.driver, choice, &product.at(&at))
     })?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     let timing =
         copies.time(driver, samples, |driver, plan| plan.launch(driver, StreamId::MAIN))?;
     copies.release(driver)?;

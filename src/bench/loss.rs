@@ -1,6 +1,6 @@
 //! Cross-entropy over rows of logits, and its gradient in their place.
 
-use super::Request;
+use super::Options;
 use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
@@ -8,6 +8,15 @@ use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::loss::{Loss, LossBackward, LossForward};
 use crate::cuda::{DevicePointer, Driver, StreamId};
 use crate::error::Result;
+
+/// `None`: what suits the machine.
+#[derive(Clone, Default, Debug)]
+pub struct LossRequest {
+    /// T
+    pub rows: Option<usize>,
+    /// V
+    pub vocab: Option<usize>,
+}
 
 struct Buffers {
     logits: DevicePointer,
@@ -18,14 +27,15 @@ struct Buffers {
 
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    request: &LossRequest,
+    options: Options,
     table: &mut TimedRows,
 ) -> Result<()> {
     let (default_rows, default_vocab) = if on_cpu(driver) { (64, 2048) } else { (4096, 32000) };
     let rows = request.rows.unwrap_or(default_rows);
     let vocab = request.vocab.unwrap_or(default_vocab);
     sizes::check("a loss", &[rows, vocab])?;
-    let dtype = request.kernel_dtype();
+    let dtype = options.kernel_dtype();
     let kernels = Loss::new(driver, dtype, vocab, vocab)?;
     let logit_bytes = rows as u64 * vocab as u64 * element_bytes(dtype);
     let row_bytes = 4 * rows as u64;
@@ -37,7 +47,7 @@ pub(super) fn rows(
             scale: buffers.normals("scale", crate::config::Dtype::F32, 1)?,
         })
     })?;
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
     let forward = copies.time(driver, samples, |driver, it| {
         let Buffers { logits, targets, losses, .. } = *it;
         let args = LossForward { logits, targets, losses };

@@ -25,8 +25,13 @@ mod step;
 mod step_request;
 mod timing;
 
+pub use adamw::AdamwRequest;
+pub use attention::AttentionRequest;
 pub use cost::KernelFamily;
+pub use gemm::GemmRequest;
 pub use launched::FamilyShare;
+pub use loss::LossRequest;
+pub use norm::NormRequest;
 pub use prediction::machine_plan::{Fit, Level, MachinePlan, StateFormat};
 pub use prediction::shapes::{GemmPrediction, GemmRow};
 pub use prediction::{FamilyTime, FusionTime, Kernel, Prediction, Roof};
@@ -36,124 +41,112 @@ pub use products::tune::{Candidate, TuneReport, TunedProduct, tune};
 pub use products::{ProductsRequest, Wanted};
 pub use report::{OverPlain, Report, Row, Unit, Work};
 pub use sizes::Sizes;
+pub use step::TimedStepRequest;
 pub use step_request::{Machine, StepRequest};
 
-use crate::config::choice::choice;
-use crate::config::{Dtype, NormKind};
-use crate::cuda::gemm::Layout;
+use crate::config::Dtype;
+use crate::cuda::Driver;
 use crate::cuda::peaks::MatmulPeaks;
-use crate::cuda::{Driver, Family, Fusion};
 use crate::error::Result;
 use crate::version::Program;
 use report::TimedRows;
 
-choice! {
-    /// What can be timed.
-    pub enum Benchmark {
-        All = "all",
-        Gemm = "gemm",
-        Attention = "attention",
-        Norm = "norm",
-        Loss = "loss",
-        Adamw = "adamw",
-        Step = "step",
+/// One of the things that can be timed, and at which sizes.
+#[derive(Clone, Debug)]
+pub enum Benchmark {
+    Gemm(GemmRequest),
+    Attention(AttentionRequest),
+    Norm(NormRequest),
+    Loss(LossRequest),
+    Adamw(AdamwRequest),
+    Step(TimedStepRequest),
+}
+
+impl Benchmark {
+    /// All of them, at the sizes that suit the machine.
+    pub fn all(step: StepRequest) -> Vec<Benchmark> {
+        vec![
+            Benchmark::Gemm(GemmRequest::default()),
+            Benchmark::Attention(AttentionRequest::default()),
+            Benchmark::Norm(NormRequest::default()),
+            Benchmark::Loss(LossRequest::default()),
+            Benchmark::Adamw(AdamwRequest::default()),
+            Benchmark::Step(TimedStepRequest { step, without: vec![] }),
+        ]
+    }
+
+    /// As on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Benchmark::Gemm(_) => "gemm",
+            Benchmark::Attention(_) => "attention",
+            Benchmark::Norm(_) => "norm",
+            Benchmark::Loss(_) => "loss",
+            Benchmark::Adamw(_) => "adamw",
+            Benchmark::Step(_) => "step",
+        }
     }
 }
 
-/// What to time. `None`: what suits the machine.
+/// What to time, one after the other, and how.
 #[derive(Clone, Debug)]
 pub struct Request {
-    pub benchmark: Benchmark,
+    pub benchmarks: Vec<Benchmark>,
+    pub options: Options,
+}
+
+/// `None`: what suits the machine.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Options {
     /// `None`: bf16; of a step, what its configuration says.
     pub dtype: Option<Dtype>,
     pub samples: Option<usize>,
-    pub norm: NormKind,
-    /// T of a norm and of a loss.
-    pub rows: Option<usize>,
-    /// C of a norm.
-    pub columns: Option<usize>,
-    /// V of a loss.
-    pub vocab: Option<usize>,
-    /// M, N, K
-    pub product: Option<[usize; 3]>,
-    /// `None`: every layout that the family has.
-    pub layout: Option<Layout>,
-    pub family: Option<Family>,
-    /// B, S, H, K, D
-    pub attention: Option<[usize; 5]>,
-    /// N of an update.
-    pub elements: Option<usize>,
-    pub step: StepRequest,
-    /// The step is timed once more without each of these sets of fusions.
-    pub without: Vec<Vec<Fusion>>,
 }
 
-impl Request {
-    /// With everything as it suits the machine.
-    pub fn new(benchmark: Benchmark) -> Self {
-        Request {
-            benchmark,
-            dtype: None,
-            samples: None,
-            norm: NormKind::Rms,
-            rows: None,
-            columns: None,
-            vocab: None,
-            product: None,
-            layout: None,
-            family: None,
-            attention: None,
-            elements: None,
-            step: StepRequest::default(),
-            without: vec![],
-        }
-    }
-
-    fn kernel_dtype(&self) -> Dtype {
+impl Options {
+    fn kernel_dtype(self) -> Dtype {
         self.dtype.unwrap_or(Dtype::Bf16)
     }
-
-    fn includes(&self, benchmark: Benchmark) -> bool {
-        self.benchmark == benchmark || self.benchmark == Benchmark::All
-    }
 }
 
-/// Runs a benchmark; `open` opens the machine, once more for a training step, which owns its own.
+/// Runs benchmarks; `open` opens the machine, once more for a training step, which owns its own.
 /// `told` gets each row when it has been timed; of a training step first without its kernels.
 ///
 /// Errors: those of the machine and of the launches; sizes that a kernel does not take; settings
-/// of a step that are wrong.
+/// of a step that are wrong, before anything is timed.
 pub fn run(
     mut open: impl FnMut() -> Result<Box<dyn Driver>>,
     request: &Request,
     mut told: impl FnMut(&Row),
 ) -> Result<Report> {
+    let Request { benchmarks, options } = request;
     let mut machine = open()?;
     let driver = &mut *machine;
-    let step = if request.includes(Benchmark::Step) {
-        let machine = if timing::on_cpu(driver) { Machine::Cpu } else { Machine::Gpu };
-        Some(request.step.resolve(machine, request.dtype)?)
-    } else {
-        None
-    };
+    let kind = if timing::on_cpu(driver) { Machine::Cpu } else { Machine::Gpu };
+    let mut steps = vec![];
+    for benchmark in benchmarks {
+        if let Benchmark::Step(TimedStepRequest { step, without }) = benchmark {
+            steps.push((step.resolve(kind, options.dtype)?, without));
+        }
+    }
     let mut table = TimedRows { rows: vec![], told: &mut told };
-    type Time = fn(&mut dyn Driver, &Request, &mut TimedRows) -> Result<()>;
-    let kernels: [(Benchmark, Time); 5] = [
-        (Benchmark::Gemm, gemm::rows),
-        (Benchmark::Attention, attention::rows),
-        (Benchmark::Norm, norm::rows),
-        (Benchmark::Loss, loss::rows),
-        (Benchmark::Adamw, adamw::rows),
-    ];
-    for (benchmark, time) in kernels {
-        if request.includes(benchmark) {
-            time(driver, request, &mut table)?;
+    for benchmark in benchmarks {
+        match benchmark {
+            Benchmark::Gemm(request) => gemm::rows(driver, request, *options, &mut table)?,
+            Benchmark::Attention(request) => {
+                attention::rows(driver, request, *options, &mut table)?;
+            }
+            Benchmark::Norm(request) => norm::rows(driver, request, *options, &mut table)?,
+            Benchmark::Loss(request) => loss::rows(driver, request, *options, &mut table)?,
+            Benchmark::Adamw(request) => adamw::rows(driver, request, *options, &mut table)?,
+            // Steps come last: they open the machine anew.
+            Benchmark::Step(_) => {}
         }
     }
     let counts_bytes = table.rows.iter().any(|row| row.work.unit == Unit::Bytes);
-    let copy = if counts_bytes { Some(copy::row(driver, request.samples)?) } else { None };
-    if let Some(config) = step {
-        step::rows(&mut open, &config, &request.without, request.samples, &mut table)?;
+    let copy = if counts_bytes { Some(copy::row(driver, options.samples)?) } else { None };
+    for (config, without) in steps {
+        step::rows(&mut open, &config, without, options.samples, &mut table)?;
     }
     let mut rows = table.rows;
     let properties = driver.properties().clone();
@@ -161,7 +154,10 @@ pub fn run(
     rows.iter_mut().for_each(|row| row.compare(copy.as_ref(), peaks));
     let counts_flops = rows.iter().any(|row| row.work.unit == Unit::Flops);
     Ok(Report {
-        benchmark: request.benchmark.name(),
+        benchmark: match benchmarks.as_slice() {
+            [one] => one.name(),
+            _ => "all",
+        },
         program: Program::this(),
         device: driver.device(),
         machine: properties,

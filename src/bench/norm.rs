@@ -1,7 +1,7 @@
 //! RMSNorm and LayerNorm with a depth scale, forward and backward, without and with
 //! the gradient of the residual stream to add to.
 
-use super::Request;
+use super::Options;
 use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
@@ -14,6 +14,17 @@ use crate::error::Result;
 
 const DEPTH: usize = 3;
 const EPS: f64 = 1e-6;
+
+/// `None`: what suits the machine.
+#[derive(Clone, Default, Debug)]
+pub struct NormRequest {
+    /// `None`: RMSNorm.
+    pub kind: Option<NormKind>,
+    /// T
+    pub rows: Option<usize>,
+    /// C
+    pub columns: Option<usize>,
+}
 
 struct Buffers {
     inp: DevicePointer,
@@ -28,7 +39,8 @@ struct Buffers {
 
 pub(super) fn rows(
     driver: &mut dyn Driver,
-    request: &Request,
+    request: &NormRequest,
+    options: Options,
     table: &mut TimedRows,
 ) -> Result<()> {
     let (default_rows, default_columns) = if on_cpu(driver) { (256, 1024) } else { (16384, 2048) };
@@ -38,11 +50,11 @@ pub(super) fn rows(
     if i32::try_from(rows).is_err() {
         return Err(sizes::impossible(format!("a norm of {rows} rows")));
     }
-    let (dtype, norm) = (request.kernel_dtype(), request.norm);
+    let (dtype, norm) = (options.kernel_dtype(), request.kind.unwrap_or(NormKind::Rms));
     let spec = NormSpec { kind: norm, eps: EPS, depth: DEPTH };
     let kernels = Norm::new(driver, dtype, columns)?;
     let partials = kernels.partials(rows);
-    let samples = samples(driver, request.samples);
+    let samples = samples(driver, options.samples);
 
     let activation = rows as u64 * columns as u64 * element_bytes(dtype);
     let (row_sums, gains) = (4 * rows as u64, 4 * columns as u64);

@@ -9,6 +9,7 @@ use super::cost::Cost;
 use super::launched::{FamilyShare, WithEvents, shares};
 use super::report::{Row, StepDetails, TimedRows};
 use super::sizes::Sizes;
+use super::step_request::StepRequest;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::Config;
 use crate::cuda::{Cuda, Driver, Fusion, Fusions, StreamId, Switches};
@@ -20,6 +21,14 @@ use crate::optim;
 use crate::plan::{FLOPS_FORMULA, PlanReport};
 use crate::sensors::{Conditions, Monitor};
 use crate::throughput::MemoryUse;
+
+/// Which training step, and without which fusions it is timed once more.
+#[derive(Clone, Default, Debug)]
+pub struct TimedStepRequest {
+    pub step: StepRequest,
+    /// Sets of fusions, each left out together.
+    pub without: Vec<Vec<Fusion>>,
+}
 
 /// Steps before the first that counts: kernels are loaded, buffers touched.
 const WARM_UP: u64 = 2;
