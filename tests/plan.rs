@@ -105,10 +105,10 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
     // What the driver takes after that is a row, of which training knows, too.
     assert_eq!(on_h200["bytes"]["reserve"], 512 << 20);
     let predicted = &on_h200["predicted"];
-    for (at, roof) in predicted["roofs"].as_array().unwrap().iter().enumerate() {
-        let families = sum(&predicted["families"], |it| it["milliseconds"][at].as_f64().unwrap());
-        let all = roof["milliseconds"].as_f64().unwrap();
-        assert!((families / all - 1.0).abs() < 1e-9, "{families} of {all} ms under {roof}");
+    for (name, estimate) in predicted["estimates"].as_object().unwrap() {
+        let families = sum(&predicted["families"], |it| it["milliseconds"][name].as_f64().unwrap());
+        let all = estimate["milliseconds"].as_f64().unwrap();
+        assert!((families / all - 1.0).abs() < 1e-9, "{families} of {all} ms, {name}");
     }
     for what in ["bytes", "flops"] {
         assert_eq!(sum(&predicted["families"], |it| it[what].as_f64().unwrap()), predicted[what]);
@@ -138,12 +138,12 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
         assert!(bytes(Some(largest))["total"].as_u64().unwrap() <= usable, "{level}");
         assert!(bytes(Some(largest + 1))["total"].as_u64().unwrap() > usable, "{level}");
         check_most_tokens_per_second(level, &recompute, largest);
-        let milliseconds = level["milliseconds"][0].as_f64().unwrap();
+        let milliseconds = level["milliseconds"]["datasheet"].as_f64().unwrap();
         assert!(milliseconds > slower, "{level}: a weaker one takes {slower} ms");
         slower = milliseconds;
     }
-    let of_none = &on_h200["levels"][0]["milliseconds"][0];
-    assert_eq!(of_none, &predicted["roofs"][0]["milliseconds"]);
+    let of_none = &on_h200["levels"][0]["milliseconds"]["datasheet"];
+    assert_eq!(of_none, &predicted["estimates"]["datasheet"]["milliseconds"]);
     check_formats(&on_h200, usable);
 
     // Where nothing but the machine's name differs, so does nothing else of the plan.
@@ -161,7 +161,7 @@ fn a_plan_for_a_machine_that_is_not_here_says_what_fits_and_how_long_it_takes() 
         "in 141824.0 MiB of memory (139 GiB, as seen on a rented NVIDIA H200",
         "assumed, not measured",
         "graphs and code (estimated)                    512.0",
-        "tokens/s: with that one, an upper bound",
+        "tokens/s: with that one, upper bounds",
         "expected: estimated, confirmed by no GPU",
         &largest,
         "bf16+16          bf16    false               12.00",
@@ -177,10 +177,12 @@ fn check_most_tokens_per_second(level: &Value, recompute: &str, rows: u64) {
     let sets = ["--set", recompute, "--set", &rows];
     let output = isobath().args(arguments).args(sets).output().unwrap();
     let predicted: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let roofs = predicted["roofs"].as_array().unwrap();
-    let expected: Vec<&Value> = roofs.iter().map(|roof| &roof["tokens_per_second"]).collect();
-    let found = level["most_tokens_per_second"].as_array().unwrap();
-    assert_eq!(found.iter().collect::<Vec<_>>(), expected, "{level}");
+    let estimates = predicted["estimates"].as_object().unwrap();
+    let found = level["most_tokens_per_second"].as_object().unwrap();
+    assert_eq!((estimates.len(), found.len()), (3, 3), "{level}");
+    for (name, estimate) in estimates {
+        assert_eq!(found[name], estimate["tokens_per_second"], "{name} of {level}");
+    }
 }
 
 /// Each way to store optimizer state, as `isobath plan` has it for any GPU.
@@ -291,8 +293,8 @@ fn a_plan_for_a_smaller_machine_says_that_nothing_fits() {
     let on_h100 = plan(&["--preset", "7b", "--device", "h100"]);
     assert_eq!(on_h100["predicted"]["machine"], "NVIDIA H100 80GB HBM3");
     // Nobody measured one.
-    let roofs = on_h100["predicted"]["roofs"].as_array().unwrap();
-    let names: Vec<&str> = roofs.iter().map(|roof| roof["name"].as_str().unwrap()).collect();
+    let estimates = on_h100["predicted"]["estimates"].as_object().unwrap();
+    let names: Vec<&String> = estimates.keys().collect();
     assert_eq!(names, ["datasheet", "expected"]);
     assert_eq!(sum(&on_h100["levels"], |it| it["largest_micro_batch"].as_f64().unwrap()), 0.0);
     let shown = isobath().args(["plan", "--preset", "7b", "--device", "h100"]).output().unwrap();

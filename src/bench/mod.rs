@@ -34,7 +34,7 @@ pub use loss::LossRequest;
 pub use norm::NormRequest;
 pub use prediction::machine_plan::{Fit, Level, MachinePlan, StateFormat};
 pub use prediction::shapes::{GemmPrediction, GemmRow};
-pub use prediction::{FamilyTime, FusionTime, Kernel, Prediction, Roof};
+pub use prediction::{Estimate, Estimates, FamilyTime, FusionTime, Kernel, Prediction};
 pub use product::StepProduct;
 pub use products::table::{Mean, Speed, TableReport, TableRow, answer, table};
 pub use products::tune::{Candidate, TuneReport, TunedProduct, tune};

@@ -1,4 +1,4 @@
-//! What a kernel is expected to take, where a roof says what it takes at least: products by the
+//! What a kernel is expected to take, where bounds say what it takes at least: products by the
 //! cost model that chooses their kernels, attention by its busiest block, the rest by its bytes at
 //! the speed that others' kernels reach; and for each launch what lies between two. No GPU has
 //! confirmed any of it.

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Prediction;
+use super::{Estimates, Prediction};
 use crate::config::{Config, Dtype, Master, Recompute};
 use crate::cuda::Fusions;
 use crate::cuda::peaks::Peaks;
@@ -65,12 +65,12 @@ pub struct StateFormat {
 pub struct Fit {
     /// With the configuration's micro-batch.
     pub total_bytes: u64,
-    /// Of a training step, under each roof.
-    pub milliseconds: Vec<f64>,
+    /// Of a training step.
+    pub milliseconds: Estimates<f64>,
     /// Rows of the largest micro-batch that fits; 0: none does.
     pub largest_micro_batch: usize,
-    /// With that one, under each roof; empty where none fits.
-    pub most_tokens_per_second: Vec<f64>,
+    /// With that one.
+    pub most_tokens_per_second: Option<Estimates<f64>>,
 }
 
 impl MachinePlan {
@@ -78,9 +78,9 @@ impl MachinePlan {
     pub fn new(config: &Config, machine: &Peaks) -> Result<Self> {
         let config = &config.with_vocab()?;
         let usable_bytes = machine.memory_bytes - RESERVED_BYTES;
-        let levels = Recompute::NAMES.iter().map(|name| {
+        let levels = Recompute::ALL.iter().map(|&level| {
             let mut config = config.clone();
-            config.train.recompute = name.parse()?;
+            config.train.recompute = level;
             Level::new(&config, machine, usable_bytes)
         });
         let masters = [Master::F32, Master::Split];
@@ -136,16 +136,16 @@ impl Fit {
         let all = Fusions::default();
         let prediction = Prediction::with(config, machine, &all)?;
         let largest_micro_batch = largest_micro_batch(config, machine, usable_bytes)?;
-        let mut most_tokens_per_second = Vec::new();
+        let mut most_tokens_per_second = None;
         if largest_micro_batch > 0 {
             let mut config = config.clone();
             config.train.micro_batch = largest_micro_batch;
-            let roofs = Prediction::with(&config, machine, &all)?.roofs;
-            most_tokens_per_second.extend(roofs.iter().map(|roof| roof.tokens_per_second));
+            let estimates = Prediction::with(&config, machine, &all)?.estimates;
+            most_tokens_per_second = Some(estimates.map(|it| it.tokens_per_second));
         }
         Ok(Fit {
             total_bytes: plan_of_gpu(config, machine.multiprocessors)?.memory().total,
-            milliseconds: prediction.roofs.iter().map(|roof| roof.milliseconds).collect(),
+            milliseconds: prediction.estimates.map(|it| it.milliseconds),
             largest_micro_batch,
             most_tokens_per_second,
         })
@@ -153,19 +153,17 @@ impl Fit {
 
     fn write(&self, f: &mut fmt::Formatter<'_>, sequence: usize) -> fmt::Result {
         write!(f, " {:>13.1}", mib(self.total_bytes))?;
-        for milliseconds in &self.milliseconds {
+        for (_, milliseconds) in self.milliseconds.iter() {
             write!(f, " {milliseconds:>13.2}")?;
         }
-        match self.largest_micro_batch {
-            0 => writeln!(f, "  not one row fits"),
-            rows => {
-                write!(f, "  {:<19}", format!("{rows} x {sequence} tokens"))?;
-                for most in &self.most_tokens_per_second {
-                    write!(f, " {most:>19.0}")?;
-                }
-                writeln!(f)
-            }
+        let Some(most_tokens_per_second) = &self.most_tokens_per_second else {
+            return writeln!(f, "  not one row fits");
+        };
+        write!(f, "  {:<19}", format!("{} x {sequence} tokens", self.largest_micro_batch))?;
+        for (_, most) in most_tokens_per_second.iter() {
+            write!(f, " {most:>19.0}")?;
         }
+        writeln!(f)
     }
 }
 
@@ -198,7 +196,7 @@ fn largest_micro_batch(config: &Config, machine: &Peaks, usable_bytes: u64) -> R
 /// The tables that people read.
 impl fmt::Display for MachinePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Prediction { machine, micro_batch, sequence, grad_accumulation, roofs, .. } =
+        let Prediction { machine, micro_batch, sequence, grad_accumulation, estimates, .. } =
             &self.predicted;
         writeln!(f, "{}", self.plan)?;
         writeln!(
@@ -209,13 +207,12 @@ impl fmt::Display for MachinePlan {
         )?;
         self.predicted.write_families(f)?;
         writeln!(f)?;
-        self.predicted.write_roofs(f)?;
+        self.predicted.write_estimates(f)?;
+        let names = || estimates.iter().map(|(name, _)| name);
         let columns: String =
-            roofs.iter().map(|roof| format!(" {:>13}", format!("ms, {}", roof.name))).collect();
-        let most: String = roofs
-            .iter()
-            .map(|roof| format!(" {:>19}", format!("tokens/s, {}", roof.name)))
-            .collect();
+            names().map(|name| format!(" {:>13}", format!("ms, {name}"))).collect();
+        let most: String =
+            names().map(|name| format!(" {:>19}", format!("tokens/s, {name}"))).collect();
         let most = format!("{:<19}{most}", "largest micro-batch");
         writeln!(
             f,
@@ -243,7 +240,7 @@ impl fmt::Display for MachinePlan {
         writeln!(
             f,
             "largest micro-batch: in {:.1} MiB of memory ({}; without {}); tokens/s: with that one, \
-             an upper bound under each roof but for what is expected",
+             upper bounds but for what is expected",
             mib(self.usable_bytes),
             self.memory_source,
             self.reserved_source

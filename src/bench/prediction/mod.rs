@@ -13,9 +13,11 @@ use serde::Serialize;
 pub mod machine_plan;
 pub mod shapes;
 
+mod estimates;
 mod expected;
 mod launches;
 
+pub use estimates::{Estimate, Estimates};
 use expected::Expected;
 use launches::launches_of_a_step;
 
@@ -68,8 +70,7 @@ pub struct Prediction {
     /// Of one training step.
     pub bytes: u64,
     pub flops: u64,
-    /// The datasheet's; what was measured, where that is known; in bf16 what is expected.
-    pub roofs: Vec<Roof>,
+    pub estimates: Estimates<Estimate>,
     pub families: Vec<FamilyTime>,
     pub kernels: Vec<Kernel>,
     /// What ops that share a kernel would cost on their own; `bench step --without` measures it.
@@ -82,8 +83,7 @@ pub struct FusionTime {
     pub fusion: Fusion,
     pub more_launches: u64,
     pub more_bytes: u64,
-    /// So many more, under each roof.
-    pub more_milliseconds: Vec<f64>,
+    pub more_milliseconds: Estimates<f64>,
 }
 
 /// All kernels of one family, in a training step.
@@ -93,8 +93,7 @@ pub struct FamilyTime {
     pub launches: u64,
     pub bytes: u64,
     pub flops: u64,
-    /// Under each roof.
-    pub milliseconds: Vec<f64>,
+    pub milliseconds: Estimates<f64>,
 }
 
 /// Equal launches of a training step.
@@ -119,24 +118,10 @@ pub struct Kernel {
     pub product: Option<(Layout, Ending)>,
     /// Over the link to the host's memory, in each direction.
     pub link_bytes: u64,
-    /// Microseconds of one launch, under each roof.
-    pub microseconds: Vec<f64>,
-    /// What takes longest under the first roof: "memory", "products", "exponentials" or "host link".
+    /// Of one launch.
+    pub microseconds: Estimates<f64>,
+    /// What takes longest at the datasheet's rates: "memory", "products", "exponentials" or "host link".
     pub bound: &'static str,
-}
-
-/// What a machine is taken to do, at most or by the models of what is expected, and the training
-/// step on it.
-#[derive(Serialize, Clone, Debug)]
-pub struct Roof {
-    pub name: &'static str,
-    pub bytes_per_second: f64,
-    pub flops_per_second: f64,
-    pub source: &'static str,
-    pub milliseconds: f64,
-    pub tokens_per_second: f64,
-    /// FLOPs of the formula per second, as a share of the datasheet's peak.
-    pub mfu: f64,
 }
 
 impl Prediction {
@@ -184,7 +169,14 @@ impl Prediction {
             kernel.link_bytes =
                 Cost::link_bytes(optimizer.moments, report.stored_elements as usize);
         }
-        let mut prediction = Prediction {
+        let ways = Ways::new(config, machine);
+        for kernel in &mut kernels {
+            kernel.microseconds = ways.microseconds(kernel);
+            kernel.bound = kernel.bound_by(machine, ways.rates.datasheet);
+        }
+        let families = KernelFamily::ALL.iter().map(|&it| FamilyTime::new(it, &kernels, &ways));
+        let each = kernels.iter().map(Kernel::milliseconds);
+        Ok(Prediction {
             name: config.name.clone(),
             machine: machine.name,
             dtype: config.dtype,
@@ -197,28 +189,11 @@ impl Prediction {
             flops_formula: FLOPS_FORMULA,
             bytes: kernels.iter().map(|kernel| kernel.launches * kernel.bytes).sum(),
             flops: kernels.iter().map(|kernel| kernel.launches * kernel.flops).sum(),
-            roofs: vec![],
-            families: vec![],
+            estimates: ways.step(ways.sum(each), report.tokens_per_step, report.flops_per_token),
+            families: families.collect(),
             kernels,
             fusions: vec![],
-        };
-        let least = |rates: [f64; 2]| move |kernel: &Kernel| kernel.least(machine, rates);
-        let datasheet = [machine.bytes_per_second, machine.flops_per_second(config.dtype)];
-        prediction.kernels.iter_mut().for_each(|it| it.bound = it.bound_by(machine, datasheet));
-        prediction.raise("datasheet", datasheet, machine.source, least(datasheet));
-        if *machine == H200 && config.dtype == Dtype::Bf16 {
-            let measured = [H200_MEASURED_BYTES_PER_SECOND, H200_MEASURED_BF16_FLOPS_PER_SECOND];
-            prediction.raise("measured", measured, H200_MEASURED_SOURCE, least(measured));
-        }
-        if config.dtype == Dtype::Bf16 {
-            let expected = Expected::new(config, machine);
-            let rates = [expected.bytes_per_second(), expected.flops_per_second()];
-            let microseconds = |kernel: &Kernel| expected.microseconds(kernel);
-            prediction.raise("expected", rates, expected::SOURCE, microseconds);
-        }
-        let families = KernelFamily::ALL.iter();
-        prediction.families = families.map(|&it| prediction.family(it)).collect();
-        Ok(prediction)
+        })
     }
 
     fn launches(&self) -> u64 {
@@ -227,55 +202,102 @@ impl Prediction {
 
     /// What `without` takes more.
     fn lacking(&self, fusion: Fusion, without: &Prediction) -> FusionTime {
-        let roofs = self.roofs.iter().zip(&without.roofs);
+        let milliseconds =
+            |it: &Prediction| it.estimates.as_ref().map(|estimate| estimate.milliseconds);
+        let both = milliseconds(without).zip(milliseconds(self));
         FusionTime {
             fusion,
             more_launches: without.launches() - self.launches(),
             more_bytes: without.bytes - self.bytes,
-            more_milliseconds: roofs.map(|(a, b)| b.milliseconds - a.milliseconds).collect(),
+            more_milliseconds: both.map(|(without, with)| without - with),
+        }
+    }
+}
+
+/// The ways to estimate a step's time on one machine.
+struct Ways<'a> {
+    machine: &'a Peaks,
+    /// Bytes and FLOPs in a second.
+    rates: Estimates<[f64; 2]>,
+    sources: Estimates<&'static str>,
+    expected: Option<Expected<'a>>,
+}
+
+impl<'a> Ways<'a> {
+    fn new(config: &Config, machine: &'a Peaks) -> Self {
+        let is_bf16 = config.dtype == Dtype::Bf16;
+        let is_measured = *machine == H200 && is_bf16;
+        let expected = is_bf16.then(|| Expected::new(config, machine));
+        Ways {
+            machine,
+            rates: Estimates {
+                datasheet: [machine.bytes_per_second, machine.flops_per_second(config.dtype)],
+                measured: is_measured.then_some([
+                    H200_MEASURED_BYTES_PER_SECOND,
+                    H200_MEASURED_BF16_FLOPS_PER_SECOND,
+                ]),
+                expected: expected
+                    .as_ref()
+                    .map(|it| [it.bytes_per_second(), it.flops_per_second()]),
+            },
+            sources: Estimates {
+                datasheet: machine.source,
+                measured: is_measured.then_some(H200_MEASURED_SOURCE),
+                expected: is_bf16.then_some(expected::SOURCE),
+            },
+            expected,
         }
     }
 
-    fn family(&self, family: KernelFamily) -> FamilyTime {
-        let kernels = || self.kernels.iter().filter(|it| KernelFamily::of(it.op) == family);
+    /// Of one launch.
+    fn microseconds(&self, kernel: &Kernel) -> Estimates<f64> {
+        let Ways { machine, rates, expected, .. } = self;
+        Estimates {
+            expected: expected.as_ref().map(|expected| expected.microseconds(kernel)),
+            ..rates.map(|rates| kernel.least(machine, rates))
+        }
+    }
+
+    fn sum(&self, figures: impl Iterator<Item = Estimates<f64>>) -> Estimates<f64> {
+        let none = self.rates.map(|_| 0.0);
+        figures.fold(none, |sum, figure| sum.zip(figure).map(|(sum, figure)| sum + figure))
+    }
+
+    fn step(
+        &self,
+        milliseconds: Estimates<f64>,
+        tokens_per_step: u64,
+        flops_per_token: u64,
+    ) -> Estimates<Estimate> {
+        let [_, peak] = self.rates.datasheet;
+        let ways = self.rates.zip(self.sources);
+        ways.zip(milliseconds).map(
+            |(([bytes_per_second, flops_per_second], source), milliseconds)| {
+                let tokens_per_second = tokens_per_step as f64 / milliseconds * 1e3;
+                Estimate {
+                    bytes_per_second,
+                    flops_per_second,
+                    source,
+                    milliseconds,
+                    tokens_per_second,
+                    mfu: flops_per_token as f64 * tokens_per_second / peak,
+                }
+            },
+        )
+    }
+}
+
+impl FamilyTime {
+    fn new(family: KernelFamily, kernels: &[Kernel], ways: &Ways) -> Self {
+        let kernels = || kernels.iter().filter(|it| KernelFamily::of(it.op) == family);
         let sum = |of: fn(&Kernel) -> u64| kernels().map(|it| it.launches * of(it)).sum();
-        let under = |roof: usize| -> f64 {
-            kernels().map(|it| it.launches as f64 * it.microseconds[roof] / 1e3).sum()
-        };
         FamilyTime {
             family,
             launches: sum(|_| 1),
             bytes: sum(|it| it.bytes),
             flops: sum(|it| it.flops),
-            milliseconds: (0..self.roofs.len()).map(under).collect(),
+            milliseconds: ways.sum(kernels().map(Kernel::milliseconds)),
         }
-    }
-
-    /// A roof, from the microseconds of a launch under it.
-    fn raise(
-        &mut self,
-        name: &'static str,
-        [bytes_per_second, flops_per_second]: [f64; 2],
-        source: &'static str,
-        microseconds: impl Fn(&Kernel) -> f64,
-    ) {
-        let mut total = 0.0;
-        for kernel in &mut self.kernels {
-            let each = microseconds(kernel);
-            kernel.microseconds.push(each);
-            total += kernel.launches as f64 * each;
-        }
-        let tokens_per_second = self.tokens_per_step as f64 / total * 1e6;
-        let peak = self.roofs.first().map_or(flops_per_second, |roof| roof.flops_per_second);
-        self.roofs.push(Roof {
-            name,
-            bytes_per_second,
-            flops_per_second,
-            source,
-            milliseconds: total / 1e3,
-            tokens_per_second,
-            mfu: self.flops_per_token as f64 * tokens_per_second / peak,
-        });
     }
 }
 
@@ -298,9 +320,14 @@ impl Kernel {
             kernels,
             product,
             link_bytes: 0,
-            microseconds: vec![],
+            microseconds: Estimates { datasheet: 0.0, measured: None, expected: None },
             bound: "",
         }
+    }
+
+    /// Of all its launches in a step.
+    fn milliseconds(&self) -> Estimates<f64> {
+        self.microseconds.map(|microseconds| self.launches as f64 * microseconds / 1e3)
     }
 
     /// Microseconds through memory, on the tensor cores, on the special function units, and over the
@@ -354,8 +381,8 @@ impl fmt::Display for Prediction {
             "{:<what$}  {:<shape$} {:>8} {:>9} {:>9}",
             "kernel", "shape", "launches", "MB", "GFLOP"
         )?;
-        for roof in &self.roofs {
-            write!(f, " {:>12}", format!("us, {}", roof.name))?;
+        for (name, _) in self.estimates.iter() {
+            write!(f, " {:>12}", format!("us, {name}"))?;
         }
         writeln!(f, " {:>7}  bound by", "share")?;
         for kernel in &self.kernels {
@@ -368,11 +395,11 @@ impl fmt::Display for Prediction {
                 kernel.bytes as f64 / 1e6,
                 kernel.flops as f64 / 1e9
             )?;
-            for microseconds in &kernel.microseconds {
+            for (_, microseconds) in kernel.microseconds.iter() {
                 write!(f, " {microseconds:>12.2}")?;
             }
-            let all = kernel.launches as f64 * kernel.microseconds[0] / 1e3;
-            let share = 100.0 * all / self.roofs[0].milliseconds;
+            let share =
+                100.0 * kernel.milliseconds().datasheet / self.estimates.datasheet.milliseconds;
             writeln!(f, " {share:>5.1} %  {}", kernel.bound)?;
         }
         writeln!(
@@ -383,7 +410,7 @@ impl fmt::Display for Prediction {
             self.flops as f64 / 1e12
         )?;
         writeln!(f)?;
-        self.write_roofs(f)?;
+        self.write_estimates(f)?;
         writeln!(f)?;
         self.write_fusions(f)
     }
@@ -392,23 +419,18 @@ impl fmt::Display for Prediction {
 impl Prediction {
     fn write_fusions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<24} {:>8} {:>9}", "a step without", "launches", "GB")?;
-        for roof in &self.roofs {
-            write!(f, " {:>13}", format!("ms, {}", roof.name))?;
+        for (name, _) in self.estimates.iter() {
+            write!(f, " {:>13}", format!("ms, {name}"))?;
         }
-        let last = self.roofs.len() - 1;
-        writeln!(
-            f,
-            "  of {} ms, {}",
-            self.roofs[last].milliseconds.round(),
-            self.roofs[last].name
-        )?;
+        let (tightest, Estimate { milliseconds: whole, .. }) = self.estimates.tightest();
+        writeln!(f, "  of {} ms, {tightest}", whole.round())?;
         for FusionTime { fusion, more_launches, more_bytes, more_milliseconds } in &self.fusions {
             let more = format!("+{:.2}", *more_bytes as f64 / 1e9);
             write!(f, "{fusion:<24} {:>8} {more:>9}", format!("+{more_launches}"))?;
-            for milliseconds in more_milliseconds {
+            for (_, milliseconds) in more_milliseconds.iter() {
                 write!(f, " {:>13}", format!("+{milliseconds:.3}"))?;
             }
-            let share = 100.0 * more_milliseconds[last] / self.roofs[last].milliseconds;
+            let share = 100.0 * more_milliseconds.tightest().1 / whole;
             writeln!(f, " {:>7} %", format!("+{share:.1}"))?;
         }
         Ok(())
@@ -417,8 +439,8 @@ impl Prediction {
     /// What takes how long, in a table without the single kernels.
     pub(super) fn write_families(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<10} {:>8} {:>9} {:>9}", "kernels", "launches", "GB", "TFLOP")?;
-        for roof in &self.roofs {
-            write!(f, " {:>13}", format!("ms, {}", roof.name))?;
+        for (name, _) in self.estimates.iter() {
+            write!(f, " {:>13}", format!("ms, {name}"))?;
         }
         writeln!(f, " {:>7}", "share")?;
         for it in &self.families {
@@ -430,34 +452,33 @@ impl Prediction {
                 it.bytes as f64 / 1e9,
                 it.flops as f64 / 1e12
             )?;
-            for milliseconds in &it.milliseconds {
+            for (_, milliseconds) in it.milliseconds.iter() {
                 write!(f, " {milliseconds:>13.2}")?;
             }
-            let share = 100.0 * it.milliseconds[0] / self.roofs[0].milliseconds;
+            let share = 100.0 * it.milliseconds.datasheet / self.estimates.datasheet.milliseconds;
             writeln!(f, " {share:>5.1} %")?;
         }
         Ok(())
     }
 
-    /// A step's time under each roof, what follows from it, and where the roofs come from.
-    pub(super) fn write_roofs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<10} {:>10} {:>14} {:>8}", "roof", "ms a step", "tokens/s", "MFU")?;
-        for roof in &self.roofs {
+    /// A step's time by each way to estimate it, what follows from it, and where that comes from.
+    pub(super) fn write_estimates(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<10} {:>10} {:>14} {:>8}", "estimate", "ms a step", "tokens/s", "MFU")?;
+        for (name, estimate) in self.estimates.iter() {
             writeln!(
                 f,
-                "{:<10} {:>10.2} {:>14.0} {:>6.1} %",
-                roof.name,
-                roof.milliseconds,
-                roof.tokens_per_second,
-                100.0 * roof.mfu
+                "{name:<10} {:>10.2} {:>14.0} {:>6.1} %",
+                estimate.milliseconds,
+                estimate.tokens_per_second,
+                100.0 * estimate.mfu
             )?;
         }
         writeln!(
             f,
             "MFU = ({}) * tokens/s / {:.1}e12",
             self.flops_formula,
-            self.roofs[0].flops_per_second / 1e12
+            self.estimates.datasheet.flops_per_second / 1e12
         )?;
-        self.roofs.iter().try_for_each(|roof| writeln!(f, "{}: {}", roof.name, roof.source))
+        self.estimates.iter().try_for_each(|(name, it)| writeln!(f, "{name}: {}", it.source))
     }
 }

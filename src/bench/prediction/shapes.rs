@@ -32,7 +32,7 @@ pub struct GemmPrediction {
     pub source: &'static str,
     /// Taken, not measured.
     pub fastest_tile_share: f64,
-    /// Of device memory, read and written together: the other roof.
+    /// Of device memory, read and written together: the other bound.
     pub bytes_per_second: f64,
     pub bytes_source: &'static str,
     /// Geometric mean over the products, of the share of `flops_per_second`.
@@ -169,7 +169,7 @@ pub(in crate::bench) fn rows(
         let (Sizes::Product { m, n, k }, Some((layout, ending))) = (kernel.sizes, kernel.product)
         else {
             // What is expected, as of the products.
-            others += kernel.launches as f64 * kernel.microseconds.last().copied().unwrap_or(0.0);
+            others += kernel.launches as f64 * kernel.microseconds.tightest().1;
             continue;
         };
         let product = StepProduct { layout, ending, m, n, k, heads };

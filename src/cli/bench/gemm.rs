@@ -24,7 +24,7 @@ pub struct GemmArgs {
     table: bool,
     /// Every kernel and number of splits for each of these products, most expensive first; what was
     /// fastest becomes src/cuda/gemm/tuned.toml [samples: 20; on simt 1]
-    #[arg(long, groups = ["mode", "models", "timed"])]
+    #[arg(long, groups = ["mode", "models", "timed", "tuned"])]
     tune: bool,
     /// The products that lines on stdin name (nt 4096,2048,1024, or with `sustained` after it), one
     /// JSON row a line, for a program that times something else in between
@@ -57,7 +57,7 @@ pub struct GemmArgs {
     #[arg(long, value_name = "S", value_parser = positive, requires = "timed")]
     seconds: Option<f64>,
     /// --tune: where to write what was fastest
-    #[arg(long, value_name = "FILE", requires = "tune")]
+    #[arg(long, value_name = "FILE", requires = "tuned")]
     out: Option<PathBuf>,
     /// --table, --stdin: choose kernels by this file from --tune instead of the built-in one
     #[arg(long, value_name = "FILE", requires = "chosen")]
