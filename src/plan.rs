@@ -4,20 +4,15 @@
 //! beside them; the memory table is the one that training prints and keeps to.
 
 use std::fmt;
-use std::ops::Range;
 
 use serde::Serialize;
 
-use crate::backend::{VectorCopy, transfer_bytes};
 use crate::config::{Config, DeviceKind, Dtype, ModelConfig};
 use crate::cpu::Cpu;
-use crate::cuda::GPU_RESERVE_BYTES;
-use crate::cuda::adamw::AdamW;
-use crate::cuda::attention::backward_scratch_bytes;
-use crate::cuda::gemm::SEMAPHORE_BYTES;
+use crate::cuda::AbsentGpu;
 use crate::cuda::peaks::H200;
 use crate::device::{Device, open_kernels};
-use crate::engine::{DeviceBytes, MemoryTable, Plan};
+use crate::engine::{MemoryTable, Plan};
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 
@@ -94,27 +89,7 @@ impl PlanReport {
 
 /// Of a GPU with compute capability 9.0 that need not be here.
 pub fn plan_of_gpu(config: &Config, multiprocessors: usize) -> Result<Plan> {
-    let plan = Plan::without_device(config)?;
-    let (opened, bf16) = match config.dtype {
-        Dtype::Bf16 => (SEMAPHORE_BYTES as usize, true),
-        Dtype::F32 => (0, false),
-    };
-    let attention = |spec, documents| match bf16 {
-        true => backward_scratch_bytes(multiprocessors, spec, documents) as usize,
-        false => 0,
-    };
-    let optimizer = |decay: &[Range<usize>], vectors: &[VectorCopy]| {
-        AdamW::device_bytes(decay, vectors) as usize
-    };
-    let transfers = &transfer_bytes;
-    let device = DeviceBytes {
-        opened,
-        reserve: GPU_RESERVE_BYTES as usize,
-        attention: &attention,
-        optimizer: &optimizer,
-        transfers,
-    };
-    Ok(plan.with_device_bytes(config, &device))
+    Plan::new(config, &AbsentGpu { dtype: config.dtype, multiprocessors })
 }
 
 /// N_matmul: weights that a token is multiplied with, the head included.

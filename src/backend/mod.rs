@@ -8,16 +8,18 @@
 //!
 //! Shapes: T tokens, C hidden, F ffn, H heads, K kv heads, D head dim, V vocabulary.
 
+mod footprint;
 mod operands;
 
 use std::ffi::CStr;
 use std::ops::Range;
 
-use crate::config::{Dtype, NormKind};
+use crate::config::NormKind;
 use crate::error::Result;
 use crate::sensors::Sensors;
 use crate::tensor::{BufferId, Kind, View};
 
+pub use footprint::{Footprint, OFFLOAD_CHUNK, offload_bytes};
 pub use operands::{
     Access, AttentionBackward, AttentionForward, CachedAttention, CrossEntropyBackward,
     CrossEntropyForward, EmbeddingBackward, EmbeddingForward, GainGradient, LinearBackward,
@@ -84,15 +86,6 @@ pub struct LossSpec {
     pub z_loss: f64,
 }
 
-/// Bytes of an element on a device with kernels, whose activations have this type.
-pub fn kernel_element_bytes(kind: Kind, activation: Dtype) -> usize {
-    match kind {
-        Kind::Activation => activation.bytes(),
-        Kind::Bf16 | Kind::LowerHalf => 2,
-        Kind::Statistic | Kind::Index => 4,
-    }
-}
-
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
 /// global gradient norm, which stays on the device so that a step needs no answer from it. Where
 /// activations are narrower than f32, a fifth holds the parameters rounded to their type. On
@@ -130,16 +123,6 @@ impl FlatBuffers {
             first: self.first + range.start,
         }
     }
-}
-
-/// Elements of a chunk of moments in host memory, see [`Backend::offload_chunk`]: 16 MiB of each
-/// moment in f32, for which a host link of 64 GB/s takes 0.26 ms, far above the time to start a
-/// copy.
-pub const OFFLOAD_CHUNK: usize = 1 << 22;
-
-/// Bytes of device memory that moments in host memory pass through: two chunks of both.
-pub fn offload_bytes(chunk: usize, moment_element_bytes: usize) -> usize {
-    2 * 2 * chunk * moment_element_bytes
 }
 
 /// A vector among the parameters, and where its f32 copy begins.
@@ -182,21 +165,6 @@ impl AdamWStep<'_> {
 
 /// Readings that may be under way at one time, see [`Backend::begin_read`].
 pub const READINGS: usize = 2;
-/// A step sends up to three arrays and a few numbers; these are two steps.
-pub const SENT_SECTIONS: usize = 8;
-/// Room for the few numbers.
-const SENT_SCALARS_BYTES: usize = 4096;
-
-/// Of the memory that a write which is not waited for passes through; `sent` as in
-/// [`Backend::prepare_transfers`].
-pub fn section_bytes(sent: usize) -> usize {
-    sent.next_multiple_of(256) + SENT_SCALARS_BYTES
-}
-
-/// Bytes of host memory that [`Backend::prepare_transfers`] allocates on a device with kernels.
-pub fn transfer_bytes(sent: usize, read: usize) -> usize {
-    SENT_SECTIONS * section_bytes(sent) + READINGS * read
-}
 
 /// Values on their way from the device, see [`Backend::begin_read`].
 #[must_use]
@@ -212,7 +180,7 @@ pub enum Reading {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Recording(pub u32);
 
-pub trait Backend {
+pub trait Backend: Footprint {
     /// "cpu", "cuda", "simt".
     fn name(&self) -> &'static str;
 
@@ -227,21 +195,8 @@ pub trait Backend {
         None
     }
 
-    /// Bytes of one element.
-    fn element_bytes(&self, kind: Kind) -> usize;
-
     /// Bytes that can still be allocated.
     fn available_bytes(&self) -> Result<u64>;
-
-    /// Bytes of the device's memory that a training process takes besides its plan, as measured;
-    /// `largest`: rows and columns of the largest parameter.
-    fn process_bytes(&self, largest: [usize; 2]) -> usize;
-
-    /// Bytes of [`Backend::available_bytes`] that it will take for itself besides buffers,
-    /// estimated.
-    fn reserve_bytes(&self) -> usize {
-        0
-    }
 
     /// Bytes of the buffers that were allocated so far; `None` where they are not counted.
     fn allocated_bytes(&self) -> Option<u64> {
@@ -262,23 +217,6 @@ pub trait Backend {
     /// `None` where the device has none that can be read.
     fn sensors(&self) -> Option<Sensors> {
         None
-    }
-
-    /// Bytes of buffers that it allocated for itself when it was opened.
-    fn scratch_bytes(&self) -> usize {
-        0
-    }
-
-    /// Bytes that preparing a backward pass of attention allocates, once for all passes of this
-    /// size; `documents`: within documents.
-    fn attention_scratch_bytes(&self, _spec: AttentionSpec, _documents: bool) -> usize {
-        0
-    }
-
-    /// Whether [`Backend::linear_swiglu_backward`] computes both at once, whatever the shapes: then
-    /// its d_inp needs no memory.
-    fn fuses_swiglu_backward(&self) -> bool {
-        false
     }
 
     /// From here to [`Backend::end_preparation`] ops are checked and what they need is made
@@ -323,14 +261,6 @@ pub trait Backend {
         done
     }
 
-    /// Elements of a chunk in which moments that lie in host memory pass through the device.
-    fn offload_chunk(&self) -> usize {
-        OFFLOAD_CHUNK
-    }
-    /// Bytes that [`Backend::prepare_optimizer`] allocates, but for chunks of moments.
-    fn optimizer_bytes(&self, _decay: &[Range<usize>], _vectors: &[VectorCopy]) -> usize {
-        0
-    }
     /// Allocates what [`Backend::gradient_norm`] and [`Backend::adamw`] need besides the buffers;
     /// once, before either is called with these buffers. `decay` as in [`AdamWStep`]; `vectors`
     /// ascend, and are read where the parameters are halves.
@@ -356,10 +286,6 @@ pub trait Backend {
     /// previous one is waited for.
     fn steps_ahead(&self) -> bool {
         false
-    }
-    /// Bytes of host memory that [`Backend::prepare_transfers`] allocates.
-    fn transfer_bytes(&self, _sent: usize, _read: usize) -> usize {
-        0
     }
     /// From here on, writes of up to `sent` bytes are not waited for, and readings of up to `read`
     /// bytes can begin. Once.

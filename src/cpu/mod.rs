@@ -28,7 +28,7 @@ use memory::Memory;
 
 use crate::backend::{
     AdamWStep, AttentionBackward, AttentionForward, Backend, CachedAttention, CrossEntropyBackward,
-    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, GainGradient,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, Footprint, GainGradient,
     LinearBackward, LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
     ScaledResidualForward, SwiGluBackward, SwiGluForward, VectorCopy,
 };
@@ -74,11 +74,7 @@ fn nothing_at(view: View) -> View {
 /// The program, its threads, and a tokenizer and text of the size of the bundled ones.
 const PROGRAM_BYTES: usize = 56 << 20;
 
-impl<T: Float> Backend for Cpu<T> {
-    fn name(&self) -> &'static str {
-        "cpu"
-    }
-
+impl<T: Float> Footprint for Cpu<T> {
     fn element_bytes(&self, kind: Kind) -> usize {
         match kind {
             Kind::Activation | Kind::Statistic => size_of::<T>(),
@@ -87,16 +83,22 @@ impl<T: Float> Backend for Cpu<T> {
         }
     }
 
+    fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {
+        PROGRAM_BYTES + matmul::packing_bytes::<T>(rows, columns)
+    }
+}
+
+impl<T: Float> Backend for Cpu<T> {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
     fn available_bytes(&self) -> Result<u64> {
         Ok(host_memory::available_bytes())
     }
 
     fn peak_bytes(&self) -> Option<u64> {
         host_memory::peak_of_process()
-    }
-
-    fn process_bytes(&self, [rows, columns]: [usize; 2]) -> usize {
-        PROGRAM_BYTES + matmul::packing_bytes::<T>(rows, columns)
     }
 
     fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {

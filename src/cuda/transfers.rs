@@ -6,8 +6,24 @@
 //! read lies in one of two places until it is asked for.
 
 use super::{Allocation, DevicePointer, Driver, EventId, StreamId};
-use crate::backend::{READINGS, SENT_SECTIONS, section_bytes};
+use crate::backend::READINGS;
 use crate::error::Result;
+
+/// A step sends up to three arrays and a few numbers; these are two steps.
+pub const SENT_SECTIONS: usize = 8;
+/// Room for the few numbers.
+const SENT_SCALARS_BYTES: usize = 4096;
+
+/// Of the memory that a write which is not waited for passes through; `sent` as in
+/// [`Transfers::new`].
+pub fn section_bytes(sent: usize) -> usize {
+    sent.next_multiple_of(256) + SENT_SCALARS_BYTES
+}
+
+/// Bytes of host memory that [`Transfers::new`] allocates.
+pub fn transfer_bytes(sent: usize, read: usize) -> usize {
+    SENT_SECTIONS * section_bytes(sent) + READINGS * read
+}
 
 /// What begins in a section begins at a multiple.
 const ALIGNMENT: u64 = 16;
@@ -54,7 +70,7 @@ impl Place {
 
 impl Transfers {
     /// `sent`: bytes of the largest copy to the device that nobody waits for; `read`: of the
-    /// largest reading. Allocates [`transfer_bytes`](crate::backend::transfer_bytes) of host
+    /// largest reading. Allocates [`transfer_bytes`] of host
     /// memory.
     pub fn new(driver: &mut dyn Driver, sent: usize, read: usize) -> Result<Self> {
         let mut places = |label, count: usize, bytes: usize| -> Result<Vec<Place>> {

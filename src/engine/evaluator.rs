@@ -29,7 +29,7 @@ impl<B: Backend> Evaluator<B> {
         let purpose = Purpose::Inference;
         let bytes = |kind| backend.element_bytes(kind);
         let size = [batch, sequence];
-        let program = LossProgram::new(config, table, size, false, 0.0, purpose, bytes, false)?;
+        let program = LossProgram::new(config, table, size, false, 0.0, purpose, &backend)?;
         let flat_bytes = Parameters::bytes(table, bytes);
         check_available(
             &[("parameters", flat_bytes), ("activations", program.arena_bytes())],

@@ -3,26 +3,13 @@
 use super::Rows;
 use super::batches::{MicroBatch, check_no_documents, stage_starts};
 use super::replay::Replay;
-use crate::backend::Backend;
+use crate::backend::{Backend, Footprint};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::parameters::ParameterTable;
 use crate::model::{LossTape, RotaryInputs, record_loss, rotary_table};
 use crate::tape::{BoundProgram, External, MemoryLine, Program, Purpose, ValueId};
 use crate::tensor::{BufferId, Kind, View};
-
-/// Elements of logits at one time in bf16, which means a GPU or simt: 256 MiB, for 32000 columns
-/// 4096 tokens. With 512, as the CPU has them, the gradient of the head's input is 64 to 256 tiles
-/// of 64 x 64 for 132 multiprocessors (hidden 512 to 2048), and by its bytes the gradient of its
-/// weight, read and written for every chunk, costs a quarter of the head's time. Computed for an
-/// H100, not measured.
-const NARROW_LOGITS: usize = 128 << 20;
-
-/// What [`Tape::hold_logits`](crate::tape::Tape::hold_logits) is told; `None`: the tape's own
-/// number.
-pub(super) fn held_logits(element_bytes: impl Fn(Kind) -> usize) -> Option<usize> {
-    (element_bytes(Kind::Activation) == 2).then_some(NARROW_LOGITS)
-}
 
 /// The loss of [B,S] tokens, not yet bound to memory.
 pub(super) struct LossProgram {
@@ -45,7 +32,6 @@ pub(super) struct LossInputs {
 }
 
 impl LossProgram {
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         config: &ModelConfig,
         table: &ParameterTable,
@@ -53,10 +39,9 @@ impl LossProgram {
         documents: bool,
         z_loss: f64,
         purpose: Purpose,
-        element_bytes: impl Fn(Kind) -> usize,
-        fuses_swiglu_backward: bool,
+        device: &impl Footprint,
     ) -> Result<Self> {
-        let logits = held_logits(&element_bytes);
+        let logits = device.held_logits();
         let LossTape { tape, tokens, targets, scale, rotary, document_starts, losses } =
             record_loss(config, table, batch, sequence, documents, z_loss, logits)?;
         let inputs = LossInputs {
@@ -71,7 +56,9 @@ impl LossProgram {
             classes: config.vocab,
         };
         let kept = [losses];
-        let program = Program::fused(tape, purpose, &kept, element_bytes, fuses_swiglu_backward)?;
+        let element_bytes = |kind| device.element_bytes(kind);
+        let fuses = device.fuses_swiglu_backward();
+        let program = Program::fused(tape, purpose, &kept, element_bytes, fuses)?;
         Ok(LossProgram { program, inputs })
     }
 

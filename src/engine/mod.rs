@@ -18,7 +18,7 @@ pub use decoder::{Decoder, DecoderPlan};
 pub use evaluator::Evaluator;
 pub use layerwise::{Backward, Layerwise};
 pub use parameters::Parameters;
-pub use plan::{DeviceBytes, MemoryTable, Plan};
+pub use plan::{MemoryTable, Plan};
 pub use trainer::{StepOutcome, StepUnderWay, Trainer};
 
 use crate::backend::Backend;

@@ -1,7 +1,6 @@
 //! What a training run allocates, known and shown before anything is.
 
 use std::fmt;
-use std::ops::Range;
 
 use serde::Serialize;
 
@@ -9,10 +8,8 @@ use super::batches::Batches;
 use super::decoder::DecoderPlan;
 use super::loss::LossProgram;
 use super::parameters::ParameterBytes;
-use crate::backend::{
-    AttentionSpec, Backend, OFFLOAD_CHUNK, VectorCopy, kernel_element_bytes, offload_bytes,
-};
-use crate::config::{Config, Dtype};
+use crate::backend::{AttentionSpec, Backend, Footprint, offload_bytes};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::host_memory;
 use crate::model::{self, parameters::ParameterTable};
@@ -34,9 +31,7 @@ pub struct Plan {
     offload_bytes: Option<usize>,
     parameter_bytes: ParameterBytes,
     batch_bytes: usize,
-    /// Of a step.
-    step_tokens: usize,
-    /// Of host memory, see [`Backend::transfer_bytes`].
+    /// Of host memory, see [`Footprint::transfer_bytes`].
     transfer_bytes: usize,
     /// Of the gradient's norm.
     norm_bytes: usize,
@@ -46,22 +41,6 @@ pub struct Plan {
     opened_bytes: usize,
     process_bytes: usize,
     reserve_bytes: usize,
-}
-
-type OptimizerBytes<'a> = dyn Fn(&[Range<usize>], &[VectorCopy]) -> usize + 'a;
-
-/// What a device allocates besides, whether it is here or not.
-pub struct DeviceBytes<'a> {
-    /// [`Backend::scratch_bytes`]
-    pub opened: usize,
-    /// [`Backend::attention_scratch_bytes`]
-    pub attention: &'a dyn Fn(AttentionSpec, bool) -> usize,
-    /// [`Backend::optimizer_bytes`]
-    pub optimizer: &'a OptimizerBytes<'a>,
-    /// [`Backend::reserve_bytes`]
-    pub reserve: usize,
-    /// [`Backend::transfer_bytes`]
-    pub transfers: &'a dyn Fn(usize, usize) -> usize,
 }
 
 /// Longest sample, prompt included, that training prints.
@@ -101,117 +80,61 @@ pub struct MemoryTable {
 }
 
 impl Plan {
-    /// For training on `backend`.
-    pub fn new(config: &Config, backend: &impl Backend) -> Result<Self> {
-        let fuses = backend.fuses_swiglu_backward();
-        let plan = Self::sized(config, |kind| backend.element_bytes(kind), fuses)?;
-        let process_bytes = backend.process_bytes(plan.largest_matrix());
-        let moment_element_bytes = backend.element_bytes(optim::moment_kind(&config.optimizer));
-        let passage = offload_bytes(backend.offload_chunk(), moment_element_bytes);
-        let offload_bytes = plan.offload_bytes.map(|_| passage);
-        let plan = plan.with_device_bytes(
-            config,
-            &DeviceBytes {
-                opened: backend.scratch_bytes(),
-                reserve: backend.reserve_bytes(),
-                attention: &|spec, documents| backend.attention_scratch_bytes(spec, documents),
-                optimizer: &|decay, vectors| backend.optimizer_bytes(decay, vectors),
-                transfers: &|sent, read| backend.transfer_bytes(sent, read),
-            },
-        );
-        Ok(Plan { process_bytes, offload_bytes, ..plan })
-    }
-
-    pub fn with_device_bytes(self, config: &Config, device: &DeviceBytes) -> Self {
-        let groups = UpdateGroup::all(&self.table, &config.optimizer);
-        let bytes = groups.iter().map(|it| (device.optimizer)(&it.decay, &it.vectors));
-        let optimizer_bytes = bytes.sum();
-        let (heads, batch) = (model::heads(&config.model), config.train.micro_batch);
-        let spec = AttentionSpec { heads, batch, sequence: config.data.sequence };
-        let attention_bytes = (device.attention)(spec, config.data.packs_documents());
-        let [sent, read] = Batches::transfers(self.step_tokens);
-        let transfer_bytes = (device.transfers)(sent, read);
-        let (opened_bytes, reserve_bytes) = (device.opened, device.reserve);
-        Plan {
-            optimizer_bytes,
-            attention_bytes,
-            opened_bytes,
-            reserve_bytes,
-            transfer_bytes,
-            ..self
-        }
-    }
-
-    /// For training on a GPU of compute capability 9.0 that need not be here, without what it
-    /// allocates besides.
-    pub fn without_device(config: &Config) -> Result<Self> {
-        let element_bytes = |kind| kernel_element_bytes(kind, config.dtype);
-        // SwiGLU's gradient as the products of that capability make it, which are for bf16.
-        Self::sized(config, element_bytes, config.dtype == Dtype::Bf16)
-    }
-
-    fn sized(
-        config: &Config,
-        element_bytes: impl Fn(Kind) -> usize,
-        fuses_swiglu_backward: bool,
-    ) -> Result<Self> {
+    /// For training on this device.
+    pub fn new(config: &Config, device: &impl Footprint) -> Result<Self> {
         let table = ParameterTable::new(&config.model);
         let (batch, sequence) = (config.train.micro_batch, config.data.sequence);
         let size = [batch, sequence];
         let documents = config.data.packs_documents();
         let program = |purpose, z_loss| {
-            let (model, bytes) = (&config.model, &element_bytes);
-            let fuses = fuses_swiglu_backward;
-            LossProgram::new(model, &table, size, documents, z_loss, purpose, bytes, fuses)
+            LossProgram::new(&config.model, &table, size, documents, z_loss, purpose, device)
         };
         let training =
             program(Purpose::Training { recompute: config.train.recompute }, config.train.z_loss)?;
         // Held-out loss is plain cross-entropy.
         let evaluation = program(Purpose::Inference, 0.0)?;
+        let element_bytes = |kind| device.element_bytes(kind);
         let context = config.model.max_sequence.min(SAMPLE_CONTEXT);
         let sampling = (config.train.sample_tokens > 0)
-            .then(|| DecoderPlan::new(&config.model, &table, context, &element_bytes))
+            .then(|| DecoderPlan::new(&config.model, &table, context, element_bytes))
             .transpose()?;
-        let flat_bytes = table.stored_elements() * element_bytes(Kind::Statistic);
-        let moment_element_bytes = element_bytes(optim::moment_kind(&config.optimizer));
-        let moment_bytes = table.stored_elements() * moment_element_bytes;
-        let offloads = config.optimizer.offload;
-        let offload_bytes = offloads.then(|| offload_bytes(OFFLOAD_CHUNK, moment_element_bytes));
-        let master = config.optimizer.master;
-        let parameter_bytes = ParameterBytes::new(&table, master, &element_bytes);
-        let (count, tokens) = (config.train.grad_accumulation, batch * sequence);
-        let batch_bytes = Batches::bytes(count, tokens, documents, &element_bytes);
+        let optimizer = &config.optimizer;
+        let moment_element_bytes = element_bytes(optim::moment_kind(optimizer));
+        let passage = offload_bytes(device.offload_chunk(), moment_element_bytes);
+        let groups = UpdateGroup::all(&table, optimizer);
+        let of_groups = groups.iter().map(|it| device.optimizer_bytes(&it.decay, &it.vectors));
+        let heads = model::heads(&config.model);
+        let step_tokens = config.train.grad_accumulation * batch * sequence;
+        let [sent, read] = Batches::transfers(step_tokens);
         Ok(Plan {
-            table,
             training,
             evaluation,
             sampling,
-            flat_bytes,
-            moment_bytes,
-            offload_bytes,
-            parameter_bytes,
-            batch_bytes,
-            step_tokens: count * tokens,
-            transfer_bytes: 0,
+            flat_bytes: table.stored_elements() * element_bytes(Kind::Statistic),
+            moment_bytes: table.stored_elements() * moment_element_bytes,
+            offload_bytes: optimizer.offload.then_some(passage),
+            parameter_bytes: ParameterBytes::new(&table, optimizer.master, element_bytes),
+            batch_bytes: Batches::bytes(
+                config.train.grad_accumulation,
+                batch * sequence,
+                documents,
+                element_bytes,
+            ),
+            transfer_bytes: device.transfer_bytes(sent, read),
             norm_bytes: element_bytes(Kind::Statistic),
-            optimizer_bytes: 0,
-            attention_bytes: 0,
-            opened_bytes: 0,
-            process_bytes: 0,
-            reserve_bytes: 0,
+            optimizer_bytes: of_groups.sum(),
+            attention_bytes: device
+                .attention_scratch_bytes(AttentionSpec { heads, batch, sequence }, documents),
+            opened_bytes: device.scratch_bytes(),
+            process_bytes: device.process_bytes(largest_matrix(&table)),
+            reserve_bytes: device.reserve_bytes(),
+            table,
         })
     }
 
     /// What runs for every micro-batch of training.
     pub fn training_program(&self) -> &Program {
         self.training.program()
-    }
-
-    /// [rows, columns] of the parameter with the most elements.
-    fn largest_matrix(&self) -> [usize; 2] {
-        let shapes = self.table.entries().iter().map(|parameter| parameter.stored);
-        let largest = shapes.max_by_key(|shape| shape.elements());
-        largest.map_or([0, 0], |shape| [shape.rows(), shape.columns()])
     }
 
     /// Bytes of the one arena that training and evaluation share.
@@ -290,6 +213,13 @@ impl Plan {
             ),
         })
     }
+}
+
+/// [rows, columns] of the parameter with the most elements.
+fn largest_matrix(table: &ParameterTable) -> [usize; 2] {
+    let shapes = table.entries().iter().map(|parameter| parameter.stored);
+    let largest = shapes.max_by_key(|shape| shape.elements());
+    largest.map_or([0, 0], |shape| [shape.rows(), shape.columns()])
 }
 
 /// The table that people read; no line end after the last row.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use isobath::backend::Backend;
+use isobath::backend::Footprint;
 use isobath::config::{Attention, Config, DeviceKind, Dtype, Master, ModelConfig, Recompute};
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Cuda, Driver, Family, GPU_RESERVE_BYTES};

@@ -1,7 +1,7 @@
 //! Whole models on the kernels: ten training steps and every gradient against the CPU, the same
 //! bits whatever the schedule, and text from a cache.
 
-use isobath::backend::Backend;
+use isobath::backend::{Backend, Footprint};
 use isobath::config::{Attention, Config, Dtype, LnsPosition, ModelConfig, Placement, Recompute};
 use isobath::cpu::Cpu;
 use isobath::cuda::host::{Host, Options};

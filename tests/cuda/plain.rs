@@ -10,8 +10,8 @@ use half::bf16;
 use isobath::Result;
 use isobath::backend::{
     AdamWStep, AttentionBackward, AttentionForward, Backend, CachedAttention, CrossEntropyBackward,
-    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, LinearBackward,
-    LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, Footprint,
+    LinearBackward, LinearForward, NormBackward, NormForward, Rotary, ScaledResidualBackward,
     ScaledResidualForward, Sink, SwiGluBackward, SwiGluForward,
 };
 use isobath::cpu::Cpu;
@@ -118,18 +118,21 @@ impl Plain {
     }
 }
 
+impl Footprint for Plain {
+    fn element_bytes(&self, kind: Kind) -> usize {
+        self.cpu.element_bytes(kind)
+    }
+    fn process_bytes(&self, largest: [usize; 2]) -> usize {
+        self.cpu.process_bytes(largest)
+    }
+}
+
 impl Backend for Plain {
     fn name(&self) -> &'static str {
         "plain bf16"
     }
-    fn element_bytes(&self, kind: Kind) -> usize {
-        self.cpu.element_bytes(kind)
-    }
     fn available_bytes(&self) -> Result<u64> {
         self.cpu.available_bytes()
-    }
-    fn process_bytes(&self, largest: [usize; 2]) -> usize {
-        self.cpu.process_bytes(largest)
     }
     fn allocate(&mut self, label: &'static str, bytes: usize) -> Result<BufferId> {
         self.cpu.allocate(label, bytes)

@@ -4,9 +4,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use isobath::backend::{Backend, Reading, SENT_SECTIONS, section_bytes};
+use isobath::backend::{Backend, Reading};
 use isobath::config::Dtype;
 use isobath::cuda::host::{Host, Options};
+use isobath::cuda::transfers::{SENT_SECTIONS, section_bytes};
 use isobath::cuda::{AHEAD, Cuda};
 use isobath::tensor::{Kind, Shape, View};
 

@@ -13,7 +13,7 @@ use crate::cuda::gemm::{Layout, Output, Rotation};
 use crate::cuda::loss::Shape;
 use crate::cuda::norm::Norm;
 use crate::cuda::peaks::Peaks;
-use crate::cuda::{DevicePointer, Family, Fusion, Fusions};
+use crate::cuda::{AbsentGpu, DevicePointer, Family, Fusion, Fusions};
 use crate::engine::Plan;
 use crate::error::Result;
 use crate::tape::{Fused, Gradient, Op, Program, Step, ValueId};
@@ -25,7 +25,8 @@ pub(super) fn launches_of_a_step(
     machine: &Peaks,
     fusions: &Fusions,
 ) -> Result<Vec<(u64, Cost)>> {
-    let plan = Plan::without_device(config)?;
+    let multiprocessors = machine.multiprocessors;
+    let plan = Plan::new(config, &AbsentGpu { dtype: config.dtype, multiprocessors })?;
     let program = plan.training_program();
     let micro_batches = config.train.grad_accumulation as u64;
     let tokens = config.train.micro_batch * config.data.sequence;

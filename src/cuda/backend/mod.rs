@@ -19,20 +19,21 @@ use layers::Layers;
 use crate::backend::{
     AdamWStep, AttentionBackward, AttentionForward, AttentionSpec, Backend, CachedAttention,
     CrossEntropyBackward, CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers,
-    HeadSpec, LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading,
-    Recording, Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward,
-    SwiGluForward, VectorCopy, kernel_element_bytes, transfer_bytes,
+    Footprint, HeadSpec, LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK,
+    Reading, Recording, Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward,
+    SwiGluForward, VectorCopy,
 };
 use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::attention::{Angles, backward_scratch_bytes};
+use crate::cuda::footprint;
 use crate::cuda::gemm::{Layout, Output, Product, Rotation};
 use crate::cuda::nvtx;
 use crate::cuda::offload::Offload;
 use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
-use crate::cuda::transfers::Transfers;
+use crate::cuda::transfers::{Transfers, transfer_bytes};
 use crate::cuda::{
     Allocation, DevicePointer, Driver, Family, Fusion, Fusions, GraphId, StreamId, Switches, halves,
 };
@@ -252,26 +253,9 @@ impl Cuda {
     }
 }
 
-impl Backend for Cuda {
-    fn name(&self) -> &'static str {
-        self.driver.device()
-    }
-
-    fn machine(&self) -> String {
-        self.driver.properties().name.clone()
-    }
-
-    fn peak_flops_per_second(&self) -> Option<f64> {
-        let peaks = MatmulPeaks::of(&self.driver.properties().name)?;
-        Some(peaks.flops_per_second(self.dtype))
-    }
-
+impl Footprint for Cuda {
     fn element_bytes(&self, kind: Kind) -> usize {
-        kernel_element_bytes(kind, self.dtype)
-    }
-
-    fn available_bytes(&self) -> Result<u64> {
-        self.driver.free_bytes()
+        footprint::element_bytes(kind, self.dtype)
     }
 
     /// A GPU's context and kernels are there by then, and not in what is available.
@@ -281,22 +265,6 @@ impl Backend for Cuda {
 
     fn reserve_bytes(&self) -> usize {
         self.driver.reserve_bytes() as usize
-    }
-
-    fn allocated_bytes(&self) -> Option<u64> {
-        Some(self.driver.allocated_bytes())
-    }
-
-    fn peak_bytes(&self) -> Option<u64> {
-        self.driver.peak_bytes()
-    }
-
-    fn own_free_bytes(&self) -> Option<u64> {
-        self.driver.own_free_bytes()
-    }
-
-    fn sensors(&self) -> Option<Sensors> {
-        self.driver.sensors()
     }
 
     fn scratch_bytes(&self) -> usize {
@@ -316,6 +284,57 @@ impl Backend for Cuda {
     fn fuses_swiglu_backward(&self) -> bool {
         let output = Output::SwiGluGradient { gate_up: DevicePointer::NULL };
         self.fuses(Fusion::SwiGluBackward, Layout::Nn, output)
+    }
+
+    fn offload_chunk(&self) -> usize {
+        self.offload_chunk
+    }
+
+    fn optimizer_bytes(&self, decay: &[Range<usize>], vectors: &[VectorCopy]) -> usize {
+        AdamW::device_bytes(decay, vectors) as usize
+    }
+
+    fn transfer_bytes(&self, sent: usize, read: usize) -> usize {
+        transfer_bytes(sent, read)
+    }
+
+    fn held_logits(&self) -> Option<usize> {
+        footprint::held_logits(self.dtype)
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        self.driver.device()
+    }
+
+    fn machine(&self) -> String {
+        self.driver.properties().name.clone()
+    }
+
+    fn peak_flops_per_second(&self) -> Option<f64> {
+        let peaks = MatmulPeaks::of(&self.driver.properties().name)?;
+        Some(peaks.flops_per_second(self.dtype))
+    }
+
+    fn available_bytes(&self) -> Result<u64> {
+        self.driver.free_bytes()
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.driver.allocated_bytes())
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        self.driver.peak_bytes()
+    }
+
+    fn own_free_bytes(&self) -> Option<u64> {
+        self.driver.own_free_bytes()
+    }
+
+    fn sensors(&self) -> Option<Sensors> {
+        self.driver.sensors()
     }
 
     fn begin_preparation(&mut self) -> bool {
@@ -356,14 +375,6 @@ impl Backend for Cuda {
         if !self.preparing {
             nvtx::pop();
         }
-    }
-
-    fn offload_chunk(&self) -> usize {
-        self.offload_chunk
-    }
-
-    fn optimizer_bytes(&self, decay: &[Range<usize>], vectors: &[VectorCopy]) -> usize {
-        AdamW::device_bytes(decay, vectors) as usize
     }
 
     fn prepare_optimizer(
@@ -411,10 +422,6 @@ impl Backend for Cuda {
 
     fn steps_ahead(&self) -> bool {
         self.steps_ahead
-    }
-
-    fn transfer_bytes(&self, sent: usize, read: usize) -> usize {
-        transfer_bytes(sent, read)
     }
 
     fn prepare_transfers(&mut self, sent: usize, read: usize) -> Result<()> {

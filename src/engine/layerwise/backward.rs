@@ -5,10 +5,9 @@
 //! front of it, so a backward pass holds the activations of one block at a time.
 
 use super::pieces::{Rotary, stored};
-use crate::backend::Backend;
+use crate::backend::{Backend, Footprint};
 use crate::config::ModelConfig;
 use crate::engine::flat_view;
-use crate::engine::loss::held_logits;
 use crate::error::Result;
 use crate::model::RotaryInputs;
 use crate::model::parameters::ParameterTable;
@@ -110,11 +109,12 @@ impl GradientPlan {
         config: &ModelConfig,
         table: &ParameterTable,
         size: [usize; 2],
-        element_bytes: impl Fn(Kind) -> usize + Copy,
+        device: &impl Footprint,
     ) -> Result<Self> {
         let t = size[0] * size[1];
+        let element_bytes = |kind| device.element_bytes(kind);
         let HeadTape { tape, inp, targets, scale, .. } =
-            record_head(config, table, t, held_logits(element_bytes))?;
+            record_head(config, table, t, device.held_logits())?;
         let purpose = Purpose::VectorJacobian { out: None, inp };
         let head = Program::new(tape, purpose, &[], element_bytes)?;
         let d_inp = head.gradient(inp).expect("the purpose names it");
@@ -301,12 +301,12 @@ impl BoundJacobian {
         let BoundPullback { program, inputs } = &self.blocks[layer - 1];
         self.rotary.copy_to(program, inputs.rotary, backend)?;
         backend.write(program.view(inputs.inp), &stream.repeat(rows))?;
-        let of_token = |stream: View, row: usize, backend: &_| {
-            let bytes = Backend::element_bytes(backend, stream.kind);
+        let [d_out, d_inp] = [inputs.d_out, inputs.d_inp].map(|id| program.view(id));
+        let bytes = backend.element_bytes(d_out.kind);
+        let of_token = |stream: View, row: usize| {
             let offset = stream.offset + (row * sequence + token) * c * bytes;
             View { offset, shape: Shape::new(&[c]), ..stream }
         };
-        let [d_out, d_inp] = [inputs.d_out, inputs.d_inp].map(|id| program.view(id));
         let mut jacobian = vec![0.0; c * c];
         for first in (0..c).step_by(rows) {
             backend.zero(d_out)?;
@@ -314,12 +314,12 @@ impl BoundJacobian {
             for (row, output) in outputs.clone().enumerate() {
                 let mut unit = vec![0.0; c];
                 unit[output] = 1.0;
-                backend.write(of_token(d_out, row, backend), &unit)?;
+                backend.write(of_token(d_out, row), &unit)?;
             }
             program.run(backend)?;
             for (row, output) in outputs.enumerate() {
                 let values = &mut jacobian[output * c..][..c];
-                backend.read(of_token(d_inp, row, backend), values)?;
+                backend.read(of_token(d_inp, row), values)?;
             }
         }
         Ok(jacobian)

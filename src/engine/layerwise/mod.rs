@@ -12,7 +12,6 @@ mod pieces;
 use std::ops::Range;
 
 use super::batches::check_no_documents;
-use super::loss::held_logits;
 use super::{Parameters, Rows, check_available};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
@@ -87,11 +86,11 @@ impl<B: Backend> Layerwise<B> {
             .map(|layer| BlockPlan::new(record_block(config, table, layer, size)?, bytes))
             .collect::<Result<_>>()?;
         let HeadTape { tape, inp, targets, losses, .. } =
-            record_head(config, table, t, held_logits(bytes))?;
+            record_head(config, table, t, backend.held_logits())?;
         let head = Program::new(tape, Purpose::Inference, &[losses], bytes)?;
         let head = (head, inp, targets, losses);
         let gradient = match backward.gradient {
-            true => Some(GradientPlan::new(config, table, size, bytes)?),
+            true => Some(GradientPlan::new(config, table, size, &backend)?),
             false => None,
         };
         let jacobian = match backward.jacobian {
