@@ -10,7 +10,7 @@ use isobath::bench::{
 };
 use isobath::config::{Attention, Config, Dtype, Master, NormKind, Placement, Recompute};
 use isobath::cuda::gemm::tuned::Table;
-use isobath::cuda::gemm::{self, Ending, Gemm, Layout};
+use isobath::cuda::gemm::{self, Epilogue, Gemm, Layout};
 use isobath::cuda::host::{self, Host, Options};
 use isobath::cuda::norm::Norm;
 use isobath::cuda::peaks::{self, MATMUL_PEAKS, MatmulPeaks, Peaks};
@@ -451,7 +451,7 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
         let Sizes::Product { m, n, k } = kernel.sizes else { panic!("{}", kernel.what) };
         let listed = products.iter().find(|row| {
             let product = row.product;
-            let of = (product.layout, product.ending, product.sizes());
+            let of = (product.layout, product.epilogue, product.sizes());
             (row.tokens, of.2, Some((of.0, of.1))) == (16_384, [m, n, k], kernel.product)
         });
         let microseconds = listed.unwrap_or_else(|| panic!("{}", kernel.what)).microseconds + 2.0;
@@ -870,25 +870,28 @@ fn the_tuner_times_what_a_step_launches() {
     let sets = ["model.layers=1", "data.sequence=32"].map(String::from).to_vec();
     let request = ProductsRequest { samples: Some(1), sets, ..Default::default() };
     let report = bench::tune(&mut *driver, &request, |_| Ok(())).unwrap();
-    let mut endings: Vec<(&str, &str)> = vec![];
+    let mut epilogues: Vec<(&str, &str)> = vec![];
     let gemm = Gemm::new(&mut *driver, Dtype::Bf16, None).unwrap();
     let table: Table = report.table().to_string().parse().unwrap();
     table.check().unwrap();
     let tuned = gemm.clone().with_table(driver.properties(), &table);
     for found in &report.products {
         let product = &found.wanted.product;
-        let StepProduct { layout, ending, .. } = *product;
-        endings.push((layout.name(), ending.name()));
-        let part = match ending {
-            Ending::Plain | Ending::Addend => format!("_{layout}_128x"),
-            Ending::Rotary | Ending::SwiGlu => format!("_{layout}_{ending}_128x"),
+        let StepProduct { layout, epilogue, .. } = *product;
+        epilogues.push((layout.name(), epilogue.name()));
+        let part = match epilogue {
+            Epilogue::Plain | Epilogue::Addend => format!("_{layout}_128x"),
+            Epilogue::Rotary | Epilogue::SwiGlu => format!("_{layout}_{epilogue}_128x"),
         };
         let kernels: Vec<&str> = found.candidates.iter().map(|it| it.kernel).collect();
         for kernel in &kernels {
-            assert!(kernel.contains(&part), "{layout} {ending}: {kernel}");
+            assert!(kernel.contains(&part), "{layout} {epilogue}: {kernel}");
         }
         for width in ["x256", "x192", "x128"] {
-            assert!(kernels.iter().any(|it| it.ends_with(width)), "{ending} {width}: {kernels:?}");
+            assert!(
+                kernels.iter().any(|it| it.ends_with(width)),
+                "{epilogue} {width}: {kernels:?}"
+            );
         }
         let (output, sizes) = (product.output(), product.tiled());
         let choice = tuned.choose(layout, output, sizes).unwrap();
@@ -896,8 +899,8 @@ fn the_tuner_times_what_a_step_launches() {
         let best = &found.candidates[0];
         assert_eq!((choice.variant.kernel, choice.cluster), (best.kernel, best.cluster));
     }
-    endings.sort_unstable();
-    endings.dedup();
+    epilogues.sort_unstable();
+    epilogues.dedup();
     let expected = [
         ("nn", "plain"),
         ("nn", "swiglu"),
@@ -907,7 +910,7 @@ fn the_tuner_times_what_a_step_launches() {
         ("nt", "swiglu"),
         ("tn", "plain"),
     ];
-    assert_eq!(endings, expected);
+    assert_eq!(epilogues, expected);
 }
 
 #[test]
@@ -959,8 +962,8 @@ fn the_table_has_every_product_once_in_a_burst_and_sustained() {
         }
         assert!(!row.tuned && row.splits == 1);
         assert_eq!(row.wanted.of, ["tiny, 128 tokens"]);
-        let StepProduct { layout, ending, .. } = row.wanted.product;
-        keys.push(format!("{layout} {ending} {m} {n} {k}"));
+        let StepProduct { layout, epilogue, .. } = row.wanted.product;
+        keys.push(format!("{layout} {epilogue} {m} {n} {k}"));
     }
     keys.sort_unstable();
     keys.dedup();
@@ -1136,7 +1139,7 @@ fn all_benchmarks_answer_with_the_fields_that_peers_join() {
         assert_eq!(row["percent_of_copy"].is_f64(), is_bytes, "{row}");
         assert!(row["percent_of_peak"].is_null() && row["work"]["formula"].is_string());
     }
-    // What stands after a product, over the plain kernel of the same tile.
+    // Epilogues, over the plain kernel of the same tile.
     let fused: Vec<&Value> = rows.iter().filter(|row| !row["over_plain"].is_null()).collect();
     let named = |row: &&Value| row["what"].as_str().unwrap().to_string();
     let names: Vec<String> = fused.iter().map(named).collect();
@@ -1242,12 +1245,12 @@ fn no_product_is_estimated_faster_than_its_bytes_or_its_flops() {
         let moving = row.bytes as f64 / prediction.bytes_per_second * 1e6;
         let multiplying = row.flops as f64 / prediction.flops_per_second * 1e6;
         // What is added to is read and written, whatever else there is.
-        let StepProduct { layout, ending, m, n, k, .. } = row.product;
-        let result = match (layout, ending) {
+        let StepProduct { layout, epilogue, m, n, k, .. } = row.product;
+        let result = match (layout, epilogue) {
             (Layout::Tn, _) => 8 * m * n,
-            (Layout::Nn, Ending::SwiGlu) => 8 * m * n,
-            (Layout::Nt, Ending::SwiGlu) => 3 * m * n,
-            (_, Ending::Addend) => 4 * m * n,
+            (Layout::Nn, Epilogue::SwiGlu) => 8 * m * n,
+            (Layout::Nt, Epilogue::SwiGlu) => 3 * m * n,
+            (_, Epilogue::Addend) => 4 * m * n,
             _ => 2 * m * n,
         };
         let least = (2 * (m * k + n * k) + result) as u64;
@@ -1296,7 +1299,7 @@ multiprocessors = 132
 driver = "13.0"
 commit = ""
 products = [
-  { family = "sm90", layout = "nt", ending = "swiglu", m = 16384, n = 2816, k = 512, best = { kernel = "gemm_sm90_nt_swiglu_128x128", splits = 1, cluster = 2, microseconds = 77.25 }, model = { kernel = "gemm_sm90_nt_swiglu_128x192", splits = 1, cluster = 1, microseconds = 80.0 } },
+  { family = "sm90", layout = "nt", epilogue = "swiglu", m = 16384, n = 2816, k = 512, best = { kernel = "gemm_sm90_nt_swiglu_128x128", splits = 1, cluster = 2, microseconds = 77.25 }, model = { kernel = "gemm_sm90_nt_swiglu_128x192", splits = 1, cluster = 1, microseconds = 80.0 } },
 ]
 "#;
     let mut table: Table = text.parse().unwrap();

@@ -10,7 +10,7 @@ use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::choice::choice;
 use crate::config::{Dtype, Master, NormKind};
-use crate::cuda::gemm::{Ending, Epilogue, Layout, Output};
+use crate::cuda::gemm::{Epilogue, Layout, Output};
 use crate::cuda::loss::Shape;
 
 /// One launch of an op's kernels.
@@ -30,8 +30,8 @@ pub struct Cost {
     pub exponentials: u64,
     /// How many kernels one launch of the op is.
     pub kernels: u64,
-    /// Of a matrix product: how its operands lie, and what stands after it.
-    pub product: Option<(Layout, Ending)>,
+    /// Of a matrix product: how its operands lie, and its epilogue.
+    pub product: Option<(Layout, Epilogue)>,
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
@@ -113,7 +113,7 @@ impl Cost {
     /// The name of a product's op.
     pub fn product_op(layout: Layout, epilogue: Epilogue) -> &'static str {
         match (layout, epilogue) {
-            (Layout::Nt, Epilogue::Plain) => "gemm_nt",
+            (Layout::Nt, Epilogue::Plain | Epilogue::Addend) => "gemm_nt",
             (Layout::Nt, Epilogue::Rotary) => "gemm_nt_rotary",
             (Layout::Nt, Epilogue::SwiGlu) => "gemm_nt_swiglu",
             (Layout::Nn, Epilogue::SwiGlu) => "gemm_nn_swiglu",
@@ -126,7 +126,7 @@ impl Cost {
     pub fn product(layout: Layout, dtype: Dtype, sizes: [usize; 3], output: Output) -> Self {
         let [m, n, _] = sizes;
         let out = product(&[m, n]);
-        let ending = output.ending();
+        let epilogue = output.epilogue();
         let (detail, written, bytes_formula) = match output {
             Output::Store { addend: Some(_) } => {
                 (", addend", 2 * element_bytes(dtype) * out, "A, B; addend and out [M,N]")
@@ -134,7 +134,7 @@ impl Cost {
             Output::Accumulate => ("", 2 * 4 * out, "A, B; out [M,N] in fp32, read and written"),
             _ => ("", element_bytes(dtype) * out, "A, B; out [M,N]"),
         };
-        Cost::multiplying((layout, ending), detail, dtype, sizes, written, bytes_formula)
+        Cost::multiplying((layout, epilogue), detail, dtype, sizes, written, bytes_formula)
     }
 
     /// NT, q and k rotated; `positions`: rows of the table.
@@ -148,7 +148,7 @@ impl Cost {
         let table = 4 * (product(&[positions, heads.head_dim]) + m as u64);
         let bytes = element_bytes(dtype) * product(&[m, n]) + table;
         let formula = "A, B; out [M,N]; table [P,D] once; positions [M]";
-        Cost::multiplying((Layout::Nt, Ending::Rotary), "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nt, Epilogue::Rotary), "", dtype, sizes, bytes, formula)
     }
 
     /// NT of gate and up, N = 2F, and SwiGLU of them.
@@ -156,7 +156,7 @@ impl Cost {
         let [m, n, _] = sizes;
         let bytes = element_bytes(dtype) * (product(&[m, n]) + product(&[m, n / 2]));
         let formula = "A, B; gate and up [M,N]; their product [M,N/2]";
-        Cost::multiplying((Layout::Nt, Ending::SwiGlu), "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nt, Epilogue::SwiGlu), "", dtype, sizes, bytes, formula)
     }
 
     /// NN with N = F, and the gradients of gate and up.
@@ -164,12 +164,12 @@ impl Cost {
         let [m, n, _] = sizes;
         let bytes = 4 * element_bytes(dtype) * product(&[m, n]);
         let formula = "A, B; gate, up and their gradients [M,N]";
-        Cost::multiplying((Layout::Nn, Ending::SwiGlu), "", dtype, sizes, bytes, formula)
+        Cost::multiplying((Layout::Nn, Epilogue::SwiGlu), "", dtype, sizes, bytes, formula)
     }
 
     /// A product [M,N,K]; `bytes`: of what is neither A nor B.
     fn multiplying(
-        (layout, ending): (Layout, Ending),
+        (layout, epilogue): (Layout, Epilogue),
         detail: &str,
         dtype: Dtype,
         [m, n, k]: [usize; 3],
@@ -178,9 +178,9 @@ impl Cost {
     ) -> Self {
         let read = element_bytes(dtype) * (product(&[m, k]) + product(&[n, k]));
         let sizes = Sizes::Product { m, n, k };
-        let op = Self::product_op(layout, ending.epilogue());
+        let op = Self::product_op(layout, epilogue);
         Cost {
-            product: Some((layout, ending)),
+            product: Some((layout, epilogue)),
             flops: 2 * product(&[m, n, k]),
             flops_formula: "2 M N K",
             ..Cost::moving(op, detail, dtype, sizes, read + bytes, bytes_formula)

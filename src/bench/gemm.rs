@@ -2,7 +2,7 @@
 //! of its weight (TN).
 
 use super::Options;
-use super::endings;
+use super::epilogues;
 use super::layers::{LAYERS, ON_CPU};
 use super::product::StepProduct;
 use super::report::{Row, TimedRows};
@@ -53,7 +53,7 @@ pub(super) fn rows(
         }
     }
     if request.layout.is_none() && request.product.is_none() {
-        endings::rows(driver, options, &kernels, table)?;
+        epilogues::rows(driver, options, &kernels, table)?;
     }
     kernels.release(driver)
 }

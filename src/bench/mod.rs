@@ -10,7 +10,7 @@ mod adamw;
 mod attention;
 mod copy;
 pub mod cost;
-mod endings;
+mod epilogues;
 mod gemm;
 mod launched;
 mod layers;

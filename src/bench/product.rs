@@ -8,13 +8,13 @@ use super::timing::Buffers;
 use crate::backend::HeadSpec;
 use crate::config::Dtype;
 use crate::cuda::DevicePointer;
-use crate::cuda::gemm::{Choice, Ending, Layout, Output, Product, Rotation};
+use crate::cuda::gemm::{Choice, Epilogue, Layout, Output, Product, Rotation};
 use crate::error::Result;
 
 #[derive(Serialize, Clone, Copy, PartialEq, Debug)]
 pub struct StepProduct {
     pub layout: Layout,
-    pub ending: Ending,
+    pub epilogue: Epilogue,
     pub m: usize,
     /// Of the matrix product: gate and up of a SwiGLU together.
     pub n: usize,
@@ -67,12 +67,12 @@ impl Addresses {
 impl StepProduct {
     pub fn plain(layout: Layout, [m, n, k]: [usize; 3]) -> Self {
         let heads = HeadSpec { heads: 0, kv_heads: 0, head_dim: 0 };
-        StepProduct { layout, ending: Ending::Plain, m, n, k, heads }
+        StepProduct { layout, epilogue: Epilogue::Plain, m, n, k, heads }
     }
 
     /// Whether it is the same work; heads of another width are.
     pub fn is(&self, other: &StepProduct) -> bool {
-        let key = |it: &StepProduct| (it.layout, it.ending, it.sizes());
+        let key = |it: &StepProduct| (it.layout, it.epilogue, it.sizes());
         key(self) == key(other)
     }
 
@@ -83,7 +83,7 @@ impl StepProduct {
 
     /// The sizes that kernels are chosen by: gate and up of a SwiGLU are two factors of one column.
     pub fn tiled(&self) -> [usize; 3] {
-        [self.m, self.n / self.ending.halves_of_b(self.layout), self.k]
+        [self.m, self.n / self.epilogue.halves_of_b(self.layout), self.k]
     }
 
     pub(super) fn positions(&self) -> usize {
@@ -96,30 +96,31 @@ impl StepProduct {
     }
 
     fn output_at(&self, at: &Addresses) -> Output {
-        match (self.layout, self.ending) {
-            (Layout::Nt | Layout::Nn, Ending::Addend) => Output::Store { addend: Some(at.read) },
-            (Layout::Nt, Ending::Rotary) => {
+        match (self.layout, self.epilogue) {
+            (Layout::Nt | Layout::Nn, Epilogue::Addend) => Output::Store { addend: Some(at.read) },
+            (Layout::Nt, Epilogue::Rotary) => {
                 let HeadSpec { heads, kv_heads, head_dim } = self.heads;
                 let columns = (heads + kv_heads) * head_dim;
                 let (table, positions) = (at.table, at.positions);
                 Output::Rotate(Rotation { table, positions, columns, head_dim })
             }
-            (Layout::Nt, Ending::SwiGlu) => Output::SwiGlu { product: at.product },
-            (Layout::Nn, Ending::SwiGlu) => Output::SwiGluGradient { gate_up: at.read },
-            (layout, Ending::Plain) => Output::plain(layout),
-            (layout, ending) => unreachable!("no {layout} ends with {ending}"),
+            (Layout::Nt, Epilogue::SwiGlu) => Output::SwiGlu { product: at.product },
+            (Layout::Nn, Epilogue::SwiGlu) => Output::SwiGluGradient { gate_up: at.read },
+            (layout, Epilogue::Plain) => Output::plain(layout),
+            (layout, epilogue) => unreachable!("no {layout} has the epilogue {epilogue}"),
         }
     }
 
     pub(super) fn operands(&self) -> Operands {
-        let StepProduct { layout, ending, m, n, k, .. } = *self;
-        let gradient = (layout, ending) == (Layout::Nn, Ending::SwiGlu);
-        let read = match ending {
-            Ending::Addend => m * n,
+        let StepProduct { layout, epilogue, m, n, k, .. } = *self;
+        let gradient = (layout, epilogue) == (Layout::Nn, Epilogue::SwiGlu);
+        let read = match epilogue {
+            Epilogue::Addend => m * n,
             _ if gradient => 2 * m * n,
             _ => 0,
         };
-        let product = if (layout, ending) == (Layout::Nt, Ending::SwiGlu) { m * n / 2 } else { 0 };
+        let product =
+            if (layout, epilogue) == (Layout::Nt, Epilogue::SwiGlu) { m * n / 2 } else { 0 };
         let out = if gradient { 2 * m * n } else { m * n };
         Operands { a: m * k, b: n * k, read, out, product }
     }
@@ -160,7 +161,7 @@ impl StepProduct {
         if product > 0 {
             at.product = buffers.zeros("product", product as u64 * element_bytes(dtype))?;
         }
-        if self.ending == Ending::Rotary {
+        if self.epilogue == Epilogue::Rotary {
             // Numbers that are no sines take as long.
             let angles = self.positions() * self.heads.head_dim;
             at.table = buffers.normals("table", Dtype::F32, angles)?;
@@ -171,17 +172,17 @@ impl StepProduct {
 
     /// Of one launch; called by the kernel that was chosen.
     pub(super) fn cost(&self, choice: &Choice, dtype: Dtype) -> Cost {
-        let StepProduct { layout, ending, heads, .. } = *self;
+        let StepProduct { layout, epilogue, heads, .. } = *self;
         let sizes = self.sizes();
-        let cost = match (layout, ending) {
-            (_, Ending::Plain | Ending::Addend) => {
+        let cost = match (layout, epilogue) {
+            (_, Epilogue::Plain | Epilogue::Addend) => {
                 Cost::product(layout, dtype, sizes, self.output())
             }
-            (_, Ending::Rotary) => Cost::product_rotary(heads, dtype, sizes, self.positions()),
-            (Layout::Nn, Ending::SwiGlu) => Cost::product_swiglu_gradient(dtype, sizes),
-            (_, Ending::SwiGlu) => Cost::product_swiglu(dtype, sizes),
+            (_, Epilogue::Rotary) => Cost::product_rotary(heads, dtype, sizes, self.positions()),
+            (Layout::Nn, Epilogue::SwiGlu) => Cost::product_swiglu_gradient(dtype, sizes),
+            (_, Epilogue::SwiGlu) => Cost::product_swiglu(dtype, sizes),
         };
-        let addend = if ending == Ending::Addend { ", addend" } else { "" };
+        let addend = if epilogue == Epilogue::Addend { ", addend" } else { "" };
         Cost { what: format!("{choice}, {dtype}{addend}"), ..cost }
     }
 }

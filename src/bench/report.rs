@@ -54,13 +54,13 @@ pub struct Row {
     pub percent_of_peak: Option<f64>,
     /// Of attention with a backward pass: how that goes over the scores.
     pub variant: Option<&'static str>,
-    /// Of a product with something after it in its kernel.
+    /// Of a product with an epilogue.
     pub over_plain: Option<OverPlain>,
     #[serde(flatten)]
     pub step: Option<StepDetails>,
 }
 
-/// What stands after a product costs so much: the two were timed in turn, on the same factors.
+/// An epilogue costs so much: the two were timed in turn, on the same factors.
 #[derive(Serialize, Clone, PartialEq, Debug)]
 pub struct OverPlain {
     /// The kernel that only stores, of the same tile.

@@ -3,7 +3,7 @@
 
 use isobath::config::Dtype;
 use isobath::cuda::gemm::tuned::{self, Launched, Machine, Table, Timed};
-use isobath::cuda::gemm::{Choice, Ending, Gemm, Layout, Output, Product};
+use isobath::cuda::gemm::{Choice, Epilogue, Gemm, Layout, Output, Product};
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{DevicePointer, Driver, Family, StreamId};
 
@@ -26,7 +26,7 @@ fn table(driver: &dyn Driver, family: Family, layout: Layout, best: Launched) ->
         multiprocessors: properties.multiprocessors as usize,
         driver: properties.driver_version.clone(),
         commit: "0123abc".to_string(),
-        products: vec![Timed { family, layout, ending: Ending::Plain, m, n, k, best, model }],
+        products: vec![Timed { family, layout, epilogue: Epilogue::Plain, m, n, k, best, model }],
     };
     Table { machines: vec![machine] }
 }
@@ -85,7 +85,7 @@ fn what_was_timed_comes_before_the_model() {
     assert_exact("as it was timed", Dtype::F32, &found, &plain, &exact);
 }
 
-/// Each ending has its own entry; where it has none, the tile of another one is better than a
+/// Each epilogue has its own entry; where it has none, the tile of another one is better than a
 /// guess.
 #[test]
 fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
@@ -99,10 +99,10 @@ fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
     // 64 columns of gate and as many of up.
     let (swiglu, sizes) = (Output::SwiGlu { product: null }, [136, 64, 320]);
     let (plain, addend) = (Output::plain(Layout::Nt), Output::Store { addend: Some(null) });
-    let entry = |ending, kernel: &str| Timed {
+    let entry = |epilogue, kernel: &str| Timed {
         family: Family::Sm90,
         layout: Layout::Nt,
-        ending,
+        epilogue,
         m: 136,
         n: 128,
         k: 320,
@@ -119,9 +119,9 @@ fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
             (choice.variant.kernel, gemm.is_tuned(Layout::Nt, it, sizes))
         })
     };
-    let stored = entry(Ending::Plain, "gemm_sm90_nt_128x256");
-    let fused = entry(Ending::SwiGlu, "gemm_sm90_nt_swiglu_128x192");
-    let added = entry(Ending::Addend, "gemm_sm90_nt_128x128");
+    let stored = entry(Epilogue::Plain, "gemm_sm90_nt_128x256");
+    let fused = entry(Epilogue::SwiGlu, "gemm_sm90_nt_swiglu_128x192");
+    let added = entry(Epilogue::Addend, "gemm_sm90_nt_128x128");
     let expected = [
         ("gemm_sm90_nt_swiglu_128x192", true),
         ("gemm_sm90_nt_128x256", true),
@@ -139,7 +139,7 @@ fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
         ("gemm_sm90_nt_128x192", false),
         ("gemm_sm90_nt_128x192", false),
     ];
-    assert_eq!(chosen(&[fused]), expected, "by the tile of what ends with SwiGLU");
+    assert_eq!(chosen(&[fused]), expected, "by the tile of the one with SwiGLU");
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn a_table_is_text_that_can_be_put_after_another() {
     let entry = |layout, kernel: &str| Timed {
         family: Family::Sm90,
         layout,
-        ending: Ending::Plain,
+        epilogue: Epilogue::Plain,
         m: 768,
         n: 768,
         k: 16384,
@@ -219,7 +219,7 @@ fn a_table_is_text_that_can_be_put_after_another() {
     let with_splits = |splits| Launched { splits, ..tn.best.clone() };
     for (table, part) in [
         (wrong(entry(Layout::Nn, "gemm_sm90_nt_128x192")), "has no gemm_sm90_nt_128x192"),
-        (wrong(Timed { ending: Ending::Rotary, ..nt.clone() }), "that ends so"),
+        (wrong(Timed { epilogue: Epilogue::Rotary, ..nt.clone() }), "with this epilogue"),
         (wrong(Timed { family: Family::F32, ..nt.clone() }), "the family f32 has no"),
         (wrong(Timed { k: 0, ..tn.clone() }), "it is empty"),
         (wrong(Timed { n: 8, best: with_splits(0), ..tn.clone() }), "0 splits"),

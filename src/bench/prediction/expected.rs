@@ -59,8 +59,8 @@ impl<'a> Expected<'a> {
         let moving = kernel.bytes as f64 / self.bytes_per_second();
         let over_link = kernel.link_bytes as f64 / self.machine.link_bytes_per_second;
         let (seconds, kernels) = match (kernel.sizes.clone(), kernel.product) {
-            (Sizes::Product { m, n, k }, Some((layout, ending))) => {
-                let product = StepProduct { layout, ending, m, n, k, heads: self.heads };
+            (Sizes::Product { m, n, k }, Some((layout, epilogue))) => {
+                let product = StepProduct { layout, epilogue, m, n, k, heads: self.heads };
                 match self.product_seconds(kernel, &product) {
                     Timed(seconds) => return 1e6 * seconds,
                     Estimated(seconds) => (seconds, kernel.kernels),
@@ -121,8 +121,8 @@ pub(super) fn chosen<'a>(
     table: &'a Table,
     product: &StepProduct,
 ) -> Option<(Choice, Option<&'a tuned::Timed>)> {
-    let StepProduct { layout, ending, .. } = *product;
-    let key = (layout, ending, product.sizes());
+    let StepProduct { layout, epilogue, .. } = *product;
+    let key = (layout, epilogue, product.sizes());
     let timed = table.find(machine.name, machine.multiprocessors, Family::Sm90, key);
     let variants = Family::Sm90.variants_for(layout, product.output());
     let predicted = || choose(variants, product.tiled(), machine.multiprocessors);

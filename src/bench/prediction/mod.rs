@@ -24,7 +24,7 @@ use launches::launches_of_a_step;
 use super::cost::{Cost, KernelFamily};
 use super::sizes::Sizes;
 use crate::config::{Config, Dtype};
-use crate::cuda::gemm::{Ending, Layout, Rates};
+use crate::cuda::gemm::{Epilogue, Layout, Rates};
 use crate::cuda::peaks::{H200, Peaks};
 use crate::cuda::{Fusion, Fusions, attention};
 use crate::error::{Error, Result};
@@ -114,8 +114,8 @@ pub struct Kernel {
     pub exponentials: u64,
     /// How many kernels each of these launches is, but for attention.
     pub kernels: u64,
-    /// Of a matrix product: how its operands lie, and what stands after it.
-    pub product: Option<(Layout, Ending)>,
+    /// Of a matrix product: how its operands lie, and its epilogue.
+    pub product: Option<(Layout, Epilogue)>,
     /// Over the link to the host's memory, in each direction.
     pub link_bytes: u64,
     /// Of one launch.

@@ -166,13 +166,13 @@ pub(in crate::bench) fn rows(
     let mut rows: Vec<GemmRow> = vec![];
     let mut others = 0.0;
     for kernel in Prediction::with(config, machine, &Fusions::default())?.kernels {
-        let (Sizes::Product { m, n, k }, Some((layout, ending))) = (kernel.sizes, kernel.product)
+        let (Sizes::Product { m, n, k }, Some((layout, epilogue))) = (kernel.sizes, kernel.product)
         else {
             // What is expected, as of the products.
             others += kernel.launches as f64 * kernel.microseconds.tightest().1;
             continue;
         };
-        let product = StepProduct { layout, ending, m, n, k, heads };
+        let product = StepProduct { layout, epilogue, m, n, k, heads };
         let tiled = product.tiled();
         let Some((choice, timed)) = chosen(machine, table, &product) else { continue };
         if let Some(row) = rows.iter_mut().find(|it| it.product.is(&product)) {
@@ -278,10 +278,10 @@ impl fmt::Display for GemmPrediction {
 
 impl fmt::Display for GemmRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let StepProduct { layout, ending, m, n, k, .. } = self.product;
+        let StepProduct { layout, epilogue, m, n, k, .. } = self.product;
         write!(
             f,
-            "{:<6} {:>6} {layout:>2} {ending:<6} {m:>6} {n:>6} {k:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} \
+            "{:<6} {:>6} {layout:>2} {epilogue:<6} {m:>6} {n:>6} {k:>6} {:>8}  {:<29} {:>2} {:>2} {:>6} \
              {:>4} {:>6.2} {:>4.0} % {:>8.1} {:>8.1} {:>9.1} {:>7.0} {:>5.1} % {:<8} {:>8.2} {:>4.1} %  ",
             self.preset,
             self.tokens,

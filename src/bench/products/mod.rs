@@ -18,7 +18,7 @@ use super::step_request::{Machine, StepRequest};
 use super::timing::{between, check_fits, cold_copies, drawn_normals, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::{self, Table};
-use crate::cuda::gemm::{Choice, Ending, Gemm, GemmPlan, Layout};
+use crate::cuda::gemm::{Choice, Epilogue, Gemm, GemmPlan, Layout};
 use crate::cuda::peaks::H200;
 use crate::cuda::{Allocation, DevicePointer, Driver, EventId, Family, StreamId};
 use crate::error::Result;
@@ -130,8 +130,12 @@ pub(super) fn write_not_reached(f: &mut fmt::Formatter<'_>, products: &[Wanted])
     }
     writeln!(f, "not reached, {}; give more with --seconds:", products.len())?;
     products.iter().try_for_each(|Wanted { product, step_share, .. }| {
-        let StepProduct { layout, ending, m, n, k, .. } = product;
-        writeln!(f, "  {layout} {ending} M={m} N={n} K={k}, {:.1} % of a step", 100.0 * step_share)
+        let StepProduct { layout, epilogue, m, n, k, .. } = product;
+        writeln!(
+            f,
+            "  {layout} {epilogue} M={m} N={n} K={k}, {:.1} % of a step",
+            100.0 * step_share
+        )
     })
 }
 
@@ -197,7 +201,7 @@ impl Arena {
             let room = room(driver, dtype, product);
             factors = factors.max(room.copies * room.factors());
             results = results.max(room.copies * room.results());
-            if product.ending == Ending::Rotary {
+            if product.epilogue == Epilogue::Rotary {
                 most_rotated = most_rotated.max(product.m);
             }
         }
@@ -225,7 +229,7 @@ impl Arena {
     pub fn holds(&self, driver: &dyn Driver, product: &StepProduct) -> bool {
         let room = room(driver, self.dtype, product);
         let angles = self.angles.map_or(0, |it| it.bytes);
-        let rotated = product.ending == Ending::Rotary;
+        let rotated = product.epilogue == Epilogue::Rotary;
         room.copies * room.factors() <= self.factors.bytes
             && room.copies * room.results() <= self.results.bytes
             && (!rotated || TABLE_BYTES + positions_bytes(product.m) <= angles)

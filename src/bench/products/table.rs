@@ -52,7 +52,7 @@ pub struct TableRow {
     pub kernel: &'static str,
     pub splits: usize,
     pub cluster: usize,
-    /// Whether the choice was timed for this product and its ending.
+    /// Whether the choice was timed for this product and its epilogue.
     pub tuned: bool,
     pub flops: u64,
     pub burst: Speed,
@@ -149,7 +149,7 @@ pub fn table(
     while !not_reached.is_empty() && (timed.is_empty() || !late(BURST_SHARE)) {
         let wanted = not_reached.remove(0);
         let product = &wanted.product;
-        let StepProduct { layout, ending, m, n, k, .. } = *product;
+        let StepProduct { layout, epilogue, m, n, k, .. } = *product;
         let choice = kernels.choose(layout, product.output(), product.tiled())?;
         let plans = arena.plans(driver, &kernels, choice, product)?;
         let burst = stopwatch.burst(driver, &plans, request.samples)?;
@@ -157,7 +157,7 @@ pub fn table(
         let speed = Speed::new(burst.clone(), product.cost(&choice, dtype).flops, peak);
         let reached = timed.len() + 1;
         progress(&format!(
-            "{reached:>3}/{count} {layout} {ending:<6} {m:>6} {n:>6} {k:>6} {choice} {speed}"
+            "{reached:>3}/{count} {layout} {epilogue:<6} {m:>6} {n:>6} {k:>6} {choice} {speed}"
         ));
         timed.push(Timed { wanted, choice, tuned, plans, burst });
     }
@@ -316,10 +316,10 @@ impl fmt::Display for TableReport {
             "peak"
         )?;
         for row in &self.rows {
-            let StepProduct { layout, ending, m, n, k, .. } = row.wanted.product;
+            let StepProduct { layout, epilogue, m, n, k, .. } = row.wanted.product;
             writeln!(
                 f,
-                "{layout} {ending:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<29} {:>2} {:>5} {:<6} {} {}",
+                "{layout} {epilogue:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  {:<29} {:>2} {:>5} {:<6} {} {}",
                 100.0 * row.wanted.step_share,
                 row.kernel,
                 row.cluster,

@@ -245,11 +245,11 @@ impl TunedProduct {
             microseconds: it.microseconds,
         };
         let best = &self.candidates[0];
-        let StepProduct { layout, ending, m, n, k, .. } = self.wanted.product;
+        let StepProduct { layout, epilogue, m, n, k, .. } = self.wanted.product;
         Timed {
             family: best.choice.variant.family,
             layout,
-            ending,
+            epilogue,
             m,
             n,
             k,
@@ -299,10 +299,10 @@ impl fmt::Display for Candidate {
 
 impl fmt::Display for TunedProduct {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let StepProduct { layout, ending, m, n, k, .. } = self.wanted.product;
+        let StepProduct { layout, epilogue, m, n, k, .. } = self.wanted.product;
         write!(
             f,
-            "{layout} {ending:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  model {}  best of {:>2} {}  \
+            "{layout} {epilogue:<6} {m:>6} {n:>6} {k:>6} {:>5.1} %  model {}  best of {:>2} {}  \
              loss {:>5.1} %",
             100.0 * self.wanted.step_share,
             self.candidates[self.model],

@@ -16,7 +16,6 @@ pub struct Variant {
     /// Of the tile; columns of N, for each of which there may be two factors in B.
     pub rows: usize,
     pub columns: usize,
-    pub(super) halves_of_b: usize,
     /// Values of k in a stage, and stages of the ring, as the kernel is compiled.
     pub depth: usize,
     pub stages: usize,
@@ -194,7 +193,7 @@ impl Variant {
 
     /// Rows of A and of B that are multiplied.
     pub fn tile(&self) -> [usize; 2] {
-        [self.rows, self.columns * self.halves_of_b]
+        [self.rows, self.columns * self.epilogue.halves_of_b(self.layout)]
     }
 
     /// Whether it makes this of a product.
@@ -202,7 +201,7 @@ impl Variant {
         let whole_heads = |head_dim| {
             ROTATED_HEAD_DIMS.contains(&head_dim) && self.columns.is_multiple_of(head_dim)
         };
-        self.epilogue == output.epilogue()
+        self.epilogue == output.epilogue().compiled()
             && match output {
                 Output::Store { .. } | Output::Accumulate => true,
                 Output::Rotate(rotation) => whole_heads(rotation.head_dim),

@@ -17,7 +17,6 @@ const fn variant(layout: Layout, kernel: &'static str) -> Variant {
         kernel,
         rows: 64,
         columns: 64,
-        halves_of_b: 1,
         depth: 32,
         stages: 2,
         threads: 64,

@@ -9,35 +9,24 @@
 
 mod choice;
 mod f32;
+mod product;
 mod sm80;
 mod sm90;
 pub mod tuned;
 
 use std::collections::HashMap;
-use std::ops::Range;
+use std::fmt;
 
 use choice::Speed;
 pub use choice::{Choice, Rates, Variant, choose};
+use product::Matrix;
+pub use product::{Epilogue, Layout, Output, Product, Rotation};
 
 use super::{
     Allocation, Arguments, DevicePointer, Driver, Family, KernelId, Launch, Properties, StreamId,
 };
 use crate::config::Dtype;
-use crate::config::choice::choice;
 use crate::error::{Error, Result};
-
-choice! {
-    /// How the operands of a product [M,N] lie in memory: row-major, rows without gaps.
-    #[derive(Hash)]
-    pub enum Layout {
-        /// A [M,K] times B [N,K]^T: a layer forward.
-        Nt = "nt",
-        /// A [M,K] times B [K,N]: the gradient of its input.
-        Nn = "nn",
-        /// A [K,M]^T times B [K,N]: the gradient of its weight.
-        Tn = "tn",
-    }
-}
 
 impl Family {
     /// Its kernels, for every layout that it has.
@@ -61,149 +50,6 @@ impl Family {
     /// Whether one of its kernels does this in one launch.
     pub fn fuses(self, layout: Layout, output: Output) -> bool {
         self.variants_for(layout, output).next().is_some()
-    }
-}
-
-/// What becomes of the product.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Output {
-    /// out [M,N] =, in the operands' type. The addend [M,N] is added before the one rounding; it
-    /// may be `out` itself. For NT and NN.
-    Store { addend: Option<DevicePointer> },
-    /// out [M,N] +=, in fp32. For TN. On compute capability 9.0 the L2 cache adds, for which
-    /// subnormal numbers (below 2^-126) are zeros, sums included.
-    Accumulate,
-    /// out [M,N] =, the first of its columns being heads that are rotated before the one rounding.
-    /// For NT.
-    Rotate(Rotation),
-    /// out [M,2,N] = A times each half of B [2,N,K], gate and up; product [M,N] = silu(gate) up.
-    /// For NT.
-    SwiGlu { product: DevicePointer },
-    /// out [M,2,N] = the gradients of gate_up [M,2,N], where the product's own [M,N] is A B. For
-    /// NN.
-    SwiGluGradient { gate_up: DevicePointer },
-}
-
-/// Rotary embedding of the columns of a fused projection.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Rotation {
-    /// [P,D] in fp32: D/2 cosines of a position, then D/2 sines
-    pub table: DevicePointer,
-    /// [M], each below P
-    pub positions: DevicePointer,
-    /// Columns of the heads that are rotated, which come first.
-    pub columns: usize,
-    /// D
-    pub head_dim: usize,
-}
-
-/// What a kernel does after its product; [`Output`] says with which operands.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Epilogue {
-    /// Stores or accumulates, as its layout says.
-    Plain,
-    Rotary,
-    SwiGlu,
-}
-
-choice! {
-    /// What a training step has after a product in the product's kernel. What was timed counts
-    /// for it.
-    #[derive(Hash)]
-    pub enum Ending {
-        /// Stored or accumulated, as its layout says.
-        Plain = "plain",
-        /// Another matrix is added.
-        Addend = "addend",
-        Rotary = "rotary",
-        /// Of NN, its gradient.
-        SwiGlu = "swiglu",
-    }
-}
-
-impl Ending {
-    /// Of the kernels that do it.
-    pub fn epilogue(self) -> Epilogue {
-        match self {
-            Ending::Plain | Ending::Addend => Epilogue::Plain,
-            Ending::Rotary => Epilogue::Rotary,
-            Ending::SwiGlu => Epilogue::SwiGlu,
-        }
-    }
-
-    /// Factors [N,K] that B is made of.
-    pub fn halves_of_b(self, layout: Layout) -> usize {
-        if (layout, self) == (Layout::Nt, Ending::SwiGlu) { 2 } else { 1 }
-    }
-}
-
-impl Output {
-    /// With nothing but the product.
-    pub fn plain(layout: Layout) -> Self {
-        match layout {
-            Layout::Nt | Layout::Nn => Output::Store { addend: None },
-            Layout::Tn => Output::Accumulate,
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Output::Store { .. } => "a store",
-            Output::Accumulate => "an addition",
-            Output::Rotate(_) => "rotary embedding",
-            Output::SwiGlu { .. } => "SwiGLU",
-            Output::SwiGluGradient { .. } => "the gradient of SwiGLU",
-        }
-    }
-
-    pub fn ending(&self) -> Ending {
-        match self {
-            Output::Store { addend: Some(_) } => Ending::Addend,
-            Output::Store { addend: None } | Output::Accumulate => Ending::Plain,
-            Output::Rotate(_) => Ending::Rotary,
-            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => Ending::SwiGlu,
-        }
-    }
-
-    fn epilogue(&self) -> Epilogue {
-        self.ending().epilogue()
-    }
-
-    /// Factors [N,K] that B is made of.
-    fn halves_of_b(&self) -> usize {
-        if matches!(self, Output::SwiGlu { .. }) { 2 } else { 1 }
-    }
-
-    /// Matrices [M,N] that lie side by side in the result.
-    fn parts(&self) -> usize {
-        match self {
-            Output::Store { .. } | Output::Accumulate | Output::Rotate(_) => 1,
-            Output::SwiGlu { .. } | Output::SwiGluGradient { .. } => 2,
-        }
-    }
-}
-
-/// One product; addresses and rows are multiples of 16 bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Product {
-    pub layout: Layout,
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-    pub a: DevicePointer,
-    pub b: DevicePointer,
-    pub out: DevicePointer,
-    pub output: Output,
-}
-
-impl Product {
-    fn name(&self) -> String {
-        let Product { layout, m, n, k, output, .. } = self;
-        match layout {
-            Layout::Nt => format!("A [{m},{k}] times B [{},{k}]^T", n * output.halves_of_b()),
-            Layout::Nn => format!("A [{m},{k}] times B [{k},{n}]"),
-            Layout::Tn => format!("A [{k},{m}]^T times B [{k},{n}]"),
-        }
     }
 }
 
@@ -311,22 +157,22 @@ impl Gemm {
         self.variants_for(layout, output).next().is_some()
     }
 
-    /// What was fastest for a product [M,N,K] and what stands after it, if that was timed on this
+    /// What was fastest for a product [M,N,K] and its epilogue, if that was timed on this
     /// machine; else what was fastest with something else after it, on the same tile; else
     /// [`Gemm::by_cost_model`].
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
     pub fn choose(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> Result<Choice> {
-        let mut endings = [output.ending()].into_iter().chain(Ending::ALL.iter().copied());
-        match endings.find_map(|ending| self.timed(layout, output, sizes, ending)) {
+        let mut epilogues = [output.epilogue()].into_iter().chain(Epilogue::ALL.iter().copied());
+        match epilogues.find_map(|epilogue| self.timed(layout, output, sizes, epilogue)) {
             Some(timed) => Ok(timed),
             None => self.by_cost_model(layout, output, sizes),
         }
     }
 
-    /// Whether the very product was timed, with what stands after it.
+    /// Whether the very product was timed, with its epilogue.
     pub fn is_tuned(&self, layout: Layout, output: Output, sizes: [usize; 3]) -> bool {
-        self.timed(layout, output, sizes, output.ending()).is_some()
+        self.timed(layout, output, sizes, output.epilogue()).is_some()
     }
 
     /// What was fastest where the product was timed with this after it.
@@ -335,9 +181,13 @@ impl Gemm {
         layout: Layout,
         output: Output,
         [m, n, k]: [usize; 3],
-        ending: Ending,
+        epilogue: Epilogue,
     ) -> Option<Choice> {
-        let timed = self.timed.get(&(layout, ending, [m, n * output.halves_of_b(), k]))?;
+        let timed = self.timed.get(&(
+            layout,
+            epilogue,
+            [m, n * output.epilogue().halves_of_b(layout), k],
+        ))?;
         let mut variants = self.variants_for(layout, output);
         let variant = variants.find(|it| it.tile() == timed.variant.tile())?;
         Some(Choice { variant, ..*timed })
@@ -432,28 +282,28 @@ impl Gemm {
         Ok(GemmPlan { choice, launch, arguments })
     }
 
+    fn refused(&self, product: &Product, what: impl fmt::Display, remedy: &str) -> Error {
+        Error::launch("gemm", self.device, format!("{}{what}", product.name()), remedy)
+    }
+
     fn empty(&self, product: &Product) -> Error {
-        Error::launch(
-            "gemm",
-            self.device,
-            format!("{} is empty", product.name()),
-            "launch nothing for an empty product; an empty sum is zero",
-        )
+        let remedy = "launch nothing for an empty product; an empty sum is zero";
+        self.refused(product, " is empty", remedy)
     }
 
     fn check(&self, variant: &Variant, product: &Product) -> Result<()> {
-        let &Product { layout, m, n, k, a, b, out, output } = product;
-        let (shape_a, shape_b) = match layout {
-            Layout::Nt => ([m, k], [n * output.halves_of_b(), k]),
-            Layout::Nn => ([m, k], [k, n]),
-            Layout::Tn => ([k, m], [k, n]),
-        };
-        let name = product.name();
-        let refuse = |what: String, remedy: &str| -> Result<()> {
-            Err(Error::launch("gemm", self.device, format!("{name}{what}"), remedy))
-        };
+        self.check_output(variant, product)?;
+        self.check_sizes(variant, product)?;
+        self.check_memory(product)
+    }
+
+    /// Whether the layout has this output, and the kernel, too.
+    fn check_output(&self, variant: &Variant, product: &Product) -> Result<()> {
+        let &Product { layout, output, .. } = product;
+        let refused = |what: String, remedy: &str| Err(self.refused(product, what, remedy));
         if variant.layout != layout {
-            return refuse(format!(": {} is for another layout", variant.kernel), "choose another");
+            let what = format!(": {} is for another layout", variant.kernel);
+            return refused(what, "choose another");
         }
         match (layout, output) {
             (Layout::Nt | Layout::Nn, Output::Store { .. })
@@ -461,85 +311,76 @@ impl Gemm {
             | (Layout::Nt, Output::Rotate(_) | Output::SwiGlu { .. })
             | (Layout::Nn, Output::SwiGluGradient { .. }) => {}
             (Layout::Nt | Layout::Nn, Output::Accumulate) => {
-                return refuse(" cannot be accumulated".to_string(), "store it, with an addend");
+                return refused(" cannot be accumulated".to_string(), "store it, with an addend");
             }
             (Layout::Tn, Output::Store { .. }) => {
-                return refuse(
+                return refused(
                     " cannot be stored".to_string(),
                     "accumulate it, in fp32, onto zeros if nothing else",
                 );
             }
             (Layout::Nn | Layout::Tn, Output::Rotate(_) | Output::SwiGlu { .. })
             | (Layout::Nt | Layout::Tn, Output::SwiGluGradient { .. }) => {
-                return refuse(
+                return refused(
                     format!(" cannot end with {}", output.name()),
                     "rotary embedding and SwiGLU follow an NT product, SwiGLU's gradient an NN one",
                 );
             }
         }
         if !variant.makes(&output) {
-            return refuse(
+            return refused(
                 format!(": {} cannot end with {}", variant.kernel, output.name()),
                 "choose one of Gemm::variants_for",
             );
         }
+        if let Output::Rotate(Rotation { columns, head_dim, .. }) = output
+            && (columns > product.n || !columns.is_multiple_of(head_dim))
+        {
+            return refused(
+                format!(": {columns} of its columns are no heads of {head_dim}"),
+                "rotate whole heads of q and k",
+            );
+        }
+        Ok(())
+    }
+
+    fn check_sizes(&self, variant: &Variant, product: &Product) -> Result<()> {
+        let &Product { m, n, k, .. } = product;
         if [m, n, k].contains(&0) {
             return Err(self.empty(product));
         }
-        let element = self.dtype.bytes();
-        let multiple = ALIGNMENT / element;
-        if [shape_a[1], shape_b[1], n].iter().any(|columns| columns % multiple != 0) {
-            return refuse(
+        let multiple = ALIGNMENT / self.dtype.bytes();
+        let [[_, columns_of_a], [_, columns_of_b]] = product.factors();
+        if [columns_of_a, columns_of_b, n].iter().any(|columns| columns % multiple != 0) {
+            return Err(self.refused(
+                product,
                 format!(": rows of {} must be multiples of {multiple} values", self.dtype),
                 "choose model.hidden, model.ffn and the head size as multiples of it, and pad the \
                  vocabulary to one",
-            );
+            ));
         }
         // The last tile's end, and the step to the tile after the last, stay within an i32.
         let most = i32::MAX as usize - 256;
         if [m, n, k].iter().any(|&size| size > most)
             || variant.tiles(m, n) > most - self.multiprocessors
         {
-            return refuse(
-                ": an i32 has to count rows, columns and tiles".to_string(),
-                "split the product",
-            );
+            let what = ": an i32 has to count rows, columns and tiles";
+            return Err(self.refused(product, what, "split the product"));
         }
-        let columns = n * output.parts();
-        let matrix = |name, address, shape| Matrix { name, address, shape, element };
-        let mut results = vec![matrix("the result", out, [m, columns])];
-        let mut operands = vec![matrix("A", a, shape_a), matrix("B", b, shape_b)];
-        match output {
-            Output::Accumulate => results[0].element = size_of::<f32>(),
-            // What is added to where it lies is read before it is written.
-            Output::Store { addend } => {
-                let apart = addend.filter(|&addend| addend != out);
-                operands.extend(apart.map(|address| matrix("the addend", address, [m, n])));
-            }
-            Output::Rotate(rotation) => {
-                let Rotation { table, positions, columns, head_dim } = rotation;
-                if columns > n || !columns.is_multiple_of(head_dim) {
-                    return refuse(
-                        format!(": {columns} of its columns are no heads of {head_dim}"),
-                        "rotate whole heads of q and k",
-                    );
-                }
-                // How many positions there are is the caller's knowledge.
-                operands.push(Matrix { element: 4, ..matrix("the table", table, [1, head_dim]) });
-                operands.push(Matrix { element: 4, ..matrix("the positions", positions, [m, 1]) });
-            }
-            Output::SwiGlu { product } => results.push(matrix("the product", product, [m, n])),
-            Output::SwiGluGradient { gate_up } => {
-                operands.push(matrix("gate and up", gate_up, [m, columns]));
-            }
-        }
+        Ok(())
+    }
+
+    /// Whether every matrix is aligned, and no result overlaps what is read or another result.
+    fn check_memory(&self, product: &Product) -> Result<()> {
+        let (operands, results) = product.matrices(self.dtype.bytes());
         for matrix in operands.iter().chain(&results) {
             let address = matrix.address.0;
             if !address.is_multiple_of(ALIGNMENT as u64) {
-                return refuse(
+                return Err(self.refused(
+                    product,
                     format!(": the address {address:#x} of {} is no multiple of 16", matrix.name),
                     "begin every matrix at a multiple of 16 bytes in its buffer",
-                );
+                ));
             }
         }
         let overlap = |one: &Matrix, other: &Matrix| {
@@ -549,31 +390,14 @@ impl Gemm {
         for (index, result) in results.iter().enumerate() {
             let others = operands.iter().chain(&results[index + 1..]);
             if let Some(other) = others.into_iter().find(|other| overlap(result, other)) {
-                return refuse(
+                return Err(self.refused(
+                    product,
                     format!(": {} overlaps {}", result.name, other.name),
                     "write it to a place of its own; an addend may only be the result itself",
-                );
+                ));
             }
         }
         Ok(())
-    }
-}
-
-/// What is read or written; rows without gaps.
-struct Matrix {
-    name: &'static str,
-    address: DevicePointer,
-    shape: [usize; 2],
-    /// Bytes of one.
-    element: usize,
-}
-
-impl Matrix {
-    /// The addresses; wide enough for any shape that an i32 counts.
-    fn bytes(&self) -> Range<u128> {
-        let start = u128::from(self.address.0);
-        let elements: u128 = self.shape.map(|size| size as u128).iter().product();
-        start..start + elements * self.element as u128
     }
 }
 

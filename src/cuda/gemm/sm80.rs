@@ -40,7 +40,6 @@ const fn variant(
         kernel,
         rows: side,
         columns: side,
-        halves_of_b: 1,
         depth: DEPTH,
         stages: STAGES,
         threads: THREADS,

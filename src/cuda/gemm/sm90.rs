@@ -97,11 +97,10 @@ const fn variant(
     // read half as many bytes of angles as a tile of 256 columns writes. An addend, of which half
     // is there before, would be 0.5 more; it is left out, so that it does not change which tile is
     // chosen.
-    let (halves_of_b, bytes) = match (epilogue, layout) {
-        (Epilogue::SwiGlu, Layout::Nt) => (2, 1.5),
-        (Epilogue::SwiGlu, _) => (1, 3.0),
-        (Epilogue::Rotary, _) => (1, 1.5),
-        (Epilogue::Plain, _) => (1, 1.0),
+    let bytes = match (epilogue, layout) {
+        (Epilogue::SwiGlu, Layout::Nt) | (Epilogue::Rotary, _) => 1.5,
+        (Epilogue::SwiGlu, _) => 3.0,
+        (Epilogue::Plain | Epilogue::Addend, _) => 1.0,
     };
     Variant {
         family: Family::Sm90,
@@ -109,8 +108,7 @@ const fn variant(
         epilogue,
         kernel,
         rows: ROWS,
-        columns: width / halves_of_b,
-        halves_of_b,
+        columns: width / epilogue.halves_of_b(layout),
         depth: DEPTH,
         stages,
         threads: 384,

@@ -4,7 +4,7 @@
 //! `isobath bench gemm --tune` makes such a table; tuned.toml beside this file is compiled in, and
 //! comes before the model that chooses everything else. An entry counts for the machine of its name
 //! and for the kernels that a [`Gemm`](super::Gemm) has. It was timed with what a step has after
-//! the product; where only another ending of the same product was timed, its tile is taken over.
+//! the product; where only another epilogue of the same product was timed, its tile is taken over.
 //! Nothing is taken over to other sizes.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Ending, Layout, Variant};
+use super::{Choice, Epilogue, Layout, Variant};
 use crate::cuda::{Family, Properties};
 use crate::error::{Error, Result};
 
@@ -48,7 +48,7 @@ pub struct Machine {
 pub struct Timed {
     pub family: Family,
     pub layout: Layout,
-    pub ending: Ending,
+    pub epilogue: Epilogue,
     pub m: usize,
     /// Of the matrix product: gate and up of a SwiGLU together.
     pub n: usize,
@@ -96,9 +96,9 @@ impl Table {
         for machine in &self.machines {
             for timed in &machine.products {
                 let named = |what: String| {
-                    let Timed { layout, ending, m, n, k, .. } = timed;
+                    let Timed { layout, epilogue, m, n, k, .. } = timed;
                     let of = &machine.name;
-                    Err(format!("{layout} {ending} M={m} N={n} K={k} of {of}: {what}"))
+                    Err(format!("{layout} {epilogue} M={m} N={n} K={k} of {of}: {what}"))
                 };
                 if timed.tiled().contains(&0) {
                     return named("it is empty".to_string());
@@ -106,7 +106,7 @@ impl Table {
                 for launched in [&timed.best, &timed.model] {
                     let &Launched { ref kernel, splits, cluster, microseconds } = launched;
                     let Some(variant) = timed.variant(kernel) else {
-                        let what = format!("no {kernel} that ends so");
+                        let what = format!("no {kernel} with this epilogue");
                         return named(format!("the family {} has {what}", timed.family));
                     };
                     let choice = Choice { variant, splits, cluster };
@@ -165,7 +165,7 @@ impl Table {
 }
 
 /// By what an entry is found.
-pub type Key = (Layout, Ending, [usize; 3]);
+pub type Key = (Layout, Epilogue, [usize; 3]);
 
 impl Timed {
     pub fn sizes(&self) -> [usize; 3] {
@@ -174,11 +174,11 @@ impl Timed {
 
     /// As the kernels take them.
     fn tiled(&self) -> [usize; 3] {
-        [self.m, self.n / self.ending.halves_of_b(self.layout), self.k]
+        [self.m, self.n / self.epilogue.halves_of_b(self.layout), self.k]
     }
 
     fn key(&self) -> Key {
-        (self.layout, self.ending, self.sizes())
+        (self.layout, self.epilogue, self.sizes())
     }
 
     /// The choice that was fastest. `None`: no such kernel.
@@ -193,7 +193,7 @@ impl Timed {
 
     /// Whether the kernel has this name and can do this.
     fn is_of(&self, variant: &Variant, kernel: &str) -> bool {
-        let wanted = (self.layout, self.ending.epilogue(), kernel);
+        let wanted = (self.layout, self.epilogue.compiled(), kernel);
         (variant.layout, variant.epilogue, variant.kernel) == wanted
     }
 }
@@ -216,10 +216,10 @@ impl fmt::Display for Table {
             writeln!(f, "driver = {}", quoted(&machine.driver))?;
             writeln!(f, "commit = {}", quoted(&machine.commit))?;
             writeln!(f, "products = [")?;
-            for Timed { family, layout, ending, m, n, k, best, model } in &machine.products {
+            for Timed { family, layout, epilogue, m, n, k, best, model } in &machine.products {
                 writeln!(
                     f,
-                    "  {{ family = \"{family}\", layout = \"{layout}\", ending = \"{ending}\", \
+                    "  {{ family = \"{family}\", layout = \"{layout}\", epilogue = \"{epilogue}\", \
                      m = {m}, n = {n}, k = {k}, best = {best}, model = {model} }},"
                 )?;
             }

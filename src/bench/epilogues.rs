@@ -8,7 +8,7 @@ use super::product::StepProduct;
 use super::report::{OverPlain, Row, TimedRows};
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::HeadSpec;
-use crate::cuda::gemm::{Choice, Ending, Gemm, Layout};
+use crate::cuda::gemm::{Choice, Epilogue, Gemm, Layout};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
 
@@ -23,17 +23,17 @@ pub(super) fn rows(
     let [heads, kv_heads] = if small { [2, 1] } else { [32, 8] };
     let heads = HeadSpec { heads, kv_heads, head_dim: 64 };
     let [qkv, attention_out, gate_up, down, _] = LAYERS;
-    let all: [(Layer, Layout, Ending); 5] = [
-        (attention_out, Layout::Nt, Ending::Addend),
-        (down, Layout::Nt, Ending::Addend),
-        (qkv, Layout::Nt, Ending::Rotary),
-        (gate_up, Layout::Nt, Ending::SwiGlu),
-        (down, Layout::Nn, Ending::SwiGlu),
+    let all: [(Layer, Layout, Epilogue); 5] = [
+        (attention_out, Layout::Nt, Epilogue::Addend),
+        (down, Layout::Nt, Epilogue::Addend),
+        (qkv, Layout::Nt, Epilogue::Rotary),
+        (gate_up, Layout::Nt, Epilogue::SwiGlu),
+        (down, Layout::Nn, Epilogue::SwiGlu),
     ];
     let mut timed: Vec<StepProduct> = vec![];
-    for (layer, layout, ending) in all {
+    for (layer, layout, epilogue) in all {
         let [m, n, k] = if small { [ON_CPU; 3] } else { layer.product(layout) };
-        let product = StepProduct { layout, ending, m, n, k, heads };
+        let product = StepProduct { layout, epilogue, m, n, k, heads };
         // On the CPU machine all sizes are the same.
         let is_new = !timed.iter().any(|it| it.is(&product));
         if is_new && kernels.fuses(layout, product.output()) {
