@@ -47,7 +47,7 @@ DEVICE uint32_t raised(float x, uint32_t added) {
 DEVICE uint32_t upper_halves(uint32_t low, uint32_t high) {
   return low >> 16 | (high & 0xffff0000u);
 }
-// How parameters become bf16, everywhere: to nearest, halves away from zero. What that changes, as
+// How parameters become bf16, everywhere: to nearest, ties away from zero. What that changes, as
 // a number of bits, fits into 16 with a sign, so that both are the parameter exactly.
 DEVICE uint32_t rounded_parameter(float x) { return raised(x, 0x8000u); }
 DEVICE uint32_t rounded_parameters(float low, float high) {

@@ -23,7 +23,7 @@ use crate::hf;
 use crate::loaded::LoadedModel;
 use crate::metrics::Evaluation;
 
-/// Longest window if nobody says.
+/// Longest window by default.
 const LONGEST_WINDOW: usize = 2048;
 
 /// Tokens at one time; positions are counted in i32.
@@ -38,12 +38,12 @@ pub struct Request {
     pub data: Vec<String>,
     /// The JSON field of .jsonl files that holds the text.
     pub field: String,
-    /// Tokens in a window; the model's longest sequence if nobody says, at most 2048.
+    /// Tokens in a window; the model's longest sequence by default, at most 2048.
     pub sequence: Option<usize>,
     /// Windows at one time.
     pub batch: usize,
     pub device: DeviceKind,
-    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    /// f32 on the CPU and bf16 elsewhere by default.
     pub dtype: Option<Dtype>,
 }
 

@@ -1,7 +1,6 @@
 //! What a device says of itself while it trains: clocks, temperature, power, and what holds its
-//! clocks down. It is asked from a thread of its own, because a device that is asked between two
-//! steps is one that rests. What can be read is the device's to say; here readings are only
-//! gathered.
+//! clocks down. A thread of its own asks, because between two steps a device would be asked while
+//! it is idle. Which readings there are is the device's to say; here they are only gathered.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -83,13 +83,13 @@ impl Meter {
     }
 }
 
-/// Whose a session's time is: a step's, the run's (steps, evaluations and samples), or nobody's
-/// (checkpoints). Every moment is handed in.
+/// Splits a session's time into that of steps, that of the run (steps, evaluations and samples) and
+/// the rest, which counts for neither (checkpoints). The caller gives every instant.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     /// When the step before was over, or the first of those under way was enqueued.
     step_from: Instant,
-    /// Since when the run's time runs.
+    /// From when on time counts as the run's.
     run_from: Instant,
 }
 

@@ -89,7 +89,7 @@ pub struct LossSpec {
 /// What one optimizer step walks, f32 (f64 in tests): four flat buffers, all equally long, and the
 /// global gradient norm, which stays on the device so that a step needs no answer from it. Where
 /// activations are narrower than f32, a fifth holds the parameters rounded to their type. On
-/// devices that can, both moments may be [`Kind::Bf16`], rounded by chance, and the parameters
+/// devices that can, both moments may be [`Kind::Bf16`], rounded stochastically, and the parameters
 /// [`Kind::LowerHalf`] of what the rounded ones are the upper half of.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FlatBuffers {

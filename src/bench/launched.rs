@@ -140,7 +140,7 @@ impl Driver for WithEvents {
         self.driver.tensor_map(spec)
     }
     fn overlap(&mut self, on: bool) { self.driver.overlap(on) }
-    fn runs_behind(&self) -> bool { self.driver.runs_behind() }
+    fn is_asynchronous(&self) -> bool { self.driver.is_asynchronous() }
     fn launch(&mut self, launch: &Launch, arguments: &Arguments) -> Result<()> {
         let name = self.driver.kernel_info(launch.kernel)?.name.clone();
         self.around(&name, launch.stream, |driver| driver.launch(launch, arguments))

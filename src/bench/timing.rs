@@ -27,7 +27,7 @@ pub(super) fn on_cpu(driver: &dyn Driver) -> bool {
     driver.properties().l2_bytes == 0
 }
 
-/// How many samples, if nobody says.
+/// How many samples by default.
 pub(super) fn samples(driver: &dyn Driver, asked: Option<usize>) -> usize {
     asked.unwrap_or(if on_cpu(driver) { 3 } else { 30 }).max(1)
 }

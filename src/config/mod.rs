@@ -335,7 +335,7 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; 0: off.
     pub clip: f64,
-    /// Type that both moments are stored in; in bf16, rounded by chance so that the mean is exact.
+    /// Type that both moments are stored in; in bf16, rounded stochastically so that the mean is exact.
     pub moments: Dtype,
     pub master: Master,
     /// Whether both moments lie in host memory and pass through the device in every update.

@@ -1,6 +1,6 @@
 //! An f32 as bf16 and the lower half of its bits: 2 x 16 bits that are the f32 exactly.
 //!
-//! bf16 is the nearest, halves away from zero, so the upper half is one more than that of the f32
+//! bf16 is the nearest, ties away from zero, so the upper half is one more than that of the f32
 //! where the lower half is 0x8000 or more, and never otherwise. A NaN stays one, but not each of
 //! its bits. Kernels do the same (kernels/isobath.cuh, kernels/adamw.cu).
 

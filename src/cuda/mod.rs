@@ -61,7 +61,7 @@ pub fn open(kind: DeviceKind, simt: host::Options) -> Result<Box<dyn Driver>> {
     }
 }
 
-/// How work is launched, which is no part of a run and changes no bit.
+/// How work is launched. Not part of a run's configuration: results are the same bits either way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Switches {
     /// Work that repeats is replayed as a graph; else every kernel is launched on its own, so that
@@ -69,8 +69,8 @@ pub struct Switches {
     pub graphs: bool,
     /// A kernel may begin while the previous one still runs.
     pub overlap: bool,
-    /// A step is enqueued before the previous one is over; `None`: on devices that run by
-    /// themselves.
+    /// A step is enqueued before the previous one is over; `None`: where launches are
+    /// asynchronous.
     pub steps_ahead: Option<bool>,
 }
 

@@ -162,7 +162,7 @@ impl Pointwise {
         self.flat(driver, stream, kernel, elements, from, to)
     }
 
-    /// to = from, f32 to bf16, to nearest, halves away from zero: as parameters are rounded.
+    /// to = from, f32 to bf16, to nearest, ties away from zero: as parameters are rounded.
     /// Errors: as [`Pointwise::add`].
     pub fn cast_to_bf16(
         &self,

@@ -36,7 +36,7 @@ pub struct Request {
     pub field: String,
     /// Tokens to predict at most, from the beginning; 0: all.
     pub tokens: u64,
-    /// Tokens in a window; the model's longest sequence if nobody says, at most 2048.
+    /// Tokens in a window; the model's longest sequence by default, at most 2048.
     pub sequence: Option<usize>,
     /// Windows at one time, at most.
     pub batch: usize,
@@ -47,7 +47,7 @@ pub struct Request {
     pub jacobian_context: usize,
     pub task: Option<TaskRequest>,
     pub device: DeviceKind,
-    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    /// f32 on the CPU and bf16 elsewhere by default.
     pub dtype: Option<Dtype>,
 }
 

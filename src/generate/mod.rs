@@ -56,7 +56,7 @@ pub struct Request {
     pub tokens: usize,
     pub sampling: Sampling,
     pub device: DeviceKind,
-    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    /// f32 on the CPU and bf16 elsewhere by default.
     pub dtype: Option<Dtype>,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", Pan
 //! et al. 2024, algorithm 1: embedding, final norm and head are always trained, and every
-//! `interval` updates a few of the blocks are drawn, uniformly and without repetition. A block that
-//! rests keeps its moments, and its count of updates stands still. The draws are a function of
+//! `interval` updates a few of the blocks are drawn, uniformly and without repetition. The others
+//! are frozen: they keep their moments and their count of updates. The draws are a function of
 //! (seed, interval), so there is no state to save.
 
 use crate::random::Philox;
@@ -54,8 +54,8 @@ impl LayerSampling {
         self.update
     }
 
-    /// Which of the updates of `layer`, counted from 1 as layers are, this one is; `None` if the
-    /// layer rests.
+    /// Which of the updates of `layer`, counted from 1 as layers are, this one is; `None` if it
+    /// is frozen.
     pub fn count(&self, layer: usize) -> Option<u64> {
         self.drawn[layer - 1].then_some(self.updates[layer - 1])
     }

@@ -45,7 +45,7 @@ pub fn moment_kind(config: &OptimizerConfig) -> Kind {
     }
 }
 
-/// A stretch of the flat buffer that is updated, or rests, as a whole.
+/// A stretch of the flat buffer that is updated, or frozen, as a whole.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UpdateGroup {
     /// Elements of the flat buffer.
@@ -54,7 +54,7 @@ pub struct UpdateGroup {
     pub decay: Vec<Range<usize>>,
     /// The vectors among the elements of `range`.
     pub vectors: Vec<VectorCopy>,
-    /// The block that lies here, counted from 1; `None`: not a single block, and never at rest.
+    /// The block that lies here, counted from 1; `None`: not a single block, and never frozen.
     pub layer: Option<usize>,
 }
 

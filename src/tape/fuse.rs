@@ -24,8 +24,8 @@ pub(super) fn fuse(steps: Vec<Step<ValueId>>, kept: &[ValueId]) -> Vec<Step<Valu
     all
 }
 
-/// Gradients between SwiGLU's and that of the linear layer after it: no other step knows of them,
-/// and a device that computes both at once does not, either.
+/// Gradients between a linear layer and the SwiGLU before it, in steps that are both: no other step
+/// reads them, and a device that computes both at once does not store them.
 pub(super) fn scratch_of_pairs(steps: &[Step<ValueId>]) -> HashSet<ValueId> {
     let between = |step: &Step<ValueId>| match step {
         Step::Fused(Fused::LinearSwiGluBackward(linear, _)) => Some(linear.d_inp.to),

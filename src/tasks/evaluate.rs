@@ -24,18 +24,18 @@ pub struct Request {
     pub model: PathBuf,
     /// A .jsonl or .csv file, or a folder of them.
     pub task: PathBuf,
-    /// The task's own if nobody says.
+    /// The task's own by default.
     pub style: Option<Style>,
     /// Examples before each question.
     pub shots: usize,
-    /// Where the examples come from; beside the task, or its own first questions, if nobody says.
+    /// Where the examples come from; beside the task, or its own first questions by default.
     pub shots_from: Option<PathBuf>,
-    /// Tokens that the model reads at most; its longest sequence if nobody says.
+    /// Tokens that the model reads at most; its longest sequence by default.
     pub window: Option<usize>,
     /// Rows at one time; at least one.
     pub batch: usize,
     pub device: DeviceKind,
-    /// f32 on the CPU and bf16 elsewhere if nobody says.
+    /// f32 on the CPU and bf16 elsewhere by default.
     pub dtype: Option<Dtype>,
 }
 

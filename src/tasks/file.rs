@@ -25,7 +25,7 @@ const EXTENSIONS: [&str; 2] = ["jsonl", "csv"];
 pub struct Task {
     /// The file or folder.
     pub path: PathBuf,
-    /// How its questions are asked if nobody says: the letters for .csv, the texts for .jsonl.
+    /// How its questions are asked by default: the letters for .csv, the texts for .jsonl.
     pub style: Style,
     /// At least one.
     pub subjects: Vec<Subject>,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A gradient that is not finite updates nothing; it, or such a loss, ends the run with checkpoints
-//! as they were. A device that runs behind is given a step while the one before is under way. Equal
+//! as they were. A device that runs asynchronously is given a step while the one before is under way. Equal
 //! configurations give equal bits, whether trained in one go or resumed, unless train.deterministic
 //! says otherwise.
 
@@ -85,7 +85,7 @@ pub fn train(mut run: Run, interrupt: Interrupt, console: &mut Console) -> Resul
     }
 }
 
-/// Where a run goes if nobody says: runs/NAME.
+/// Where a run goes by default: runs/NAME.
 pub fn default_folder(name: &str) -> PathBuf {
     Path::new("runs").join(name)
 }

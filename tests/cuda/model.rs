@@ -499,13 +499,13 @@ fn fine_tuning_moves_the_same_layers_as_on_the_cpu() {
     }
     let table = ParameterTable::new(&config.model);
     let first = initial_parameters(&table, config.seed);
-    let mut resting = 0;
+    let mut frozen = 0;
     for layer in 1..=config.model.layers {
         let range = table.block_range(layer);
-        let rests = exact[0][range.clone()] == first[range.clone()];
-        assert_eq!(found[0][range.clone()] == first[range.clone()], rests, "layer {layer}");
-        resting += usize::from(rests);
-        if !rests {
+        let is_frozen = exact[0][range.clone()] == first[range.clone()];
+        assert_eq!(found[0][range.clone()] == first[range.clone()], is_frozen, "layer {layer}");
+        frozen += usize::from(is_frozen);
+        if !is_frozen {
             let moved = |state: &[Vec<f32>; 3]| -> Vec<f64> {
                 let pairs = state[0][range.clone()].iter().zip(&first[range.clone()]);
                 pairs.map(|(now, first)| f64::from(now - first)).collect()
@@ -514,5 +514,5 @@ fn fine_tuning_moves_the_same_layers_as_on_the_cpu() {
             assert!(angle < 1e-4, "layer {layer} moved another way: {angle:e}");
         }
     }
-    assert!((1..3).contains(&resting), "{resting} layers rest throughout");
+    assert!((1..3).contains(&frozen), "{frozen} layers are frozen throughout");
 }

@@ -306,7 +306,7 @@ fn the_host_launches_once_for_each_micro_batch() {
     let whole = |copies| expected(&[("adamw_update_f32", 1), ("copy", copies), look, ("graph", 3)]);
     let plain = config(Dtype::Bf16, 3);
     let sampled = with_sampled_layers(plain.clone());
-    let resting = [
+    let frozen = [
         ("adamw_norm_partials", 1),
         ("adamw_norm_total", 1),
         ("adamw_update_f32", 3), // before the layers, after them, and one of them
@@ -318,7 +318,7 @@ fn the_host_launches_once_for_each_micro_batch() {
     let cases = [
         ("whole", &plain, whole(9 + 6)),
         ("documents", &with_documents(plain.clone()), whole(12 + 7)),
-        ("sampled layers", &sampled, expected(&resting)),
+        ("sampled layers", &sampled, expected(&frozen)),
     ];
     let total = |calls: &BTreeMap<String, u64>| calls.values().sum::<u64>();
     for (what, config, expected) in cases {

@@ -16,7 +16,7 @@ fn placed(placement: Placement) -> Config {
 }
 
 /// Losses, gradients and norms of each step, then parameters and moments. Placements have vectors
-/// of C and of one element; layers at rest are updated in parts.
+/// of C and of one element; with frozen layers it is updated in parts.
 #[test]
 fn steps_in_halves_give_the_bits_of_f32() {
     let cases = [

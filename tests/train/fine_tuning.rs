@@ -125,7 +125,7 @@ fn sampled_layers_are_resumed_in_every_bit() {
     assert_eq!(metrics(&whole), metrics(&halves));
     assert_same_state(&whole, &halves, outcome.steps);
 
-    // Other layers at rest would be another run.
+    // Other frozen layers would be another run.
     let mut other = saved.clone();
     other.optimizer.sampled_layers = 1;
     let again = Run { config: other, folder: halves, resume: true };
@@ -134,7 +134,7 @@ fn sampled_layers_are_resumed_in_every_bit() {
 }
 
 #[test]
-fn a_resting_layer_keeps_every_bit_and_the_others_move_as_without_rest() {
+fn a_frozen_layer_keeps_every_bit_and_the_others_move_as_without_any() {
     let mut config = run_config(&ModelConfig { layers: 4, ..small_model() });
     (config.optimizer.clip, config.train.steps) = (0.0, 6);
     let trainer = |sampled| {
@@ -182,9 +182,9 @@ fn a_resting_layer_keeps_every_bit_and_the_others_move_as_without_rest() {
             }
         }
         let embedding = table.get(table.embedding()).range();
-        assert!(now[0][embedding.clone()] != state[0][embedding], "the embedding rests");
+        assert!(now[0][embedding.clone()] != state[0][embedding], "the embedding is frozen");
         let head = table.get(table.head()).range();
-        assert!(now[0][head.clone()] != state[0][head], "the head rests");
+        assert!(now[0][head.clone()] != state[0][head], "the head is frozen");
     }
     let refused = some.update(&config.optimizer, 9, 1e-3);
     assert_message(refused, &["update 9 with the gradient of update 6"]);

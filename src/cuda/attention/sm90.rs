@@ -80,7 +80,7 @@ pub(super) enum Way {
 }
 
 impl Way {
-    /// As `passes` say, where there is such a kernel; `None`: as pays.
+    /// As `passes` say, where there is such a kernel; `None`: the cost model decides.
     pub fn chosen(
         multiprocessors: usize,
         heads: HeadSpec,
@@ -195,7 +195,7 @@ impl Kernels {
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// As [`Kernels::set_passes`] said, or as pays, and which passes these are. Errors: as
+    /// As [`Kernels::set_passes`] said, or what the cost model says, and which passes these are. Errors: as
     /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no
     /// memory.
     pub fn backward(

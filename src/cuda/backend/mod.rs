@@ -77,7 +77,7 @@ impl Cuda {
         let layers = Layers::new(&mut *driver, dtype, family)?;
         let scratch_bytes = driver.allocated_bytes() - allocated_before;
         driver.overlap(true);
-        let steps_ahead = driver.runs_behind();
+        let steps_ahead = driver.is_asynchronous();
         Ok(Cuda {
             driver,
             dtype,

@@ -151,7 +151,7 @@ pub trait Driver {
     }
 
     /// Whether what is enqueued runs later, while the program goes on.
-    fn runs_behind(&self) -> bool {
+    fn is_asynchronous(&self) -> bool {
         false
     }
 

@@ -29,15 +29,15 @@ pub struct Variant {
 pub(super) struct Speed {
     /// Of a machine full of these tiles, relative to the family's fastest.
     pub(super) relative: f64,
-    /// Products of the fastest tile in the time that a value of a factor takes from the L2 cache to
-    /// its multiprocessor, when all of them load; 0: it is part of `relative`.
+    /// Multiply-adds of the fastest tile in the time that one value of A or B takes from the L2 cache
+    /// to its multiprocessor, while all multiprocessors load; 0: it is part of `relative`.
     pub(super) loaded: f64,
-    /// Values of k that could be multiplied while a tile is written.
+    /// The time in which a tile is written, in values of k that could be multiplied meanwhile.
     pub(super) epilogue: f64,
     /// Whether the next tile is multiplied meanwhile.
     pub(super) overlapped: bool,
-    /// Values of k that could be multiplied while one split of a tile waits for another; `None`: K
-    /// is not split.
+    /// The time that one split of a tile waits for another, in the same unit; `None`: K is not
+    /// split.
     pub(super) turn: Option<f64>,
 }
 

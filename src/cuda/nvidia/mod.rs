@@ -383,7 +383,7 @@ impl Driver for Nvidia {
         nvml::sensors(&nvml::uuid_text(uuid.bytes.map(|byte| byte as u8)))
     }
 
-    fn runs_behind(&self) -> bool {
+    fn is_asynchronous(&self) -> bool {
         true
     }
 
