@@ -30,6 +30,7 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod plan;
+pub mod predict;
 pub mod random;
 pub mod report;
 pub mod rundir;

@@ -21,6 +21,7 @@ mod model;
 mod optim;
 mod peers;
 mod plan;
+mod predict;
 mod random;
 mod report;
 mod sensors;

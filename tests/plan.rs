@@ -1,4 +1,4 @@
-//! src/plan.rs, src/engine/plan.rs and src/bench/prediction/machine_plan.rs: the memory table
+//! src/plan.rs, src/engine/plan.rs and src/predict/machine_plan.rs: the memory table
 //! against what a run really takes; plans for machines that are not here.
 
 use std::fs;

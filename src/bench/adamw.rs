@@ -4,7 +4,6 @@
 use std::slice;
 
 use super::Options;
-use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
@@ -13,6 +12,7 @@ use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
+use crate::predict::cost::{Cost, element_bytes};
 
 /// `None`: what suits the machine.
 #[derive(Clone, Default, Debug)]

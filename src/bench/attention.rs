@@ -1,7 +1,6 @@
 //! Causal attention with grouped heads, forward and backward.
 
 use super::Options;
-use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
@@ -11,6 +10,7 @@ use crate::cuda::attention::{
 };
 use crate::cuda::{Driver, Family, StreamId};
 use crate::error::Result;
+use crate::predict::cost::{Cost, element_bytes};
 
 /// `None`: what suits the machine.
 #[derive(Clone, Default, Debug)]

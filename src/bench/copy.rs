@@ -1,10 +1,10 @@
 //! The ceiling of everything that moves bytes: a copy on the device, as its driver does it.
 
-use super::cost::Cost;
 use super::report::Row;
 use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
+use crate::predict::cost::Cost;
 
 /// Bytes of f32 on a GPU: so many that L2 is no part of it. On the CPU machine, beyond a core's L2.
 const GPU_BYTES: u64 = 1 << 30;

@@ -4,13 +4,13 @@
 
 use super::Options;
 use super::layers::{LAYERS, Layer, ON_CPU};
-use super::product::StepProduct;
 use super::report::{OverPlain, Row, TimedRows};
 use super::timing::{Copies, on_cpu, samples};
 use crate::backend::HeadSpec;
 use crate::cuda::gemm::{Choice, Epilogue, Gemm, Layout};
 use crate::cuda::{Driver, StreamId};
 use crate::error::Result;
+use crate::predict::StepProduct;
 
 /// None where the family has no such kernels.
 pub(super) fn rows(

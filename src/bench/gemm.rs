@@ -4,13 +4,13 @@
 use super::Options;
 use super::epilogues;
 use super::layers::{LAYERS, ON_CPU};
-use super::product::StepProduct;
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::gemm::{Gemm, Layout};
 use crate::cuda::{Driver, Family, StreamId};
 use crate::error::Result;
+use crate::predict::StepProduct;
 
 /// `None`: what suits the machine.
 #[derive(Clone, Default, Debug)]

@@ -10,13 +10,13 @@ use std::rc::Rc;
 
 use serde::Serialize;
 
-use super::cost::KernelFamily;
 use super::timing::Timing;
 use crate::cuda::{
     Allocation, Arguments, DevicePointer, Driver, EventId, GraphId, KernelId, KernelInfo, Launch,
     Properties, StreamId, TensorMap, TensorMapSpec,
 };
 use crate::error::Result;
+use crate::predict::KernelFamily;
 use crate::sensors::Sensors;
 
 /// The share of a family of kernels in a training step.

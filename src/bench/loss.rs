@@ -1,13 +1,13 @@
 //! Cross-entropy over rows of logits, and its gradient in their place.
 
 use super::Options;
-use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
 use crate::cuda::loss::{Loss, LossBackward, LossForward};
 use crate::cuda::{DevicePointer, Driver, StreamId};
 use crate::error::Result;
+use crate::predict::cost::{Cost, element_bytes};
 
 /// `None`: what suits the machine.
 #[derive(Clone, Default, Debug)]

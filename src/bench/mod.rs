@@ -1,7 +1,7 @@
-//! Times kernels and training steps on a machine, and predicts what they can be at best.
+//! Times kernels and training steps on a machine.
 //!
 //! Medians between events, cold L2, random normals (timing.rs). What one launch reads and writes,
-//! or multiplies, stands beside each figure as a formula (cost.rs), and so does the ceiling: bytes
+//! or multiplies, stands beside each figure as a formula (src/predict/cost.rs), and so does the ceiling: bytes
 //! are compared with a copy that was timed in the same run, FLOPs with the machine's dense peak
 //! where that is known. On the CPU machine the figures say how fast that is, not how fast a GPU
 //! would be.
@@ -9,15 +9,13 @@
 mod adamw;
 mod attention;
 mod copy;
-pub mod cost;
 mod epilogues;
 mod gemm;
 mod launched;
 mod layers;
 mod loss;
 mod norm;
-mod prediction;
-mod product;
+mod operands;
 mod products;
 mod report;
 mod sizes;
@@ -27,20 +25,14 @@ mod timing;
 
 pub use adamw::AdamwRequest;
 pub use attention::AttentionRequest;
-pub use cost::KernelFamily;
 pub use gemm::GemmRequest;
 pub use launched::FamilyShare;
 pub use loss::LossRequest;
 pub use norm::NormRequest;
-pub use prediction::machine_plan::{Fit, Level, MachinePlan, StateFormat};
-pub use prediction::shapes::{GemmPrediction, GemmRow};
-pub use prediction::{Estimate, Estimates, FamilyTime, FusionTime, Kernel, Prediction};
-pub use product::StepProduct;
 pub use products::table::{Mean, Speed, TableReport, TableRow, answer, table};
 pub use products::tune::{Candidate, TuneReport, TunedProduct, tune};
 pub use products::{ProductsRequest, Wanted};
 pub use report::{OverPlain, Report, Row, Unit, Work};
-pub use sizes::Sizes;
 pub use step::TimedStepRequest;
 pub use step_request::{Machine, StepRequest};
 

@@ -2,7 +2,6 @@
 //! the gradient of the residual stream to add to.
 
 use super::Options;
-use super::cost::{Cost, element_bytes};
 use super::report::{Row, TimedRows};
 use super::sizes;
 use super::timing::{Copies, on_cpu, samples};
@@ -11,6 +10,7 @@ use crate::config::{Dtype, NormKind};
 use crate::cuda::norm::{Norm, NormBackward, NormForward};
 use crate::cuda::{DevicePointer, Driver, StreamId};
 use crate::error::Result;
+use crate::predict::cost::{Cost, element_bytes};
 
 const DEPTH: usize = 3;
 const EPS: f64 = 1e-6;

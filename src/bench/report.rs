@@ -4,13 +4,13 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::cost::Cost;
 use super::launched::FamilyShare;
-use super::sizes::Sizes;
 use super::timing::Timing;
 use crate::config::Dtype;
 use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::{Fusion, Properties};
+use crate::predict::Sizes;
+use crate::predict::cost::Cost;
 use crate::sensors::Conditions;
 use crate::throughput::MemoryUse;
 use crate::version::Program;

@@ -5,10 +5,8 @@
 
 use std::time::Duration;
 
-use super::cost::Cost;
 use super::launched::{FamilyShare, WithEvents, shares};
 use super::report::{Row, StepDetails, TimedRows};
-use super::sizes::Sizes;
 use super::step_request::StepRequest;
 use super::timing::{Timing, between, integers_below, samples};
 use crate::config::Config;
@@ -19,6 +17,8 @@ use crate::model::parameters::ParameterTable;
 use crate::model::{self, init::initial_parameters};
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, PlanReport};
+use crate::predict::Sizes;
+use crate::predict::cost::Cost;
 use crate::sensors::{Conditions, Monitor};
 use crate::throughput::MemoryUse;
 

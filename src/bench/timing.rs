@@ -8,11 +8,10 @@
 use crate::config::Dtype;
 use crate::cuda::{Allocation, DevicePointer, Driver, EventId, StreamId};
 use crate::error::{Error, Result};
+use crate::predict::cost::element_bytes;
 use crate::random::Philox;
 
 use half::bf16;
-
-use super::cost::element_bytes;
 
 /// A GPU's L2 has forgotten a buffer after so many times its own size.
 const L2_SIZES: u64 = 4;

@@ -4,10 +4,10 @@
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use isobath::bench::MachinePlan;
 use isobath::config::DeviceKind;
 use isobath::cuda::peaks::{MACHINES, Peaks};
 use isobath::plan::PlanReport;
+use isobath::predict::MachinePlan;
 use isobath::train::adopt_initial_model;
 use serde::Serialize;
 

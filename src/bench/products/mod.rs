@@ -1,4 +1,4 @@
-//! The products of training steps, each with what stands after it in its kernel, to be timed one
+//! The products of training steps, each with its epilogue, to be timed one
 //! after the other: which there are, the buffers that all of them share, and how their launches are
 //! timed.
 
@@ -10,9 +10,6 @@ use serde::Serialize;
 pub mod table;
 pub mod tune;
 
-use super::cost::element_bytes;
-use super::prediction::shapes::{self, GemmRow};
-use super::product::{Addresses, MOST_POSITIONS, Operands, StepProduct};
 use super::sizes;
 use super::step_request::{Machine, StepRequest};
 use super::timing::{between, check_fits, cold_copies, drawn_normals, on_cpu};
@@ -22,6 +19,9 @@ use crate::cuda::gemm::{Choice, Epilogue, Gemm, GemmPlan, Layout};
 use crate::cuda::peaks::H200;
 use crate::cuda::{Allocation, DevicePointer, Driver, EventId, Family, StreamId};
 use crate::error::Result;
+use crate::predict::cost::element_bytes;
+use crate::predict::product::{Addresses, MOST_POSITIONS, Operands};
+use crate::predict::{GemmRow, StepProduct, products};
 
 /// Which products, and how long. Empty or `None`: what suits the machine.
 #[derive(Clone, Default, Debug)]
@@ -69,8 +69,8 @@ impl ProductsRequest {
         })
     }
 
-    /// Each product once, the largest share of a step first; with what stands after it, where these
-    /// kernels do that.
+    /// Each product once, the largest share of a step first; with its epilogue, where these kernels
+    /// have that.
     ///
     /// Errors: an unknown preset or key; sizes that cannot be counted.
     pub(super) fn wanted(&self, driver: &dyn Driver, kernels: &Gemm) -> Result<Vec<Wanted>> {
@@ -87,9 +87,9 @@ impl ProductsRequest {
         let mut rows = if self.presets.is_empty() && self.vocabs.is_empty() && on_cpu(driver) {
             let tiny = StepRequest { sets: self.sets.clone(), ..StepRequest::default() };
             let tiny = tiny.resolve(Machine::Cpu, Some(Dtype::Bf16))?;
-            shapes::rows(&tiny, &H200, tuned::built_in())?
+            products::rows(&tiny, &H200, tuned::built_in())?
         } else {
-            shapes::listed(&self.presets, &self.sets, &self.vocabs)?
+            products::listed(&self.presets, &self.sets, &self.vocabs)?
         };
         rows.retain(|row| is_asked(row.product.layout));
         for GemmRow { product, .. } in &mut rows {

@@ -14,7 +14,6 @@ use serde::Serialize;
 use super::{
     Arena, ProductsRequest, SLOT_MICROSECONDS, Stopwatch, Wanted, check_sizes, write_not_reached,
 };
-use crate::bench::product::StepProduct;
 use crate::bench::report::Row;
 use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
@@ -22,6 +21,7 @@ use crate::cuda::gemm::{Choice, GemmPlan, Layout};
 use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::{Driver, Properties};
 use crate::error::{Error, Result};
+use crate::predict::StepProduct;
 
 /// Of a GPU, unless told otherwise.
 const SECONDS: f64 = 90.0;

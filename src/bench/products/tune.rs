@@ -11,8 +11,6 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::{Arena, ProductsRequest, Stopwatch, Wanted, write_not_reached};
-use crate::bench::prediction::rates;
-use crate::bench::product::StepProduct;
 use crate::bench::timing::{Timing, on_cpu};
 use crate::config::Dtype;
 use crate::cuda::gemm::tuned::{self, Launched, Table, Timed};
@@ -20,6 +18,7 @@ use crate::cuda::gemm::{Choice, Gemm, GemmPlan};
 use crate::cuda::peaks::Peaks;
 use crate::cuda::{Driver, Properties};
 use crate::error::Result;
+use crate::predict::{StepProduct, rates};
 use crate::version::Program;
 
 /// Of a GPU, unless told otherwise.

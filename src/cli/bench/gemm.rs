@@ -5,10 +5,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use isobath::bench::{self, Benchmark, GemmPrediction, GemmRequest, ProductsRequest, Row};
+use isobath::bench::{self, Benchmark, GemmRequest, ProductsRequest, Row};
 use isobath::cuda::gemm::Layout;
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::{Driver, Family};
+use isobath::predict::GemmPrediction;
 use isobath::{Error, Result, durable};
 
 use super::{Common, MEASURING, sizes};

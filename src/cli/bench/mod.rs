@@ -8,11 +8,12 @@ use std::num::NonZeroUsize;
 use clap::{Args, Subcommand};
 use isobath::bench::{
     self, AdamwRequest, AttentionRequest, Benchmark, LossRequest, Machine, NormRequest, Options,
-    Prediction, Request, StepRequest, TimedStepRequest,
+    Request, StepRequest, TimedStepRequest,
 };
 use isobath::config::{DeviceKind, Dtype, NormKind};
 use isobath::cuda::host::{self, Asynchronous, Order};
 use isobath::cuda::{self, Driver, Family, Fusion};
+use isobath::predict::Prediction;
 use isobath::{Error, Result};
 use serde::Serialize;
 

@@ -1,5 +1,5 @@
-//! Every matrix product of the paper's models, with what stands after it in its kernel, and what
-//! the cost model expects of it on an H200: a list for the next hour on a GPU, ranked by the time
+//! Every matrix product of the paper's models, with its epilogue, and what the cost model
+//! expects of it on an H200: a list for the next hour on a GPU, ranked by the time
 //! that is at stake. No device is asked, and nothing is measured.
 
 use std::fmt;
@@ -7,9 +7,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::expected::chosen;
-use super::{FASTEST, Prediction, memory, rates};
-use crate::bench::product::StepProduct;
-use crate::bench::sizes::Sizes;
+use super::{FASTEST, Prediction, Sizes, StepProduct, memory, rates};
 use crate::config::{Config, Dtype};
 use crate::cuda::Fusions;
 use crate::cuda::gemm::Choice;
@@ -114,7 +112,7 @@ impl GemmPrediction {
 }
 
 /// As [`GemmPrediction::new`], in the order of presets and tokens.
-pub(in crate::bench) fn listed(
+pub(crate) fn listed(
     presets: &[String],
     sets: &[String],
     vocabs: &[usize],
@@ -154,11 +152,7 @@ fn of_presets(
 }
 
 /// The products of one configuration.
-pub(in crate::bench) fn rows(
-    config: &Config,
-    machine: &Peaks,
-    table: &Table,
-) -> Result<Vec<GemmRow>> {
+pub(crate) fn rows(config: &Config, machine: &Peaks, table: &Table) -> Result<Vec<GemmRow>> {
     let peak = machine.flops_per_second(Dtype::Bf16);
     let rates = rates(machine, Dtype::Bf16);
     let multiprocessors = machine.multiprocessors;

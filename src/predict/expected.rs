@@ -3,10 +3,8 @@
 //! the speed that others' kernels reach; and for each launch what lies between two. No GPU has
 //! confirmed any of it.
 
-use super::{FASTEST, Kernel, rates};
+use super::{FASTEST, Kernel, Sizes, StepProduct, rates};
 use crate::backend::{AttentionSpec, HeadSpec};
-use crate::bench::product::StepProduct;
-use crate::bench::sizes::Sizes;
 use crate::config::{Config, Dtype};
 use crate::cuda::Family;
 use crate::cuda::attention::estimate::Busiest;

@@ -1,15 +1,13 @@
-//! A product as a training step launches it: its sizes, what stands after it in the same kernel,
-//! and the operands that both need.
+//! A product as a training step launches it: its sizes, its epilogue, and the operands that both
+//! need.
 
 use serde::Serialize;
 
 use super::cost::{Cost, element_bytes};
-use super::timing::Buffers;
 use crate::backend::HeadSpec;
 use crate::config::Dtype;
 use crate::cuda::DevicePointer;
 use crate::cuda::gemm::{Choice, Epilogue, Layout, Output, Product, Rotation};
-use crate::error::Result;
 
 #[derive(Serialize, Clone, Copy, PartialEq, Debug)]
 pub struct StepProduct {
@@ -25,10 +23,10 @@ pub struct StepProduct {
 }
 
 /// Rows of the table of angles, if the product has as many: those of a training step's rows.
-pub(super) const MOST_POSITIONS: usize = 2048;
+pub(crate) const MOST_POSITIONS: usize = 2048;
 
 /// Elements of each operand; 0: there is none.
-pub(super) struct Operands {
+pub(crate) struct Operands {
     pub a: usize,
     pub b: usize,
     /// The addend, or gate and up.
@@ -40,7 +38,7 @@ pub(super) struct Operands {
 
 /// Where the operands lie; NULL where there is none, or where nobody will launch.
 #[derive(Clone, Copy)]
-pub(super) struct Addresses {
+pub(crate) struct Addresses {
     pub a: DevicePointer,
     pub b: DevicePointer,
     pub read: DevicePointer,
@@ -53,7 +51,7 @@ pub(super) struct Addresses {
 }
 
 impl Addresses {
-    const NOWHERE: Addresses = Addresses {
+    pub const NOWHERE: Addresses = Addresses {
         a: DevicePointer::NULL,
         b: DevicePointer::NULL,
         read: DevicePointer::NULL,
@@ -86,7 +84,7 @@ impl StepProduct {
         [self.m, self.n / self.epilogue.halves_of_b(self.layout), self.k]
     }
 
-    pub(super) fn positions(&self) -> usize {
+    pub(crate) fn positions(&self) -> usize {
         self.m.min(MOST_POSITIONS)
     }
 
@@ -111,7 +109,7 @@ impl StepProduct {
         }
     }
 
-    pub(super) fn operands(&self) -> Operands {
+    pub(crate) fn operands(&self) -> Operands {
         let StepProduct { layout, epilogue, m, n, k, .. } = *self;
         let gradient = (layout, epilogue) == (Layout::Nn, Epilogue::SwiGlu);
         let read = match epilogue {
@@ -126,7 +124,7 @@ impl StepProduct {
     }
 
     /// Bytes of an element of the result.
-    pub(super) fn out_element(&self, dtype: Dtype) -> u64 {
+    pub(crate) fn out_element(&self, dtype: Dtype) -> u64 {
         match self.layout {
             Layout::Nt | Layout::Nn => element_bytes(dtype),
             Layout::Tn => element_bytes(Dtype::F32),
@@ -134,44 +132,20 @@ impl StepProduct {
     }
 
     /// Of all operands of one copy.
-    pub(super) fn bytes(&self, dtype: Dtype) -> u64 {
+    pub(crate) fn bytes(&self, dtype: Dtype) -> u64 {
         let Operands { a, b, read, out, product } = self.operands();
         let moved = (a + b + read + product) as u64 * element_bytes(dtype);
         moved + out as u64 * self.out_element(dtype)
     }
 
-    pub(super) fn at(&self, at: &Addresses) -> Product {
+    pub(crate) fn at(&self, at: &Addresses) -> Product {
         let [m, n, k] = self.tiled();
         let output = self.output_at(at);
         Product { layout: self.layout, m, n, k, a: at.a, b: at.b, out: at.out, output }
     }
 
-    /// Operands of its own, random normals where they are read.
-    pub(super) fn allocate(&self, buffers: &mut Buffers, dtype: Dtype) -> Result<Addresses> {
-        let Operands { a, b, read, out, product } = self.operands();
-        let mut at = Addresses {
-            a: buffers.normals("A", dtype, a)?,
-            b: buffers.normals("B", dtype, b)?,
-            out: buffers.zeros("out", out as u64 * self.out_element(dtype))?,
-            ..Addresses::NOWHERE
-        };
-        if read > 0 {
-            at.read = buffers.normals("read beside A and B", dtype, read)?;
-        }
-        if product > 0 {
-            at.product = buffers.zeros("product", product as u64 * element_bytes(dtype))?;
-        }
-        if self.epilogue == Epilogue::Rotary {
-            // Numbers that are no sines take as long.
-            let angles = self.positions() * self.heads.head_dim;
-            at.table = buffers.normals("table", Dtype::F32, angles)?;
-            at.positions = buffers.counting("positions", self.positions(), self.m)?;
-        }
-        Ok(at)
-    }
-
     /// Of one launch; called by the kernel that was chosen.
-    pub(super) fn cost(&self, choice: &Choice, dtype: Dtype) -> Cost {
+    pub(crate) fn cost(&self, choice: &Choice, dtype: Dtype) -> Cost {
         let StepProduct { layout, epilogue, heads, .. } = *self;
         let sizes = self.sizes();
         let cost = match (layout, epilogue) {

@@ -2,11 +2,11 @@
 //! that training runs (`launches`, one exhaustive match over them), and of what the trainer does
 //! around it.
 
+use super::cost::{Cost, element_bytes};
 use crate::backend::{
     CachedAttention, EmbeddingBackward, EmbeddingForward, LinearBackward, LinearForward, LossSpec,
     NormBackward, Rotary, ScaledResidualBackward, ScaledResidualForward,
 };
-use crate::bench::cost::{Cost, element_bytes};
 use crate::config::{Config, Dtype};
 use crate::cuda::adamw::Scalars;
 use crate::cuda::gemm::{Layout, Output, Rotation};
