@@ -6,6 +6,7 @@
 //! stream; what is read after it is waited for, and reports what went wrong. The layers of each op
 //! know the kernels; here stand only addresses.
 
+mod footprint;
 mod layers;
 mod loss;
 
@@ -17,23 +18,22 @@ use half::bf16;
 use layers::Layers;
 
 use crate::backend::{
-    AdamWStep, AttentionBackward, AttentionForward, AttentionSpec, Backend, CachedAttention,
-    CrossEntropyBackward, CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers,
-    Footprint, HeadSpec, LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK,
-    Reading, Recording, Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward,
-    SwiGluForward, VectorCopy,
+    AdamWStep, AttentionBackward, AttentionForward, Backend, CachedAttention, CrossEntropyBackward,
+    CrossEntropyForward, EmbeddingBackward, EmbeddingForward, FlatBuffers, Footprint, HeadSpec,
+    LinearBackward, LinearForward, NormBackward, NormForward, OFFLOAD_CHUNK, Reading, Recording,
+    Rotary, ScaledResidualBackward, ScaledResidualForward, SwiGluBackward, SwiGluForward,
+    VectorCopy,
 };
 use crate::config::{Dtype, Master};
 use crate::cuda::adamw::{AdamW, AdamWBuffers, FlatPart};
-use crate::cuda::attention::{Angles, backward_scratch_bytes};
-use crate::cuda::footprint;
+use crate::cuda::attention::Angles;
 use crate::cuda::gemm::{Layout, Output, Product, Rotation};
 use crate::cuda::nvtx;
 use crate::cuda::offload::Offload;
 use crate::cuda::peaks::MatmulPeaks;
 use crate::cuda::pointwise;
 use crate::cuda::residual::{Gain, GainBackward, ResidualBackward, ResidualForward};
-use crate::cuda::transfers::{Transfers, transfer_bytes};
+use crate::cuda::transfers::Transfers;
 use crate::cuda::{
     Allocation, DevicePointer, Driver, Family, Fusion, Fusions, GraphId, StreamId, Switches, halves,
 };
@@ -250,56 +250,6 @@ impl Cuda {
         let columns = if view.shape.sizes().len() > 1 { view.shape.columns() } else { 1 };
         let bytes = row * columns * self.element_bytes(view.kind);
         self.address(view).offset(bytes as u64)
-    }
-}
-
-impl Footprint for Cuda {
-    fn element_bytes(&self, kind: Kind) -> usize {
-        footprint::element_bytes(kind, self.dtype)
-    }
-
-    /// A GPU's context and kernels are there by then, and not in what is available.
-    fn process_bytes(&self, _: [usize; 2]) -> usize {
-        self.driver.process_bytes() as usize
-    }
-
-    fn reserve_bytes(&self) -> usize {
-        self.driver.reserve_bytes() as usize
-    }
-
-    fn scratch_bytes(&self) -> usize {
-        self.scratch_bytes as usize
-    }
-
-    fn attention_scratch_bytes(&self, spec: AttentionSpec, documents: bool) -> usize {
-        match self.attention_family() {
-            Some(Family::Sm90) => {
-                let multiprocessors = self.driver.properties().multiprocessors as usize;
-                backward_scratch_bytes(multiprocessors, spec, documents) as usize
-            }
-            _ => 0,
-        }
-    }
-
-    fn fuses_swiglu_backward(&self) -> bool {
-        let output = Output::SwiGluGradient { gate_up: DevicePointer::NULL };
-        self.fuses(Fusion::SwiGluBackward, Layout::Nn, output)
-    }
-
-    fn offload_chunk(&self) -> usize {
-        self.offload_chunk
-    }
-
-    fn optimizer_bytes(&self, decay: &[Range<usize>], vectors: &[VectorCopy]) -> usize {
-        AdamW::device_bytes(decay, vectors) as usize
-    }
-
-    fn transfer_bytes(&self, sent: usize, read: usize) -> usize {
-        transfer_bytes(sent, read)
-    }
-
-    fn held_logits(&self) -> Option<usize> {
-        footprint::held_logits(self.dtype)
     }
 }
 
