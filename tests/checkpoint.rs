@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use isobath::checkpoint::{self, Snapshot, TrainerState};
+use isobath::checkpoint::{self, Saved, Snapshot, TrainerState};
 use isobath::config::*;
 use isobath::cpu::Cpu;
 use isobath::data::loader::LoaderState;
@@ -77,7 +77,7 @@ impl Training {
         }
     }
 
-    fn save(&self, run: &RunDir) -> Result<PathBuf> {
+    fn save(&self, run: &RunDir) -> Result<Saved> {
         self.save_from(run, &mut |buffer, first, out| {
             let values = match buffer {
                 FlatBuffer::Parameters => &self.parameters,
@@ -89,7 +89,7 @@ impl Training {
         })
     }
 
-    fn save_from(&self, run: &RunDir, read: &mut ReadFlat) -> Result<PathBuf> {
+    fn save_from(&self, run: &RunDir, read: &mut ReadFlat) -> Result<Saved> {
         let snapshot = Snapshot {
             config: &self.config,
             table: &self.table,
@@ -124,6 +124,14 @@ fn assert_latest(run: &Path, step: u64) {
     assert_same_bits("moment1", &restored.moment1, &saved.moment1);
     assert_same_bits("moment2", &restored.moment2, &saved.moment2);
     assert_eq!(restored.state, saved.state);
+}
+
+/// The size still holds: only the hash tells.
+fn flip_a_bit(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(path, bytes).unwrap();
 }
 
 #[track_caller]
@@ -478,7 +486,7 @@ fn the_first_values_stay_where_they_were_asked_for() {
     for (initial, expected) in [(true, &[0, 3][..]), (false, &[3])] {
         let (_folder, run) = run_with(&[0, 1, 2, 3]);
         let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial };
-        checkpoint::retain(&run, &keep).unwrap();
+        checkpoint::retain(&run, &keep, None).unwrap();
         assert_eq!(checkpoint_steps(run.path()).unwrap(), expected, "initial {initial}");
     }
 }
@@ -498,7 +506,7 @@ fn retention_keeps_the_last_and_every_nth() {
     for (keep_last, keep_every, expected) in cases {
         let (_folder, run) = run_with(&all);
         let keep = CheckpointConfig { every: 1, keep_last, keep_every, initial: false };
-        let deleted = checkpoint::retain(&run, &keep).unwrap();
+        let deleted = checkpoint::retain(&run, &keep, None).unwrap();
         let left = checkpoint_steps(run.path()).unwrap();
         assert_eq!(left, expected, "keep_last {keep_last}, keep_every {keep_every}");
         let gone: Vec<u64> = all.iter().copied().filter(|s| !expected.contains(s)).collect();
@@ -511,25 +519,52 @@ fn retention_keeps_the_last_and_every_nth() {
 #[test]
 fn retention_never_deletes_the_newest_that_can_be_loaded() {
     let (_folder, run) = run_with(&[1, 2, 3, 4, 5]);
-    let damage = |step: u64, name: &str| {
-        let path = checkpoint_folder(run.path(), step).join(name);
-        let mut bytes = fs::read(&path).unwrap();
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 4;
-        fs::write(path, bytes).unwrap();
-    };
-    damage(5, "trainer.safetensors"); // sizes still hold: only the hash tells
+    let damage =
+        |step: u64, name: &str| flip_a_bit(&checkpoint_folder(run.path(), step).join(name));
+    damage(5, "trainer.safetensors");
     damage(4, "model.safetensors");
     fs::remove_file(checkpoint_folder(run.path(), 2).join("MANIFEST.json")).unwrap();
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [1, 4]);
+    assert_eq!(checkpoint::retain(&run, &keep, None).unwrap(), [1, 4]);
     // 2 is unfinished: not ours to delete; 3 is the newest that holds
     assert_eq!(checkpoint_steps(run.path()).unwrap(), [2, 3, 5]);
     assert_latest(run.path(), 3);
 
     damage(3, "trainer.json");
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0], "none holds: none is deleted");
+    assert_eq!(
+        checkpoint::retain(&run, &keep, None).unwrap(),
+        [0u64; 0],
+        "none holds: none is deleted"
+    );
     assert_eq!(checkpoint_steps(run.path()).unwrap(), [2, 3, 5]);
+}
+
+#[test]
+fn retention_does_not_read_what_was_just_saved() {
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
+    let (_folder, run) = run_with(&[1, 2]);
+    let saved = Training::at(3).save(&run).unwrap();
+    // nobody else writes here, so only a test can damage it: what is not read is not noticed
+    flip_a_bit(&saved.folder().join("trainer.safetensors"));
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1, 2]);
+    assert_eq!(checkpoint_steps(run.path()).unwrap(), [3]);
+
+    // a newer folder, and any other that this process did not write, is read
+    let (_folder, run) = run_with(&[1, 2, 4]);
+    let saved = Training::at(3).save(&run).unwrap();
+    flip_a_bit(&checkpoint_folder(run.path(), 4).join("trainer.safetensors"));
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1, 2]);
+    assert_eq!(checkpoint_steps(run.path()).unwrap(), [3, 4]);
+    assert_latest(run.path(), 3);
+
+    // gone meanwhile: the newest of the others is read, and stays
+    fs::remove_dir_all(checkpoint_folder(run.path(), 4)).unwrap();
+    for step in [1, 2] {
+        Training::at(step).save(&run).unwrap();
+    }
+    fs::remove_file(saved.folder().join("MANIFEST.json")).unwrap();
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1]);
+    assert_latest(run.path(), 2);
 }
 
 #[test]
@@ -744,7 +779,7 @@ fn child_fills_its_disk() {
     assert_eq!(names(&run.checkpoints()).len() as u64, saved);
     assert_latest(run.path(), saved);
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    checkpoint::retain(&run, &keep).unwrap();
+    checkpoint::retain(&run, &keep, None).unwrap();
     if saved > 1 {
         Training::at(saved + 1).save(&run).unwrap();
         assert_latest(run.path(), saved + 1);
@@ -801,7 +836,7 @@ fn child_has_a_read_only_run() {
     assert_contains(&message, &["remedy: choose a folder on a writable file system"]);
     assert_latest(&path, 1);
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0]);
+    assert_eq!(checkpoint::retain(&run, &keep, None).unwrap(), [0u64; 0]);
     drop(run);
     make_read_only(&path);
     let message = RunDir::resume(&path).unwrap_err().to_string();
@@ -899,6 +934,6 @@ fn child_saves_in_a_loop() {
     for step in first.. {
         Training::at(step).save(&run).unwrap();
         println!("saved {step}");
-        checkpoint::retain(&run, &keep).unwrap();
+        checkpoint::retain(&run, &keep, None).unwrap();
     }
 }

@@ -92,10 +92,23 @@ struct TrainerFile {
     state: TrainerState,
 }
 
-/// Writes a checkpoint and returns its folder, which is then durable; `read` gives the flat
-/// buffers, of the table's stored elements each. If anything fails, the temporary folder is removed
-/// and the earlier checkpoints are as they were.
-pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<PathBuf> {
+/// A checkpoint that this process has written, every byte of which was hashed on its way to the
+/// disk and synced: [`retain`] does not read it again.
+#[derive(Debug)]
+pub struct Saved {
+    folder: PathBuf,
+}
+
+impl Saved {
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Writes a checkpoint, whose folder is then durable; `read` gives the flat buffers, of the
+/// table's stored elements each. If anything fails, the temporary folder is removed and the
+/// earlier checkpoints are as they were.
+pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<Saved> {
     let step = snapshot.state.step;
     let trainer = TrainerFile::of(snapshot)?;
     let needed_bytes = snapshot.export().bytes()?
@@ -109,11 +122,14 @@ pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<Pa
         }
         saved
     });
-    saved.map_err(|source| Error::NotSaved {
-        path: checkpoint_folder(run.path(), step),
-        needed_bytes,
-        source: Box::new(source),
-    })
+    match saved {
+        Ok(folder) => Ok(Saved { folder }),
+        Err(source) => Err(Error::NotSaved {
+            path: checkpoint_folder(run.path(), step),
+            needed_bytes,
+            source: Box::new(source),
+        }),
+    }
 }
 
 fn write_files(

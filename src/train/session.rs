@@ -368,10 +368,11 @@ impl<B: Backend> Session<B> {
             dtype: Dtype::F32,
         };
         let trainer = &mut self.trainer;
-        let folder = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {
+        let saved = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {
             trainer.read_flat(buffer, first, values)
         })?;
-        checkpoint::retain(&self.directory, &self.config.checkpoint)?;
+        checkpoint::retain(&self.directory, &self.config.checkpoint, Some(&saved))?;
+        let folder = saved.folder().to_path_buf();
         self.saved = Some((self.state.step, folder.clone()));
         Ok(folder)
     }
