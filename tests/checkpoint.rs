@@ -343,6 +343,26 @@ fn a_run_without_a_good_checkpoint_says_so() {
 }
 
 #[test]
+fn a_models_folder_is_verified_without_the_trainers_state() {
+    let (_folder, run) = run_with(&[1, 2]);
+    let [older, newest] = [1, 2].map(|step| checkpoint_folder(run.path(), step));
+    flip_a_bit(&newest.join("trainer.safetensors"));
+    assert_eq!(checkpoint::model_folder(run.path()).unwrap(), newest);
+    assert_eq!(checkpoint::model_folder(&newest).unwrap(), newest);
+    assert_latest(run.path(), 1); // --resume reads all
+
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        flip_a_bit(&newest.join(name));
+        assert_eq!(checkpoint::model_folder(run.path()).unwrap(), older, "{name}");
+        let message = checkpoint::model_folder(&newest).unwrap_err().to_string();
+        assert_contains(&message, &[&format!("{name} is damaged"), "sha256", "remedy: "]);
+        flip_a_bit(&newest.join(name));
+    }
+    fs::remove_file(newest.join("trainer.safetensors")).unwrap();
+    assert_eq!(checkpoint::model_folder(run.path()).unwrap(), older, "not a whole checkpoint");
+}
+
+#[test]
 fn state_of_another_model_is_not_loaded() {
     let (_folder, run) = run_with(&[1]);
     let verified = checkpoint::latest(&run).unwrap().verified.unwrap();
