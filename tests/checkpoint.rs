@@ -596,7 +596,10 @@ fn leftovers_of_a_killed_process_are_removed_at_the_next_start() {
         fs::create_dir(checkpoints.join(name)).unwrap();
         fs::write(checkpoints.join(name).join("model.safetensors"), "half").unwrap();
     }
-    fs::write(path.join(".tmp-run.toml"), "half").unwrap();
+    for name in [".tmp-run.toml", ".tmp-run.toml-Ab0", ".tmp-metrics.jsonl-Ab0"] {
+        fs::write(path.join(name), "half").unwrap();
+    }
+    fs::write(path.join(".tmp-runs"), "of somebody else").unwrap();
     // killed between the two renames of a replacement: the old one is the only one
     fs::rename(checkpoints.join("step-00000002"), checkpoints.join(".replaced-step-00000002"))
         .unwrap();
@@ -606,7 +609,7 @@ fn leftovers_of_a_killed_process_are_removed_at_the_next_start() {
 
     let run = RunDir::resume(&path).unwrap();
     assert_eq!(names(&checkpoints), ["step-00000001", "step-00000002"]);
-    assert_eq!(names(&path), [".lock", "checkpoints", "run.toml"]);
+    assert_eq!(names(&path), [".lock", ".tmp-runs", "checkpoints", "run.toml"]);
     assert_latest(run.path(), 2);
 }
 

@@ -12,6 +12,7 @@ mod cpu;
 mod cuda;
 mod data;
 mod depth;
+mod durable;
 mod evaluate;
 mod figure;
 mod generate;
