@@ -15,6 +15,7 @@ mod depth;
 mod durable;
 mod evaluate;
 mod figure;
+mod flat;
 mod generate;
 mod hf;
 mod host_memory;

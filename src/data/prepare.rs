@@ -233,9 +233,9 @@ impl<J> Batcher<J> {
 
     fn flush(&mut self) -> Result<()> {
         self.bytes = 0;
-        self.sender.send(std::mem::take(&mut self.jobs)).map_err(|_| Error::Usage {
+        self.sender.send(std::mem::take(&mut self.jobs)).map_err(|_| Error::Internal {
             what: "reading was stopped, because what was read could not be written".into(),
-            remedy: "see the error before this one".into(),
+            remedy: "report this: the error of the writer should stand here".into(),
         })
     }
 }
