@@ -45,24 +45,19 @@ pub const MANIFEST: &str = "MANIFEST.json";
 
 const TRAINER_FORMAT: u32 = 1;
 
-/// What the training loop knows besides the flat buffers.
+/// What the training loop knows besides the flat buffers. Earlier versions wrote more, of which
+/// nothing is needed: every random stream begins with the configuration's seed.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct TrainerState {
-    /// Steps done; the next one is `step + 1`. Also names the folder.
+    /// Steps done, each of them an update of the optimizer: the `t` of its bias correction. The
+    /// next one is `step + 1`. Also names the folder.
     pub step: u64,
-    /// Updates the optimizer has made: the `t` of its bias correction. Less than `step` if a step
-    /// was skipped.
-    pub updates: u64,
     /// Tokens that were trained on.
     pub tokens: u64,
-    /// Seed of every random stream; together with counters such as `step` it is all their state.
-    pub seed: u64,
     /// Where the data loader stands.
     pub loader: LoaderState,
     /// Wall time spent training, over all processes of this run.
     pub elapsed_seconds: f64,
-    /// Lowest validation loss so far.
-    pub best_valid_loss: Option<f64>,
     /// The line of the last step, if its evaluation or sample was interrupted: it is written when
     /// they are made up for.
     #[serde(rename = "extra")]
