@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use isobath::checkpoint::{self, Saved, Snapshot, TrainerState};
+use isobath::checkpoint::{self, Saved, Snapshot, TrainerState, Verified};
 use isobath::config::*;
 use isobath::cpu::Cpu;
 use isobath::data::loader::LoaderState;
@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::hf::{assert_same_bits, noise, random_parameters, small_model, small_tokenizer};
-use crate::support::run_config;
+use crate::support::{run_config, set_state};
 
 const FOLDER: &str = "ISOBATH_TEST_RUN";
 
@@ -116,11 +116,23 @@ fn assert_latest(run: &Path, step: u64) {
     let verified = latest.verified.unwrap_or_else(|| panic!("none verifies: {:?}", latest.damaged));
     assert_eq!(verified.step(), step, "passed over: {:?}", latest.damaged);
     let saved = Training::at(step);
-    let restored = verified.load_trainer(&saved.table).unwrap();
-    assert_same_bits("parameters", &restored.parameters, &saved.parameters);
-    assert_same_bits("moment1", &restored.moment1, &saved.moment1);
-    assert_same_bits("moment2", &restored.moment2, &saved.moment2);
-    assert_eq!(restored.state, saved.state);
+    let ([parameters, moment1, moment2], state) = load(&verified, &saved.table).unwrap();
+    assert_same_bits("parameters", &parameters, &saved.parameters);
+    assert_same_bits("moment1", &moment1, &saved.moment1);
+    assert_same_bits("moment2", &moment2, &saved.moment2);
+    assert_eq!(state, saved.state);
+}
+
+/// The flat buffers, whole, and the rest of the state.
+fn load(verified: &Verified, table: &ParameterTable) -> Result<([Vec<f32>; 3], TrainerState)> {
+    let mut buffers = [(); 3].map(|()| Vec::new());
+    let state = verified.load_each(table, |buffer, first, values| {
+        let into = &mut buffers[buffer as usize];
+        assert_eq!(into.len(), first, "chunks in order");
+        into.extend_from_slice(values);
+        Ok(())
+    })?;
+    Ok((buffers, state))
 }
 
 /// The size still holds: only the hash tells.
@@ -213,10 +225,10 @@ fn six_steps_equal_three_and_three() {
     drop(first);
 
     let verified = checkpoint::latest(&run).unwrap().verified.unwrap();
-    let restored = verified.load_trainer(&training.table).unwrap();
+    let (buffers, state) = load(&verified, &training.table).unwrap();
     let mut second = new_trainer();
-    second.set_state(&restored.parameters, &restored.moment1, &restored.moment2).unwrap();
-    outcomes.extend((restored.state.step + 1..=6).map(|step| take(&mut second, step)));
+    set_state(&mut second, &buffers);
+    outcomes.extend((state.step + 1..=6).map(|step| take(&mut second, step)));
 
     assert_eq!(outcomes, expected, "losses and gradient norms");
     let [found, wanted] = [second.state().unwrap(), whole.state().unwrap()];
@@ -371,7 +383,7 @@ fn state_of_another_model_is_not_loaded() {
     for change in changes {
         let mut model = small_model();
         change(&mut model);
-        let error = verified.load_trainer(&ParameterTable::new(&model)).unwrap_err();
+        let error = load(&verified, &ParameterTable::new(&model)).unwrap_err();
         assert_contains(&error.to_string(), &["other model settings", "run.toml", "--init"]);
     }
 }

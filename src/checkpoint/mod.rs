@@ -37,7 +37,7 @@ use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
 
 use manifest::Manifest;
 pub use retention::retain;
-pub use verified::{Damaged, Latest, Restored, Verified, latest, model_folder, verify};
+pub use verified::{Damaged, Latest, Verified, latest, model_folder, verify};
 
 pub const TRAINER_TENSORS: &str = "trainer.safetensors";
 pub const TRAINER: &str = "trainer.json";

@@ -49,15 +49,6 @@ pub struct Latest {
     pub damaged: Vec<Damaged>,
 }
 
-/// State as [`super::save`] got it.
-#[derive(Debug)]
-pub struct Restored {
-    pub parameters: Vec<f32>,
-    pub moment1: Vec<f32>,
-    pub moment2: Vec<f32>,
-    pub state: TrainerState,
-}
-
 /// The newest checkpoint of a run that can be trusted. Every file of it is read.
 pub fn latest(run: impl AsRef<Path>) -> Result<Latest> {
     let (verified, damaged) = newest(run.as_ref(), verify)?;
@@ -153,28 +144,9 @@ impl Verified {
         Ok(self.trainer_file()?.config)
     }
 
-    /// Loads the state into new buffers. The table must be laid out as when the state was saved.
-    pub fn load_trainer(&self, table: &ParameterTable) -> Result<Restored> {
-        let mut restored = Restored {
-            parameters: Vec::with_capacity(table.stored_elements()),
-            moment1: Vec::with_capacity(table.stored_elements()),
-            moment2: Vec::with_capacity(table.stored_elements()),
-            state: self.trainer_file()?.state,
-        };
-        self.load_each(table, |buffer, _, values| {
-            let into = match buffer {
-                FlatBuffer::Parameters => &mut restored.parameters,
-                FlatBuffer::Moment1 => &mut restored.moment1,
-                FlatBuffer::Moment2 => &mut restored.moment2,
-            };
-            into.extend_from_slice(values);
-            Ok(())
-        })?;
-        Ok(restored)
-    }
-
-    /// Gives every element to `take`, a chunk after the other, with the place of its first one:
-    /// only a chunk is in memory at a time.
+    /// Gives every element of the state that was saved to `take`, a chunk after the other, with the
+    /// place of its first one: only a chunk is in memory at a time. The table must be laid out as
+    /// when the state was saved.
     pub fn load_each(
         &self,
         table: &ParameterTable,
