@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -102,24 +103,36 @@ pub fn write_new(path: &Path, contents: &[u8]) -> Result<Fingerprint> {
     file.finish()
 }
 
-/// Replaces a file as a whole: after a crash it holds the old contents or the new ones.
+/// What the names of [`replace`]'s temporary files begin with, before the name of the file.
+pub const TEMPORARY: &str = ".tmp-";
+
+/// Writes a file, or replaces it, as a whole: after a crash it holds the old contents or the new
+/// ones. Several processes may do so at one time; the last one's contents stay. The mode is 0644,
+/// less what the umask takes away.
 pub fn replace(path: &Path, contents: &[u8]) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = folder.join(format!(".tmp-{name}"));
-    remove_if_present(&temporary)?;
-    let written = write_new(&temporary, contents)
-        .and_then(|_| fs::rename(&temporary, path).map_err(Error::io("replace", path)));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary); // the first error is the one to report
-    }
-    written?;
+    let mut temporary = tempfile::Builder::new()
+        .prefix(&format!("{TEMPORARY}{name}-"))
+        .permissions(PermissionsExt::from_mode(0o644))
+        .tempfile_in(folder)
+        .map_err(Error::io("create a file in", folder))?;
+    temporary.write_all(contents).map_err(Error::io("write", path))?;
+    temporary.as_file().sync_all().map_err(Error::io("sync", path))?;
+    temporary.persist(path).map_err(|error| Error::io("replace", path)(error.error))?;
     sync_folder(folder)
+}
+
+/// The folder that a file lies in.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
 }
 
 /// Makes the names in a folder durable.
 pub fn sync_folder(folder: &Path) -> Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io("sync", folder))
 }
 

@@ -37,6 +37,11 @@ pub enum Error {
     #[error("{what}\n  remedy: {remedy}")]
     Usage { what: String, remedy: String },
 
+    /// A failure that no argument and no input caused: a defect of this program, or a system that
+    /// refuses what it always has.
+    #[error("internal: {what}\n  remedy: {remedy}")]
+    Internal { what: String, remedy: String },
+
     /// The operating system refused something.
     #[error("{action} {}: {source}\n  remedy: {}", path.display(), io_remedy(source))]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
@@ -136,7 +141,10 @@ impl Error {
                 _ => 1,
             },
             Error::NotSaved { source, .. } => source.exit_code(),
-            Error::Launch { .. } | Error::TensorMap { .. } | Error::NonFinite { .. } => 1,
+            Error::Internal { .. }
+            | Error::Launch { .. }
+            | Error::TensorMap { .. }
+            | Error::NonFinite { .. } => 1,
         }
     }
 }

@@ -6,7 +6,7 @@
 //! known here.
 
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, ScopedJoinHandle};
 
 use crate::error::{Error, Result};
@@ -64,8 +64,6 @@ pub struct Reader {
     /// Which buffer [`Elements::get`] reads.
     pub buffer: FlatBuffer,
     requests: Sender<Request>,
-    answer: SyncSender<Result<Vec<f32>>>,
-    answers: Receiver<Result<Vec<f32>>>,
     chunk: Vec<f32>,
 }
 
@@ -79,9 +77,7 @@ struct Request {
 
 impl Reader {
     fn new(requests: Sender<Request>) -> Self {
-        let (answer, answers) = sync_channel(1);
-        let buffer = FlatBuffer::Parameters;
-        Reader { buffer, requests, answer, answers, chunk: Vec::new() }
+        Reader { buffer: FlatBuffer::Parameters, requests, chunk: Vec::new() }
     }
 }
 
@@ -89,18 +85,20 @@ impl Elements for Reader {
     fn get(&mut self, range: Range<usize>) -> Result<&[f32]> {
         let mut chunk = std::mem::take(&mut self.chunk);
         chunk.resize(range.len(), 0.0);
-        let (buffer, answer) = (self.buffer, self.answer.clone());
-        let asked = self.requests.send(Request { buffer, first: range.start, chunk, answer });
-        let answered = asked.ok().and_then(|()| self.answers.recv().ok());
+        // Only the request can answer: if it is dropped in a panic, nobody waits for it.
+        let (answer, answers) = sync_channel(1);
+        let request = Request { buffer: self.buffer, first: range.start, chunk, answer };
+        let asked = self.requests.send(request);
+        let answered = asked.ok().and_then(|()| answers.recv().ok());
         self.chunk = answered.unwrap_or_else(|| Err(no_answer()))?;
         Ok(&self.chunk)
     }
 }
 
 fn no_answer() -> Error {
-    Error::Usage {
-        what: "the thread that reads the device has stopped after an error".to_string(),
-        remedy: "see the error before this one".to_string(),
+    Error::Internal {
+        what: "the thread that reads the device has ended".to_string(),
+        remedy: "report its message, which stands before this one: it is a defect".to_string(),
     }
 }
 

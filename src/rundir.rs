@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::durable::{remove_if_present, replace, sync_folder};
+use crate::durable::{TEMPORARY, remove_if_present, replace, sync_folder};
 use crate::error::{Error, Result};
 
 pub const CONFIG: &str = "run.toml";
@@ -38,7 +38,6 @@ const LOCK: &str = ".lock";
 
 const STEP: &str = "step-";
 /// Prefixes of what is not, or no longer, a checkpoint.
-const TEMPORARY: &str = ".tmp-";
 const DELETED: &str = ".deleted-";
 const REPLACED: &str = ".replaced-";
 
@@ -158,8 +157,12 @@ impl RunDir {
             sync_folder(&self.path)?;
         }
         // Only names that we write: the folder may hold other people's files.
-        for name in [CONFIG, METRICS, SAMPLES] {
-            remove_if_present(&self.path.join(format!("{TEMPORARY}{name}")))?;
+        for name in names(&self.path)? {
+            let of = name.strip_prefix(TEMPORARY).unwrap_or_default();
+            let suffix = [CONFIG, METRICS, SAMPLES].iter().find_map(|ours| of.strip_prefix(ours));
+            if suffix.is_some_and(|suffix| suffix.is_empty() || suffix.starts_with('-')) {
+                remove_if_present(&self.path.join(&name))?;
+            }
         }
         for name in names(&checkpoints)? {
             let path = checkpoints.join(&name);

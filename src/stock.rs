@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::checkpoint::model_folder;
 use crate::config::{Dtype, ModelConfig};
 use crate::data::tokenizer::Tokenizer;
-use crate::durable::sync_folder;
+use crate::durable::{folder_of, sync_folder};
 use crate::error::{Error, Result};
 use crate::hf::{self, Export, TokenizerFiles};
 use crate::model::parameters::{BlockParameters, ParameterId, ParameterTable};
@@ -109,8 +109,7 @@ pub fn write(request: &Request) -> Result<Written> {
     let tokenizer = tokenizer_files(&folder)?;
     let export =
         Export { config: &smaller, table: &smaller_table, tokenizer: &tokenizer, dtype: *dtype };
-    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
+    let parent = folder_of(out);
     fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     let temporary = tempfile::Builder::new()
         .prefix(".unfinished-")

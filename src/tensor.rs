@@ -28,9 +28,9 @@ impl Shape {
         &self.sizes[..self.rank as usize]
     }
 
-    /// Number of elements.
+    /// Number of elements. Panics if it does not fit: what is in bounds is decided with it.
     pub fn elements(&self) -> usize {
-        self.sizes().iter().product()
+        product(self.sizes())
     }
 
     /// Size of the last dimension, 1 for a scalar.
@@ -38,10 +38,15 @@ impl Shape {
         self.sizes().last().copied().unwrap_or(1)
     }
 
-    /// Product of all dimensions but the last.
+    /// Product of all dimensions but the last. Panics if it does not fit.
     pub fn rows(&self) -> usize {
-        self.sizes().split_last().map_or(1, |(_, rows)| rows.iter().product())
+        self.sizes().split_last().map_or(1, |(_, rows)| product(rows))
     }
+}
+
+fn product(sizes: &[usize]) -> usize {
+    let product = sizes.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
+    product.unwrap_or_else(|| panic!("the product of the sizes {sizes:?} does not fit"))
 }
 
 impl fmt::Display for Shape {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use isobath::checkpoint::{self, Snapshot, TrainerState};
+use isobath::checkpoint::{self, Saved, Snapshot, TrainerState, Verified};
 use isobath::config::*;
 use isobath::cpu::Cpu;
 use isobath::data::loader::LoaderState;
@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::hf::{assert_same_bits, noise, random_parameters, small_model, small_tokenizer};
-use crate::support::run_config;
+use crate::support::{run_config, set_state};
 
 const FOLDER: &str = "ISOBATH_TEST_RUN";
 
@@ -58,9 +58,7 @@ impl Training {
             moment2: noise(elements, step + 2000).iter().map(|v| v * v * 1e-42).collect(),
             state: TrainerState {
                 step,
-                updates: step - 1,
                 tokens: step * 128,
-                seed: u64::MAX - 1,
                 loader: LoaderState {
                     row: 3 * step,
                     rows_per_epoch: 7,
@@ -69,7 +67,6 @@ impl Training {
                     source: u64::MAX,
                 },
                 elapsed_seconds: 0.1 + 0.2,
-                best_valid_loss: Some(1.0 / 3.0),
                 owed: None,
             },
             config,
@@ -77,7 +74,7 @@ impl Training {
         }
     }
 
-    fn save(&self, run: &RunDir) -> Result<PathBuf> {
+    fn save(&self, run: &RunDir) -> Result<Saved> {
         self.save_from(run, &mut |buffer, first, out| {
             let values = match buffer {
                 FlatBuffer::Parameters => &self.parameters,
@@ -89,7 +86,7 @@ impl Training {
         })
     }
 
-    fn save_from(&self, run: &RunDir, read: &mut ReadFlat) -> Result<PathBuf> {
+    fn save_from(&self, run: &RunDir, read: &mut ReadFlat) -> Result<Saved> {
         let snapshot = Snapshot {
             config: &self.config,
             table: &self.table,
@@ -119,11 +116,31 @@ fn assert_latest(run: &Path, step: u64) {
     let verified = latest.verified.unwrap_or_else(|| panic!("none verifies: {:?}", latest.damaged));
     assert_eq!(verified.step(), step, "passed over: {:?}", latest.damaged);
     let saved = Training::at(step);
-    let restored = verified.load_trainer(&saved.table).unwrap();
-    assert_same_bits("parameters", &restored.parameters, &saved.parameters);
-    assert_same_bits("moment1", &restored.moment1, &saved.moment1);
-    assert_same_bits("moment2", &restored.moment2, &saved.moment2);
-    assert_eq!(restored.state, saved.state);
+    let ([parameters, moment1, moment2], state) = load(&verified, &saved.table).unwrap();
+    assert_same_bits("parameters", &parameters, &saved.parameters);
+    assert_same_bits("moment1", &moment1, &saved.moment1);
+    assert_same_bits("moment2", &moment2, &saved.moment2);
+    assert_eq!(state, saved.state);
+}
+
+/// The flat buffers, whole, and the rest of the state.
+fn load(verified: &Verified, table: &ParameterTable) -> Result<([Vec<f32>; 3], TrainerState)> {
+    let mut buffers = [(); 3].map(|()| Vec::new());
+    let state = verified.load_each(table, |buffer, first, values| {
+        let into = &mut buffers[buffer as usize];
+        assert_eq!(into.len(), first, "chunks in order");
+        into.extend_from_slice(values);
+        Ok(())
+    })?;
+    Ok((buffers, state))
+}
+
+/// The size still holds: only the hash tells.
+fn flip_a_bit(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(path, bytes).unwrap();
 }
 
 #[track_caller]
@@ -208,10 +225,10 @@ fn six_steps_equal_three_and_three() {
     drop(first);
 
     let verified = checkpoint::latest(&run).unwrap().verified.unwrap();
-    let restored = verified.load_trainer(&training.table).unwrap();
+    let (buffers, state) = load(&verified, &training.table).unwrap();
     let mut second = new_trainer();
-    second.set_state(&restored.parameters, &restored.moment1, &restored.moment2).unwrap();
-    outcomes.extend((restored.state.step + 1..=6).map(|step| take(&mut second, step)));
+    set_state(&mut second, &buffers);
+    outcomes.extend((state.step + 1..=6).map(|step| take(&mut second, step)));
 
     assert_eq!(outcomes, expected, "losses and gradient norms");
     let [found, wanted] = [second.state().unwrap(), whole.state().unwrap()];
@@ -335,6 +352,26 @@ fn a_run_without_a_good_checkpoint_says_so() {
 }
 
 #[test]
+fn a_models_folder_is_verified_without_the_trainers_state() {
+    let (_folder, run) = run_with(&[1, 2]);
+    let [older, newest] = [1, 2].map(|step| checkpoint_folder(run.path(), step));
+    flip_a_bit(&newest.join("trainer.safetensors"));
+    assert_eq!(checkpoint::model_folder(run.path()).unwrap(), newest);
+    assert_eq!(checkpoint::model_folder(&newest).unwrap(), newest);
+    assert_latest(run.path(), 1); // --resume reads all
+
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        flip_a_bit(&newest.join(name));
+        assert_eq!(checkpoint::model_folder(run.path()).unwrap(), older, "{name}");
+        let message = checkpoint::model_folder(&newest).unwrap_err().to_string();
+        assert_contains(&message, &[&format!("{name} is damaged"), "sha256", "remedy: "]);
+        flip_a_bit(&newest.join(name));
+    }
+    fs::remove_file(newest.join("trainer.safetensors")).unwrap();
+    assert_eq!(checkpoint::model_folder(run.path()).unwrap(), older, "not a whole checkpoint");
+}
+
+#[test]
 fn state_of_another_model_is_not_loaded() {
     let (_folder, run) = run_with(&[1]);
     let verified = checkpoint::latest(&run).unwrap().verified.unwrap();
@@ -346,7 +383,7 @@ fn state_of_another_model_is_not_loaded() {
     for change in changes {
         let mut model = small_model();
         change(&mut model);
-        let error = verified.load_trainer(&ParameterTable::new(&model)).unwrap_err();
+        let error = load(&verified, &ParameterTable::new(&model)).unwrap_err();
         assert_contains(&error.to_string(), &["other model settings", "run.toml", "--init"]);
     }
 }
@@ -435,13 +472,14 @@ fn child_saves_a_large_model() {
     println!("peak {}", host_memory::peak_of_process().unwrap() - before);
 }
 
-/// What versions before this one wrote: the position and the line that is owed as any JSON.
+/// What versions before this one wrote: the position and the line that is owed as any JSON, and
+/// three fields that nothing needs.
 #[test]
 fn the_loaders_position_and_the_owed_line_are_read_or_refused() {
     let state = |loader: Value, owed: Value| -> serde_json::Result<TrainerState> {
         serde_json::from_value(json!({
             "step": 3, "updates": 3, "tokens": 384, "seed": 7, "loader": loader,
-            "elapsed_seconds": 1.5, "best_valid_loss": null, "extra": owed
+            "elapsed_seconds": 1.5, "best_valid_loss": 2.5, "extra": owed
         }))
     };
     let loader = json!({"row": 6, "rows_per_epoch": 7, "seed": 7, "sequence": 64, "source": 9});
@@ -451,7 +489,10 @@ fn the_loaders_position_and_the_owed_line_are_read_or_refused() {
     let read = state(loader.clone(), owed.clone()).unwrap();
     assert_eq!((read.loader.row, read.owed.map(|line| line.loss)), (6, Some(2.0)));
     let written = serde_json::to_value(read).unwrap();
-    assert_eq!((&written["loader"], &written["extra"]), (&loader, &owed));
+    let expected = json!({
+        "step": 3, "tokens": 384, "loader": loader, "elapsed_seconds": 1.5, "extra": owed
+    });
+    assert_eq!(written, expected);
     for (loader, owed, part) in [
         (Value::Null, Value::Null, "LoaderState"),
         (json!({"row": 6}), Value::Null, "rows_per_epoch"),
@@ -478,7 +519,7 @@ fn the_first_values_stay_where_they_were_asked_for() {
     for (initial, expected) in [(true, &[0, 3][..]), (false, &[3])] {
         let (_folder, run) = run_with(&[0, 1, 2, 3]);
         let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial };
-        checkpoint::retain(&run, &keep).unwrap();
+        checkpoint::retain(&run, &keep, None).unwrap();
         assert_eq!(checkpoint_steps(run.path()).unwrap(), expected, "initial {initial}");
     }
 }
@@ -498,7 +539,7 @@ fn retention_keeps_the_last_and_every_nth() {
     for (keep_last, keep_every, expected) in cases {
         let (_folder, run) = run_with(&all);
         let keep = CheckpointConfig { every: 1, keep_last, keep_every, initial: false };
-        let deleted = checkpoint::retain(&run, &keep).unwrap();
+        let deleted = checkpoint::retain(&run, &keep, None).unwrap();
         let left = checkpoint_steps(run.path()).unwrap();
         assert_eq!(left, expected, "keep_last {keep_last}, keep_every {keep_every}");
         let gone: Vec<u64> = all.iter().copied().filter(|s| !expected.contains(s)).collect();
@@ -511,25 +552,52 @@ fn retention_keeps_the_last_and_every_nth() {
 #[test]
 fn retention_never_deletes_the_newest_that_can_be_loaded() {
     let (_folder, run) = run_with(&[1, 2, 3, 4, 5]);
-    let damage = |step: u64, name: &str| {
-        let path = checkpoint_folder(run.path(), step).join(name);
-        let mut bytes = fs::read(&path).unwrap();
-        let middle = bytes.len() / 2;
-        bytes[middle] ^= 4;
-        fs::write(path, bytes).unwrap();
-    };
-    damage(5, "trainer.safetensors"); // sizes still hold: only the hash tells
+    let damage =
+        |step: u64, name: &str| flip_a_bit(&checkpoint_folder(run.path(), step).join(name));
+    damage(5, "trainer.safetensors");
     damage(4, "model.safetensors");
     fs::remove_file(checkpoint_folder(run.path(), 2).join("MANIFEST.json")).unwrap();
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [1, 4]);
+    assert_eq!(checkpoint::retain(&run, &keep, None).unwrap(), [1, 4]);
     // 2 is unfinished: not ours to delete; 3 is the newest that holds
     assert_eq!(checkpoint_steps(run.path()).unwrap(), [2, 3, 5]);
     assert_latest(run.path(), 3);
 
     damage(3, "trainer.json");
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0], "none holds: none is deleted");
+    assert_eq!(
+        checkpoint::retain(&run, &keep, None).unwrap(),
+        [0u64; 0],
+        "none holds: none is deleted"
+    );
     assert_eq!(checkpoint_steps(run.path()).unwrap(), [2, 3, 5]);
+}
+
+#[test]
+fn retention_does_not_read_what_was_just_saved() {
+    let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
+    let (_folder, run) = run_with(&[1, 2]);
+    let saved = Training::at(3).save(&run).unwrap();
+    // nobody else writes here, so only a test can damage it: what is not read is not noticed
+    flip_a_bit(&saved.folder().join("trainer.safetensors"));
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1, 2]);
+    assert_eq!(checkpoint_steps(run.path()).unwrap(), [3]);
+
+    // a newer folder, and any other that this process did not write, is read
+    let (_folder, run) = run_with(&[1, 2, 4]);
+    let saved = Training::at(3).save(&run).unwrap();
+    flip_a_bit(&checkpoint_folder(run.path(), 4).join("trainer.safetensors"));
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1, 2]);
+    assert_eq!(checkpoint_steps(run.path()).unwrap(), [3, 4]);
+    assert_latest(run.path(), 3);
+
+    // gone meanwhile: the newest of the others is read, and stays
+    fs::remove_dir_all(checkpoint_folder(run.path(), 4)).unwrap();
+    for step in [1, 2] {
+        Training::at(step).save(&run).unwrap();
+    }
+    fs::remove_file(saved.folder().join("MANIFEST.json")).unwrap();
+    assert_eq!(checkpoint::retain(&run, &keep, Some(&saved)).unwrap(), [1]);
+    assert_latest(run.path(), 2);
 }
 
 #[test]
@@ -541,7 +609,10 @@ fn leftovers_of_a_killed_process_are_removed_at_the_next_start() {
         fs::create_dir(checkpoints.join(name)).unwrap();
         fs::write(checkpoints.join(name).join("model.safetensors"), "half").unwrap();
     }
-    fs::write(path.join(".tmp-run.toml"), "half").unwrap();
+    for name in [".tmp-run.toml", ".tmp-run.toml-Ab0", ".tmp-metrics.jsonl-Ab0"] {
+        fs::write(path.join(name), "half").unwrap();
+    }
+    fs::write(path.join(".tmp-runs"), "of somebody else").unwrap();
     // killed between the two renames of a replacement: the old one is the only one
     fs::rename(checkpoints.join("step-00000002"), checkpoints.join(".replaced-step-00000002"))
         .unwrap();
@@ -551,7 +622,7 @@ fn leftovers_of_a_killed_process_are_removed_at_the_next_start() {
 
     let run = RunDir::resume(&path).unwrap();
     assert_eq!(names(&checkpoints), ["step-00000001", "step-00000002"]);
-    assert_eq!(names(&path), [".lock", "checkpoints", "run.toml"]);
+    assert_eq!(names(&path), [".lock", ".tmp-runs", "checkpoints", "run.toml"]);
     assert_latest(run.path(), 2);
 }
 
@@ -744,7 +815,7 @@ fn child_fills_its_disk() {
     assert_eq!(names(&run.checkpoints()).len() as u64, saved);
     assert_latest(run.path(), saved);
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    checkpoint::retain(&run, &keep).unwrap();
+    checkpoint::retain(&run, &keep, None).unwrap();
     if saved > 1 {
         Training::at(saved + 1).save(&run).unwrap();
         assert_latest(run.path(), saved + 1);
@@ -801,7 +872,7 @@ fn child_has_a_read_only_run() {
     assert_contains(&message, &["remedy: choose a folder on a writable file system"]);
     assert_latest(&path, 1);
     let keep = CheckpointConfig { every: 1, keep_last: 1, keep_every: 0, initial: false };
-    assert_eq!(checkpoint::retain(&run, &keep).unwrap(), [0u64; 0]);
+    assert_eq!(checkpoint::retain(&run, &keep, None).unwrap(), [0u64; 0]);
     drop(run);
     make_read_only(&path);
     let message = RunDir::resume(&path).unwrap_err().to_string();
@@ -899,6 +970,6 @@ fn child_saves_in_a_loop() {
     for step in first.. {
         Training::at(step).save(&run).unwrap();
         println!("saved {step}");
-        checkpoint::retain(&run, &keep).unwrap();
+        checkpoint::retain(&run, &keep, None).unwrap();
     }
 }

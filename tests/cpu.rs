@@ -629,3 +629,45 @@ fn a_written_view_may_not_overlap_another() {
     let part = View { offset: 32, shape: Shape::new(&[2, 8]), ..whole };
     cpu.copy(whole, part).unwrap();
 }
+
+/// Sizes and offsets whose sums or products wrap round in 64 bits.
+#[test]
+fn a_view_may_not_leave_its_buffer_by_wrapping_round() {
+    let cpu = &mut Cpu::<f64>::new();
+    let whole = filled(cpu, &[4, 8], 1);
+    let sized = |sizes: &[usize]| View { shape: Shape::new(sizes), ..whole };
+    let cases = [
+        (sized(&[4, 9]), "leaves its buffer"),
+        (View { offset: 8, ..whole }, "leaves its buffer"),
+        (View { offset: usize::MAX - 7, ..sized(&[1]) }, "leaves its buffer"),
+        (View { offset: usize::MAX - 7, ..sized(&[2]) }, "leaves its buffer"),
+        (sized(&[1 << 61]), "leaves its buffer"),
+        (sized(&[(1 << 61) + 1]), "leaves its buffer"),
+        (sized(&[1 << 32, 1 << 32]), "does not fit"),
+        (sized(&[1 << 33, (1 << 31) + 1, 1]), "does not fit"),
+    ];
+    for (view, expected) in cases {
+        let message = panic_message(|| cpu.values(view).len());
+        assert!(message.contains(expected), "{view:?}: {message}");
+    }
+    assert_eq!(cpu.values(whole).len(), 32);
+}
+
+#[test]
+fn a_negative_token_reaches_no_memory_before_the_table() {
+    let cpu = &mut Cpu::<f64>::new();
+    let tokens = index(cpu, &[1, -1]);
+    let (d_out, d_table) = (filled(cpu, &[2, 32], 1), view(cpu, &[4, 32]));
+    let backward = EmbeddingBackward { tokens, d_out, d_table };
+    let message = panic_message(|| cpu.embedding_backward(backward));
+    assert!(message.contains("assertion failed: row < self.rows"), "{message}");
+}
+
+fn panic_message<T>(does: impl FnOnce() -> T) -> String {
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(does));
+    let payload = panic.err().expect("a panic was expected");
+    match payload.downcast::<String>() {
+        Ok(message) => *message,
+        Err(payload) => payload.downcast::<&str>().unwrap().to_string(),
+    }
+}

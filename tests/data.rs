@@ -7,6 +7,7 @@ mod packing;
 mod prepare;
 mod shard;
 mod supervised;
+mod text;
 mod tokenizer;
 mod windows;
 

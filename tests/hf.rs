@@ -565,6 +565,38 @@ fn what_this_program_does_not_compute_is_refused_by_name() {
     }
 }
 
+/// Sizes whose products do not fit into 64 bits: the key is named before anything is multiplied.
+#[test]
+fn sizes_that_no_model_has_are_refused_by_name() {
+    let sizes = [
+        ("hidden_size", 1 << 17),
+        ("intermediate_size", 1 << 20),
+        ("num_hidden_layers", 1 << 14),
+        ("vocab_size", 1 << 24),
+        ("max_position_embeddings", 1 << 24),
+        ("num_attention_heads", 1 << 10),
+        ("num_key_value_heads", 1 << 10),
+    ];
+    let (folder, ..) = folder_of(&small_model());
+    let with = |large: Option<(&str, u64)>| {
+        edit_config(folder.path(), |c| {
+            for (key, size) in sizes.into_iter().chain(large) {
+                c[key] = json!(size);
+            }
+            c["head_dim"] = Value::Null;
+        });
+        refusal(hf::load(folder.path()))
+    };
+    // the largest sizes: they can be counted, and other weights are missed
+    assert_contains(&with(None), &["model.embed_tokens.weight has shape"]);
+    for (key, most) in sizes {
+        for size in [(1 << 17) + (most << 3), 3 << 24, 1 << 63, u64::MAX] {
+            let message = with(Some((key, size)));
+            assert_contains(&message, &[&format!("{key} is {size}"), "config.json", "remedy: "]);
+        }
+    }
+}
+
 /// Mistral's layout is LLaMA's, unless attention has a window.
 #[test]
 fn a_mistral_without_a_sliding_window_is_a_llama() {

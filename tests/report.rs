@@ -6,6 +6,7 @@ mod browser;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use isobath::config::{Config, Placement};
 use isobath::depth::{
@@ -508,6 +509,33 @@ fn the_program_writes_the_page_where_it_is_told() {
     assert!(fs::read_to_string(&out).unwrap().contains("<h1>A &amp; B</h1>"));
     let output = isobath().arg("report").arg(runs.path("nowhere")).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_page_is_written_as_a_whole_or_to_what_is_no_file() {
+    let runs = Runs::new();
+    let (path, out) = (runs.add("run", 0.0, |_| {}), runs.path("pages/page.html"));
+    let report = |out: &Path| {
+        let mut command = isobath();
+        command.arg("report").arg(&path).arg("--out").arg(out);
+        command
+    };
+    assert!(report(&out).status().unwrap().success());
+    let page = fs::read_to_string(&out).unwrap();
+
+    // A limit on file sizes stands for a full disk.
+    let command = report(&out);
+    let mut limited = Command::new("sh");
+    limited.arg("-c").arg("ulimit -f 1; trap '' XFSZ; exec \"$0\" \"$@\"");
+    limited.arg(command.get_program()).args(command.get_args());
+    let output = limited.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(fs::read_to_string(&out).unwrap(), page, "the page that was there is lost");
+    assert_eq!(fs::read_dir(runs.path("pages")).unwrap().count(), 1, "something stays");
+
+    let output = report(Path::new("/dev/stdout")).output().unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains("</html>") && printed.ends_with("/dev/stdout\n"), "{printed}");
 }
 
 /// Boxes [left, top, width, height] of everything that is asked for, in pixels of the page.

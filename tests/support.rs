@@ -1,16 +1,26 @@
 //! What several test modules need: small models, random numbers, comparisons that explain.
 
+use isobath::backend::Backend;
 use isobath::config::{
     Attention, CheckpointConfig, Config, DEFAULT_MIX_POST, DataConfig, DeviceKind, Dtype, Format,
     InitKind, LnsPosition, Master, ModelConfig, NormKind, OptimizerConfig, OptimizerKind,
     Placement, Recompute, Rows, ScheduleKind, TrainConfig,
 };
+use isobath::engine::Trainer;
+use isobath::flat::FlatBuffer;
 use isobath::random::Philox;
 
 /// Independent draws from N(0, 1).
 pub fn normals(seed: u64, count: usize) -> Vec<f64> {
     let generator = Philox::new(seed, 0);
     (0..count as u64).map(|i| generator.normal(i)).collect()
+}
+
+/// Replaces parameters and both moments.
+pub fn set_state<B: Backend>(trainer: &mut Trainer<B>, state: &[Vec<f32>; 3]) {
+    for (buffer, values) in FlatBuffer::ALL.into_iter().zip(state) {
+        trainer.write_flat(buffer, 0, values).unwrap();
+    }
 }
 
 /// Token ids below `vocab`.

@@ -37,7 +37,7 @@ use crate::tensor_file::{Dtype, Entry, TensorWriter, file_bytes};
 
 use manifest::Manifest;
 pub use retention::retain;
-pub use verified::{Damaged, Latest, Restored, Verified, latest, model_folder, verify};
+pub use verified::{Damaged, Latest, Verified, latest, model_folder, verify};
 
 pub const TRAINER_TENSORS: &str = "trainer.safetensors";
 pub const TRAINER: &str = "trainer.json";
@@ -45,24 +45,19 @@ pub const MANIFEST: &str = "MANIFEST.json";
 
 const TRAINER_FORMAT: u32 = 1;
 
-/// What the training loop knows besides the flat buffers.
+/// What the training loop knows besides the flat buffers. Earlier versions wrote more, of which
+/// nothing is needed: every random stream begins with the configuration's seed.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct TrainerState {
-    /// Steps done; the next one is `step + 1`. Also names the folder.
+    /// Steps done, each of them an update of the optimizer: the `t` of its bias correction. The
+    /// next one is `step + 1`. Also names the folder.
     pub step: u64,
-    /// Updates the optimizer has made: the `t` of its bias correction. Less than `step` if a step
-    /// was skipped.
-    pub updates: u64,
     /// Tokens that were trained on.
     pub tokens: u64,
-    /// Seed of every random stream; together with counters such as `step` it is all their state.
-    pub seed: u64,
     /// Where the data loader stands.
     pub loader: LoaderState,
     /// Wall time spent training, over all processes of this run.
     pub elapsed_seconds: f64,
-    /// Lowest validation loss so far.
-    pub best_valid_loss: Option<f64>,
     /// The line of the last step, if its evaluation or sample was interrupted: it is written when
     /// they are made up for.
     #[serde(rename = "extra")]
@@ -92,10 +87,23 @@ struct TrainerFile {
     state: TrainerState,
 }
 
-/// Writes a checkpoint and returns its folder, which is then durable; `read` gives the flat
-/// buffers, of the table's stored elements each. If anything fails, the temporary folder is removed
-/// and the earlier checkpoints are as they were.
-pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<PathBuf> {
+/// A checkpoint that this process has written, every byte of which was hashed on its way to the
+/// disk and synced: [`retain`] does not read it again.
+#[derive(Debug)]
+pub struct Saved {
+    folder: PathBuf,
+}
+
+impl Saved {
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// Writes a checkpoint, whose folder is then durable; `read` gives the flat buffers, of the
+/// table's stored elements each. If anything fails, the temporary folder is removed and the
+/// earlier checkpoints are as they were.
+pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<Saved> {
     let step = snapshot.state.step;
     let trainer = TrainerFile::of(snapshot)?;
     let needed_bytes = snapshot.export().bytes()?
@@ -109,11 +117,14 @@ pub fn save(run: &RunDir, snapshot: &Snapshot, read: &mut ReadFlat) -> Result<Pa
         }
         saved
     });
-    saved.map_err(|source| Error::NotSaved {
-        path: checkpoint_folder(run.path(), step),
-        needed_bytes,
-        source: Box::new(source),
-    })
+    match saved {
+        Ok(folder) => Ok(Saved { folder }),
+        Err(source) => Err(Error::NotSaved {
+            path: checkpoint_folder(run.path(), step),
+            needed_bytes,
+            source: Box::new(source),
+        }),
+    }
 }
 
 fn write_files(

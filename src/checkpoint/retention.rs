@@ -5,14 +5,20 @@
 
 use std::collections::BTreeSet;
 
+use super::Saved;
 use super::verified::{complete, verify};
 use crate::config::CheckpointConfig;
 use crate::error::Result;
 use crate::rundir::{RunDir, checkpoint_folder, checkpoint_steps};
 
 /// Deletes the checkpoints that `config` does not keep and returns their steps. The newest one
-/// that verifies is never deleted; it is read only if there is something to delete.
-pub fn retain(run: &RunDir, config: &CheckpointConfig) -> Result<Vec<u64>> {
+/// that verifies is never deleted; it is read only if there is something to delete, and not if it
+/// is the one that was `just_saved`.
+pub fn retain(
+    run: &RunDir,
+    config: &CheckpointConfig,
+    just_saved: Option<&Saved>,
+) -> Result<Vec<u64>> {
     let mut steps = checkpoint_steps(run.path())?;
     steps.retain(|step| complete(&checkpoint_folder(run.path(), *step)).is_ok());
     let mut delete = superfluous(&steps, config.keep_last, config.keep_every);
@@ -22,7 +28,10 @@ pub fn retain(run: &RunDir, config: &CheckpointConfig) -> Result<Vec<u64>> {
     if delete.is_empty() {
         return Ok(Vec::new());
     }
-    let verifies = |step: &&u64| verify(&checkpoint_folder(run.path(), **step)).is_ok();
+    let verifies = |step: &&u64| {
+        let folder = checkpoint_folder(run.path(), **step);
+        just_saved.is_some_and(|saved| saved.folder() == folder) || verify(&folder).is_ok()
+    };
     match steps.iter().rev().find(verifies) {
         Some(newest) => delete.remove(newest),
         None => return Ok(Vec::new()),

@@ -1,7 +1,9 @@
 //! Finding, verifying and loading checkpoints.
 //!
 //! A [`Verified`] exists only if every file of a folder has the size and the sha256 that the
-//! manifest tells. A damaged folder is reported as data, never deleted and never loaded.
+//! manifest tells. A damaged folder is reported as data, never deleted and never loaded. Whoever
+//! wants the model alone gets its folder from [`model_folder`], without the three times as large
+//! state of the optimizer having been read.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,9 @@ use crate::hf;
 use crate::model::parameters::ParameterTable;
 use crate::rundir::{CHECKPOINTS, checkpoint_folder, checkpoint_steps};
 use crate::tensor_file::{Dtype, TensorReader};
+
+/// The files that a model is read from; no state of the trainer.
+const OF_MODEL: [&str; 3] = [hf::CONFIG, hf::MODEL, hf::TOKENIZER];
 
 /// A checkpoint whose every byte is what was written.
 #[derive(Debug)]
@@ -44,32 +49,44 @@ pub struct Latest {
     pub damaged: Vec<Damaged>,
 }
 
-/// State as [`super::save`] got it.
-#[derive(Debug)]
-pub struct Restored {
-    pub parameters: Vec<f32>,
-    pub moment1: Vec<f32>,
-    pub moment2: Vec<f32>,
-    pub state: TrainerState,
-}
-
 /// The newest checkpoint of a run that can be trusted. Every file of it is read.
 pub fn latest(run: impl AsRef<Path>) -> Result<Latest> {
-    let run = run.as_ref();
+    let (verified, damaged) = newest(run.as_ref(), verify)?;
+    Ok(Latest { verified, damaged })
+}
+
+/// What `check` makes of the newest checkpoint that it accepts, and the newer ones, newest first.
+fn newest<T>(run: &Path, check: impl Fn(&Path) -> Result<T>) -> Result<(Option<T>, Vec<Damaged>)> {
     let mut damaged = Vec::new();
     for step in checkpoint_steps(run)?.into_iter().rev() {
-        match verify(&checkpoint_folder(run, step)) {
-            Ok(verified) => return Ok(Latest { verified: Some(verified), damaged }),
+        match check(&checkpoint_folder(run, step)) {
+            Ok(accepted) => return Ok((Some(accepted), damaged)),
             Err(reason) => damaged.push(Damaged { step, reason }),
         }
     }
-    Ok(Latest { verified: None, damaged })
+    Ok((None, damaged))
 }
 
 /// Reads every file of a checkpoint folder and compares it with the manifest.
 pub fn verify(folder: &Path) -> Result<Verified> {
     let manifest = complete(folder)?;
-    manifest.files.par_iter().try_for_each(|(name, expected)| {
+    compare_hashes(folder, &manifest, |_| true)?;
+    Ok(Verified { folder: folder.to_path_buf(), step: manifest.step })
+}
+
+/// As [`verify`], but reads only what the model is made of.
+fn verify_model(folder: &Path) -> Result<PathBuf> {
+    compare_hashes(folder, &complete(folder)?, |name| OF_MODEL.contains(&name))?;
+    Ok(folder.to_path_buf())
+}
+
+/// Reads the files that are `asked` for.
+fn compare_hashes(
+    folder: &Path,
+    manifest: &Manifest,
+    asked: impl Fn(&str) -> bool + Sync,
+) -> Result<()> {
+    manifest.files.par_iter().filter(|(name, _)| asked(name)).try_for_each(|(name, expected)| {
         let found = Fingerprint::of_file(&folder.join(name))?;
         if found == *expected {
             return Ok(());
@@ -79,8 +96,7 @@ pub fn verify(folder: &Path) -> Result<Verified> {
             found.sha256, expected.sha256
         );
         Err(unusable(folder, what))
-    })?;
-    Ok(Verified { folder: folder.to_path_buf(), step: manifest.step })
+    })
 }
 
 /// The manifest of a folder whose files are there and have the right sizes; nothing is hashed.
@@ -128,28 +144,9 @@ impl Verified {
         Ok(self.trainer_file()?.config)
     }
 
-    /// Loads the state into new buffers. The table must be laid out as when the state was saved.
-    pub fn load_trainer(&self, table: &ParameterTable) -> Result<Restored> {
-        let mut restored = Restored {
-            parameters: Vec::with_capacity(table.stored_elements()),
-            moment1: Vec::with_capacity(table.stored_elements()),
-            moment2: Vec::with_capacity(table.stored_elements()),
-            state: self.trainer_file()?.state,
-        };
-        self.load_each(table, |buffer, _, values| {
-            let into = match buffer {
-                FlatBuffer::Parameters => &mut restored.parameters,
-                FlatBuffer::Moment1 => &mut restored.moment1,
-                FlatBuffer::Moment2 => &mut restored.moment2,
-            };
-            into.extend_from_slice(values);
-            Ok(())
-        })?;
-        Ok(restored)
-    }
-
-    /// Gives every element to `take`, a chunk after the other, with the place of its first one:
-    /// only a chunk is in memory at a time.
+    /// Gives every element of the state that was saved to `take`, a chunk after the other, with the
+    /// place of its first one: only a chunk is in memory at a time. The table must be laid out as
+    /// when the state was saved.
     pub fn load_each(
         &self,
         table: &ParameterTable,
@@ -196,12 +193,12 @@ impl Verified {
 }
 
 /// The folder that a MODEL argument means: a Hugging Face folder, or the newest checkpoint of a
-/// run that can be trusted.
+/// run whose model can be trusted; the state of its trainer is not read.
 pub fn model_folder(path: &Path) -> Result<PathBuf> {
     if path.join(hf::CONFIG).exists() {
         // One of our checkpoints must hold; other people's folders have no manifest.
         if path.join(MANIFEST).exists() || path.join(TRAINER).exists() {
-            verify(path)?;
+            verify_model(path)?;
         }
         return Ok(path.to_path_buf());
     }
@@ -214,9 +211,9 @@ pub fn model_folder(path: &Path) -> Result<PathBuf> {
         let what = format!("has neither {} nor {CHECKPOINTS}/", hf::CONFIG);
         return Err(refused(what, "name a run, one of its checkpoints, or a Hugging Face folder"));
     }
-    let Latest { verified, damaged } = latest(path)?;
-    match (verified, damaged.into_iter().next()) {
-        (Some(verified), _) => Ok(verified.folder),
+    let (folder, damaged) = newest(path, verify_model)?;
+    match (folder, damaged.into_iter().next()) {
+        (Some(folder), _) => Ok(folder),
         (None, Some(newest)) => Err(newest.reason),
         (None, None) => {
             Err(refused("has no checkpoint yet".into(), "wait for the first one, or train on"))

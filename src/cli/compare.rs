@@ -1,13 +1,12 @@
 //! `isobath compare`: several variants of one configuration, on the same data from the same seeds.
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
+use isobath::Result;
 use isobath::compare::{COMPARISON, Request, Variant, compare};
 use isobath::report::{Heading, page, read_runs};
 use isobath::train::{Console, Interrupt, default_folder};
-use isobath::{Error, Result};
 use jiff::Timestamp;
 
 use super::config::ConfigArgs;
@@ -68,7 +67,7 @@ pub fn run(args: CompareArgs) -> anyhow::Result<()> {
     if !folders.is_empty() {
         let heading = Heading { title: Some(request.base.name.clone()), made: Timestamp::now() };
         let page = page(&heading, &read_runs(&folders)?);
-        fs::write(&page_at, page).map_err(Error::io("write", &page_at))?;
+        output::save(&page_at, page.as_bytes())?;
         eprintln!("report      {}", page_at.display());
     }
     eprintln!("runs        {}", request.folder.display());

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use isobath::data::corpus::{read_texts, train_on_files};
-use isobath::data::prepare::{PrepareOptions, TOKENIZER_FILE, prepare, write_whole};
+use isobath::data::prepare::{PrepareOptions, TOKENIZER_FILE, prepare};
 use isobath::data::shard::{self, Shard, short};
 use isobath::data::tokenizer::Tokenizer;
 use isobath::tasks::{DrawOptions, draw, json_lines};
 
-use super::output::say;
+use super::output::{save, say};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum DataCommand {
@@ -128,7 +128,7 @@ pub fn run(command: DataCommand) -> anyhow::Result<()> {
         DataCommand::Tokenizer { files, vocab, out, field, limit_mib, json } => {
             let bytes = limit_mib.map(|mib| mib.saturating_mul(1 << 20));
             let tokenizer = train_on_files(&files, &field, vocab, bytes, true)?;
-            write_whole(&out, tokenizer.json().as_bytes())?;
+            save(&out, tokenizer.json().as_bytes())?;
             let report = serde_json::json!({
                 "tokenizer": out,
                 "vocab": tokenizer.vocab(),
@@ -228,7 +228,7 @@ fn write_task(
         .into());
     }
     let questions = draw(documents, options)?;
-    write_whole(out, json_lines(&questions).as_bytes())?;
+    save(out, json_lines(&questions).as_bytes())?;
     let bytes: usize = documents.iter().map(String::len).sum();
     match json {
         true => say!(

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::ProgressBar;
-use isobath::data::prepare::write_whole;
 use isobath::evaluate::{self, evaluate};
 use isobath::tasks::{self, Estimate, Style};
 
@@ -86,7 +85,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.samples {
         let lines = report.score.samples.iter().map(serde_json::to_string);
         let lines = lines.collect::<Result<Vec<_>, _>>()?;
-        write_whole(path, (lines.join("\n") + "\n").as_bytes())?;
+        output::save(path, (lines.join("\n") + "\n").as_bytes())?;
     }
     if args.json { output::print_json(&report) } else { print_score(&report) }
 }

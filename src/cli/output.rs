@@ -1,8 +1,13 @@
-//! What goes to stdout: the answer itself, as text or as one JSON object.
+//! What a command gives: on stdout the answer itself, as text or as one JSON object, and files that
+//! the user named.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::Context;
+use isobath::durable::{folder_of, replace};
+use isobath::{Error, Result};
 use serde::Serialize;
 
 /// Writes all of `text`; `println!` would panic when nobody reads it.
@@ -22,6 +27,17 @@ pub fn print_json(answer: &impl Serialize) -> anyhow::Result<()> {
     let mut text = serde_json::to_string_pretty(answer).context("cannot write JSON")?;
     text.push('\n');
     print(&text)
+}
+
+/// Writes a file that the user named, and the folders above it, as a whole or not at all. What is
+/// there and is no file (a pipe, /dev/stdout) is written to.
+pub fn save(path: &Path, contents: &[u8]) -> Result<()> {
+    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return fs::write(path, contents).map_err(Error::io("write", path));
+    }
+    let folder = folder_of(path);
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    replace(path, contents)
 }
 
 /// Whether the reader of a pipe went away (`isobath info | head -1`): no failure of ours.

@@ -1,14 +1,12 @@
 //! `isobath report`: one page of figures from runs.
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
-use isobath::Error;
 use isobath::report::{Heading, page, read_runs};
 use jiff::Timestamp;
 
-use super::output::say;
+use super::output::{save, say};
 
 #[derive(Args, Debug)]
 pub struct ReportArgs {
@@ -26,6 +24,6 @@ pub struct ReportArgs {
 pub fn run(args: ReportArgs) -> anyhow::Result<()> {
     let runs = read_runs(&args.runs)?;
     let heading = Heading { title: args.title, made: Timestamp::now() };
-    fs::write(&args.out, page(&heading, &runs)).map_err(Error::io("write", &args.out))?;
+    save(&args.out, page(&heading, &runs).as_bytes())?;
     say!("{}", args.out.display())
 }

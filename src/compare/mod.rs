@@ -73,7 +73,7 @@ pub fn compare(
         }
     }
     let comparison = Comparison::new(&request.variants, results);
-    let text = serde_json::to_vec_pretty(&comparison).map_err(|error| Error::Usage {
+    let text = serde_json::to_vec_pretty(&comparison).map_err(|error| Error::Internal {
         what: format!("the comparison cannot be written as JSON: {error}"),
         remedy: "report this: it is a defect".to_string(),
     })?;

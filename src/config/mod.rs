@@ -10,7 +10,7 @@ pub(crate) mod choice;
 mod layers;
 pub(crate) mod nearest;
 mod presets;
-mod rules;
+pub(crate) mod rules;
 
 use std::path::PathBuf;
 

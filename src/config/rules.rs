@@ -12,12 +12,13 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-// Far above any model that can be stored; below them no product of sizes overflows.
-const MOST_HIDDEN: usize = 1 << 17;
-const MOST_FFN: usize = 1 << 20;
-const MOST_LAYERS: usize = 1 << 14;
-const MOST_VOCAB: usize = 1 << 24;
-const MOST_SEQUENCE: usize = 1 << 24;
+// Far above any model that can be stored; below them no product of sizes overflows: the parameters
+// of all layers together are fewer than 2^14 (4 2^34 + 3 2^37) < 2^53.
+pub(crate) const MOST_HIDDEN: usize = 1 << 17;
+pub(crate) const MOST_FFN: usize = 1 << 20;
+pub(crate) const MOST_LAYERS: usize = 1 << 14;
+pub(crate) const MOST_VOCAB: usize = 1 << 24;
+pub(crate) const MOST_SEQUENCE: usize = 1 << 24;
 const MOST_GRAD_ACCUMULATION: usize = 1 << 20;
 
 /// Positions of a micro-batch are counted in i32.

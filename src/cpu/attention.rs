@@ -222,10 +222,11 @@ pub(super) fn forward<T: Float>(
             d,
         };
         let mut tile = vec![T::ZERO; rows * d];
-        // Tasks have different heads or different rows.
+        // SAFETY: tasks have different heads or different rows.
         let log_sum_exp = unsafe { log_sum_exp.row(bh, first, rows) };
         attend(queries, &mut tile, log_sum_exp);
         for (row, from) in tile.chunks_exact(d).enumerate() {
+            // SAFETY: as above; one slice after the other.
             unsafe { out.row(b * sequence + first + row, head * d, d) }.copy_from_slice(from);
         }
     });
@@ -273,7 +274,7 @@ pub(super) fn cached<T: Float>(
         let (mut tile, mut log_sum_exp) = (vec![T::ZERO; rows * d], [T::ZERO; TILE]);
         attend(queries, &mut tile, &mut log_sum_exp);
         for (row, from) in tile.chunks_exact(d).enumerate() {
-            // Tasks have different heads or different rows.
+            // SAFETY: tasks have different heads or different rows; one slice after the other.
             unsafe { out.row(first + row, head * d, d) }.copy_from_slice(from);
         }
     });
@@ -430,7 +431,8 @@ vectorised! {
                         T::tile_product(to_queries, d_s, k, &mut d_q);
                         for (row, d_q) in band.zip(d_q.chunks_exact_mut(d)) {
                             let at = b * sequence + first + row;
-                            // The one slice of d_qkv that is alive.
+                            // SAFETY: tasks have different sequences or kv heads (see the caller); this
+                            // is the task's one slice that is alive.
                             let to = unsafe { d_qkv.row(at, layout.q(head), d) };
                             if first_key == first_tile {
                                 to.copy_from_slice(d_q);
@@ -466,7 +468,7 @@ vectorised! {
             }
             for row in 0..keys {
                 let at = b * sequence + first_key + row;
-                // As above.
+                // SAFETY: as above; one slice after the other.
                 unsafe {
                     d_qkv.row(at, layout.k(kv_head), d).copy_from_slice(&d_k[row * d..][..d]);
                     d_qkv.row(at, layout.v(kv_head), d).copy_from_slice(&d_v[row * d..][..d]);

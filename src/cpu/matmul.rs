@@ -26,7 +26,10 @@ impl<'a, T> Matrix<'a, T> {
     }
 
     fn holds(&self, rows: usize, columns: usize) -> bool {
-        (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.data.len()
+        let last_row = (rows - 1).checked_mul(self.row_stride);
+        let last_column = (columns - 1).checked_mul(self.column_stride);
+        let last = last_row.zip(last_column).and_then(|(row, column)| row.checked_add(column));
+        last.is_some_and(|last| last < self.data.len())
     }
 }
 
@@ -44,8 +47,9 @@ pub(crate) fn matmul<T: Float>(
         }
         return;
     }
-    assert!(a.holds(m, k) && b.holds(k, n) && out.len() >= m * n, "matmul [{m},{n},{k}]: slices");
-    // The three matrices lie inside their slices (asserted), and `out` is not shared.
+    let out_holds = m.checked_mul(n).is_some_and(|elements| elements <= out.len());
+    assert!(a.holds(m, k) && b.holds(k, n) && out_holds, "matmul [{m},{n},{k}]: slices");
+    // SAFETY: the three matrices lie inside their slices (asserted), and `out` is not shared.
     unsafe {
         gemm::gemm(
             m,

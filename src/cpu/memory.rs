@@ -36,16 +36,22 @@ impl Memory {
     }
 
     fn region(&mut self, view: View, element_bytes: usize) -> (*mut u8, usize) {
-        let bytes = view.shape.elements() * element_bytes;
         let buffer = &mut self.buffers[view.buffer.0 as usize];
-        assert!(
-            view.offset + bytes <= buffer.len() * 64,
-            "view of {bytes} bytes at {} leaves its buffer of {} bytes",
-            view.offset,
-            buffer.len() * 64
-        );
-        // In bounds by the assertion above.
-        (unsafe { buffer.as_mut_ptr().cast::<u8>().add(view.offset) }, bytes)
+        let (offset, buffer_bytes) = (view.offset, buffer.len() * 64);
+        let bytes = view
+            .shape
+            .elements()
+            .checked_mul(element_bytes)
+            .filter(|bytes| offset.checked_add(*bytes).is_some_and(|end| end <= buffer_bytes));
+        let Some(bytes) = bytes else {
+            let shape = view.shape;
+            panic!(
+                "view {shape} of {element_bytes}-byte elements at byte {offset} leaves its buffer \
+                 of {buffer_bytes} bytes"
+            );
+        };
+        // SAFETY: `offset + bytes` is within the buffer, as has just been checked.
+        (unsafe { buffer.as_mut_ptr().cast::<u8>().add(offset) }, bytes)
     }
 
     /// Slices of `write` and `read`; panics where a written view overlaps another.
@@ -76,7 +82,7 @@ impl Memory {
                 assert!(apart, "a written view overlaps another view of the same op");
             }
         }
-        // The regions lie in buffers that `self` owns and that stay borrowed as long as the
+        // SAFETY: the regions lie in buffers that `self` owns and that stay borrowed as long as the
         // slices; written ones are disjoint from all others (checked above); every bit pattern
         // is a valid T (Pod); from_raw_parts demands the alignment, which cast asserts.
         unsafe {
@@ -99,15 +105,19 @@ fn element_bytes<T>(kind: Kind) -> usize {
     bytes
 }
 
-/// The caller guarantees that the region is valid and not written for `'a`.
+/// # Safety
+/// The region is valid and not written for `'a`.
 unsafe fn cast<'a, T: Pod>(start: *const u8, bytes: usize) -> &'a [T] {
     assert!(start.cast::<T>().is_aligned(), "a view is not aligned to its element type");
+    // SAFETY: aligned, as asserted; the rest is the caller's promise.
     unsafe { std::slice::from_raw_parts(start.cast::<T>(), bytes / size_of::<T>()) }
 }
 
-/// The caller guarantees that the region is valid and not aliased for `'a`.
+/// # Safety
+/// The region is valid and not aliased for `'a`.
 unsafe fn cast_mut<'a, T: Pod>(start: *mut u8, bytes: usize) -> &'a mut [T] {
     assert!(start.cast::<T>().is_aligned(), "a view is not aligned to its element type");
+    // SAFETY: aligned, as asserted; the rest is the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(start.cast::<T>(), bytes / size_of::<T>()) }
 }
 
@@ -115,19 +125,21 @@ unsafe fn cast_mut<'a, T: Pod>(start: *mut u8, bytes: usize) -> &'a mut [T] {
 #[derive(Clone, Copy)]
 pub(super) struct Columns<'a, T> {
     start: *mut T,
-    elements: usize,
+    rows: usize,
     stride: usize,
     owner: PhantomData<&'a mut [T]>,
 }
 
-// Access goes through `row`, whose caller keeps tasks apart.
+// SAFETY: access goes through `row`, whose caller keeps tasks apart.
 unsafe impl<T: Send> Send for Columns<'_, T> {}
+// SAFETY: as above.
 unsafe impl<T: Send> Sync for Columns<'_, T> {}
 
 impl<'a, T> Columns<'a, T> {
     /// `stride`: elements from one row to the next.
     pub fn new(matrix: &'a mut [T], stride: usize) -> Self {
-        Columns { start: matrix.as_mut_ptr(), elements: matrix.len(), stride, owner: PhantomData }
+        let rows = matrix.len().checked_div(stride).unwrap_or(0);
+        Columns { start: matrix.as_mut_ptr(), rows, stride, owner: PhantomData }
     }
 
     /// Elements `column..column + width` of `row`.
@@ -136,9 +148,9 @@ impl<'a, T> Columns<'a, T> {
     /// No two slices that are alive at the same time overlap.
     #[inline(always)]
     pub unsafe fn row(&self, row: usize, column: usize, width: usize) -> &'a mut [T] {
-        let first = row * self.stride + column;
-        assert!(column + width <= self.stride && first + width <= self.elements);
-        // In bounds by the assertion; not aliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), width) }
+        assert!(row < self.rows && width <= self.stride && column <= self.stride - width);
+        // SAFETY: by the assertion, `row * stride + column + width <= rows * stride`, which is at
+        // most the matrix's length, so nothing wraps; not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride + column), width) }
     }
 }

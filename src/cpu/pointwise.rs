@@ -126,7 +126,7 @@ pub(super) fn embedding_backward<T: Float>(
         let column = task * COLUMNS;
         let width = COLUMNS.min(c - column);
         for (d_out, &token) in d_out.chunks_exact(c).zip(tokens) {
-            // Tasks have different columns, and one task holds one row at a time.
+            // SAFETY: tasks have different columns, and one task holds one row at a time.
             let d_table = unsafe { d_table.row(token as usize, column, width) };
             for (d_table, &d_out) in d_table.iter_mut().zip(&d_out[column..]) {
                 *d_table += d_out;

@@ -51,9 +51,10 @@ macro_rules! vectorised {
                 fn avx512<T: Float>($($arg: $ty),*) $(-> $out)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2<T: Float>($($arg: $ty),*) $(-> $out)? { body($($arg),*) }
-                // The instruction set was found on this machine just now.
                 match Level::of_this_machine() {
+                    // SAFETY: this machine has the instruction set, as was found just now.
                     Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
                     Level::Avx2 => return unsafe { avx2($($arg),*) },
                     Level::Baseline => {}
                 }

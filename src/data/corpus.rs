@@ -4,6 +4,7 @@
 //! they are. Held-out text is cut off before anything is tokenized, so that a tokenizer trained
 //! here has not seen it.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 
@@ -441,7 +442,8 @@ impl Cache<'_> {
     }
 }
 
-/// Trains a tokenizer on text files, streaming; on their first `bytes` of text if given.
+/// Trains a tokenizer on text files, streaming; on their first `bytes` of text if given, and then
+/// the rest is not read.
 ///
 /// Errors: those of [`text::read`] and of [`Tokenizer::train`].
 pub fn train_on_files(
@@ -462,7 +464,7 @@ pub fn train_on_files(
                 if left == 0 {
                     break;
                 }
-                text::read(
+                text::read_until(
                     path,
                     field,
                     tokenizer::cut_between_words,
@@ -472,9 +474,14 @@ pub fn train_on_files(
                         let kept = left.min(piece.text.len() as u64);
                         left -= kept;
                         piece.text.truncate(piece.text.floor_char_boundary(kept as usize));
-                        // The trainer takes all texts, or has failed and says why itself.
-                        let _ = (!piece.text.is_empty()).then(|| sender.send(piece.text));
-                        Ok(())
+                        if !piece.text.is_empty() && sender.send(piece.text).is_err() {
+                            left = 0; // the trainer has failed, and says why itself
+                        }
+                        Ok(if left == 0 {
+                            ControlFlow::Break(())
+                        } else {
+                            ControlFlow::Continue(())
+                        })
                     },
                 )?;
             }

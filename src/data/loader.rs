@@ -278,9 +278,12 @@ impl Prefetch {
     pub fn next_batch(&mut self) -> Result<Batch> {
         let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         let Some(result) = received else {
-            return Err(Error::Usage {
-                what: "the thread that prepares batches has stopped after an error".into(),
-                remedy: "see the error before this one".into(),
+            if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+                std::panic::resume_unwind(panic);
+            }
+            return Err(Error::Internal {
+                what: "a batch was asked for after the loader's error".into(),
+                remedy: "see the error before this one, and report this one: it is a defect".into(),
             });
         };
         let (batch, state) = result?;

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use crate::data::shard::{DEFAULT_SHARD_BYTES, ShardWriter, short};
 use crate::data::text::{self, Piece, TextCounts};
 use crate::data::tokenizer::{PIECE_BYTES, Tokenizer};
+use crate::durable::replace;
 use crate::{Error, Result};
 
 /// Pieces that one core encodes between two waits for the others.
@@ -144,25 +145,7 @@ pub fn save_tokenizer(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
             remedy: "choose another folder: shards of two tokenizers do not go together".into(),
         });
     }
-    write_whole(&path, tokenizer.json().as_bytes())
-}
-
-/// Writes a file so that it is there whole or not at all.
-pub fn write_whole(path: &Path, contents: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    let mut file = tempfile::Builder::new()
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder)
-        .map_err(Error::io("create a file in", folder))?;
-    file.write_all(contents).map_err(Error::io("write", path))?;
-    file.as_file().sync_all().map_err(Error::io("sync", path))?;
-    file.persist(path).map_err(|error| Error::io("rename", path)(error.error))?;
-    Ok(())
+    replace(&path, tokenizer.json().as_bytes())
 }
 
 /// A piece that has been encoded.
@@ -250,9 +233,9 @@ impl<J> Batcher<J> {
 
     fn flush(&mut self) -> Result<()> {
         self.bytes = 0;
-        self.sender.send(std::mem::take(&mut self.jobs)).map_err(|_| Error::Usage {
+        self.sender.send(std::mem::take(&mut self.jobs)).map_err(|_| Error::Internal {
             what: "reading was stopped, because what was read could not be written".into(),
-            remedy: "see the error before this one".into(),
+            remedy: "report this: the error of the writer should stand here".into(),
         })
     }
 }

@@ -16,6 +16,7 @@ use bytemuck::{Pod, Zeroable};
 use memmap2::Mmap;
 
 use crate::data::tokenizer::Tokenizer;
+use crate::durable::sync_folder;
 use crate::{Error, Result};
 
 /// File name extension of shards.
@@ -511,9 +512,7 @@ impl ShardWriter {
             std::fs::rename(self.temporary_path(part), &path)
                 .map_err(Error::io("rename", &path))?;
         }
-        if let Ok(folder) = File::open(&self.folder) {
-            folder.sync_all().map_err(Error::io("sync", &self.folder))?;
-        }
+        sync_folder(&self.folder)?;
         Ok((0..parts).map(|part| self.final_path(part)).collect())
     }
 

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::ops::ControlFlow::{self, Break, Continue};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -108,6 +109,17 @@ pub fn read(
     read_bytes: &AtomicU64,
     mut each: impl FnMut(Piece) -> Result<()>,
 ) -> Result<TextCounts> {
+    read_until(path, field, cut, read_bytes, |piece| each(piece).map(Continue))
+}
+
+/// As [`read`], until `each` breaks: what comes after is neither read nor checked.
+pub fn read_until(
+    path: &Path,
+    field: &str,
+    cut: impl Fn(&str) -> Option<usize>,
+    read_bytes: &AtomicU64,
+    mut each: impl FnMut(Piece) -> Result<ControlFlow<()>>,
+) -> Result<TextCounts> {
     let Some((format, compression)) = kind(path) else {
         return Err(bad(
             path,
@@ -129,7 +141,7 @@ pub fn read(
         }
         Format::JsonLines => read_lines(path, &mut input, field, cut, &mut emit)?,
     };
-    if found.documents == 0 {
+    if found.text_bytes == 0 {
         return Err(bad(path, "holds no text", "leave it out, or give a file with text in it"));
     }
     Ok(TextCounts { empty_documents, ..found })
@@ -139,7 +151,7 @@ pub fn read(
 /// passed over. The error of `each` ends the reading and is returned.
 ///
 /// Errors: as [`read`]; another kind of file.
-pub fn read_objects(path: &Path, each: impl FnMut(u64, Value) -> Result<()>) -> Result<()> {
+pub fn read_objects(path: &Path, mut each: impl FnMut(u64, Value) -> Result<()>) -> Result<()> {
     let Some((Format::JsonLines, compression)) = kind(path) else {
         return Err(bad(
             path,
@@ -149,7 +161,7 @@ pub fn read_objects(path: &Path, each: impl FnMut(u64, Value) -> Result<()>) -> 
     };
     let read_bytes = AtomicU64::new(0);
     let mut input = open(path, compression, &read_bytes)?;
-    for_each_object(path, &mut input, each)
+    for_each_object(path, &mut input, |number, object| each(number, object).map(Continue))
 }
 
 /// The text of a file that is not empty.
@@ -172,7 +184,7 @@ fn read_plain(
     path: &Path,
     input: &mut dyn Read,
     cut: impl Fn(&str) -> Option<usize>,
-    emit: &mut impl FnMut(&str, bool) -> Result<()>,
+    emit: &mut impl FnMut(&str, bool) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let mut pending = String::new();
     let mut bytes = vec![];
@@ -193,12 +205,17 @@ fn read_plain(
         offset += used as u64;
         let mut start = 0;
         while let Some(length) = cut(&pending[start..]) {
-            emit(&pending[start..start + length], false)?;
+            if emit(&pending[start..start + length], false)?.is_break() {
+                return Ok(());
+            }
             start += length;
         }
         pending.drain(..start);
         if ended {
-            return if offset > 0 { emit(&pending, true) } else { Ok(()) };
+            if offset > 0 {
+                let _last = emit(&pending, true)?;
+            }
+            return Ok(());
         }
     }
 }
@@ -209,7 +226,7 @@ fn read_lines(
     input: &mut dyn Read,
     field: &str,
     cut: impl Fn(&str) -> Option<usize>,
-    emit: &mut impl FnMut(&str, bool) -> Result<()>,
+    emit: &mut impl FnMut(&str, bool) -> Result<ControlFlow<()>>,
 ) -> Result<u64> {
     let mut empty_documents = 0;
     for_each_object(path, input, |number, object| {
@@ -224,11 +241,13 @@ fn read_lines(
         };
         if text.is_empty() {
             empty_documents += 1;
-            return Ok(());
+            return Ok(Continue(()));
         }
         let mut start = 0;
         while let Some(length) = cut(&text[start..]) {
-            emit(&text[start..start + length], false)?;
+            if emit(&text[start..start + length], false)?.is_break() {
+                return Ok(Break(()));
+            }
             start += length;
         }
         emit(&text[start..], true)
@@ -236,11 +255,11 @@ fn read_lines(
     Ok(empty_documents)
 }
 
-/// Each line of JSON with its number.
+/// Each line of JSON with its number, until `each` breaks.
 fn for_each_object(
     path: &Path,
     input: &mut dyn Read,
-    mut each: impl FnMut(u64, Value) -> Result<()>,
+    mut each: impl FnMut(u64, Value) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     let mut input = BufReader::with_capacity(READ_BYTES, input);
     let mut line = vec![];
@@ -272,7 +291,9 @@ fn for_each_object(
                 "give one JSON object a line, such as {\"text\": \"...\"}",
             )
         })?;
-        each(number, object)?;
+        if each(number, object)?.is_break() {
+            break;
+        }
     }
     Ok(())
 }

@@ -187,13 +187,6 @@ impl<B: Backend> Trainer<B> {
         &self.table
     }
 
-    /// Replaces parameters and both moments; each of the table's stored elements.
-    pub fn set_state(&mut self, parameters: &[f32], m1: &[f32], m2: &[f32]) -> Result<()> {
-        let values = [parameters, m1, m2];
-        let mut all = FlatBuffer::ALL.into_iter().zip(values);
-        all.try_for_each(|(buffer, values)| self.write_flat(buffer, 0, values))
-    }
-
     pub fn set_parameters(&mut self, parameters: &[f32]) -> Result<()> {
         self.write_flat(FlatBuffer::Parameters, 0, parameters)
     }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{CONFIG, TokenizerFiles};
+use crate::config::rules::{MOST_FFN, MOST_HIDDEN, MOST_LAYERS, MOST_SEQUENCE, MOST_VOCAB};
 use crate::config::{
     DEFAULT_LAYER_SCALE, DEFAULT_MIX_POST, InitKind, LnsPosition, ModelConfig, NormKind, Placement,
 };
@@ -20,9 +21,6 @@ use crate::model::placement;
 
 /// rope_theta where a folder tells none.
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
-/// Sizes above these are taken for a damaged file; products of three of them fit into 64 bits.
-const MAX_SIZE: usize = 1 << 24;
-const MAX_LAYERS: usize = 1 << 14;
 
 /// What we add to config.json, to restore from our own folders what stock LLaMA has no word for.
 #[derive(Serialize, Deserialize)]
@@ -207,22 +205,28 @@ fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
     }
     unsupported(&raw, path)?;
 
-    let size = |key: &str, value: Option<usize>| match value {
-        Some(size) if (1..=MAX_SIZE).contains(&size) => Ok(size),
-        Some(size) => Err(refused(path, format!("{key} is {size}"), "repair the file")),
+    let size = |key: &str, value: Option<usize>, most: usize| match value {
+        Some(size) if (1..=most).contains(&size) => Ok(size),
+        Some(size) => {
+            let what = format!("{key} is {size}, not from 1 to {most}");
+            Err(refused(path, what, "repair the file"))
+        }
         None => Err(refused(path, format!("{key} is missing"), "repair the file")),
     };
     let number = |key: &str, value: f64| match value {
         value if value.is_finite() && value > 0.0 => Ok(value),
         value => Err(refused(path, format!("{key} is {value}"), "repair the file")),
     };
-    let hidden = size("hidden_size", raw.hidden_size)?;
-    let layers = size("num_hidden_layers", raw.num_hidden_layers)?;
-    let heads = size("num_attention_heads", raw.num_attention_heads)?;
-    let kv_heads = size("num_key_value_heads", raw.num_key_value_heads.or(Some(heads)))?;
-    let inconsistent = if layers > MAX_LAYERS {
-        Some(format!("num_hidden_layers is {layers}"))
-    } else if !hidden.is_multiple_of(heads) {
+    let hidden = size("hidden_size", raw.hidden_size, MOST_HIDDEN)?;
+    let layers = size("num_hidden_layers", raw.num_hidden_layers, MOST_LAYERS)?;
+    let heads = size("num_attention_heads", raw.num_attention_heads, MOST_HIDDEN)?;
+    let kv_heads = raw.num_key_value_heads.or(Some(heads));
+    let kv_heads = size("num_key_value_heads", kv_heads, MOST_HIDDEN)?;
+    let ffn = size("intermediate_size", raw.intermediate_size, MOST_FFN)?;
+    let vocab = size("vocab_size", raw.vocab_size, MOST_VOCAB)?;
+    let max_sequence = raw.max_position_embeddings.or(Some(2048));
+    let max_sequence = size("max_position_embeddings", max_sequence, MOST_SEQUENCE)?;
+    let inconsistent = if !hidden.is_multiple_of(heads) {
         Some(format!("num_attention_heads {heads} does not divide hidden_size {hidden}"))
     } else if !heads.is_multiple_of(kv_heads) {
         Some(format!("num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"))
@@ -242,9 +246,9 @@ fn validated(raw: Raw, path: &Path) -> Result<ModelConfig> {
         layers,
         heads,
         kv_heads,
-        ffn: size("intermediate_size", raw.intermediate_size)?,
-        vocab: size("vocab_size", raw.vocab_size)?,
-        max_sequence: size("max_position_embeddings", raw.max_position_embeddings.or(Some(2048)))?,
+        ffn,
+        vocab,
+        max_sequence,
         norm: ours.map_or(NormKind::Rms, |o| o.norm),
         placement: ours.map_or(Placement::Pre, |o| o.placement),
         lns_position: ours.map_or(LnsPosition::AfterNorm, |o| o.lns_position),

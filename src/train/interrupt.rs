@@ -32,7 +32,7 @@ impl Interrupt {
                 std::process::exit(KILLED);
             }
         })
-        .map_err(|error| Error::Usage {
+        .map_err(|error| Error::Internal {
             what: format!("signal handlers could not be installed: {error}"),
             remedy: "see the operating system's message".to_string(),
         })?;

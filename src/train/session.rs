@@ -231,8 +231,6 @@ impl<B: Backend> Session<B> {
                 return Ok((None, None));
             };
             console.evaluation(record.step, &evaluation);
-            let best = self.state.best_valid_loss.unwrap_or(f64::INFINITY);
-            self.state.best_valid_loss = Some(best.min(evaluation.val_loss));
             record.evaluation = Some(evaluation);
         }
         let mut sample = None;
@@ -285,19 +283,17 @@ impl<B: Backend> Session<B> {
         let count = self.config.train.grad_accumulation;
         let batches: Vec<Batch> =
             (0..count).map(|_| self.loader.next_batch()).collect::<Result<_>>()?;
-        let update = self.state.updates + 1;
         let first_row = batches.first().map_or(0, |batch| batch.first_row);
         let end_row = first_row + (count * self.config.train.micro_batch) as u64;
         let optimizer = &self.config.optimizer;
         let lr = optim::learning_rate(optimizer, step, self.config.train.steps);
         let under_way = self.trainer.range(c"step", |trainer| {
-            trainer.begin(update);
+            trainer.begin(step);
             let under_way = trainer.enqueue(batches.iter().map(rows))?;
-            trainer.range(c"update", |trainer| trainer.update(optimizer, update, lr))?;
+            trainer.range(c"update", |trainer| trainer.update(optimizer, step, lr))?;
             Ok(under_way)
         })?;
         self.state.step = step;
-        self.state.updates += 1;
         self.state.tokens += self.positions();
         Ok(Step { under_way, step, tokens: self.state.tokens, lr, rows: first_row..end_row })
     }
@@ -368,10 +364,11 @@ impl<B: Backend> Session<B> {
             dtype: Dtype::F32,
         };
         let trainer = &mut self.trainer;
-        let folder = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {
+        let saved = checkpoint::save(&self.directory, &snapshot, &mut |buffer, first, values| {
             trainer.read_flat(buffer, first, values)
         })?;
-        checkpoint::retain(&self.directory, &self.config.checkpoint)?;
+        checkpoint::retain(&self.directory, &self.config.checkpoint, Some(&saved))?;
+        let folder = saved.folder().to_path_buf();
         self.saved = Some((self.state.step, folder.clone()));
         Ok(folder)
     }

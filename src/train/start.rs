@@ -49,12 +49,9 @@ pub(super) fn begin<B: Backend>(
     }
     let state = TrainerState {
         step: 0,
-        updates: 0,
         tokens: 0,
-        seed: config.seed,
         loader: loader.state(),
         elapsed_seconds: 0.0,
-        best_valid_loss: None,
         owed: None,
     };
     Ok(Start { state, loader, saved: None })

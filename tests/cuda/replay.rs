@@ -15,7 +15,7 @@ use isobath::tensor::{Kind, Shape, View};
 use super::counting::{Counting, Counts};
 use super::driver::assert_refused;
 use super::machines::*;
-use crate::support::{run_config, small_model, tokens};
+use crate::support::{run_config, set_state, small_model, tokens};
 
 pub const STEPS: u64 = 6;
 
@@ -240,9 +240,9 @@ fn evaluations_samples_and_a_resumption_in_between_change_no_bit() {
                 }
             }
             if let Some(backend) = second.take_if(|_| at == 5) {
-                let [parameters, m1, m2] = trainer.state().unwrap();
+                let state = trainer.state().unwrap();
                 trainer = self::trainer(&config, backend);
-                trainer.set_state(&parameters, &m1, &m2).unwrap();
+                set_state(&mut trainer, &state);
             }
         }
         finish(trainer, trained)

@@ -15,7 +15,7 @@ use tempfile::tempdir;
 
 use super::{assert_same_state, assert_succeeds, copy_folder, run};
 use crate::data::assert_message;
-use crate::support::{isobath, metrics, run_config, small_model, tokens};
+use crate::support::{isobath, metrics, run_config, set_state, small_model, tokens};
 
 /// Writes (question, answer) lines.
 fn chat(folder: &Path, count: usize) -> PathBuf {
@@ -155,8 +155,7 @@ fn a_frozen_layer_keeps_every_bit_and_the_others_move_as_without_any() {
     for update in 1..=6 {
         sampling.go_to(update);
         let state = some.state().unwrap();
-        let [parameters, moment1, moment2] = &state;
-        all.set_state(parameters, moment1, moment2).unwrap();
+        set_state(&mut all, &state);
         some.begin(update);
         all.begin(update);
         let [found, plain] = [&mut some, &mut all].map(|it| it.accumulate(rows()).unwrap());
@@ -173,7 +172,7 @@ fn a_frozen_layer_keeps_every_bit_and_the_others_move_as_without_any() {
             assert_eq!(same, sampling.count(layer).is_none(), "layer {layer}, update {update}");
             let Some(count) = sampling.count(layer) else { continue };
             // The same step of the whole model, with this layer's own bias correction.
-            all.set_state(parameters, moment1, moment2).unwrap();
+            set_state(&mut all, &state);
             all.accumulate(rows()).unwrap();
             all.update(&config.optimizer, count, 1e-3).unwrap();
             let whole = all.state().unwrap();

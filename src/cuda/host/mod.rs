@@ -230,9 +230,9 @@ unsafe impl Machine for Simt {
 fn kernels_of(functions: &abi::Functions) -> Vec<Kernel> {
     let mut kernels = vec![];
     for index in 0.. {
-        // SAFETY: the machine's kernels are static: registered before main and never removed. Their
-        // strings are null-terminated, and there are `arguments` sizes.
+        // SAFETY: the machine's kernels are static: registered before main and never removed.
         let Some(info) = (unsafe { (functions.kernel)(index).as_ref() }) else { break };
+        // SAFETY: as above; the name is null-terminated, and there are `arguments` sizes.
         let (name, sizes) = unsafe {
             let sizes = match info.arguments {
                 0 => &[],

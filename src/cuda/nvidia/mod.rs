@@ -723,10 +723,11 @@ impl Drop for Nvidia {
         let _ = self.context.synchronize();
         self.graphs.clear();
         for address in self.memory.addresses() {
-            // SAFETY: the ledger's buffers came from `malloc_host`, if they are here, else from
-            // `malloc_sync`, and were not freed; no work is left that could use them.
             let _ = match self.memory.is_on_host(address) {
+                // SAFETY: the ledger's buffers on the host came from `malloc_host` and were not
+                // freed; no work is left that could use them.
                 true => unsafe { result::free_host(address.0 as *mut c_void) },
+                // SAFETY: as above; the others came from `malloc_sync`.
                 false => unsafe { result::free_sync(address.0) },
             };
         }
