@@ -35,6 +35,7 @@ pub mod random;
 pub mod report;
 pub mod rundir;
 pub mod sensors;
+pub mod statistics;
 pub mod stock;
 pub mod tape;
 pub mod tasks;

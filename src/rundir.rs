@@ -237,29 +237,29 @@ impl RunDir {
     }
 
     /// Opens metrics.jsonl for new lines.
-    pub fn metrics(&self) -> Result<MetricsLog> {
+    pub fn metrics(&self) -> Result<LineLog> {
         self.log(METRICS)
     }
 
     /// Opens samples.jsonl for new lines.
-    pub fn samples(&self) -> Result<MetricsLog> {
+    pub fn samples(&self) -> Result<LineLog> {
         self.log(SAMPLES)
     }
 
     /// Opens sessions.jsonl for a new line.
-    pub fn sessions(&self) -> Result<MetricsLog> {
+    pub fn sessions(&self) -> Result<LineLog> {
         self.log(SESSIONS)
     }
 
     /// Opens throughput.jsonl for a new line.
-    pub fn throughput(&self) -> Result<MetricsLog> {
+    pub fn throughput(&self) -> Result<LineLog> {
         self.log(THROUGHPUT)
     }
 
-    fn log(&self, name: &str) -> Result<MetricsLog> {
+    fn log(&self, name: &str) -> Result<LineLog> {
         let path = self.path.join(name);
         let file = OpenOptions::new().create(true).append(true).open(&path);
-        Ok(MetricsLog { file: file.map_err(Error::io("open", &path))?, path })
+        Ok(LineLog { file: file.map_err(Error::io("open", &path))?, path })
     }
 
     /// Takes the run's metrics and samples back to a checkpoint: lines of later steps, and lines
@@ -307,12 +307,12 @@ impl RunDir {
 
 /// metrics.jsonl, open for appending.
 #[derive(Debug)]
-pub struct MetricsLog {
+pub struct LineLog {
     file: File,
     path: PathBuf,
 }
 
-impl MetricsLog {
+impl LineLog {
     /// Appends one JSON object as one line, in one write.
     pub fn append(&mut self, line: &impl Serialize) -> Result<()> {
         let written = serde_json::to_vec(line).map_err(io::Error::from).and_then(|mut line| {

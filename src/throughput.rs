@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::sensors::Conditions;
+use crate::statistics::{quantile, sorted};
 
 /// Steps of a process that do not count.
 pub const WARM_UP_STEPS: u64 = 3;
@@ -65,19 +66,20 @@ impl Meter {
         if self.rates.is_empty() {
             return None;
         }
-        let quarter = self.rates.len() / 4;
         let drift = || {
-            let [first, last] =
-                [&self.rates[..quarter], &self.rates[self.rates.len() - quarter..]].map(median);
+            let quarter = self.rates.len() / 4;
+            let ends = [&self.rates[..quarter], &self.rates[self.rates.len() - quarter..]];
+            let [first, last] = ends.map(|rates| quantile(&sorted(rates.to_vec()), 0.5));
             last / first - 1.0
         };
+        let rates = sorted(self.rates.clone());
         Some(Steady {
             warm_up_steps: WARM_UP_STEPS,
             counted_steps: self.rates.len() as u64,
             seconds: self.seconds,
-            tokens_per_second: median(&self.rates),
-            middle_half: [quantile(&self.rates, 0.25), quantile(&self.rates, 0.75)],
-            slowest: quantile(&self.rates, 0.0),
+            tokens_per_second: quantile(&rates, 0.5),
+            middle_half: [quantile(&rates, 0.25), quantile(&rates, 0.75)],
+            slowest: rates[0],
             drift: (self.rates.len() >= STEPS_WITH_DRIFT).then(drift),
         })
     }
@@ -118,19 +120,6 @@ impl Clock {
     pub fn run_goes_on(&mut self, now: Instant) {
         self.run_from = now;
     }
-}
-
-fn median(values: &[f64]) -> f64 {
-    quantile(values, 0.5)
-}
-
-/// Of at least one value; between two, on the line that joins them.
-fn quantile(values: &[f64], share: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let place = share * (sorted.len() - 1) as f64;
-    let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-    below + (above - below) * place.fract()
 }
 
 /// Of the steps that count.

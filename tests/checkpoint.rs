@@ -67,7 +67,7 @@ impl Training {
                     source: u64::MAX,
                 },
                 elapsed_seconds: 0.1 + 0.2,
-                owed: None,
+                pending: None,
             },
             config,
             table,
@@ -472,7 +472,7 @@ fn child_saves_a_large_model() {
     println!("peak {}", host_memory::peak_of_process().unwrap() - before);
 }
 
-/// What versions before this one wrote: the position and the line that is owed as any JSON, and
+/// What versions before this one wrote: the position and the pending line as any JSON, and
 /// three fields that nothing needs.
 #[test]
 fn the_loaders_position_and_the_owed_line_are_read_or_refused() {
@@ -485,9 +485,9 @@ fn the_loaders_position_and_the_owed_line_are_read_or_refused() {
     let loader = json!({"row": 6, "rows_per_epoch": 7, "seed": 7, "sequence": 64, "source": 9});
     let owed = json!({"grad_norm": 1.0, "loss": 2.0, "lr": 0.1, "mfu": null, "step": 3,
                       "tokens": 384, "tokens_per_second": 10.0});
-    assert_eq!(state(loader.clone(), Value::Null).unwrap().owed, None);
+    assert_eq!(state(loader.clone(), Value::Null).unwrap().pending, None);
     let read = state(loader.clone(), owed.clone()).unwrap();
-    assert_eq!((read.loader.row, read.owed.map(|line| line.loss)), (6, Some(2.0)));
+    assert_eq!((read.loader.row, read.pending.map(|line| line.loss)), (6, Some(2.0)));
     let written = serde_json::to_value(read).unwrap();
     let expected = json!({
         "step": 3, "tokens": 384, "loader": loader, "elapsed_seconds": 1.5, "extra": owed

@@ -290,7 +290,7 @@ fn an_interrupted_evaluation_is_made_up_for() {
     assert!(metrics(&out)[0]["val_loss"].is_f64());
     assert_same_state(&out, &whole, 1);
     let message = assert_succeeds(&resume);
-    assert!(!message.contains("held-out text:"), "nothing is owed any more: {message}");
+    assert!(!message.contains("held-out text:"), "nothing is pending any more: {message}");
 }
 
 /// A step of several seconds.

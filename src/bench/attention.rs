@@ -80,7 +80,7 @@ fn rows_of(
         let kernels = chosen.clone().with_passes(passes)?;
         ways.push((kernels.clone(), ""));
         if passes == Passes::One {
-            ways.push((kernels.with_order(false), ", sums in any order"));
+            ways.push((kernels.with_deterministic(false), ", sums in any order"));
         }
     }
     let tokens = batch * sequence;

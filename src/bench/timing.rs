@@ -10,6 +10,7 @@ use crate::cuda::{Allocation, DevicePointer, Driver, EventId, StreamId};
 use crate::error::{Error, Result};
 use crate::predict::cost::element_bytes;
 use crate::random::Philox;
+use crate::statistics::{quantile, sorted};
 
 use half::bf16;
 
@@ -204,9 +205,8 @@ pub(super) struct Timing {
 }
 
 impl Timing {
-    pub fn new(mut microseconds: Vec<f64>, launches_per_sample: usize) -> Self {
-        microseconds.sort_by(f64::total_cmp);
-        Timing { microseconds, launches_per_sample }
+    pub fn new(microseconds: Vec<f64>, launches_per_sample: usize) -> Self {
+        Timing { microseconds: sorted(microseconds), launches_per_sample }
     }
 
     pub fn samples(&self) -> usize {
@@ -214,12 +214,7 @@ impl Timing {
     }
 
     pub fn median(&self) -> f64 {
-        let sorted = &self.microseconds;
-        let middle = sorted.len() / 2;
-        match sorted.len() % 2 {
-            1 => sorted[middle],
-            _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
-        }
+        quantile(&self.microseconds, 0.5)
     }
 
     pub fn fastest(&self) -> f64 {

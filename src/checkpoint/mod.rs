@@ -61,7 +61,7 @@ pub struct TrainerState {
     /// The line of the last step, if its evaluation or sample was interrupted: it is written when
     /// they are made up for.
     #[serde(rename = "extra")]
-    pub owed: Option<StepRecord>,
+    pub pending: Option<StepRecord>,
 }
 
 /// A moment of a training run, without its flat buffers; borrows everything.

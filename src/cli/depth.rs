@@ -4,7 +4,6 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::ProgressBar;
 use isobath::Error;
 use isobath::depth::{
@@ -15,7 +14,7 @@ use isobath::rundir::{checkpoint_folder, checkpoint_steps};
 use serde::Serialize;
 
 use super::model::ModelArgs;
-use super::output;
+use super::{one_of, output};
 
 #[derive(Args, Debug)]
 pub struct DepthArgs {
@@ -37,7 +36,7 @@ pub struct DepthArgs {
     #[arg(long, value_name = "ROWS", default_value = "8")]
     batch: NonZeroUsize,
     /// What to measure [default: everything]
-    #[arg(long, value_delimiter = ',', value_parser = measure_parser())]
+    #[arg(long, value_delimiter = ',', value_parser = one_of::<Measure>(Measure::NAMES))]
     measure: Vec<Measure>,
     /// Tokens whose Jacobians are taken, one vector-Jacobian product for every feature
     #[arg(long, value_name = "TOKENS", default_value = "4")]
@@ -60,10 +59,6 @@ pub struct DepthArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-}
-
-fn measure_parser() -> impl TypedValueParser<Value = Measure> {
-    PossibleValuesParser::new(Measure::NAMES).try_map(|name| name.parse::<Measure>())
 }
 
 impl DepthArgs {

@@ -4,13 +4,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::ProgressBar;
 use isobath::evaluate::{self, evaluate};
 use isobath::tasks::{self, Estimate, Style};
 
 use super::model::ModelArgs;
-use super::output;
+use super::{one_of, output};
 
 #[derive(Args, Debug)]
 #[group(id = "what", required = true, multiple = true, args = ["data", "task"])]
@@ -34,7 +33,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     shots_from: Option<PathBuf>,
     /// Score the texts of the choices, or letters after a list of them [default: letters for .csv]
-    #[arg(long, value_parser = style_parser(), conflicts_with = "data")]
+    #[arg(long, value_parser = one_of::<Style>(Style::NAMES), conflicts_with = "data")]
     style: Option<Style>,
     /// Write how each question was answered, one JSON object a line
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
@@ -48,10 +47,6 @@ pub struct EvalArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-}
-
-fn style_parser() -> impl TypedValueParser<Value = Style> {
-    PossibleValuesParser::new(Style::NAMES).try_map(|name| name.parse::<Style>())
 }
 
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {

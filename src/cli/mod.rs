@@ -21,7 +21,9 @@ mod train;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::str::FromStr;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
 /// Pretrains LLaMA models, with LayerNorm Scaling.
@@ -100,4 +102,12 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     let _ = writeln!(io::stderr(), "{text}");
     let code = error.chain().find_map(|cause| cause.downcast_ref::<isobath::Error>());
     ExitCode::from(code.map_or(1, isobath::Error::exit_code))
+}
+
+/// One of the names of a choice, which `--help` lists.
+fn one_of<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err = isobath::Error> + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<T>())
 }

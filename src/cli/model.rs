@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use isobath::config::{DeviceKind, Dtype};
+
+use super::one_of;
 
 #[derive(Args, Debug)]
 pub struct ModelArgs {
@@ -12,17 +13,9 @@ pub struct ModelArgs {
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
     /// Where to compute
-    #[arg(long, default_value = "auto", value_parser = device_parser())]
+    #[arg(long, default_value = "auto", value_parser = one_of::<DeviceKind>(DeviceKind::NAMES))]
     pub device: DeviceKind,
     /// Matmul operands and activations [default: f32 on the CPU, else bf16]
-    #[arg(long, value_parser = dtype_parser())]
+    #[arg(long, value_parser = one_of::<Dtype>(Dtype::NAMES))]
     pub dtype: Option<Dtype>,
-}
-
-fn device_parser() -> impl TypedValueParser<Value = DeviceKind> {
-    PossibleValuesParser::new(DeviceKind::NAMES).try_map(|name| name.parse::<DeviceKind>())
-}
-
-fn dtype_parser() -> impl TypedValueParser<Value = Dtype> {
-    PossibleValuesParser::new(Dtype::NAMES).try_map(|name| name.parse::<Dtype>())
 }

@@ -2,17 +2,19 @@
 //! sampled tokens, and a second pass for what was fitted in the first.
 
 use std::ops::Range;
+use std::path::Path;
 
 use rayon::prelude::*;
 
 use super::affine::{AffineMap, Explained, Moments};
+use super::finite;
 use super::jacobian::{self, Sample};
 use super::report::{DepthReport, Jacobian, JacobianReport, Linear, LinearReport, Skipped};
 use super::request::{Progress, Request, Setup};
-use super::sound;
 use super::streams::StreamSums;
 use super::task::change_of_accuracy;
 use crate::backend::Backend;
+use crate::config::LnsPosition;
 use crate::data::batch::Batch;
 use crate::data::source::TokenSource;
 use crate::data::windows::Windows;
@@ -20,6 +22,7 @@ use crate::device::{Device, on_device};
 use crate::engine::{Backward, Layerwise, Rows};
 use crate::error::Result;
 use crate::evaluate::Text;
+use crate::hf;
 use crate::loaded::LoadedModel;
 use crate::rundir;
 use crate::tensor::IGNORE_INDEX;
@@ -31,7 +34,7 @@ const TOKENS_AT_ONCE: usize = 256;
 /// the beginning for a task.
 pub fn measure(request: &Request, mut progress: impl FnMut(u64, u64)) -> Result<DepthReport> {
     let model = LoadedModel::open(&request.model)?;
-    sound::check_parameters(&model)?;
+    finite::check_parameters(&model)?;
     let text = Text::open(&model, &request.data, &request.field)?;
     let task = request.task.as_ref().map(|task| task.prompts(&model)).transpose()?;
     let device = Device::choose(request.device)?;
@@ -100,7 +103,7 @@ pub fn measure_on<B: Backend>(
     });
     let report = DepthReport {
         model: model.folder.clone(),
-        placement: sound::placement(&model.folder)?,
+        placement: trained_placement(&model.folder)?,
         step: rundir::run_and_step(&model.folder).map(|(_, step)| step),
         data: request.data.clone(),
         layers: config.layers,
@@ -117,7 +120,7 @@ pub fn measure_on<B: Backend>(
         linear,
         task: None,
     };
-    sound::check_report(&report)?;
+    finite::check_report(&report)?;
     Ok(report)
 }
 
@@ -208,10 +211,10 @@ impl<'a, B: Backend, F: FnMut(u64, u64)> Session<'a, B, F> {
         for layer in 0..=self.setup.layers {
             self.layerwise.read_stream(layer, 0..losses.len(), &mut stream)?;
             if !stream.iter().all(|value| value.is_finite()) {
-                return Err(sound::stream_not_finite(&self.model.folder, layer));
+                return Err(finite::stream_not_finite(&self.model.folder, layer));
             }
         }
-        Err(sound::losses_not_finite(&self.model.folder))
+        Err(finite::losses_not_finite(&self.model.folder))
     }
 
     /// Adds every token that predicts something.
@@ -277,7 +280,7 @@ impl<'a, B: Backend, F: FnMut(u64, u64)> Session<'a, B, F> {
             return Ok(None);
         }
         let Setup { layers, hidden, .. } = self.setup;
-        let unsolved = |i| sound::stream_not_finite(&self.model.folder, i + 1);
+        let unsolved = |i| finite::stream_not_finite(&self.model.folder, i + 1);
         let maps = first.moments.par_iter().enumerate();
         let maps: Vec<AffineMap> = maps
             .map(|(i, moments)| moments.solve().ok_or_else(|| unsolved(i)))
@@ -348,4 +351,13 @@ fn keep_counted(stream: &mut Vec<f32>, targets: &[i32], hidden: usize) {
         kept += hidden;
     }
     stream.truncate(kept);
+}
+
+/// The placement that was trained, with its LNS position where that is not the method's; `None` for
+/// a folder of others.
+fn trained_placement(folder: &Path) -> Result<Option<String>> {
+    Ok(hf::trained_placement(folder)?.map(|(placement, position)| match position {
+        LnsPosition::AfterNorm => placement.to_string(),
+        position => format!("{placement} {position}"),
+    }))
 }

@@ -2,18 +2,18 @@
 //!
 //! [`measure`] reads a text through [`crate::engine::Layerwise`] and fills a [`DepthReport`]:
 //! `request` says what is asked and checks sizes, the sums over the stream are in `streams`, least
-//! squares in `affine`, Jacobians in `jacobian`, accuracies in `task`; `sound` refuses what is not
+//! squares in `affine`, Jacobians in `jacobian`, accuracies in `task`; `finite` refuses what is not
 //! finite, `figures` draws and `files` keeps a report. No definition stands anywhere but beside its
 //! code.
 
 mod affine;
 mod figures;
 mod files;
+mod finite;
 mod jacobian;
 mod measure;
 mod report;
 mod request;
-mod sound;
 mod streams;
 mod task;
 

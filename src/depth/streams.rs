@@ -8,6 +8,7 @@ use std::f64::consts::PI;
 use rayon::prelude::*;
 
 use super::report::Angular;
+use crate::statistics::{quantile, sorted};
 
 /// Tokens whose sums are made by one task.
 const TOKENS_PER_TASK: usize = 16;
@@ -134,14 +135,8 @@ fn add_in_order(sums: &mut [f64], partial: Vec<Vec<f64>>) {
 /// Clipped to the 1st and 99th percentile (numpy's linear ones) and scaled to 0..1; a row of equal
 /// values becomes zeros.
 pub fn rescaled(row: &[f64]) -> Vec<f64> {
-    let mut sorted = row.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let percentile = |share: f64| {
-        let at = share * (sorted.len() - 1) as f64;
-        let (below, above) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
-        below + (above - below) * at.fract()
-    };
-    let (low, high) = (percentile(0.01), percentile(0.99));
+    let sorted = sorted(row.to_vec());
+    let (low, high) = (quantile(&sorted, 0.01), quantile(&sorted, 0.99));
     let span = if high > low { high - low } else { f64::INFINITY };
     row.iter().map(|value| (value.clamp(low, high) - low) / span).collect()
 }

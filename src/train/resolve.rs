@@ -1,9 +1,9 @@
 //! What a configuration leaves open is decided here, once the model's folder, the tokenizer and the
-//! rows are known; and whether a checkpoint is one of the same run.
+//! rows are known.
 
 use super::Console;
-use crate::checkpoint::{Verified, model_folder};
-use crate::config::{Config, DEFAULT_PRESET};
+use crate::checkpoint::model_folder;
+use crate::config::Config;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::hf;
@@ -53,40 +53,4 @@ pub(super) fn resolve_epochs(config: &mut Config, rows: u64, console: &Console) 
     train.steps = steps;
     config.validate_shape()?;
     config.validate_warmup()
-}
-
-/// Refuses to continue with another model, with rows formed in another way, or with other layers at
-/// rest.
-pub(super) fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
-    let (saved, now) = (verified.config()?, as_json(config)?);
-    let default = as_json(&Config::preset(DEFAULT_PRESET)?)?;
-    let keys = [
-        ("model", None),
-        ("data", Some("format")),
-        ("data", Some("rows")),
-        ("data", Some("attention")),
-        ("optimizer", Some("sampled_layers")),
-        ("optimizer", Some("sample_interval")),
-    ];
-    for (table, only) in keys {
-        let Some(values) = now[table].as_object() else { continue };
-        for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
-            // A version without this key knew no other value than its default.
-            let before = saved[table].get(key).unwrap_or(&default[table][key]);
-            if before != value {
-                return Err(Error::Config {
-                    what: format!("{table}.{key} is {value}, the checkpoint has {before}"),
-                    remedy: format!("leave {table}.{key} out, or start another run with --init"),
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
-fn as_json(config: &Config) -> Result<serde_json::Value> {
-    serde_json::to_value(config).map_err(|error| Error::Config {
-        what: format!("it cannot be compared with that of the checkpoint: {error}"),
-        remedy: "check it for paths that are not UTF-8".to_string(),
-    })
 }

@@ -11,8 +11,8 @@ use crate::backend::Backend;
 use crate::checkpoint::{self, Snapshot, TrainerState};
 use crate::config::{Config, Dtype, Format};
 use crate::data::batch::Batch;
+use crate::data::dataset::{Dataset, HeldOut};
 use crate::data::loader::Prefetch;
-use crate::data::material::{HeldOut, Material};
 use crate::engine::{Plan, Rows, StepOutcome, StepUnderWay, Trainer};
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, generate};
@@ -20,7 +20,7 @@ use crate::hf::TokenizerFiles;
 use crate::metrics::{Evaluation, SampleRecord, SessionRecord, StepRecord};
 use crate::optim;
 use crate::plan::{FLOPS_FORMULA, flops_per_token};
-use crate::rundir::{MetricsLog, RunDir};
+use crate::rundir::{LineLog, RunDir};
 use crate::throughput::TokenCost;
 
 /// Batches prepared ahead of the step that trains.
@@ -43,14 +43,14 @@ pub fn train_on<B: Backend>(
         true => RunDir::resume(&folder)?,
         false => RunDir::create(&folder)?,
     };
-    let material = Material::open(&config, &folder.join("data"), true)?;
-    resolve_vocabulary(&mut config, material.tokenizer());
+    let dataset = Dataset::open(&config, &folder.join("data"), true)?;
+    resolve_vocabulary(&mut config, dataset.tokenizer());
     console.say(format!(
-        "{}: {material}, {} tokens in the vocabulary",
+        "{}: {dataset}, {} tokens in the vocabulary",
         config.data.train.join(", "),
-        material.tokenizer().vocab()
+        dataset.tokenizer().vocab()
     ));
-    let loader = material.loader(loader_options(&config), None)?;
+    let loader = dataset.loader(loader_options(&config), None)?;
     resolve_epochs(&mut config, loader.rows_per_epoch(), console)?;
 
     let plan = Plan::new(&config, &backend)?;
@@ -69,7 +69,7 @@ pub fn train_on<B: Backend>(
     let pace = Pace::new(token_cost, plan.memory().total, backend.sensors());
     let mut trainer = Trainer::new(plan, &config, backend)?;
     let Start { state, loader, saved } = match resume {
-        true => restore(&mut trainer, &directory, &config, &material, loader, console)?,
+        true => restore(&mut trainer, &directory, &config, &dataset, loader, console)?,
         false => begin(&mut trainer, &config, loader)?,
     };
     directory.write_config(&config.to_toml()?)?;
@@ -78,11 +78,11 @@ pub fn train_on<B: Backend>(
         metrics: directory.metrics()?,
         samples: directory.samples()?,
         loader: Prefetch::new(loader, BATCHES_AHEAD)?,
-        prompt: material.prompt(PROMPT_TOKENS.min(config.model.max_sequence / 2))?,
+        prompt: dataset.prompt(PROMPT_TOKENS.min(config.model.max_sequence / 2))?,
         trainer,
         directory,
         config,
-        material,
+        dataset,
         state,
         interrupt,
         saved,
@@ -99,10 +99,10 @@ struct Session<B> {
     trainer: Trainer<B>,
     directory: RunDir,
     config: Config,
-    material: Material,
+    dataset: Dataset,
     loader: Prefetch,
-    metrics: MetricsLog,
-    samples: MetricsLog,
+    metrics: LineLog,
+    samples: LineLog,
     /// The first thing that a resumed run does is what it owes.
     state: TrainerState,
     prompt: Vec<u32>,
@@ -147,7 +147,7 @@ impl<B: Backend> Session<B> {
             }
             self.pace.run_goes_on();
         }
-        let interrupted = self.state.owed.is_some() || self.state.step < steps;
+        let interrupted = self.state.pending.is_some() || self.state.step < steps;
         let checkpoint = self.save()?;
         let throughput = self.pace.finish(first_step, self.state.step, self.trainer.device().0);
         if let Some(throughput) = &throughput {
@@ -173,13 +173,13 @@ impl<B: Backend> Session<B> {
         step == self.config.train.steps || every > 0 && step.is_multiple_of(every)
     }
 
-    /// The line of the next step, or of the one that is owed. `None`: all are done, or somebody
+    /// The line of the next step, or the pending one. `None`: all are done, or somebody
     /// asked to stop and none is under way.
     fn next(&mut self, console: &mut Console) -> Result<Option<StepRecord>> {
         let step = match self.ahead.take() {
             Some(step) => step,
             None if self.interrupt.asked() => return Ok(None),
-            None if self.state.owed.is_some() => return Ok(self.state.owed.take()),
+            None if self.state.pending.is_some() => return Ok(self.state.pending.take()),
             None if self.state.step == self.config.train.steps => return Ok(None),
             None => {
                 self.pace.step_begins();
@@ -209,7 +209,7 @@ impl<B: Backend> Session<B> {
     }
 
     fn evaluates_after(&self, step: u64) -> bool {
-        self.material.holds_out() && self.due(step, self.config.train.eval_every)
+        self.dataset.holds_out() && self.due(step, self.config.train.eval_every)
     }
 
     fn samples_after(&self, step: u64) -> bool {
@@ -217,7 +217,7 @@ impl<B: Backend> Session<B> {
     }
 
     /// What follows a step: evaluation and sample if they are due, then its line in the metrics.
-    /// If somebody asks to stop meanwhile, the step is owed.
+    /// If somebody asks to stop meanwhile, the line stays pending.
     fn conclude(
         &mut self,
         mut record: StepRecord,
@@ -227,7 +227,7 @@ impl<B: Backend> Session<B> {
         if self.evaluates_after(record.step) && record.evaluation.is_none() {
             let most = if last { 0 } else { self.config.train.eval_tokens };
             let Some(evaluation) = self.evaluate(most)? else {
-                self.state.owed = Some(record);
+                self.state.pending = Some(record);
                 return Ok((None, None));
             };
             console.evaluation(record.step, &evaluation);
@@ -238,7 +238,7 @@ impl<B: Backend> Session<B> {
             sample = self.sample(record.step)?;
             match &sample {
                 None => {
-                    self.state.owed = Some(record);
+                    self.state.pending = Some(record);
                     return Ok((None, None));
                 }
                 Some(text) if !last => {
@@ -300,7 +300,7 @@ impl<B: Backend> Session<B> {
 
     /// The loss on held-out text, of which there is some; none if somebody asked to stop meanwhile.
     fn evaluate(&mut self, most_tokens: u64) -> Result<Option<Evaluation>> {
-        let HeldOut { batches, text_bytes } = self.material.held_out(&self.config, most_tokens)?;
+        let HeldOut { batches, text_bytes } = self.dataset.held_out(&self.config, most_tokens)?;
         let (mut sum, mut predicted) = (0.0, 0);
         for batch in batches {
             if self.interrupt.asked() {
@@ -323,7 +323,7 @@ impl<B: Backend> Session<B> {
             top_p: SAMPLE_TOP_P,
             seed: self.config.seed ^ step,
         };
-        let tokenizer = self.material.tokenizer();
+        let tokenizer = self.dataset.tokenizer();
         let interrupt = self.interrupt;
         let decoder = self.trainer.decoder();
         let (decoder, backend) = decoder.expect("a run that draws samples has planned for them");
@@ -351,9 +351,9 @@ impl<B: Backend> Session<B> {
         self.metrics.sync()?;
         self.state.loader = self.loader.state();
         let tokenizer = TokenizerFiles {
-            json: self.material.tokenizer().json().to_string(),
+            json: self.dataset.tokenizer().json().to_string(),
             bos: None,
-            eos: self.material.tokenizer().end_of_text(),
+            eos: self.dataset.tokenizer().end_of_text(),
         };
         let table = self.trainer.table().clone();
         let snapshot = Snapshot {

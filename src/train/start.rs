@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use super::Console;
-use super::resolve::check_same_model;
 use crate::backend::Backend;
-use crate::checkpoint::{self, TrainerState};
-use crate::config::Config;
+use crate::checkpoint::{self, TrainerState, Verified};
+use crate::config::{Config, DEFAULT_PRESET};
+use crate::data::dataset::Dataset;
 use crate::data::loader::{Loader, LoaderOptions};
-use crate::data::material::Material;
 use crate::engine::Trainer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flat::FlatBuffer;
 use crate::hf;
 use crate::model::init;
@@ -52,7 +51,7 @@ pub(super) fn begin<B: Backend>(
         tokens: 0,
         loader: loader.state(),
         elapsed_seconds: 0.0,
-        owed: None,
+        pending: None,
     };
     Ok(Start { state, loader, saved: None })
 }
@@ -62,7 +61,7 @@ pub(super) fn restore<B: Backend>(
     trainer: &mut Trainer<B>,
     directory: &RunDir,
     config: &Config,
-    material: &Material,
+    dataset: &Dataset,
     from_start: Loader,
     console: &Console,
 ) -> Result<Start> {
@@ -82,10 +81,10 @@ pub(super) fn restore<B: Backend>(
     let table = trainer.table().clone();
     let state = verified
         .load_each(&table, |buffer, first, values| trainer.write_flat(buffer, first, values))?;
-    let loader = material.loader(loader_options(config), Some(&state.loader))?;
+    let loader = dataset.loader(loader_options(config), Some(&state.loader))?;
     directory.cut_metrics(state.step)?;
     console.say(format!("resuming after step {}", state.step));
-    let saved = state.owed.is_none().then(|| (state.step, verified.folder().to_path_buf()));
+    let saved = state.pending.is_none().then(|| (state.step, verified.folder().to_path_buf()));
     Ok(Start { state, loader, saved })
 }
 
@@ -97,4 +96,40 @@ pub(super) fn loader_options(config: &Config) -> LoaderOptions {
         micro_batch: config.train.micro_batch,
         seed: config.seed,
     }
+}
+
+/// Refuses to continue with another model, with rows formed in another way, or with other frozen
+/// layers.
+fn check_same_model(verified: &Verified, config: &Config) -> Result<()> {
+    let (saved, now) = (verified.config()?, as_json(config)?);
+    let default = as_json(&Config::preset(DEFAULT_PRESET)?)?;
+    let keys = [
+        ("model", None),
+        ("data", Some("format")),
+        ("data", Some("rows")),
+        ("data", Some("attention")),
+        ("optimizer", Some("sampled_layers")),
+        ("optimizer", Some("sample_interval")),
+    ];
+    for (table, only) in keys {
+        let Some(values) = now[table].as_object() else { continue };
+        for (key, value) in values.iter().filter(|(key, _)| only.is_none_or(|only| only == *key)) {
+            // A version without this key knew no other value than its default.
+            let before = saved[table].get(key).unwrap_or(&default[table][key]);
+            if before != value {
+                return Err(Error::Config {
+                    what: format!("{table}.{key} is {value}, the checkpoint has {before}"),
+                    remedy: format!("leave {table}.{key} out, or start another run with --init"),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn as_json(config: &Config) -> Result<serde_json::Value> {
+    serde_json::to_value(config).map_err(|error| Error::Config {
+        what: format!("it cannot be compared with that of the checkpoint: {error}"),
+        remedy: "check it for paths that are not UTF-8".to_string(),
+    })
 }

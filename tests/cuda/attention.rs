@@ -257,7 +257,7 @@ fn rotated_back_on_device(
     if let Some(passes) = passes {
         attention = attention.with_passes(passes).unwrap();
     }
-    attention = attention.with_order(!any_order);
+    attention = attention.with_deterministic(!any_order);
     let rotary = rotary.map(|(table, positions)| {
         let table = upload(driver, "table", Dtype::F32, table);
         [table, driver.upload("positions", positions).unwrap()]

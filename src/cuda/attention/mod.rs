@@ -216,9 +216,9 @@ impl Attention {
     /// Whether sums that several blocks add to are added up in one order, as they are unless this
     /// is called. Only backward passes in one have such sums; without an order, the bits of d_q
     /// depend on who comes first.
-    pub fn with_order(mut self, in_order: bool) -> Self {
+    pub fn with_deterministic(mut self, deterministic: bool) -> Self {
         if let Kernels::Sm90(kernels) = &mut self.kernels {
-            kernels.set_in_order(in_order);
+            kernels.set_deterministic(deterministic);
         }
         self
     }

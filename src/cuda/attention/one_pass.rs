@@ -154,7 +154,7 @@ impl Kernels {
     }
 
     /// Makes delta, then everything else. `sums`: as many bytes as [`Teams::scratch`] says.
-    /// `in_order`: tiles of keys add to d_q one after the other, which decides its bits.
+    /// `deterministic`: tiles of keys add to d_q one after the other, which decides its bits.
     ///
     /// Errors: matrices that leave their buffers.
     pub fn backward(
@@ -163,7 +163,7 @@ impl Kernels {
         sizes: Sizes,
         pass: &AttentionBackward,
         teams: Teams,
-        in_order: bool,
+        deterministic: bool,
         sums: DevicePointer,
     ) -> Result<[(Launch, Arguments); 2]> {
         let AttentionBackward { forward, d_out, delta, d_qkv, angles } = *pass;
@@ -206,7 +206,7 @@ impl Kernels {
             .with(heads as i32)
             .with(kv_heads as i32)
             .with(teams.blocks as i32)
-            .with(i32::from(in_order))
+            .with(i32::from(deterministic))
             .with(scale(self.heads) as f32)
             .with(scale_log2(self.heads) as f32);
         let tile_bytes = |rows: usize| rows * head_dim * BF16_BYTES;

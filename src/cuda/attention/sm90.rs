@@ -67,7 +67,7 @@ pub(super) struct Kernels {
     /// `None`: the cost model chooses.
     passes: Option<Passes>,
     /// What is added up by several blocks is added up in one order.
-    in_order: bool,
+    deterministic: bool,
     /// For passes on one stream: each plan's is in one of them.
     scratch: Vec<Allocation>,
 }
@@ -132,7 +132,7 @@ impl Kernels {
             short: short::Kernels::new(driver, heads)?,
             one_pass: one_pass::Kernels::new(driver, heads)?,
             passes: None,
-            in_order: true,
+            deterministic: true,
             scratch: vec![],
         })
     }
@@ -158,8 +158,8 @@ impl Kernels {
         Teams::new(self.multiprocessors, self.heads, sizes)
     }
 
-    pub fn set_in_order(&mut self, in_order: bool) {
-        self.in_order = in_order;
+    pub fn set_deterministic(&mut self, deterministic: bool) {
+        self.deterministic = deterministic;
     }
 
     /// Gives its memory back, after all its work has run.
@@ -234,7 +234,7 @@ impl Kernels {
                     }
                 };
                 let place = memory.address;
-                let order = self.in_order;
+                let order = self.deterministic;
                 let launches = kernels.backward(driver, sizes, pass, teams, order, place)?;
                 Ok((Passes::One, launches.into()))
             }

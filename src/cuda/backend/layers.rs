@@ -112,8 +112,9 @@ impl Cuda {
 
     pub(super) fn attention(&mut self, heads: HeadSpec) -> Result<Ready<'_, Attention>> {
         let (driver, dtype, family) = (&mut *self.driver, self.dtype, self.family);
-        let in_order = self.deterministic;
-        let make = || Ok(Attention::new(driver, dtype, heads, family)?.with_order(in_order));
+        let deterministic = self.deterministic;
+        let make =
+            || Ok(Attention::new(driver, dtype, heads, family)?.with_deterministic(deterministic));
         let attention = made(&mut self.layers.attentions, heads, make)?;
         Ok(ready(self.preparing, &mut *self.driver, attention))
     }

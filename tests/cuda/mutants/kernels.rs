@@ -508,7 +508,7 @@ pub(super) fn run_attention_backward(
 ) -> isobath::error::Result<Vec<u8>> {
     let mut all = vec![];
     let attention = Attention::new(driver, Dtype::Bf16, ATTENTION_HEADS, Some(Family::Sm90))?;
-    let mut attention = attention.with_passes(passes)?.with_order(in_order);
+    let mut attention = attention.with_passes(passes)?.with_deterministic(in_order);
     for &(batch, sequence, document) in attentions {
         let (inputs, mut forward) = attention_forward(driver, batch, sequence, document);
         let tokens = batch * sequence;

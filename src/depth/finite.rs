@@ -1,14 +1,11 @@
-//! What cannot be measured is said, not reported as NaN: weights, streams and results that are not
-//! finite.
+//! Weights, streams and results that are not finite are errors; no report has a NaN in it.
 
 use std::path::Path;
 
 use rayon::prelude::*;
 
 use super::report::DepthReport;
-use crate::config::LnsPosition;
 use crate::error::{Error, Result};
-use crate::hf;
 use crate::loaded::LoadedModel;
 
 /// Refuses weights that are not finite, by the name of the first such tensor.
@@ -72,13 +69,4 @@ pub fn check_report(report: &DepthReport) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The placement that was trained, with its LNS position where that is not the method's; `None` for
-/// a folder of others.
-pub fn placement(folder: &Path) -> Result<Option<String>> {
-    Ok(hf::trained_placement(folder)?.map(|(placement, position)| match position {
-        LnsPosition::AfterNorm => placement.to_string(),
-        position => format!("{placement} {position}"),
-    }))
 }

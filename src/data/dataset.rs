@@ -18,7 +18,7 @@ use crate::{Error, Result};
 const PROMPT_TOKENS: usize = 16;
 
 /// All that a run reads.
-pub enum Material {
+pub enum Dataset {
     Text(Box<Corpus>),
     Supervised(Box<Supervised>),
 }
@@ -39,7 +39,7 @@ pub struct HeldOut<'a> {
     pub text_bytes: u64,
 }
 
-impl Material {
+impl Dataset {
     /// Resolves `config.data`. Large text is prepared into `cache_dir`.
     ///
     /// Errors: those of [`Corpus::open`]; for supervised examples those of [`supervised::read`] and
@@ -48,16 +48,16 @@ impl Material {
         match config.data.format {
             Format::Text => {
                 let corpus = Corpus::open(&config.data, cache_dir, progress)?;
-                Ok(Material::Text(Box::new(corpus)))
+                Ok(Dataset::Text(Box::new(corpus)))
             }
-            Format::Supervised => Ok(Material::Supervised(Box::new(Supervised::open(config)?))),
+            Format::Supervised => Ok(Dataset::Supervised(Box::new(Supervised::open(config)?))),
         }
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
         match self {
-            Material::Text(corpus) => &corpus.tokenizer,
-            Material::Supervised(examples) => &examples.tokenizer,
+            Dataset::Text(corpus) => &corpus.tokenizer,
+            Dataset::Supervised(examples) => &examples.tokenizer,
         }
     }
 
@@ -66,8 +66,8 @@ impl Material {
     /// Errors: those of [`Loader::new`] and [`Loader::restore`].
     pub fn loader(&self, options: LoaderOptions, state: Option<&LoaderState>) -> Result<Loader> {
         let source = match self {
-            Material::Text(corpus) => RowSource::from(&corpus.train),
-            Material::Supervised(examples) => RowSource::Examples(examples.train.clone()),
+            Dataset::Text(corpus) => RowSource::from(&corpus.train),
+            Dataset::Supervised(examples) => RowSource::Examples(examples.train.clone()),
         };
         match state {
             None => Loader::new(source, options),
@@ -78,8 +78,8 @@ impl Material {
     /// Whether there is something to evaluate on.
     pub fn holds_out(&self) -> bool {
         match self {
-            Material::Text(corpus) => corpus.valid.tokens() >= 2,
-            Material::Supervised(examples) => examples.valid.is_some(),
+            Dataset::Text(corpus) => corpus.valid.tokens() >= 2,
+            Dataset::Supervised(examples) => examples.valid.is_some(),
         }
     }
 
@@ -91,7 +91,7 @@ impl Material {
         let (sequence, micro_batch) = (config.data.sequence, config.train.micro_batch);
         let documents = config.data.packs_documents();
         match self {
-            Material::Text(corpus) => {
+            Dataset::Text(corpus) => {
                 let windows = Windows::new(&corpus.valid, sequence, micro_batch, most_tokens)?
                     .of_documents(documents);
                 let text_bytes = match windows.text_bytes() {
@@ -103,15 +103,15 @@ impl Material {
                 };
                 Ok(HeldOut { batches: Box::new(windows), text_bytes })
             }
-            Material::Supervised(material) => {
-                let Some(valid) = &material.valid else {
+            Dataset::Supervised(examples) => {
+                let Some(valid) = &examples.valid else {
                     return Err(Error::Config {
                         what: "no examples are held out".into(),
                         remedy: "set data.held_out or data.valid".into(),
                     });
                 };
                 let rows = valid.first(most_tokens);
-                let text_bytes = material.tokenizer.text_bytes(&rows.predicted_tokens())?;
+                let text_bytes = examples.tokenizer.text_bytes(&rows.predicted_tokens())?;
                 let batches = examples::batches(rows, micro_batch, documents).map(Ok);
                 Ok(HeldOut { batches: Box::new(batches), text_bytes })
             }
@@ -122,14 +122,14 @@ impl Material {
     /// held-out prompt; of what is trained on if nothing is held out.
     pub fn prompt(&self, most: usize) -> Result<Vec<u32>> {
         match self {
-            Material::Text(corpus) => {
+            Dataset::Text(corpus) => {
                 let source = if corpus.valid.tokens() > 0 { &corpus.valid } else { &corpus.train };
                 let mut tokens = Vec::new();
                 let count = source.tokens().min(PROMPT_TOKENS.min(most) as u64);
                 source.read(0..count, &mut tokens)?;
                 Ok(tokens)
             }
-            Material::Supervised(examples) => {
+            Dataset::Supervised(examples) => {
                 let prompt = &examples.prompt;
                 Ok(prompt[prompt.len().saturating_sub(most)..].to_vec())
             }
@@ -138,15 +138,15 @@ impl Material {
 }
 
 /// How much there is, for people.
-impl fmt::Display for Material {
+impl fmt::Display for Dataset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Material::Text(corpus) => {
+            Dataset::Text(corpus) => {
                 let Corpus { train, valid, .. } = &**corpus;
                 write!(f, "{} training tokens, {} held out", train.tokens(), valid.tokens())
             }
-            Material::Supervised(material) => {
-                let Supervised { train, valid, .. } = &**material;
+            Dataset::Supervised(examples) => {
+                let Supervised { train, valid, .. } = &**examples;
                 let held_out = valid.as_ref().map_or(0, ExampleRows::examples);
                 write!(
                     f,
