@@ -12,9 +12,8 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::config::DataConfig;
-use crate::data::prepare::{
-    Encoded, Progress, TOKENIZER_FILE, encode_stream, save_tokenizer, write_piece,
-};
+use crate::data::prepare::{Encoded, TOKENIZER_FILE, encode_stream, save_tokenizer, write_piece};
+use crate::data::progress::Progress;
 use crate::data::shard::{self, DEFAULT_SHARD_BYTES, EXTENSION, ShardWriter};
 use crate::data::source::TokenSource;
 use crate::data::text::{self, Piece};

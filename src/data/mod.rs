@@ -16,6 +16,7 @@ pub mod loader;
 pub mod packing;
 pub mod prepare;
 mod pretokens;
+mod progress;
 pub mod shard;
 pub mod shuffle;
 pub mod source;
