@@ -5,14 +5,13 @@
 
 use std::path::PathBuf;
 use std::process;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use isobath::config::DeviceKind;
-use isobath::cuda::conformance::{
-    Case, Golden, Goldens, Report, Watch, chosen, record, replay, utc_date,
-};
+use isobath::cuda::conformance::{Case, Golden, Goldens, Report, Watch, chosen, record, replay};
 use isobath::cuda::{host, open};
+use jiff::Timestamp;
 
 use super::output;
 
@@ -72,7 +71,7 @@ pub fn run(args: ConformanceArgs) -> anyhow::Result<()> {
     let (goldens, report) = match &ending.record {
         Some(folder) => {
             let before = Goldens::of_folder(folder)?;
-            let date = utc_date(SystemTime::now().duration_since(UNIX_EPOCH)?);
+            let date = Timestamp::now().strftime("%Y-%m-%d").to_string();
             record(driver.as_mut(), cases, &before, &date, &mut progress)?
         }
         None => {

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use isobath::Error;
 use isobath::cuda::conformance::{
-    Case, Golden, Goldens, Mismatch, Needs, Report, Tolerance, Watch, cases, chosen, record,
-    replay, utc_date,
+    Case, Golden, Goldens, Mismatch, Needs, Report, Tolerance, Watch, cases, chosen, record, replay,
 };
 use isobath::cuda::host::{Host, Options};
 use isobath::cuda::{Driver, host};
@@ -375,20 +374,4 @@ fn an_older_gpu_runs_what_it_has() {
     assert!(cases().iter().all(|case| case.runs_on((9, 0))));
     // sm_90a code does not run on what came after it.
     assert!(cases().iter().all(|case| case.runs_on((10, 0)) == (case.needs == Needs::Sm80)));
-}
-
-/// Against `date -u -d @...`.
-#[test]
-fn dates_are_those_of_the_calendar() {
-    for (seconds, date) in [
-        (0, "1970-01-01"),
-        (951_782_399, "2000-02-28"),
-        (951_782_400, "2000-02-29"),
-        (951_868_800, "2000-03-01"),
-        (1_735_689_599, "2024-12-31"),
-        (1_735_689_600, "2025-01-01"),
-        (4_107_542_400, "2100-03-01"),
-    ] {
-        assert_eq!(utc_date(Duration::from_secs(seconds)), date);
-    }
 }

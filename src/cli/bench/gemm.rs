@@ -29,7 +29,7 @@ pub struct GemmArgs {
     tune: bool,
     /// The products that lines on stdin name (nt 4096,2048,1024, or with `sustained` after it), one
     /// JSON row a line, for a program that times something else in between
-    #[arg(long, groups = ["mode", "chosen"])]
+    #[arg(long, groups = ["mode", "chosen"], hide = true)]
     stdin: bool,
     /// Time this product alone [default: the layers of a 1B model, 4096 and 8192 cubed; on simt 256
     /// cubed]
@@ -60,7 +60,7 @@ pub struct GemmArgs {
     /// --tune: where to write what was fastest
     #[arg(long, value_name = "FILE", requires = "tuned")]
     out: Option<PathBuf>,
-    /// --table, --stdin: choose kernels by this file from --tune instead of the built-in one
+    /// --table: choose kernels by this file from --tune instead of the built-in one
     #[arg(long, value_name = "FILE", requires = "chosen")]
     choices: Option<PathBuf>,
     #[command(flatten)]

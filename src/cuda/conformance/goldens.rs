@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
 
 use flate2::Compression;
 use flate2::read::{ZlibDecoder, ZlibEncoder};
@@ -162,20 +161,4 @@ fn number(digits: &[u8], length: usize) -> Result<u32, String> {
     number
         .and_then(|text| u32::from_str_radix(text, 16).ok())
         .ok_or_else(|| format!("{:?} are not {length} digits", String::from_utf8_lossy(digits)))
-}
-
-/// "2026-11-24", in UTC, so long after 1970-01-01.
-pub fn utc_date(since_1970: Duration) -> String {
-    // Years begin in March here, so that the leap day is the last; 400 years are 146,097 days.
-    let day = since_1970.as_secs() / 86_400 + 719_468; // since 0000-03-01
-    let (era, day) = (day / 146_097, day % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153; // 0: March
-    let day = day - (153 * month + 2) / 5 + 1;
-    let (year, month) = match month {
-        0..=9 => (400 * era + year, month + 3),
-        _ => (400 * era + year + 1, month - 9),
-    };
-    format!("{year}-{month:02}-{day:02}")
 }

@@ -15,7 +15,7 @@ mod tensors;
 mod warp;
 mod watch;
 
-pub use goldens::{Golden, Goldens, utc_date};
+pub use goldens::{Golden, Goldens};
 pub use watch::Watch;
 
 use std::fmt;
