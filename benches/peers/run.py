@@ -1,11 +1,12 @@
-"""Times training steps of isobath and of PyTorch, alternately, and prints one table.
+"""Times training steps of isobath and of PyTorch, eager and compiled, in turn, and prints one table.
 
     python benches/peers/run.py                        demo and 20m, both at 4 x 256
     python benches/peers/run.py --case demo:4:256 --rounds 5 --steps 20
 
-Each round is one process of each program; threads are as many as isobath takes (all cores, or
-RAYON_NUM_THREADS). Medians and minima are over the steps of all rounds. All of it goes to
-benches/results/DATE-CPU.json. Needs cargo, and what step.py needs.
+Each round is one process of each program; the compiled one compiles before its first step. Threads are as many
+as isobath takes (all cores, or RAYON_NUM_THREADS). Medians and minima are over the steps of all
+rounds. All of it goes to benches/results/DATE-CPU.json. Needs cargo, and what step.py needs; a C++
+compiler with OpenMP for `torch.compile`.
 """
 
 import argparse
@@ -45,23 +46,28 @@ def output(command, environment={}):
     return json.loads(done.stdout)
 
 
+# Names of the peers, and the mode of torch.compile that each is.
+PEERS = {"eager": "none", "compiled": "default"}
+
+
 def measure(bench, case, args):
-    """Reports of all rounds: [ours, PyTorch's]."""
+    """Reports of all rounds, by the program's name."""
     preset, batch, sequence = case.split(":")
     lengths = ["--steps", str(args.steps), "--warm-up", str(args.warm_up)]
     ours_command = [bench, "--preset", preset, "--batch", batch, "--sequence", sequence, "--json"]
-    reports = [[], []]
+    reports = {name: [] for name in ["isobath", *args.peer]}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "ours.json"
         peer_command = [args.python, str(HERE / "step.py"), str(config)]
         for round in range(args.rounds):
             ours = output(ours_command + lengths)
             config.write_text(json.dumps(ours))
-            peer = output(peer_command + lengths, PEER_ENVIRONMENT)
-            reports[0].append(ours)
-            reports[1].append(peer)
-            print(f"{case} round {round + 1}: isobath {ours['median_ms']:.0f} ms, "
-                  f"PyTorch {peer['median_ms']:.0f} ms", file=sys.stderr)
+            reports["isobath"].append(ours)
+            for name in args.peer:
+                command = peer_command + lengths + ["--compile", PEERS[name]]
+                reports[name].append(output(command, PEER_ENVIRONMENT))
+            medians = [f"{name} {of[-1]['median_ms']:.0f} ms" for name, of in reports.items()]
+            print(f"{case} round {round + 1}: {', '.join(medians)}", file=sys.stderr)
     return reports
 
 
@@ -85,8 +91,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--peer", action="append", choices=PEERS, help="[all]")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has torch")
     args = parser.parse_args()
+    args.peer = args.peer or list(PEERS)
     bench = build()
     load = os.getloadavg()[0]
     cases = {case: measure(bench, case, args)
@@ -95,15 +103,15 @@ def main():
     print(f"{'case':<14} {'program':<28} {'median ms':>10} {'min ms':>9} {'cpu ms':>9} "
           f"{'tokens/s':>9} {'ratio':>7}")
     for case, reports in cases.items():
-        ours, peer = map(summary, reports)
-        for row in ours, peer:
+        ours, *peers = map(summary, reports.values())
+        for row in [ours, *peers]:
             ratio = row["median_ms"] / ours["median_ms"]
             print(f"{case:<14} {row['program']:<28} {row['median_ms']:>10.1f} "
                   f"{row['min_ms']:>9.1f} {row['cpu_ms']:>9.1f} "
                   f"{row['tokens_per_second']:>9.0f} {ratio:>6.2f}x")
     print(f"load average before the first round: {load:.1f}")
 
-    first = next(iter(cases.values()))[0][0]
+    first = next(iter(cases.values()))["isobath"][0]
     date = datetime.date.today().isoformat()
     cpu = re.sub(r"[^a-z0-9]+", "-", first["cpu"].lower()).strip("-")
     path = ROOT / "benches" / "results" / f"{date}-{cpu}.json"
@@ -114,8 +122,7 @@ def main():
         "commit": first["commit"],
         "load_average_before": load,
         "rounds": args.rounds,
-        "cases": {case: {"isobath": ours, "pytorch": peer}
-                  for case, (ours, peer) in cases.items()},
+        "cases": cases,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"raw figures: {path.relative_to(ROOT)}")
