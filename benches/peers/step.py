@@ -239,7 +239,7 @@ def measure(ours, args):
         step_ms = watch.between()
     median = statistics.median(step_ms)
     report = {
-        "program": "PyTorch " + ("eager" if args.compile == "none" else args.compile),
+        "program": "PyTorch " + ("eager" if args.compile == "none" else f"compiled, {args.compile}"),
         "version": torch.__version__,
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),

@@ -241,6 +241,15 @@ pub trait Backend: Footprint {
         unreachable!("{} records nothing", self.name())
     }
 
+    /// Runs `work` on a thread on which its ops begin soonest: a backend whose ops are loops over a
+    /// pool of threads takes one of these, else each op waits until one of them has woken up.
+    fn on_worker<T: Send>(&mut self, work: impl FnOnce(&mut Self) -> T + Send) -> T
+    where
+        Self: Sized,
+    {
+        work(self)
+    }
+
     /// What profilers show: everything until [`Backend::end_range`], inside what was begun before.
     /// Of work that is replayed, what lies around the replay; what lies inside is seen once, when
     /// it is recorded.

@@ -105,6 +105,10 @@ impl<T: Float> Backend for Cpu<T> {
         self.memory.allocate(label, bytes)
     }
 
+    fn on_worker<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
+        rayon::scope(|_| work(self))
+    }
+
     fn write(&mut self, view: View, values: &[f32]) -> Result<()> {
         let to = self.values_mut(view);
         assert_eq!(to.len(), values.len(), "write: a view of {}", view.shape);

@@ -161,6 +161,10 @@ impl BoundProgram {
     /// Runs every step, in order. The backward pass begins with the first gradient; what it computes
     /// again is a part of it.
     pub fn run<B: Backend>(&self, backend: &mut B) -> Result<()> {
+        backend.on_worker(|backend| self.run_here(backend))
+    }
+
+    fn run_here<B: Backend>(&self, backend: &mut B) -> Result<()> {
         let backward = self.steps.iter().position(Step::is_backward);
         let (forward, backward) = self.steps.split_at(backward.unwrap_or(self.steps.len()));
         let run = |steps: &[Step<View>], backend: &mut B| {
