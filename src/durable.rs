@@ -107,14 +107,15 @@ pub fn write_new(path: &Path, contents: &[u8]) -> Result<Fingerprint> {
 pub const TEMPORARY: &str = ".tmp-";
 
 /// Writes a file, or replaces it, as a whole: after a crash it holds the old contents or the new
-/// ones. Several processes may do so at one time; the last one's contents stay. The mode is 0644,
-/// less what the umask takes away.
+/// ones. Several processes may do so at one time; the last one's contents stay. The mode is that
+/// of the file that was there, else 0644, less what the umask takes away.
 pub fn replace(path: &Path, contents: &[u8]) -> Result<()> {
     let folder = folder_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mode = fs::metadata(path).map_or(0o644, |there| there.permissions().mode());
     let mut temporary = tempfile::Builder::new()
         .prefix(&format!("{TEMPORARY}{name}-"))
-        .permissions(PermissionsExt::from_mode(0o644))
+        .permissions(PermissionsExt::from_mode(mode))
         .tempfile_in(folder)
         .map_err(Error::io("create a file in", folder))?;
     temporary.write_all(contents).map_err(Error::io("write", path))?;

@@ -841,6 +841,7 @@ fn wrong_arguments_of_bench_are_refused() {
         ("norm --predict", &[], &["unexpected argument '--predict'"]),
         ("gemm --predict --preset 8m", &[], &["8m", "9m"]),
         ("gemm --predict --layout nt", &[], &["'--predict' cannot be used with '--layout"]),
+        ("gemm --predict --dtype f32", &[], &["'--predict' cannot be used with '--dtype"]),
         ("--predict --race", &[], &["'--predict' cannot be used with '--race'"]),
         ("step --predict --seed 1", &[], &["'--predict' cannot be used with '--seed"]),
         ("--predict --preset 8m", &[], &["8m", "9m"]),

@@ -475,30 +475,30 @@ fn child_saves_a_large_model() {
 /// What versions before this one wrote: the position and the pending line as any JSON, and
 /// three fields that nothing needs.
 #[test]
-fn the_loaders_position_and_the_owed_line_are_read_or_refused() {
-    let state = |loader: Value, owed: Value| -> serde_json::Result<TrainerState> {
+fn the_loaders_position_and_the_pending_line_are_read_or_refused() {
+    let state = |loader: Value, pending: Value| -> serde_json::Result<TrainerState> {
         serde_json::from_value(json!({
             "step": 3, "updates": 3, "tokens": 384, "seed": 7, "loader": loader,
-            "elapsed_seconds": 1.5, "best_valid_loss": 2.5, "extra": owed
+            "elapsed_seconds": 1.5, "best_valid_loss": 2.5, "extra": pending
         }))
     };
     let loader = json!({"row": 6, "rows_per_epoch": 7, "seed": 7, "sequence": 64, "source": 9});
-    let owed = json!({"grad_norm": 1.0, "loss": 2.0, "lr": 0.1, "mfu": null, "step": 3,
+    let pending = json!({"grad_norm": 1.0, "loss": 2.0, "lr": 0.1, "mfu": null, "step": 3,
                       "tokens": 384, "tokens_per_second": 10.0});
     assert_eq!(state(loader.clone(), Value::Null).unwrap().pending, None);
-    let read = state(loader.clone(), owed.clone()).unwrap();
+    let read = state(loader.clone(), pending.clone()).unwrap();
     assert_eq!((read.loader.row, read.pending.map(|line| line.loss)), (6, Some(2.0)));
     let written = serde_json::to_value(read).unwrap();
     let expected = json!({
-        "step": 3, "tokens": 384, "loader": loader, "elapsed_seconds": 1.5, "extra": owed
+        "step": 3, "tokens": 384, "loader": loader, "elapsed_seconds": 1.5, "extra": pending
     });
     assert_eq!(written, expected);
-    for (loader, owed, part) in [
+    for (loader, pending, part) in [
         (Value::Null, Value::Null, "LoaderState"),
         (json!({"row": 6}), Value::Null, "rows_per_epoch"),
         (loader, json!({"step": 3}), "tokens"),
     ] {
-        let message = state(loader, owed).unwrap_err().to_string();
+        let message = state(loader, pending).unwrap_err().to_string();
         assert!(message.contains(part), "{part} is not in: {message}");
     }
 }

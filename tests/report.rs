@@ -533,6 +533,14 @@ fn a_page_is_written_as_a_whole_or_to_what_is_no_file() {
     assert_eq!(fs::read_to_string(&out).unwrap(), page, "the page that was there is lost");
     assert_eq!(fs::read_dir(runs.path("pages")).unwrap().count(), 1, "something stays");
 
+    // A link stays one; what it points to is written.
+    let link = runs.path("link.html");
+    std::os::unix::fs::symlink(&out, &link).unwrap();
+    fs::write(&out, "").unwrap();
+    assert!(report(&link).output().unwrap().status.success());
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert!(fs::read_to_string(&out).unwrap().contains("</html>"));
+
     let output = report(Path::new("/dev/stdout")).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains("</html>") && printed.ends_with("/dev/stdout\n"), "{printed}");

@@ -530,8 +530,8 @@ fn a_product_joins_what_follows_it() {
     assert_eq!(fused(&rotary(false)), ["linear, rotary"]);
     assert!(fused(&rotary(true)).is_empty(), "an addend comes between them");
 
-    // The gradient of inp by way of SwiGLU and two products; `twice`: the product of gate and up has
-    // another reader, whose gradient is added.
+    // The gradient of inp by way of SwiGLU and two products; `twice`: the product of gate and up
+    // has another reader, whose gradient is added.
     let ffn = |residual: bool, twice: bool| {
         let mut tape = Tape::new();
         let inp = tape.activation_input("inp", &[t, c]);

@@ -305,8 +305,8 @@ impl<H> Rotary<H> {
 
 // ------------------------------------------------------------------ attention
 
-/// Causal softmax(q k^T / sqrt(D)) v with K kv heads, read from qkv where they lie. Query i of a row
-/// sees keys document_starts[i] to i of it.
+/// Causal softmax(q k^T / sqrt(D)) v with K kv heads, read from qkv where they lie. Query i of a
+/// row sees keys document_starts[i] to i of it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct AttentionForward<H = View> {
     pub spec: AttentionSpec,
@@ -367,7 +367,8 @@ impl<H> AttentionBackward<H> {
     }
 }
 
-/// Writes the new k and v to rows `positions` of the cache, then attends to every row up to its own.
+/// Writes the new k and v to rows `positions` of the cache, then attends to every row up to its
+/// own.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct CachedAttention<H = View> {
     pub heads: HeadSpec,
@@ -436,8 +437,8 @@ impl<H> SwiGluBackward<H> {
 
 // ------------------------------------------------------------------ cross-entropy
 
-/// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus z_loss log^2(Z); 0
-/// where the target is IGNORE_INDEX.
+/// losses[t] = cross-entropy of softmax(inp[t] weight^T) against targets[t], plus z_loss log^2(Z);
+/// 0 where the target is IGNORE_INDEX.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct CrossEntropyForward<H = View> {
     pub spec: LossSpec,

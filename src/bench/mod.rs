@@ -1,10 +1,10 @@
 //! Times kernels and training steps on a machine.
 //!
 //! Medians between events, cold L2, random normals (timing.rs). What one launch reads and writes,
-//! or multiplies, stands beside each figure as a formula (src/predict/cost.rs), and so does the ceiling: bytes
-//! are compared with a copy that was timed in the same run, FLOPs with the machine's dense peak
-//! where that is known. On the CPU machine the figures say how fast that is, not how fast a GPU
-//! would be.
+//! or multiplies, stands beside each figure as a formula (src/predict/cost.rs), and so does the
+//! ceiling: bytes are compared with a copy that was timed in the same run, FLOPs with the machine's
+//! dense peak where that is known. On the CPU machine the figures say how fast that is, not how
+//! fast a GPU would be.
 
 mod adamw;
 mod attention;

@@ -1,7 +1,7 @@
 //! A whole training step, as `isobath train` runs it: micro-batches forward and backward, gradient
 //! norm, update. Random tokens; the time between two updates' ends, with all that the host does.
-//! Then once more, launch by launch, for the time of each family of kernels; and without fusions, to
-//! see what each is worth.
+//! Then once more, launch by launch, for the time of each family of kernels; and without fusions,
+//! to see what each is worth.
 
 use std::time::Duration;
 

@@ -43,7 +43,8 @@ pub const TRAINER_TENSORS: &str = "trainer.safetensors";
 pub const TRAINER: &str = "trainer.json";
 pub const MANIFEST: &str = "MANIFEST.json";
 
-const TRAINER_FORMAT: u32 = 1;
+/// The first one had fields that nothing needs; it is read, too.
+const TRAINER_FORMATS: [u32; 2] = [1, 2];
 
 /// What the training loop knows besides the flat buffers. Earlier versions wrote more, of which
 /// nothing is needed: every random stream begins with the configuration's seed.
@@ -185,7 +186,7 @@ impl TrainerFile {
         let config = serde_json::to_value(snapshot.config);
         let bytes = config.and_then(|config| {
             serde_json::to_vec_pretty(&TrainerFile {
-                format: TRAINER_FORMAT,
+                format: TRAINER_FORMATS[1],
                 isobath: env!("CARGO_PKG_VERSION").to_string(),
                 layout: layout(snapshot.table),
                 config,

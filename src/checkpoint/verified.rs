@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::layout;
 use super::manifest::Manifest;
-use super::{MANIFEST, TRAINER, TRAINER_FORMAT, TRAINER_TENSORS, TrainerFile, TrainerState};
+use super::{MANIFEST, TRAINER, TRAINER_FORMATS, TRAINER_TENSORS, TrainerFile, TrainerState};
 use crate::durable::Fingerprint;
 use crate::error::{Error, Result};
 use crate::flat::{FlatBuffer, chunks};
@@ -184,8 +184,9 @@ impl Verified {
         let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
         let unreadable = |e: serde_json::Error| unusable(&path, format!("cannot be read: {e}"));
         let json: Value = serde_json::from_slice(&bytes).map_err(unreadable)?;
-        if json["format"] != TRAINER_FORMAT {
-            let what = format!("has format {}, this build knows {TRAINER_FORMAT}", json["format"]);
+        if !TRAINER_FORMATS.iter().any(|&known| json["format"] == known) {
+            let known = TRAINER_FORMATS.map(|it| it.to_string()).join(" and ");
+            let what = format!("has format {}, this build knows {known}", json["format"]);
             return Err(unusable(&path, what));
         }
         serde_json::from_value(json).map_err(unreadable)

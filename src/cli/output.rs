@@ -30,9 +30,9 @@ pub fn print_json(answer: &impl Serialize) -> anyhow::Result<()> {
 }
 
 /// Writes a file that the user named, and the folders above it, as a whole or not at all. What is
-/// there and is no file (a pipe, /dev/stdout) is written to.
+/// there and is no file of its own (a pipe, a link such as /dev/stdout) is written through.
 pub fn save(path: &Path, contents: &[u8]) -> Result<()> {
-    if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+    if fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
         return fs::write(path, contents).map_err(Error::io("write", path));
     }
     let folder = folder_of(path);

@@ -1,6 +1,6 @@
 //! `isobath plan`: what a configuration costs, without data or device; on a machine that is named
-//! but not here, also how long it takes at least, and how long it is expected to. Of a run that starts from a folder, the folder's
-//! model is planned, as it would be trained.
+//! but not here, also how long it takes at least, and how long it is expected to. Of a run that
+//! starts from a folder, the folder's model is planned, as it would be trained.
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;

@@ -154,7 +154,8 @@ choice! {
     pub enum Placement {
         /// x + f(N(x))
         Pre = "pre",
-        /// x + f(N(x) / sqrt(l)): "The Curse of Depth", equation 12. `lns_position` moves the scale.
+        /// x + f(N(x) / sqrt(l)): "The Curse of Depth", equation 12. `lns_position` moves the
+        /// scale.
         Lns = "lns",
         /// N(x + f(x)): Vaswani et al. 2017.
         Post = "post",
@@ -335,13 +336,14 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; 0: off.
     pub clip: f64,
-    /// Type that both moments are stored in; in bf16, rounded stochastically so that the mean is exact.
+    /// Type that both moments are stored in; in bf16, rounded stochastically so that the mean is
+    /// exact.
     pub moments: Dtype,
     pub master: Master,
     /// Whether both moments lie in host memory and pass through the device in every update.
     pub offload: bool,
-    /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and head;
-    /// 0: all. "LISA", Pan et al. 2024.
+    /// Blocks that are trained at one time, drawn at random, besides embedding, final norm and
+    /// head; 0: all. "LISA", Pan et al. 2024.
     pub sampled_layers: usize,
     /// Updates between two draws.
     pub sample_interval: u64,

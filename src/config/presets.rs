@@ -184,9 +184,9 @@ fn demo() -> Config {
     }
 }
 
-/// Supervised fine-tuning as the paper's group runs it: 4 epochs at a learning rate of 3e-4 with seed
-/// 42; with LISA, 4 layers for 3 updates each. They name no more; batch, schedule and Adam's numbers
-/// are ours. The model and its tokenizer are those that `train.init_from` names.
+/// Supervised fine-tuning as the paper's group runs it: 4 epochs at a learning rate of 3e-4 with
+/// seed 42; with LISA, 4 layers for 3 updates each. They name no more; batch, schedule and Adam's
+/// numbers are ours. The model and its tokenizer are those that `train.init_from` names.
 fn tuning(name: &str, sampled_layers: usize) -> Config {
     let demo = demo();
     Config {

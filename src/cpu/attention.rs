@@ -431,8 +431,8 @@ vectorised! {
                         T::tile_product(to_queries, d_s, k, &mut d_q);
                         for (row, d_q) in band.zip(d_q.chunks_exact_mut(d)) {
                             let at = b * sequence + first + row;
-                            // SAFETY: tasks have different sequences or kv heads (see the caller); this
-                            // is the task's one slice that is alive.
+                            // SAFETY: tasks have different sequences or kv heads (see the caller);
+                            // this is the task's one slice that is alive.
                             let to = unsafe { d_qkv.row(at, layout.q(head), d) };
                             if first_key == first_tile {
                                 to.copy_from_slice(d_q);

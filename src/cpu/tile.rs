@@ -92,8 +92,9 @@ macro_rules! tile_product {
                 let split = width.min(lanes);
                 let mut sums = [[simd.$splat(0.0); 2]; M];
                 if width == 2 * lanes {
-                    // SAFETY: each of k times, row + r < m and column + width <= n, so that all that
-                    // is read lies inside the slices (`is_inside`); vectors are read unaligned.
+                    // SAFETY: each of k times, row + r < m and column + width <= n, so that all
+                    // that is read lies inside the slices (`is_inside`); vectors are read
+                    // unaligned.
                     unsafe {
                         let mut a = a.as_ptr().add(row * tile.a_row);
                         let mut b = b.as_ptr().add(column);

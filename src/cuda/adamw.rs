@@ -2,13 +2,13 @@
 //!
 //! [`AdamW`] is for one number of elements and one set of decaying ranges. It allocates once, when
 //! it is made: [`AdamW::device_bytes`] of scratch, step scalars and the table of ranges. A step is
-//! [`AdamW::prepare`], which copies this step's scalars to the device and waits for it (a caller that
-//! does not want to wait copies [`AdamW::scalars`] itself), and may not be captured; then
+//! [`AdamW::prepare`], which copies this step's scalars to the device and waits for it (a caller
+//! that does not want to wait copies [`AdamW::scalars`] itself), and may not be captured; then
 //! [`AdamW::gradient_norm`] and [`AdamW::launch`], which may. The formulas stand at the head of
 //! kernels/adamw.cu and in its function `update`.
 //!
-//! Moments in bf16 are rounded stochastically. The random bits are a pure function of seed, update and
-//! the element's index in the whole flat buffer: [`ROUNDING_STREAM`] says which.
+//! Moments in bf16 are rounded stochastically. The random bits are a pure function of seed, update
+//! and the element's index in the whole flat buffer: [`ROUNDING_STREAM`] says which.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! Ops that another op's kernel does on its way, and a training step without some of them: what each
-//! is worth can be timed, and what it costs in exactness be seen.
+//! Ops that another op's kernel does on its way, and a training step without some of them: what
+//! each is worth can be timed, and what it costs in exactness be seen.
 
 use crate::config::choice::choice;
 

@@ -192,8 +192,8 @@ impl Peaks {
         MACHINES.into_iter().find(|peaks| peaks.short_name == name)
     }
 
-    /// Of the special function units, which compute exponentials: 16 a clock on each multiprocessor,
-    /// whose tensor cores do 4,096 FLOPs in bf16 in it.
+    /// Of the special function units, which compute exponentials: 16 a clock on each
+    /// multiprocessor, whose tensor cores do 4,096 FLOPs in bf16 in it.
     pub fn exponentials_per_second(&self) -> f64 {
         self.flops_per_second(Dtype::Bf16) / 256.0
     }

@@ -1,9 +1,9 @@
 //! A model's parameters on a device: the master weights, and the copy that matmuls read.
 //!
-//! Where activations are narrower than f32 the copy holds every parameter rounded to their type,
-//! in the same order; else there is none and the master is read. With [`Master::Split`] the master
-//! holds only the lower 16 bits of each f32, of which the copy has the upper ones, and vectors, which
-//! are read in f32, have a copy in f32. The optimizer writes all of them.
+//! Where activations are narrower than f32 the copy holds every parameter rounded to their type, in
+//! the same order; else there is none and the master is read. With [`Master::Split`] the master
+//! holds only the lower 16 bits of each f32, of which the copy has the upper ones, and vectors,
+//! which are read in f32, have a copy in f32. The optimizer writes all of them.
 
 use std::ops::Range;
 

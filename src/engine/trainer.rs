@@ -253,8 +253,8 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Goes to update `update`, counted from 1: the one that [`Trainer::accumulate`] and
-    /// [`Trainer::update`] are for. Where layers are sampled, this decides which of them are frozen; else
-    /// it does nothing.
+    /// [`Trainer::update`] are for. Where layers are sampled, this decides which of them are
+    /// frozen; else it does nothing.
     pub fn begin(&mut self, update: u64) {
         if let Some(sampling) = &mut self.sampling {
             sampling.go_to(update);
@@ -264,12 +264,12 @@ impl<B: Backend> Trainer<B> {
     /// Forward and backward over all micro-batches of a step. Every predicted token weighs the
     /// same, in whichever micro-batch it stands. Frozen layers have no gradient.
     ///
-    /// What is computed for a micro-batch is replayed: forward and backward; before the first,
-    /// the fill of gradients; after the last, their norm. So there are three recordings, however
-    /// many micro-batches a step has, made with the trainer (and a fourth when a step has a single
-    /// one and others have more). Outside stay the copies of a micro-batch into place and of its
-    /// losses out of it, whose addresses differ, and with sampled layers, of which others are frozen
-    /// in other steps, the fill of frozen layers' gradients and the norm.
+    /// What is computed for a micro-batch is replayed: forward and backward; before the first, the
+    /// fill of gradients; after the last, their norm. So there are three recordings, however many
+    /// micro-batches a step has, made with the trainer (and a fourth when a step has a single one
+    /// and others have more). Outside stay the copies of a micro-batch into place and of its losses
+    /// out of it, whose addresses differ, and with sampled layers, of which others are frozen in
+    /// other steps, the fill of frozen layers' gradients and the norm.
     ///
     /// Errors: no micro-batch, or one that does not fit.
     pub fn accumulate<'a>(
@@ -348,7 +348,7 @@ impl<B: Backend> Trainer<B> {
             return self.backend.adamw(&self.flat, &arguments);
         };
         if sampling.update() != update {
-            return Err(Error::Usage {
+            return Err(Error::Internal {
                 what: format!("update {update} with the gradient of update {}", sampling.update()),
                 remedy: "begin the update before its gradient is computed".to_string(),
             });

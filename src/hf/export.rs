@@ -25,8 +25,8 @@ pub struct Export<'a> {
     pub config: &'a ModelConfig,
     pub table: &'a ParameterTable,
     pub tokenizer: &'a TokenizerFiles,
-    /// Of model.safetensors: f32, in which nothing is rounded but the folded gains, or bf16, rounded
-    /// to nearest even.
+    /// Of model.safetensors: f32, in which nothing is rounded but the folded gains, or bf16,
+    /// rounded to nearest even.
     pub dtype: config::Dtype,
 }
 

@@ -76,8 +76,8 @@ impl<'a> Expected<'a> {
         1e6 * seconds + kernels as f64 * LAUNCH_MICROSECONDS
     }
 
-    /// With its bytes at the rate of the cost model. Sizes that no kernel takes: as the fastest tile
-    /// would do them.
+    /// With its bytes at the rate of the cost model. Sizes that no kernel takes: as the fastest
+    /// tile would do them.
     fn product_seconds(&self, kernel: &Kernel, product: &StepProduct) -> ProductSeconds {
         let Some((choice, timed)) = chosen(self.machine, tuned::built_in(), product) else {
             return Estimated(kernel.flops as f64 / self.flops_per_second());
@@ -112,8 +112,8 @@ enum ProductSeconds {
 }
 use ProductSeconds::{Estimated, Timed};
 
-/// The kernel of a product on this machine, and what it took if somebody has timed it. `None`: there
-/// is none.
+/// The kernel of a product on this machine, and what it took if somebody has timed it. `None`:
+/// there is none.
 pub(super) fn chosen<'a>(
     machine: &Peaks,
     table: &'a Table,

@@ -1,6 +1,7 @@
 //! A plan for a machine that need not be here: the memory table, the least and the expected time of
 //! a training step by kernel family, and what each level of recomputation, and each way to store
-//! optimizer state, costs and makes room for. All of it is predicted: memory by planning, time as in mod.rs.
+//! optimizer state, costs and makes room for. All of it is predicted: memory by planning, time as
+//! in mod.rs.
 
 use std::fmt;
 

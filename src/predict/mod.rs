@@ -3,8 +3,9 @@
 //! asked.
 //!
 //! The kernels are those that launches.rs lists. A kernel takes at least as long as its bytes take
-//! through memory, its products on the tensor cores, its exponentials on the special function units,
-//! and what it has in host memory over the link; kernels run one after another, without gaps.
+//! through memory, its products on the tensor cores, its exponentials on the special function
+//! units, and what it has in host memory over the link; kernels run one after another, without
+//! gaps.
 
 use serde::Serialize;
 
@@ -125,7 +126,8 @@ pub struct Kernel {
     pub link_bytes: u64,
     /// Of one launch.
     pub microseconds: Estimates<f64>,
-    /// What takes longest at the datasheet's rates: "memory", "products", "exponentials" or "host link".
+    /// What takes longest at the datasheet's rates: "memory", "products", "exponentials" or "host
+    /// link".
     pub bound: &'static str,
 }
 
@@ -335,8 +337,8 @@ impl Kernel {
         self.microseconds.map(|microseconds| self.launches as f64 * microseconds / 1e3)
     }
 
-    /// Microseconds through memory, on the tensor cores, on the special function units, and over the
-    /// link to the host; `rates`: bytes and FLOPs in a second.
+    /// Microseconds through memory, on the tensor cores, on the special function units, and over
+    /// the link to the host; `rates`: bytes and FLOPs in a second.
     fn times(&self, machine: &Peaks, rates: [f64; 2]) -> [f64; 4] {
         let amounts = [self.bytes, self.flops, self.exponentials, self.link_bytes];
         let [bytes, flops] = rates;

@@ -127,8 +127,8 @@ impl<'a> Pass<'a> {
         Ok(pass)
     }
 
-    /// The name under which the backward pass finds an activation: its own if it was kept, else that
-    /// of its second computation, which is recorded here when it is first asked for.
+    /// The name under which the backward pass finds an activation: its own if it was kept, else
+    /// that of its second computation, which is recorded here when it is first asked for.
     fn activation(&mut self, id: ValueId) -> ValueId {
         if let Some(&again) = self.again.get(&id) {
             return again;

@@ -143,8 +143,8 @@ impl Tape {
         })
     }
 
-    /// Ops recorded until [`Tape::end_block`] may be computed again in the backward pass; what other
-    /// ops read of them is always kept.
+    /// Ops recorded until [`Tape::end_block`] may be computed again in the backward pass; what
+    /// other ops read of them is always kept.
     pub fn begin_block(&mut self, block: usize) {
         self.block = Some(block);
     }

@@ -55,8 +55,8 @@ impl Program {
         Self::fused(tape, purpose, kept, element_bytes, false)
     }
 
-    /// For a device that does more at once: `swiglu_backward` as [`Backend::fuses_swiglu_backward`],
-    /// which spares memory.
+    /// For a device that does more at once: `swiglu_backward` as
+    /// [`Backend::fuses_swiglu_backward`], which spares memory.
     pub fn fused(
         mut tape: Tape,
         purpose: Purpose,
@@ -158,8 +158,8 @@ impl BoundProgram {
         ready.map_err(Error::before_running)
     }
 
-    /// Runs every step, in order. The backward pass begins with the first gradient; what it computes
-    /// again is a part of it.
+    /// Runs every step, in order. The backward pass begins with the first gradient; what it
+    /// computes again is a part of it.
     pub fn run<B: Backend>(&self, backend: &mut B) -> Result<()> {
         backend.on_worker(|backend| self.run_here(backend))
     }

@@ -1,5 +1,6 @@
-//! Which activations the backward pass keeps: the one place that knows what a level of recomputation
-//! means. How the others come back is in differentiate.rs, and the same for all of them.
+//! Which activations the backward pass keeps: the one place that knows what a level of
+//! recomputation means. How the others come back is in differentiate.rs, and the same for all of
+//! them.
 
 use std::collections::HashMap;
 
@@ -9,8 +10,8 @@ use crate::config::Recompute;
 
 /// Every activation that is not kept at `level`, and the ops that write it, in order.
 ///
-/// It is written in a block and read there alone: the residual stream between blocks is always kept,
-/// and nothing is computed more than twice.
+/// It is written in a block and read there alone: the residual stream between blocks is always
+/// kept, and nothing is computed more than twice.
 pub(super) fn not_kept(ops: &[Recorded], level: Recompute) -> HashMap<ValueId, Vec<Op<ValueId>>> {
     let weakest = weakest_levels(ops);
     let mut not_kept: HashMap<ValueId, Vec<Op<ValueId>>> = HashMap::new();

@@ -6,9 +6,9 @@
 //! ```
 //!
 //! A gradient that is not finite updates nothing; it, or such a loss, ends the run with checkpoints
-//! as they were. A device that runs asynchronously is given a step while the one before is under way. Equal
-//! configurations give equal bits, whether trained in one go or resumed, unless train.deterministic
-//! says otherwise.
+//! as they were. A device that runs asynchronously is given a step while the one before is under
+//! way. Equal configurations give equal bits, whether trained in one go or resumed, unless
+//! train.deterministic says otherwise.
 
 mod console;
 mod interrupt;

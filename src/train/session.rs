@@ -103,7 +103,8 @@ struct Session<B> {
     loader: Prefetch,
     metrics: LineLog,
     samples: LineLog,
-    /// The first thing that a resumed run does is what it owes.
+    /// Its line is pending where a step's evaluation or sample was interrupted: a resumed run makes
+    /// up for that first.
     state: TrainerState,
     prompt: Vec<u32>,
     interrupt: Interrupt,

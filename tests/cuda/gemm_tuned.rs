@@ -88,7 +88,7 @@ fn what_was_timed_comes_before_the_model() {
 /// Each epilogue has its own entry; where it has none, the tile of another one is better than a
 /// guess.
 #[test]
-fn what_was_timed_with_an_ending_comes_before_what_was_timed_without() {
+fn what_was_timed_with_an_epilogue_comes_before_what_was_timed_without() {
     if !has_simt() {
         return;
     }

@@ -208,8 +208,8 @@ fn every_backward_pass_of_attention_trains_as_on_the_cpu() {
     }
 }
 
-/// Without a fusion its op has a kernel of its own, in each of two layers, and the model is as exact
-/// as the plain formulas.
+/// Without a fusion its op has a kernel of its own, in each of two layers, and the model is as
+/// exact as the plain formulas.
 #[test]
 fn a_model_without_fusions_trains_as_on_the_cpu() {
     const STEPS: u64 = 2;

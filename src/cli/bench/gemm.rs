@@ -10,14 +10,16 @@ use isobath::cuda::gemm::Layout;
 use isobath::cuda::gemm::tuned::Table;
 use isobath::cuda::{Driver, Family};
 use isobath::predict::GemmPrediction;
-use isobath::{Error, Result, durable};
+use isobath::{Error, Result};
 
+use super::super::output;
 use super::{Common, MEASURING, sizes};
 
 #[derive(Args, Debug)]
 pub struct GemmArgs {
     /// Measure nothing: the estimate for every product of the paper's models on an H200
     #[arg(long, groups = ["mode", "models"], conflicts_with_all = MEASURING)]
+    #[arg(conflicts_with = "dtype")]
     predict: bool,
     /// Every product of the paper's models with the kernel chosen for it, in a burst and sustained
     /// [samples: what 50 ms hold; on simt 1]
@@ -114,7 +116,7 @@ fn tune(args: &GemmArgs, request: &ProductsRequest) -> anyhow::Result<()> {
         eprintln!("{}", report.progress());
         let Some(out) = &args.out else { return Ok(()) };
         // Each time, so that who is stopped has what was timed before.
-        durable::replace(out, report.table().to_string().as_bytes())
+        output::save(out, report.table().to_string().as_bytes())
     })?;
     args.common.print(&report)
 }

@@ -195,9 +195,9 @@ impl Kernels {
         Ok((launch(driver, kernel, rows, sizes, walk, shared_bytes), arguments))
     }
 
-    /// As [`Kernels::set_passes`] said, or what the cost model says, and which passes these are. Errors: as
-    /// [`Kernels::forward`]; sums of d_q that have no place where one pass was asked for, or no
-    /// memory.
+    /// As [`Kernels::set_passes`] said, or what the cost model says, and which passes these are.
+    /// Errors: as [`Kernels::forward`]; sums of d_q that have no place where one pass was asked
+    /// for, or no memory.
     pub fn backward(
         &mut self,
         driver: &mut dyn Driver,

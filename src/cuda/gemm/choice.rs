@@ -29,8 +29,8 @@ pub struct Variant {
 pub(super) struct Speed {
     /// Of a machine full of these tiles, relative to the family's fastest.
     pub(super) relative: f64,
-    /// Multiply-adds of the fastest tile in the time that one value of A or B takes from the L2 cache
-    /// to its multiprocessor, while all multiprocessors load; 0: it is part of `relative`.
+    /// Multiply-adds of the fastest tile in the time that one value of A or B takes from the L2
+    /// cache to its multiprocessor, while all multiprocessors load; 0: it is part of `relative`.
     pub(super) loaded: f64,
     /// The time in which a tile is written, in values of k that could be multiplied meanwhile.
     pub(super) epilogue: f64,

@@ -158,7 +158,7 @@ impl Gemm {
     }
 
     /// What was fastest for a product [M,N,K] and its epilogue, if that was timed on this
-    /// machine; else what was fastest with something else after it, on the same tile; else
+    /// machine; else what was fastest with another epilogue, on the same tile; else
     /// [`Gemm::by_cost_model`].
     ///
     /// Errors: the chosen family does not have this layout, or not with this output.
@@ -175,7 +175,7 @@ impl Gemm {
         self.timed(layout, output, sizes, output.epilogue()).is_some()
     }
 
-    /// What was fastest where the product was timed with this after it.
+    /// What was fastest where the product was timed with this epilogue.
     fn timed(
         &self,
         layout: Layout,
