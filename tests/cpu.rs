@@ -671,3 +671,13 @@ fn panic_message<T>(does: impl FnOnce() -> T) -> String {
         Err(payload) => payload.downcast::<&str>().unwrap().to_string(),
     }
 }
+
+/// Where nothing waits for a thread of the pool to wake up before each op.
+#[test]
+fn work_is_done_on_a_worker_of_the_pool() {
+    assert_eq!(rayon::current_thread_index(), None);
+    let mut cpu = Cpu::<f32>::new();
+    let here = |_: &mut Cpu<f32>| rayon::current_thread_index();
+    assert!(cpu.on_worker(here).is_some());
+    assert!(cpu.on_worker(|cpu| cpu.on_worker(here)).is_some(), "within another");
+}

@@ -544,6 +544,10 @@ fn a_page_is_written_as_a_whole_or_to_what_is_no_file() {
     let output = report(Path::new("/dev/stdout")).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(printed.contains("</html>") && printed.ends_with("/dev/stdout\n"), "{printed}");
+    let to_file = fs::File::create(&out).unwrap();
+    assert!(report(Path::new("/dev/stdout")).stdout(to_file).status().unwrap().success());
+    let written = fs::read_to_string(&out).unwrap();
+    assert!(written.starts_with(&printed[..15]) && written.ends_with("</html>/dev/stdout\n"));
 }
 
 /// Boxes [left, top, width, height] of everything that is asked for, in pixels of the page.

@@ -1,8 +1,10 @@
 //! What a command gives: on stdout the answer itself, as text or as one JSON object, and files that
 //! the user named.
 
-use std::fs;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Context;
@@ -32,12 +34,25 @@ pub fn print_json(answer: &impl Serialize) -> anyhow::Result<()> {
 /// Writes a file that the user named, and the folders above it, as a whole or not at all. What is
 /// there and is no file of its own (a pipe, a link such as /dev/stdout) is written through.
 pub fn save(path: &Path, contents: &[u8]) -> Result<()> {
+    if is_stdout(path) {
+        let mut out = io::stdout().lock();
+        let written = out.write_all(contents).and_then(|()| out.flush());
+        return written.map_err(Error::io("write", path));
+    }
     if fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
         return fs::write(path, contents).map_err(Error::io("write", path));
     }
     let folder = folder_of(path);
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     replace(path, contents)
+}
+
+/// Opened anew, a file that stdout goes to would be written from its beginning, by both.
+fn is_stdout(path: &Path) -> bool {
+    let stdout = io::stdout().as_fd().try_clone_to_owned().map(File::from);
+    let place = |there: Metadata| (there.dev(), there.ino());
+    let (there, stdout) = (fs::metadata(path), stdout.and_then(|stdout| stdout.metadata()));
+    there.ok().map(place).is_some_and(|there| stdout.is_ok_and(|stdout| place(stdout) == there))
 }
 
 /// Whether the reader of a pipe went away (`isobath info | head -1`): no failure of ours.
