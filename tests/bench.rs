@@ -359,8 +359,8 @@ fn a_step_is_the_sum_of_its_families() {
     let details = row.step.as_ref().unwrap();
     let prediction = Prediction::new(&config).unwrap();
     for share in &details.families {
-        let of_family = |it: &&Kernel| KernelFamily::of(it.op) == share.family;
-        let kernels = |it: &Kernel| it.kernels * it.launches;
+        let of_family = |it: &&Kernel| KernelFamily::of(it.cost.op) == share.family;
+        let kernels = |it: &Kernel| it.cost.kernels * it.launches;
         let launches: u64 = prediction.kernels.iter().filter(of_family).map(kernels).sum();
         assert_eq!(share.launches as u64, launches, "{share:?}");
         assert_eq!(share.microseconds, 1e3 * share.launches as f64, "{share:?}");

@@ -88,7 +88,7 @@ fn unpadded() -> Config {
 
 fn sum(prediction: &Prediction, of: impl Fn(&Kernel) -> bool) -> u64 {
     let kernels = prediction.kernels.iter().filter(|kernel| of(kernel));
-    kernels.map(|kernel| kernel.launches * kernel.flops).sum()
+    kernels.map(|kernel| kernel.launches * kernel.cost.flops).sum()
 }
 
 #[test]
@@ -98,12 +98,15 @@ fn a_prediction_multiplies_as_often_as_the_plans_formula_says() {
         let prediction = Prediction::new(&config).unwrap();
         let plan = PlanReport::new(&config).unwrap();
         let tokens = plan.tokens_per_step;
-        let products = sum(&prediction, |kernel| kernel.op.starts_with("gemm"));
+        let products = sum(&prediction, |kernel| kernel.cost.op.starts_with("gemm"));
         assert_eq!(products, 6 * plan.matmul_parameters * tokens, "{}", config.name);
         let attention = plan.flops_per_token * tokens - products;
         // Of the formula's 6 L S C, 2 are forward; backward has one product more than the 4.
-        assert_eq!(3 * sum(&prediction, |kernel| kernel.op == "attention_forward"), attention);
-        assert_eq!(6 * sum(&prediction, |kernel| kernel.op == "attention_backward"), 5 * attention);
+        assert_eq!(3 * sum(&prediction, |kernel| kernel.cost.op == "attention_forward"), attention);
+        assert_eq!(
+            6 * sum(&prediction, |kernel| kernel.cost.op == "attention_backward"),
+            5 * attention
+        );
         assert_eq!(prediction.flops, products + attention / 6 * 7);
 
         let recomputing = |level| {
@@ -119,7 +122,7 @@ fn a_prediction_multiplies_as_often_as_the_plans_formula_says() {
         let (c, f) = (config.model.hidden, config.model.ffn);
         let qkv = c * (config.model.heads + 2 * config.model.kv_heads) * config.model.head_dim();
         assert_eq!(norms.flops, prediction.flops);
-        let forward = |it: &Prediction| sum(it, |kernel| kernel.op == "attention_forward");
+        let forward = |it: &Prediction| sum(it, |kernel| kernel.cost.op == "attention_forward");
         let again = per_token(qkv) + forward(&prediction);
         assert_eq!(attention.flops, prediction.flops + again, "{}", config.name);
         let again = again + per_token(c * c + 2 * f * c);
@@ -143,7 +146,7 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
         panic!("{prediction}")
     };
     let of_expected = |kernel: &Kernel| kernel.microseconds.expected.unwrap();
-    let bytes: u64 = prediction.kernels.iter().map(|it| it.launches * it.bytes).sum();
+    let bytes: u64 = prediction.kernels.iter().map(|it| it.launches * it.cost.bytes).sum();
     assert_eq!(prediction.bytes, bytes);
     let at_datasheet: fn(&Kernel) -> f64 = |kernel| kernel.microseconds.datasheet;
     let at_measured: fn(&Kernel) -> f64 = |kernel| kernel.microseconds.measured.unwrap();
@@ -151,9 +154,9 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
         let mut milliseconds = 0.0;
         for kernel in &prediction.kernels {
             // 16 on each multiprocessor in a clock, in which tensor cores do 4096 FLOPs.
-            let exponentials = kernel.exponentials as f64 / (989.5e12 / 256.0);
-            let moving = kernel.bytes as f64 / bound.bytes_per_second;
-            let multiplying = kernel.flops as f64 / bound.flops_per_second;
+            let exponentials = kernel.cost.exponentials as f64 / (989.5e12 / 256.0);
+            let moving = kernel.cost.bytes as f64 / bound.bytes_per_second;
+            let multiplying = kernel.cost.flops as f64 / bound.flops_per_second;
             let least = moving.max(multiplying).max(exponentials);
             assert!((microseconds(kernel) / (least * 1e6) - 1.0).abs() < 1e-12);
             milliseconds += kernel.launches as f64 * least * 1e3;
@@ -169,29 +172,30 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     // Bytes at 78 % of the datasheet's and 2 us for each kernel; products as they are listed by
     // themselves, and so much.
     for (op, kernels) in [("norm_forward", 1.0), ("norm_backward", 2.0), ("loss_backward", 1.0)] {
-        let kernel = prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
-        let microseconds = kernel.bytes as f64 / (0.78 * 4.8e12) * 1e6 + 2.0 * kernels;
+        let kernel = prediction.kernels.iter().find(|kernel| kernel.cost.op == op).unwrap();
+        let microseconds = kernel.cost.bytes as f64 / (0.78 * 4.8e12) * 1e6 + 2.0 * kernels;
         assert!((of_expected(kernel) / microseconds - 1.0).abs() < 1e-12, "{op}");
     }
     let products = GemmPrediction::new(&["130m".to_string()], &[], &[]).unwrap().products;
-    for kernel in prediction.kernels.iter().filter(|it| it.product.is_some()) {
-        let Sizes::Product { m, n, k } = kernel.sizes else { panic!("{}", kernel.what) };
+    for kernel in prediction.kernels.iter().filter(|it| it.cost.product.is_some()) {
+        let Sizes::Product { m, n, k } = kernel.cost.sizes else { panic!("{}", kernel.cost.what) };
         let listed = products.iter().find(|row| {
             let product = row.product;
             let of = (product.layout, product.epilogue, product.sizes());
-            (row.tokens, of.2, Some((of.0, of.1))) == (16_384, [m, n, k], kernel.product)
+            (row.tokens, of.2, Some((of.0, of.1))) == (16_384, [m, n, k], kernel.cost.product)
         });
-        let microseconds = listed.unwrap_or_else(|| panic!("{}", kernel.what)).microseconds + 2.0;
-        assert!((of_expected(kernel) / microseconds - 1.0).abs() < 1e-12, "{}", kernel.what);
+        let microseconds =
+            listed.unwrap_or_else(|| panic!("{}", kernel.cost.what)).microseconds + 2.0;
+        assert!((of_expected(kernel) / microseconds - 1.0).abs() < 1e-12, "{}", kernel.cost.what);
     }
     let sum: f64 =
         prediction.kernels.iter().map(|it| it.launches as f64 * of_expected(it) / 1e3).sum();
     assert!((expected.milliseconds / sum - 1.0).abs() < 1e-12);
     // Of each parameter, once a step; 512 rows are eight micro-batches.
-    let find = |op| prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
+    let find = |op| prediction.kernels.iter().find(|kernel| kernel.cost.op == op).unwrap();
     let stored = PlanReport::new(&config).unwrap().stored_elements;
-    assert_eq!((find("adamw").launches, find("adamw").bytes), (1, 30 * stored));
-    assert_eq!((find("gradient_norm").launches, find("gradient_norm").bytes), (1, 4 * stored));
+    assert_eq!((find("adamw").launches, find("adamw").cost.bytes), (1, 30 * stored));
+    assert_eq!((find("gradient_norm").launches, find("gradient_norm").cost.bytes), (1, 4 * stored));
     assert_eq!(find("attention_backward").launches, 8 * 12);
     let mut narrow = config.clone();
     narrow.optimizer.moments = Dtype::Bf16;
@@ -205,8 +209,8 @@ fn a_prediction_adds_up_and_stays_below_the_peak() {
     offloads.optimizer.offload = true;
     let offloads = Prediction::new(&offloads).unwrap();
     assert_eq!(offloads.bytes - prediction.bytes, 16 * stored, "moments come and go");
-    let adamw = offloads.kernels.iter().find(|kernel| kernel.op == "adamw").unwrap();
-    assert_eq!((adamw.link_bytes, adamw.bound), (8 * stored, "host link"));
+    let adamw = offloads.kernels.iter().find(|kernel| kernel.cost.op == "adamw").unwrap();
+    assert_eq!((adamw.cost.link_bytes, adamw.bound), (8 * stored, "host link"));
     for microseconds in [at_datasheet(adamw), at_measured(adamw)] {
         let least = 8.0 * stored as f64 / 64e9 * 1e6;
         assert!((microseconds / least - 1.0).abs() < 1e-12, "{microseconds} {least}");
@@ -235,8 +239,8 @@ fn what_is_expected_of_attention_is_near_what_was_published() {
         ];
         let step = StepRequest { sets: sets.to_vec(), ..Default::default() };
         let prediction = Prediction::new(&step.resolve(Machine::Gpu, None).unwrap()).unwrap();
-        let kernel = prediction.kernels.iter().find(|kernel| kernel.op == op).unwrap();
-        kernel.flops as f64 / kernel.microseconds.expected.unwrap() / 1e6
+        let kernel = prediction.kernels.iter().find(|kernel| kernel.cost.op == op).unwrap();
+        kernel.cost.flops as f64 / kernel.microseconds.expected.unwrap() / 1e6
     };
     // FlashAttention-3 on an H100; the last one, cuDNN's with grouped heads on an H200, is what the
     // model was fitted to.
@@ -371,7 +375,7 @@ fn a_prediction_lists_what_a_training_step_launches() {
         let prediction = Prediction::new(&config).unwrap();
         let predicted = |op: &str| -> u64 {
             let kernels = prediction.kernels.iter();
-            kernels.filter(|it| is(it.op, op)).map(|it| it.launches).sum()
+            kernels.filter(|it| is(it.cost.op, op)).map(|it| it.launches).sum()
         };
         let mut explained = 0;
         for (prefix, op) in KERNELS {
@@ -388,7 +392,11 @@ fn a_prediction_lists_what_a_training_step_launches() {
         assert_eq!(all, explained + launched["copy"] + launched["fill"], "{launched:?}");
         let ops: Vec<&str> = KERNELS.iter().map(|it| it.1).chain(["copy", "zero"]).collect();
         for kernel in &prediction.kernels {
-            assert!(ops.iter().any(|op| is(kernel.op, op)), "{} is not launched", kernel.op);
+            assert!(
+                ops.iter().any(|op| is(kernel.cost.op, op)),
+                "{} is not launched",
+                kernel.cost.op
+            );
         }
     }
 }

@@ -231,6 +231,7 @@ fn cost(config: &Config, detail: &str, without: &[Fusion]) -> Result<Cost> {
         exponentials: 0,
         kernels: 1,
         product: None,
+        link_bytes: 0,
     })
 }
 

@@ -6,6 +6,8 @@
 //! those of matrix products, two for a multiplication and its addition; the arithmetic of
 //! element-wise kernels is not counted. Sizes are known to be countable.
 
+use serde::Serialize;
+
 use super::sizes::Sizes;
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::choice::choice;
@@ -14,7 +16,7 @@ use crate::cuda::gemm::{Epilogue, Layout, Output};
 use crate::cuda::loss::Shape;
 
 /// One launch of an op's kernels.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Serialize, Clone, PartialEq, Debug)]
 pub struct Cost {
     pub op: &'static str,
     /// The op, its type, and what else tells launches of equal sizes apart.
@@ -32,6 +34,8 @@ pub struct Cost {
     pub kernels: u64,
     /// Of a matrix product: how its operands lie, and its epilogue.
     pub product: Option<(Layout, Epilogue)>,
+    /// Over the link to the host's memory, in each direction.
+    pub link_bytes: u64,
 }
 
 pub fn element_bytes(dtype: Dtype) -> u64 {
@@ -107,6 +111,7 @@ impl Cost {
             exponentials: 0,
             kernels: 1,
             product: None,
+            link_bytes: 0,
         }
     }
 
@@ -470,16 +475,11 @@ impl Cost {
         Cost::moving("adamw", &detail, working, Sizes::Flat { n }, bytes * n as u64, formula)
     }
 
-    /// Of both moments, in host memory, over the link to it: as many in each direction.
-    pub fn link_bytes(moments: Dtype, n: usize) -> u64 {
-        2 * element_bytes(moments) * n as u64
-    }
-
     /// [`Cost::adamw`] with moments in host memory: each is copied in and out of device memory,
     /// too.
     pub fn adamw_offloaded(working: Dtype, master: Master, moments: Dtype, n: usize) -> Self {
         let cost = Cost::adamw(working, master, moments, n);
-        let of_moments = Self::link_bytes(moments, n);
+        let of_moments = 2 * element_bytes(moments) * n as u64;
         let bytes_formula = match moments {
             Dtype::F32 => {
                 "as without optimizer.offload, and both moments written and read [N]: + 16 N"
@@ -492,6 +492,7 @@ impl Cost {
             what: format!("{}, moments on the host", cost.what),
             bytes: cost.bytes + 2 * of_moments,
             bytes_formula,
+            link_bytes: of_moments,
             ..cost
         }
     }

@@ -3,7 +3,8 @@
 //! the speed that others' kernels reach; and for each launch what lies between two. No GPU has
 //! confirmed any of it.
 
-use super::{FASTEST, Kernel, Sizes, StepProduct, rates};
+use super::cost::Cost;
+use super::{FASTEST, Sizes, StepProduct, rates};
 use crate::backend::{AttentionSpec, HeadSpec};
 use crate::config::{Config, Dtype};
 use crate::cuda::Family;
@@ -53,41 +54,41 @@ impl<'a> Expected<'a> {
     }
 
     /// Of one launch.
-    pub fn microseconds(&self, kernel: &Kernel) -> f64 {
-        let moving = kernel.bytes as f64 / self.bytes_per_second();
-        let over_link = kernel.link_bytes as f64 / self.machine.link_bytes_per_second;
-        let (seconds, kernels) = match (kernel.sizes.clone(), kernel.product) {
+    pub fn microseconds(&self, cost: &Cost) -> f64 {
+        let moving = cost.bytes as f64 / self.bytes_per_second();
+        let over_link = cost.link_bytes as f64 / self.machine.link_bytes_per_second;
+        let (seconds, kernels) = match (cost.sizes.clone(), cost.product) {
             (Sizes::Product { m, n, k }, Some((layout, epilogue))) => {
                 let product = StepProduct { layout, epilogue, m, n, k, heads: self.heads };
-                match self.product_seconds(kernel, &product) {
+                match self.product_seconds(cost, &product) {
                     Timed(seconds) => return 1e6 * seconds,
-                    Estimated(seconds) => (seconds, kernel.kernels),
+                    Estimated(seconds) => (seconds, cost.kernels),
                 }
             }
             (Sizes::Attention { b, s, h, k, d }, _) => {
                 let heads = HeadSpec { heads: h, kv_heads: k, head_dim: d };
                 let spec = AttentionSpec { heads, batch: b, sequence: s };
-                let backward = kernel.op == "attention_backward";
+                let backward = cost.op == "attention_backward";
                 let (computing, kernels) = self.attention_seconds(spec, backward);
                 (computing.max(moving), kernels)
             }
-            _ => (moving.max(over_link), kernel.kernels),
+            _ => (moving.max(over_link), cost.kernels),
         };
         1e6 * seconds + kernels as f64 * LAUNCH_MICROSECONDS
     }
 
     /// With its bytes at the rate of the cost model. Sizes that no kernel takes: as the fastest
     /// tile would do them.
-    fn product_seconds(&self, kernel: &Kernel, product: &StepProduct) -> ProductSeconds {
+    fn product_seconds(&self, cost: &Cost, product: &StepProduct) -> ProductSeconds {
         let Some((choice, timed)) = chosen(self.machine, tuned::built_in(), product) else {
-            return Estimated(kernel.flops as f64 / self.flops_per_second());
+            return Estimated(cost.flops as f64 / self.flops_per_second());
         };
         if let Some(timed) = timed {
             return Timed(timed.best.microseconds / 1e6);
         }
         let rates = rates(self.machine, Dtype::Bf16);
         let multiprocessors = self.machine.multiprocessors;
-        Estimated(choice.seconds(product.tiled(), kernel.bytes, multiprocessors, rates))
+        Estimated(choice.seconds(product.tiled(), cost.bytes, multiprocessors, rates))
     }
 
     /// And in how many kernels.

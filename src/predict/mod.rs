@@ -9,6 +9,7 @@
 
 use serde::Serialize;
 
+mod bounds;
 pub mod cost;
 mod estimates;
 mod expected;
@@ -30,7 +31,7 @@ pub use products::{GemmPrediction, GemmRow};
 pub use sizes::Sizes;
 
 use crate::config::{Config, Dtype};
-use crate::cuda::gemm::{Epilogue, Layout, Rates};
+use crate::cuda::gemm::Rates;
 use crate::cuda::peaks::{H200, Peaks};
 use crate::cuda::{Fusion, Fusions, attention};
 use crate::error::{Error, Result};
@@ -105,25 +106,13 @@ pub struct FamilyTime {
 /// Equal launches of a training step.
 #[derive(Serialize, Clone, Debug)]
 pub struct Kernel {
-    pub op: &'static str,
-    pub what: String,
-    pub dtype: Dtype,
-    pub sizes: Sizes,
+    /// Of one launch.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// The sizes in words.
     pub shape: String,
     /// In a training step.
     pub launches: u64,
-    /// Of one launch.
-    pub bytes: u64,
-    pub bytes_formula: &'static str,
-    pub flops: u64,
-    pub flops_formula: &'static str,
-    pub exponentials: u64,
-    /// How many kernels each of these launches is, but for attention.
-    pub kernels: u64,
-    /// Of a matrix product: how its operands lie, and its epilogue.
-    pub product: Option<(Layout, Epilogue)>,
-    /// Over the link to the host's memory, in each direction.
-    pub link_bytes: u64,
     /// Of one launch.
     pub microseconds: Estimates<f64>,
     /// What takes longest at the datasheet's rates: "memory", "products", "exponentials" or "host
@@ -163,24 +152,23 @@ impl Prediction {
                     .to_string(),
             });
         }
-        let mut kernels: Vec<Kernel> = vec![];
+        let mut costs: Vec<(u64, Cost)> = vec![];
         for (launches, cost) in launches_of_a_step(config, machine, fusions)? {
-            match kernels.iter_mut().find(|kernel| kernel.is(&cost)) {
-                Some(kernel) => kernel.launches += launches,
-                None => kernels.push(Kernel::new(launches, cost)),
+            match costs.iter_mut().find(|(_, other)| other.is(&cost)) {
+                Some((all, _)) => *all += launches,
+                None => costs.push((launches, cost)),
             }
         }
         let report = PlanReport::new(config)?;
-        let optimizer = &config.optimizer;
-        for kernel in kernels.iter_mut().filter(|it| optimizer.offload && it.op == "adamw") {
-            kernel.link_bytes =
-                Cost::link_bytes(optimizer.moments, report.stored_elements as usize);
-        }
         let ways = Ways::new(config, machine);
-        for kernel in &mut kernels {
-            kernel.microseconds = ways.microseconds(kernel);
-            kernel.bound = kernel.bound_by(machine, ways.rates.datasheet);
-        }
+        let kernel = |(launches, cost): (u64, Cost)| Kernel {
+            shape: cost.sizes.to_string(),
+            launches,
+            microseconds: ways.microseconds(&cost),
+            bound: cost.bound_by(machine, ways.rates.datasheet),
+            cost,
+        };
+        let kernels: Vec<Kernel> = costs.into_iter().map(kernel).collect();
         let families = KernelFamily::ALL.iter().map(|&it| FamilyTime::new(it, &kernels, &ways));
         let each = kernels.iter().map(Kernel::milliseconds);
         Ok(Prediction {
@@ -194,8 +182,8 @@ impl Prediction {
             tokens_per_step: report.tokens_per_step,
             flops_per_token: report.flops_per_token,
             flops_formula: FLOPS_FORMULA,
-            bytes: kernels.iter().map(|kernel| kernel.launches * kernel.bytes).sum(),
-            flops: kernels.iter().map(|kernel| kernel.launches * kernel.flops).sum(),
+            bytes: kernels.iter().map(|kernel| kernel.launches * kernel.cost.bytes).sum(),
+            flops: kernels.iter().map(|kernel| kernel.launches * kernel.cost.flops).sum(),
             estimates: ways.step(ways.sum(each), report.tokens_per_step, report.flops_per_token),
             families: families.collect(),
             kernels,
@@ -257,11 +245,11 @@ impl<'a> Ways<'a> {
     }
 
     /// Of one launch.
-    fn microseconds(&self, kernel: &Kernel) -> Estimates<f64> {
+    fn microseconds(&self, cost: &Cost) -> Estimates<f64> {
         let Ways { machine, rates, expected, .. } = self;
         Estimates {
-            expected: expected.as_ref().map(|expected| expected.microseconds(kernel)),
-            ..rates.map(|rates| kernel.least(machine, rates))
+            expected: expected.as_ref().map(|expected| expected.microseconds(cost)),
+            ..rates.map(|rates| cost.least(machine, rates))
         }
     }
 
@@ -296,73 +284,21 @@ impl<'a> Ways<'a> {
 
 impl FamilyTime {
     fn new(family: KernelFamily, kernels: &[Kernel], ways: &Ways) -> Self {
-        let kernels = || kernels.iter().filter(|it| KernelFamily::of(it.op) == family);
+        let kernels = || kernels.iter().filter(|it| KernelFamily::of(it.cost.op) == family);
         let sum = |of: fn(&Kernel) -> u64| kernels().map(|it| it.launches * of(it)).sum();
         FamilyTime {
             family,
             launches: sum(|_| 1),
-            bytes: sum(|it| it.bytes),
-            flops: sum(|it| it.flops),
+            bytes: sum(|it| it.cost.bytes),
+            flops: sum(|it| it.cost.flops),
             milliseconds: ways.sum(kernels().map(Kernel::milliseconds)),
         }
     }
 }
 
 impl Kernel {
-    fn new(launches: u64, cost: Cost) -> Self {
-        let Cost { op, what, dtype, sizes, bytes, bytes_formula, .. } = cost;
-        let Cost { flops, flops_formula, exponentials, kernels, product, .. } = cost;
-        Kernel {
-            op,
-            what,
-            dtype,
-            shape: sizes.to_string(),
-            sizes,
-            launches,
-            bytes,
-            bytes_formula,
-            flops,
-            flops_formula,
-            exponentials,
-            kernels,
-            product,
-            link_bytes: 0,
-            microseconds: Estimates { datasheet: 0.0, measured: None, expected: None },
-            bound: "",
-        }
-    }
-
     /// Of all its launches in a step.
     fn milliseconds(&self) -> Estimates<f64> {
         self.microseconds.map(|microseconds| self.launches as f64 * microseconds / 1e3)
-    }
-
-    /// Microseconds through memory, on the tensor cores, on the special function units, and over
-    /// the link to the host; `rates`: bytes and FLOPs in a second.
-    fn times(&self, machine: &Peaks, rates: [f64; 2]) -> [f64; 4] {
-        let amounts = [self.bytes, self.flops, self.exponentials, self.link_bytes];
-        let [bytes, flops] = rates;
-        let per_second =
-            [bytes, flops, machine.exponentials_per_second(), machine.link_bytes_per_second];
-        [0, 1, 2, 3].map(|at| amounts[at] as f64 / per_second[at] * 1e6)
-    }
-
-    /// Microseconds that it takes at least.
-    fn least(&self, machine: &Peaks, rates: [f64; 2]) -> f64 {
-        self.times(machine, rates).into_iter().fold(0.0, f64::max)
-    }
-
-    fn bound_by(&self, machine: &Peaks, rates: [f64; 2]) -> &'static str {
-        let [moving, multiplying, _, fetching] = self.times(machine, rates);
-        match self.least(machine, rates) {
-            least if fetching == least && fetching > 0.0 => "host link",
-            least if multiplying == least => "products",
-            least if moving == least => "memory",
-            _ => "exponentials",
-        }
-    }
-
-    fn is(&self, cost: &Cost) -> bool {
-        self.what == cost.what && self.sizes == cost.sizes && self.bytes == cost.bytes
     }
 }

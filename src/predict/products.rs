@@ -160,7 +160,8 @@ pub(crate) fn rows(config: &Config, machine: &Peaks, table: &Table) -> Result<Ve
     let mut rows: Vec<GemmRow> = vec![];
     let mut others = 0.0;
     for kernel in Prediction::with(config, machine, &Fusions::default())?.kernels {
-        let (Sizes::Product { m, n, k }, Some((layout, epilogue))) = (kernel.sizes, kernel.product)
+        let (Sizes::Product { m, n, k }, Some((layout, epilogue))) =
+            (kernel.cost.sizes.clone(), kernel.cost.product)
         else {
             // What is expected, as of the products.
             others += kernel.launches as f64 * kernel.microseconds.tightest().1;
@@ -177,11 +178,11 @@ pub(crate) fn rows(config: &Config, machine: &Peaks, table: &Table) -> Result<Ve
         let tile: usize = variant.tile().iter().product();
         let [_, steps] = variant.longest(tiled, &choice, multiprocessors);
         let done = (multiprocessors * tile) as f64 * (steps * variant.depth) as f64;
-        let seconds = choice.seconds(tiled, kernel.bytes, multiprocessors, rates);
+        let seconds = choice.seconds(tiled, kernel.cost.bytes, multiprocessors, rates);
         rows.push(GemmRow {
             preset: config.name.clone(),
             tokens: config.train.micro_batch * config.data.sequence,
-            op: kernel.op,
+            op: kernel.cost.op,
             product,
             launches: kernel.launches,
             kernel: variant.kernel,
@@ -191,11 +192,11 @@ pub(crate) fn rows(config: &Config, machine: &Peaks, table: &Table) -> Result<Ve
             fill: (m * n) as f64 * k as f64 / done,
             stages: variant.stages,
             shared_bytes: variant.dynamic_shared_bytes,
-            bytes: kernel.bytes,
-            flops: kernel.flops,
+            bytes: kernel.cost.bytes,
+            flops: kernel.cost.flops,
             microseconds: 1e6 * seconds,
-            memory_microseconds: 1e6 * kernel.bytes as f64 / rates.bytes_per_second,
-            share: kernel.flops as f64 / seconds / peak,
+            memory_microseconds: 1e6 * kernel.cost.bytes as f64 / rates.bytes_per_second,
+            share: kernel.cost.flops as f64 / seconds / peak,
             milliseconds: 0.0,
             step_share: 0.0,
             timed_microseconds: timed.map(|it| it.best.microseconds),

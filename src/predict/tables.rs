@@ -17,7 +17,7 @@ impl fmt::Display for Prediction {
         let width = |text: fn(&Kernel) -> &str| {
             self.kernels.iter().map(|kernel| text(kernel).len()).max().unwrap_or(0)
         };
-        let (what, shape) = (width(|it| &it.what), width(|it| &it.shape));
+        let (what, shape) = (width(|it| &it.cost.what), width(|it| &it.shape));
         write!(
             f,
             "{:<what$}  {:<shape$} {:>8} {:>9} {:>9}",
@@ -31,11 +31,11 @@ impl fmt::Display for Prediction {
             write!(
                 f,
                 "{:<what$}  {:<shape$} {:>8} {:>9.2} {:>9.2}",
-                kernel.what,
+                kernel.cost.what,
                 kernel.shape,
                 kernel.launches,
-                kernel.bytes as f64 / 1e6,
-                kernel.flops as f64 / 1e9
+                kernel.cost.bytes as f64 / 1e6,
+                kernel.cost.flops as f64 / 1e9
             )?;
             for (_, microseconds) in kernel.microseconds.iter() {
                 write!(f, " {microseconds:>12.2}")?;

@@ -12,8 +12,7 @@ use isobath::cuda::{Driver, Family};
 use isobath::predict::GemmPrediction;
 use isobath::{Error, Result};
 
-use super::super::output;
-use super::{Common, MEASURING, sizes};
+use super::{Common, MEASURING, output, sizes};
 
 #[derive(Args, Debug)]
 pub struct GemmArgs {
